@@ -1,0 +1,25 @@
+# headgram: query and key weights -> spectra and Gram matrices of attention heads.
+from snakemake.utils import min_version
+
+min_version("9.0")
+
+
+configfile: "config/config.yaml"
+
+
+include: "workflow/rules/common.smk"
+include: "workflow/rules/extract.smk"
+include: "workflow/rules/eigen.smk"
+include: "workflow/rules/gram.smk"
+include: "workflow/rules/merge.smk"
+
+
+rule all:
+    default_target: True
+    input:
+        [final_files(model) for model in PLAN.models],
+
+
+onstart:
+    with headgram_errors():
+        RUN.begin()

@@ -1,0 +1,42 @@
+"""headgram: the batch engine for the geometry of attention heads.
+
+The names below are the public door. They are loaded on first use, so that reading the plan of a
+run costs no import of torch.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from headgram.atlas import Atlas as Atlas
+    from headgram.atlas import open_atlas as open_atlas
+    from headgram.checkpoints.checkpoint import Checkpoint as Checkpoint
+    from headgram.checkpoints.checkpoint import Stack as Stack
+    from headgram.checkpoints.checkpoint import open_checkpoint as open_checkpoint
+    from headgram.errors import HeadgramError as HeadgramError
+    from headgram.geometry.heads import Spectrum as Spectrum
+    from headgram.geometry.heads import spectrum as spectrum
+    from headgram.geometry.pairs import gram as gram
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "Atlas": "headgram.atlas",
+    "open_atlas": "headgram.atlas",
+    "Checkpoint": "headgram.checkpoints.checkpoint",
+    "Stack": "headgram.checkpoints.checkpoint",
+    "open_checkpoint": "headgram.checkpoints.checkpoint",
+    "HeadgramError": "headgram.errors",
+    "Spectrum": "headgram.geometry.heads",
+    "spectrum": "headgram.geometry.heads",
+    "gram": "headgram.geometry.pairs",
+}
+__all__ = sorted(_HOMES)  # noqa: PLE0605  (a computed list of the names above)
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOMES:
+        return getattr(importlib.import_module(_HOMES[name]), name)
+    raise AttributeError(f"module 'headgram' has no attribute {name!r}")

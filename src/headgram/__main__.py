@@ -1,0 +1,5 @@
+"""`python -m headgram`."""
+
+from headgram.cli import main
+
+main()

@@ -1,0 +1,1 @@
+"""Which tensor means what: one data file per family, and the few layout functions that they share."""

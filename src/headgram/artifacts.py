@@ -1,0 +1,228 @@
+"""Every file that headgram writes: whole or not at all, with its provenance, checked when it is read.
+
+A job's files are an *artifact*: one or more data files and a provenance record, `NAME.json`, which is written last. The
+record holds the artifact's key and the checksum of every data file. The key is a digest of all that the content follows
+from: the stage's configuration, the model's fingerprint, the stage's code, and the keys of the stage's inputs. An
+artifact is fresh if its key is the one that the plan asks for, whatever Snakemake remembers.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import json
+import os
+import platform
+import re
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import IO, Any
+
+import headgram
+from headgram.errors import HeadgramError
+
+#: Raised when the meaning or the layout of a file changes.
+SCHEMA = 1
+_TEMPORARY = re.compile(r"\..+\.[0-9]+\.tmp")
+_LIBRARIES = ("torch", "numpy", "pandas", "pyarrow", "safetensors", "gguf")
+
+
+def canonical(value: Any) -> str:
+    """The one JSON text of a value: sorted keys, no spaces."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+
+
+def digest(*parts: str) -> str:
+    """BLAKE2b of some texts, as 32 hexadecimal digits; the order and the borders of the parts count."""
+    return hashlib.blake2b(canonical(parts).encode(), digest_size=16).hexdigest()
+
+
+@dataclass(frozen=True)
+class Identity:
+    """All that an artifact's content follows from.
+
+    Attributes
+    ----------
+    stage
+        `extract`, `eigen`, `gram` or `merge`.
+    config
+        Canonical JSON of exactly the options that the stage reads.
+    fingerprint
+        The model's, from the lock.
+    code
+        Digest of the stage's own modules.
+    upstream
+        Keys of the artifacts that the stage reads.
+    """
+
+    stage: str
+    config: str
+    fingerprint: str
+    code: str
+    upstream: tuple[str, ...] = ()
+
+    @property
+    def key(self) -> str:
+        return digest(str(SCHEMA), self.stage, self.config, self.fingerprint, self.code, *self.upstream)
+
+
+@dataclass(frozen=True)
+class Provenance:
+    """Where an artifact comes from; the record beside its data files."""
+
+    identity: Identity
+    model: str
+    stack: str | None
+    device: str = "cpu"
+    residual: float | None = None  # the largest residual of the identities, where the stage checks any
+    started: float = field(default_factory=time.time, compare=False)
+
+    def metadata(self) -> dict[str, Any]:
+        """What the content depends on: the same for every run that gives the same bytes."""
+        return {
+            "schema": SCHEMA,
+            "headgram": headgram.__version__,
+            "key": self.identity.key,
+            **asdict(self.identity),
+            "config": json.loads(self.identity.config),
+            "upstream": list(self.identity.upstream),
+            "model": self.model,
+            "stack": self.stack,
+            "precision": "float64",
+            "device": self.device,
+        }
+
+
+@contextlib.contextmanager
+def written_whole(path: Path) -> Iterator[IO[bytes]]:
+    """Open a temporary file that becomes `path` when the block ends, and vanishes if it fails.
+
+    Raises
+    ------
+    HeadgramError
+        If the disk is full or refuses; says which file.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with temporary.open("wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except BaseException as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError):
+            raise HeadgramError(f"{path} cannot be written: {_reason(error)}.") from error
+        # torch reports a failed write as a RuntimeError of its own; the disk is the one thing to ask then.
+        if isinstance(error, RuntimeError) and _disk_is_full(path.parent):
+            raise HeadgramError(f"{path} cannot be written: the disk is full; free some space and run again.") from error
+        raise
+
+
+def _reason(error: OSError) -> str:
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return "the disk is full; free some space and run again"
+    return f"{error.strerror or error}"
+
+
+def _disk_is_full(folder: Path) -> bool:
+    state = os.statvfs(folder)
+    return state.f_bavail * state.f_frsize < 2**20
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file whole."""
+    with written_whole(path) as file:
+        file.write(text.encode())
+
+
+def record_of(path: Path) -> Path:
+    """The provenance record of a data file: `layers-000-011.pt` has `layers-000-011.json`."""
+    return path.with_suffix(".json")
+
+
+def seal(record: Path, provenance: Provenance, data: Sequence[Path]) -> None:
+    """Write the provenance record of finished data files; the last act of a job."""
+    files = {os.path.relpath(path, record.parent): {"bytes": path.stat().st_size, "blake2b": checksum(path)} for path in data}
+    content = {
+        **provenance.metadata(),
+        "residual": provenance.residual,
+        "seconds": round(time.time() - provenance.started, 3),
+        "versions": {"python": platform.python_version(), **{name: _version(name) for name in _LIBRARIES}},
+        "machine": platform.platform(),
+        "files": files,
+    }
+    write_text(record, json.dumps(content, indent=1, sort_keys=True, ensure_ascii=False) + "\n")
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def is_fresh(record: Path, key: str) -> bool:
+    """Whether an artifact is there, whole in size, and the one that the plan asks for. Never raises; reads no data."""
+    try:
+        content = json.loads(record.read_bytes())
+        sizes = {name: entry["bytes"] for name, entry in content["files"].items()}
+        return content["key"] == key and all((record.parent / name).stat().st_size == size for name, size in sizes.items())
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return False
+
+
+def check(record: Path, key: str) -> dict[str, Any]:
+    """Verify an artifact before its data are read: its key, and the checksum of every file.
+
+    Returns
+    -------
+    dict
+        The provenance record.
+
+    Raises
+    ------
+    HeadgramError
+        Names the file that does not fit, and what to do.
+    """
+    again = f"delete {record} and run again"
+    try:
+        content = json.loads(record.read_bytes())
+        found, files = content["key"], content["files"].items()
+        expected = [(record.parent / name, entry["blake2b"]) for name, entry in files]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise HeadgramError(f"The provenance record {record} cannot be read ({error}): {again}.") from None
+    if found != key:
+        raise HeadgramError(f"{record} belongs to another configuration, checkpoint or version than this run's: {again}.")
+    for path, blake2b in expected:
+        try:
+            damaged = checksum(path) != blake2b
+        except OSError as error:
+            raise HeadgramError(f"{path} cannot be read ({error.strerror}): {again}.") from None
+        if damaged:
+            raise HeadgramError(f"{path} is not what was written: its checksum differs; {again}.")
+    return dict(content)
+
+
+def checksum(path: Path) -> str:
+    """BLAKE2b of a file, as 32 hexadecimal digits."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
+
+
+def remove_temporaries(folder: Path) -> None:
+    """Remove what killed jobs left half-written. Only for the one run that holds the results folder."""
+    for path in folder.rglob(".*.tmp"):
+        if _TEMPORARY.fullmatch(path.name):
+            path.unlink(missing_ok=True)
+
+
+def parquet_metadata(provenance: Provenance) -> Mapping[bytes, bytes]:
+    """What a Parquet file says of itself."""
+    return {b"headgram": canonical(provenance.metadata()).encode()}

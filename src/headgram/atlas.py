@@ -1,0 +1,116 @@
+"""The finished results, for notebooks."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from headgram.errors import HeadgramError
+
+if TYPE_CHECKING:
+    import pandas as pd
+    import xarray as xr
+
+
+class Atlas:
+    """Tables and directions of all models of a results folder; made by `open_atlas`."""
+
+    def __init__(self, results: Path) -> None:
+        self._results = results
+
+    @property
+    def models(self) -> list[str]:
+        """Names of the measured models, sorted."""
+        return sorted(path.name.removeprefix("model=") for path in (self._results / "atlas" / "heads").glob("model=*"))
+
+    def heads(self) -> pd.DataFrame:
+        """One row per head: the scalars of `headgram.Spectrum`, keyed by model, stack, layer, head."""
+        return self._table("heads")
+
+    def spectra(self) -> pd.DataFrame:
+        """One row per head and index: singular value and signed eigenvalue of the symmetric part."""
+        return self._table("spectra")
+
+    def gram(self, model: str, stack: str = "self", value: Literal["gram", "cosine"] = "gram") -> xr.DataArray:
+        """Inner products of every layer pair's heads.
+
+        Returns
+        -------
+        xarray.DataArray, (L, L, H) float64
+            Dimensions `layer_a`, `layer_b`, `head`, with the true layer indices; both triangles.
+
+        Raises
+        ------
+        HeadgramError
+            If the model or the stack was not measured.
+        """
+        import numpy as np
+        import xarray as xr
+
+        if value not in ("gram", "cosine"):
+            raise HeadgramError(f"the Gram table has no column '{value}': ask for 'gram' or 'cosine'")
+        table = self._table("gram", model)
+        table = table[table["stack"] == stack]
+        if table.empty:
+            raise HeadgramError(f"the model '{model}' has no stack '{stack}'")
+        layers = np.unique(table["layer_a"])
+        heads = np.unique(table["head"])
+        a, b = (np.searchsorted(layers, table[name]) for name in ("layer_a", "layer_b"))
+        data = np.zeros((len(layers), len(layers), len(heads)))
+        data[a, b, table["head"]] = data[b, a, table["head"]] = table[value]
+        coordinates = {"layer_a": layers, "layer_b": layers, "head": heads}
+        return xr.DataArray(data, coords=coordinates, dims=list(coordinates), name=value, attrs={"model": model, "stack": stack})
+
+    def directions(self, model: str) -> dict[str, dict[str, Any]]:
+        """Directions of one model, by stack.
+
+        Returns
+        -------
+        dict
+            `layers (L,)`, `right`, `left`, `signed` `(L, H, k, d)` and `signed_values (L, H, k)`, float32 tensors.
+
+        Raises
+        ------
+        HeadgramError
+            If the model was not measured.
+        """
+        import torch
+
+        self._require(model)
+        loaded: dict[str, dict[str, Any]] = torch.load(
+            self._results / "atlas" / "directions" / f"{model}.pt", mmap=True, weights_only=True
+        )
+        return loaded
+
+    def _require(self, model: str) -> None:
+        if model not in self.models:
+            raise HeadgramError(f"the model '{model}' is not in {self._results}; there are: {', '.join(self.models)}")
+
+    def _table(self, name: str, model: str | None = None) -> pd.DataFrame:
+        import pandas as pd
+
+        from headgram.tables import read_table
+
+        if model is not None:
+            self._require(model)
+        tables = []
+        for each in [model] if model else self.models:
+            table = read_table(self._results / "atlas" / name / f"model={each}" / f"{name}.parquet").to_pandas()
+            table.insert(0, "model", each)
+            tables.append(table)
+        return pd.concat(tables, ignore_index=True)
+
+
+def open_atlas(results: str | os.PathLike[str] = "results") -> Atlas:
+    """Open a results folder.
+
+    Raises
+    ------
+    HeadgramError
+        If it holds no finished model.
+    """
+    atlas = Atlas(Path(results))
+    if not atlas.models:
+        raise HeadgramError(f"{Path(results)} holds no finished model: run `snakemake` first")
+    return atlas

@@ -1,0 +1,266 @@
+"""An opened checkpoint: its stacks, and the query and key weights of any layer."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Self
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from headgram.architectures.layouts import LAYOUTS, Dimensions, check_shapes, undo_gguf_permutation
+from headgram.architectures.registry import Family, StackRule, family_of, family_of_gguf
+from headgram.checkpoints.sources import Location, locate
+from headgram.checkpoints.stores import GgufStore, SafetensorsStore, TensorStore, open_store
+from headgram.errors import HeadgramError
+
+#: What a manifest may state when a checkpoint does not, or states it wrongly.
+OVERRIDES = ("model_type", "heads", "kv_heads", "head_dim")
+
+
+@dataclass(frozen=True)
+class Stack:
+    """A run of attention layers with equal head counts that read one residual stream.
+
+    Attributes
+    ----------
+    name
+        `self` for decoders and encoders; `encoder`, `decoder`, `cross` for encoder–decoders.
+    layers
+        The true indices of its layers in the model.
+    heads, kv_heads, rank, hidden
+        `H`, `K`, `r` and `d`.
+    dtype
+        The stored precision, in the file format's own word.
+    qk_bytes
+        Bytes on disk of the tensors that hold its queries and keys.
+    """
+
+    name: str
+    layers: tuple[int, ...]
+    heads: int
+    kv_heads: int
+    rank: int
+    hidden: int
+    dtype: str
+    qk_bytes: int
+    _tensors: dict[str, str] = field(repr=False, compare=False)
+    _layout: str = field(repr=False, compare=False)
+    _permuted: bool = field(repr=False, compare=False)
+
+    @property
+    def dimensions(self) -> Dimensions:
+        return Dimensions(self.heads, self.kv_heads, self.rank, self.hidden)
+
+
+class Checkpoint:
+    """Query and key weights, layer by layer; made by `open_checkpoint`. A context manager.
+
+    Attributes
+    ----------
+    architecture
+        The `model_type` (or GGUF architecture) that the checkpoint declares, or the manifest overrides.
+    stacks
+        A tuple of `Stack`.
+    location
+        Where the files are.
+    """
+
+    def __init__(self, location: Location, store: TensorStore, architecture: str, stacks: tuple[Stack, ...]) -> None:
+        self.location = location
+        self.architecture = architecture
+        self.stacks = stacks
+        self._store = store
+
+    def stack(self, name: str) -> Stack:
+        """The stack of this name.
+
+        Raises
+        ------
+        HeadgramError
+            If there is none.
+        """
+        for stack in self.stacks:
+            if stack.name == name:
+                return stack
+        raise HeadgramError(f"there is no stack '{name}'; there are: {', '.join(stack.name for stack in self.stacks)}")
+
+    def qk(self, stack_name: str, layer: int) -> tuple[Float[Tensor, "heads rank hidden"], Float[Tensor, "kv_heads rank hidden"]]:
+        """`W_Q (H, r, d)` and `W_K (K, r, d)` of one layer, in stored precision (float32 if the format is quantised).
+
+        Parameters
+        ----------
+        stack_name, layer
+            The stack, and the layer's true index.
+
+        Raises
+        ------
+        HeadgramError
+            If the stack has no such layer, or a weight is not finite.
+        """
+        stack = self.stack(stack_name)
+        names = self._names(stack, layer)
+        tensors = {role: self._store.read(name) for role, name in names.items()}
+        for role, name in names.items():
+            if not bool(torch.isfinite(tensors[role]).all()):
+                raise HeadgramError(f"layer {layer}: tensor {name} holds a NaN or an infinity: the checkpoint is damaged, or its training diverged")
+        if stack._permuted:
+            counts = {"query": stack.heads, "key": stack.kv_heads}
+            tensors = {role: undo_gguf_permutation(tensor, counts[role]) for role, tensor in tensors.items()}
+        return LAYOUTS[stack._layout].split(stack.dimensions, **tensors)
+
+    def digest(self, stack_name: str, layer: int) -> str:
+        """BLAKE2b of the stored bytes of one layer's query and key tensors, as 32 hexadecimal digits."""
+        names = self._names(self.stack(stack_name), layer)
+        state = hashlib.blake2b(digest_size=16)
+        for name in names.values():
+            state.update(self._store.raw(name))
+        return state.hexdigest()
+
+    def _names(self, stack: Stack, layer: int) -> dict[str, str]:
+        if layer not in stack.layers:
+            raise HeadgramError(f"the stack '{stack.name}' has no layer {layer}; it has {stack.layers[0]} to {stack.layers[-1]}")
+        return {role: key.format(layer=layer) for role, key in stack._tensors.items()}
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._store.__exit__(*exc)
+
+
+def open_checkpoint(
+    source: str | os.PathLike[str], revision: str | None = None, overrides: Mapping[str, Any] | None = None
+) -> Checkpoint:
+    """Open a checkpoint without reading its weights.
+
+    Parameters
+    ----------
+    source
+        A hub id in the local Hugging Face cache, a folder, a `.safetensors` or `.gguf` file, or `package:NAME/PATH`.
+    revision
+        Branch, tag or commit of a hub id.
+    overrides
+        Any of `model_type`, `heads`, `kv_heads`, `head_dim`, for a checkpoint that does not state them.
+
+    Raises
+    ------
+    HeadgramError
+        If the source cannot be found or read, its architecture is unknown, or its tensors disagree with its configuration.
+    """
+    location = locate(os.fspath(source), revision)
+    store = open_store(location.format, [location.path(name) for name in location.weights])
+    given = {key: value for key, value in (overrides or {}).items() if value is not None}
+    if unknown := set(given) - set(OVERRIDES):
+        raise HeadgramError(f"unknown override '{sorted(unknown)[0]}'; there are: {', '.join(OVERRIDES)}")
+    if isinstance(store, GgufStore):
+        architecture, family, stacks = _read_gguf(store, given)
+    else:
+        architecture, family, stacks = _read_config(location, store, given)
+    if not stacks:
+        raise HeadgramError(f"a checkpoint of the family '{family.name}' should hold attention weights, but this one has none")
+    return Checkpoint(location, store, architecture, stacks)
+
+
+def _read_config(location: Location, store: SafetensorsStore, given: dict[str, Any]) -> tuple[str, Family, tuple[Stack, ...]]:
+    config = location.config()
+    if config is None and "model_type" not in given:
+        raise HeadgramError(f"{location.folder} has no config.json: add it, or set `model_type` and `heads` in the manifest")
+    config = config or {}
+    architecture = given.get("model_type") or config.get("model_type")
+    if not isinstance(architecture, str):
+        raise HeadgramError(f"{location.folder / 'config.json'} names no model_type: set `model_type` in the manifest")
+    family = family_of(architecture)
+    stacks = []
+    for rule in family.stacks:
+        tensors = _with_prefix(store, rule, family.prefixes)
+        layers = _layers(store, tensors, _count(config, rule.layers, architecture, required=False))
+        hidden = _count(config, rule.hidden, architecture, required=False) or store.shape(tensors["query"].format(layer=layers[0]))[-1]
+        heads = given.get("heads") or _count(config, rule.heads, architecture)
+        kv_heads = given.get("kv_heads") or _count(config, rule.kv_heads, architecture, required=False) or heads
+        rank = given.get("head_dim") or _count(config, rule.head_dim, architecture, required=False) or _even_split(hidden, heads)
+        stacks.append(_stack(store, rule.name, rule.layout, tensors, layers, Dimensions(heads, kv_heads, rank, hidden)))
+    return architecture, family, tuple(stacks)
+
+
+def _read_gguf(store: GgufStore, given: dict[str, Any]) -> tuple[str, Family, tuple[Stack, ...]]:
+    architecture = str(store.metadata.get("general.architecture"))
+    family = family_of(given["model_type"]) if "model_type" in given else family_of_gguf(architecture)
+    if family.gguf is None:
+        raise HeadgramError(f"the family '{family.name}' has no known GGUF naming")
+    meta = {key.removeprefix(f"{architecture}."): value for key, value in store.metadata.items()}
+    hidden = _count(meta, "embedding_length", architecture)
+    heads = given.get("heads") or _count(meta, "attention.head_count", architecture)
+    kv_heads = given.get("kv_heads") or _count(meta, "attention.head_count_kv", architecture, required=False) or heads
+    rank = given.get("head_dim") or _count(meta, "attention.key_length", architecture, required=False) or _even_split(hidden, heads)
+    rule = family.stacks[0]
+    layers = _layers(store, family.gguf.tensors, _count(meta, "block_count", architecture))
+    dims = Dimensions(heads, kv_heads, rank, hidden)
+    stack = _stack(store, rule.name, rule.layout, family.gguf.tensors, layers, dims, permuted=family.gguf.permuted)
+    return given.get("model_type") or architecture, family, (stack,)
+
+
+def _with_prefix(store: TensorStore, rule: StackRule, prefixes: tuple[str, ...]) -> dict[str, str]:
+    """The rule's tensor names below the first prefix at which layer 0 is found."""
+    for prefix in prefixes:
+        if all((prefix + key).format(layer=0) in store for key in rule.tensors.values()):
+            return {role: prefix + key for role, key in rule.tensors.items()}
+    wanted = (prefixes[0] + rule.tensors["query"]).format(layer=0)
+    raise HeadgramError(f"the checkpoint lacks tensor {wanted}, under any known prefix")
+
+
+def _layers(store: TensorStore, tensors: dict[str, str], declared: int | None) -> tuple[int, ...]:
+    """The layers' indices; every tensor of every declared layer must be there."""
+    count = 0
+    while (declared is None or count < declared) and all(key.format(layer=count) in store for key in tensors.values()):
+        count += 1
+    if declared is not None and count < declared:
+        missing = next(key.format(layer=count) for key in tensors.values() if key.format(layer=count) not in store)
+        raise HeadgramError(f"layer {count}: the checkpoint lacks tensor {missing}, though its configuration declares {declared} layers")
+    return tuple(range(count))
+
+
+def _stack(
+    store: TensorStore,
+    name: str,
+    layout: str,
+    tensors: dict[str, str],
+    layers: tuple[int, ...],
+    dims: Dimensions,
+    permuted: bool = False,
+) -> Stack:
+    if dims.heads % dims.kv_heads:
+        raise HeadgramError(f"{dims.heads} query heads cannot share {dims.kv_heads} key heads evenly")
+    stored = set()
+    qk_bytes = 0
+    for layer in layers:
+        names = {role: key.format(layer=layer) for role, key in tensors.items()}
+        try:
+            check_shapes(layout, dims, {role: store.shape(key) for role, key in names.items()}, names)
+        except HeadgramError as error:
+            raise HeadgramError(f"layer {layer}: {error}") from None
+        stored |= {store.dtype(key) for key in names.values()}
+        qk_bytes += sum(store.nbytes(key) for key in names.values())
+    return Stack(
+        name, layers, dims.heads, dims.kv_heads, dims.rank, dims.hidden, "+".join(sorted(stored)), qk_bytes, tensors, layout, permuted
+    )
+
+
+def _count(config: Mapping[str, Any], key: str | None, architecture: str, required: bool = True) -> int | None:
+    """A positive whole number of the checkpoint's own configuration; None if it is absent and not required."""
+    value = config.get(key) if key else None
+    if value is None and not required:
+        return None
+    if isinstance(value, bool) or not isinstance(value, int) or not 0 < value < 2**31:
+        raise HeadgramError(f"the configuration of this '{architecture}' checkpoint has {key} = {value!r}, which should be a positive whole number")
+    return value
+
+
+def _even_split(hidden: int, heads: int) -> int:
+    if hidden % heads:
+        raise HeadgramError(f"width {hidden} does not divide into {heads} heads: set `head_dim` in the manifest")
+    return hidden // heads

@@ -1,0 +1,147 @@
+"""The tensors of a checkpoint's weight files, by name. Nothing is read before it is asked for."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any, Protocol, Self
+
+import torch
+from torch import Tensor
+
+from headgram.errors import HeadgramError
+
+_SAFETENSORS_FLOATS = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
+
+
+class TensorStore(Protocol):
+    """Tensors by name, as stored; a context manager, closed at the end."""
+
+    def __contains__(self, name: str) -> bool: ...
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Shape in torch's order, `(out, in)` for a linear weight; costs no read of the data."""
+
+    def dtype(self, name: str) -> str:
+        """The stored precision in the format's own word, such as `BF16` or `Q4_K`."""
+
+    def nbytes(self, name: str) -> int:
+        """Bytes on disk."""
+
+    def raw(self, name: str) -> memoryview:
+        """The stored bytes."""
+
+    def read(self, name: str) -> Tensor:
+        """The tensor; stored precision, or float32 if the format is quantised."""
+
+    def __enter__(self) -> Self: ...
+
+    def __exit__(self, *exc: object) -> None: ...
+
+
+class SafetensorsStore:
+    """One or several safetensors files."""
+
+    def __init__(self, paths: Iterable[Path]) -> None:
+        from safetensors import SafetensorError, safe_open
+
+        self._stack = ExitStack()
+        self._home: dict[str, Any] = {}
+        for path in paths:
+            try:
+                file = self._stack.enter_context(safe_open(path, framework="pt"))
+            except (SafetensorError, OSError) as error:
+                raise HeadgramError(f"{path} is not a whole safetensors file ({error}): fetch it again") from None
+            self._home.update(dict.fromkeys(file.keys(), file))
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._home
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return tuple(self._home[name].get_slice(name).get_shape())
+
+    def dtype(self, name: str) -> str:
+        return str(self._home[name].get_slice(name).get_dtype())
+
+    def nbytes(self, name: str) -> int:
+        return math.prod(self.shape(name)) * self._item_size(name)
+
+    def raw(self, name: str) -> memoryview:
+        return memoryview(self.read(name).contiguous().view(torch.uint8).numpy()).cast("B")
+
+    def read(self, name: str) -> Tensor:
+        self._item_size(name)
+        tensor: Tensor = self._home[name].get_tensor(name)
+        return tensor
+
+    def _item_size(self, name: str) -> int:
+        if self.dtype(name) not in _SAFETENSORS_FLOATS:
+            raise HeadgramError(f"tensor {name} is stored as {self.dtype(name)}, a quantised format that headgram does not read yet")
+        return _SAFETENSORS_FLOATS[self.dtype(name)]
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._stack.close()
+
+
+class GgufStore:
+    """One GGUF file, or the parts of a split one. Also holds the metadata, which names the architecture."""
+
+    def __init__(self, paths: Iterable[Path]) -> None:
+        from gguf import GGUFReader
+
+        self._tensors: dict[str, Any] = {}
+        self.metadata: dict[str, Any] = {}
+        for path in paths:
+            try:
+                reader = GGUFReader(path)
+                for field in reader.fields.values():
+                    if not field.name.startswith("tokenizer."):
+                        self.metadata.setdefault(field.name, field.contents())
+            except (ValueError, IndexError, KeyError, OSError, OverflowError, UnicodeDecodeError) as error:
+                raise HeadgramError(f"{path} is not a whole GGUF file ({error}): fetch it again") from None
+            self._tensors.update({tensor.name: tensor for tensor in reader.tensors})
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._tensors
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return tuple(int(size) for size in reversed(self._tensors[name].shape))  # GGUF counts from the fastest axis
+
+    def dtype(self, name: str) -> str:
+        return str(self._tensors[name].tensor_type.name)
+
+    def nbytes(self, name: str) -> int:
+        return int(self._tensors[name].n_bytes)
+
+    def raw(self, name: str) -> memoryview:
+        return memoryview(self._tensors[name].data.view("uint8").reshape(-1))
+
+    def read(self, name: str) -> Tensor:
+        from gguf.quants import dequantize
+
+        stored = self._tensors[name]
+        kind = stored.tensor_type.name
+        if kind == "BF16":
+            return torch.from_numpy(stored.data.view("int16").copy()).view(torch.bfloat16).reshape(self.shape(name))
+        if kind in ("F16", "F32", "F64"):
+            return torch.from_numpy(stored.data.copy()).reshape(self.shape(name))
+        try:
+            return torch.from_numpy(dequantize(stored.data, stored.tensor_type)).reshape(self.shape(name))
+        except NotImplementedError:
+            raise HeadgramError(f"tensor {name} is stored as {kind}, which the gguf library cannot dequantise") from None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._tensors.clear()
+
+
+def open_store(format: str, paths: Iterable[Path]) -> SafetensorsStore | GgufStore:
+    """The store of a format: `safetensors` or `gguf`."""
+    return GgufStore(paths) if format == "gguf" else SafetensorsStore(paths)

@@ -1,0 +1,107 @@
+"""The command line."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated, Literal, Optional
+
+import typer
+
+from headgram.errors import HeadgramError
+
+app = typer.Typer(
+    help="The geometry of attention heads, read out of checkpoints. The pipeline itself is run with `snakemake`.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+_MANIFEST = Path("config/models.tsv")
+
+
+def main() -> None:
+    """Run the command line; a `HeadgramError` is one sentence on stderr and exit code 1."""
+    try:
+        app()
+    except HeadgramError as error:
+        print(f"headgram: {error}", file=sys.stderr)
+        raise SystemExit(1) from None
+
+
+@app.command()
+def lock(
+    manifest: Annotated[Path, typer.Option(help="The table of models.")] = _MANIFEST,
+    upgrade: Annotated[Optional[list[str]], typer.Option(help="Resolve this model anew; may be repeated.")] = None,  # noqa: UP045
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the missing entries as JSON; write nothing.")] = False,
+) -> None:
+    """Resolve the rows of the manifest that the lock lacks, and pin them."""
+    from headgram.lock import lock_path, missing_rows, read_lock, resolve_all, write_lock
+    from headgram.manifest import read_manifest
+
+    rows = read_manifest(manifest)
+    names = [row.name for row in rows]
+    for name in upgrade or []:
+        if name not in names:
+            raise HeadgramError(f"the manifest {manifest} has no model '{name}'; there are: {', '.join(names)}")
+    missing = missing_rows(rows, read_lock(lock_path(manifest)))
+    chosen = [row for row in rows if row in missing or row.name in (upgrade or [])]
+    resolved = resolve_all(chosen, progress=lambda line: print(line, file=sys.stderr))
+    if dry_run:
+        print(resolved.model_dump_json())
+        return
+    if chosen:
+        write_lock(lock_path(manifest), resolved)
+    print(f"{lock_path(manifest)}: {len(chosen)} locked, {len(rows) - len(chosen)} unchanged")
+
+
+@app.command()
+def inspect(
+    source: Annotated[str, typer.Argument(help="A hub id, folder, .safetensors or .gguf file, or package:NAME/PATH.")],
+    revision: Annotated[Optional[str], typer.Option(help="Branch, tag or commit of a hub id.")] = None,  # noqa: UP045
+) -> None:
+    """Show what a checkpoint holds, without reading its weights."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from headgram.checkpoints.checkpoint import open_checkpoint
+
+    with open_checkpoint(source, revision) as checkpoint:
+        location = checkpoint.location
+        table = Table("stack", "layers", "heads", "key heads", "rank", "width", "stored as", "q/k bytes")
+        for stack in checkpoint.stacks:
+            numbers = [str(value) for value in (stack.heads, stack.kv_heads, stack.rank, stack.hidden)]
+            table.add_row(stack.name, spans(stack.layers), *numbers, stack.dtype, f"{stack.qk_bytes:,}")
+        total = sum(location.path(name).stat().st_size for name in location.weights)
+        share = sum(stack.qk_bytes for stack in checkpoint.stacks) / total
+    console = Console()
+    console.print(f"[bold]{source}[/bold]: {checkpoint.architecture}, {location.format}, commit {location.commit or '–'}", highlight=False)
+    console.print(table)
+    console.print(f"{len(location.weights)} weight file(s), {total:,} bytes; q and k are {share:.1%} of them", highlight=False)
+
+
+def spans(layers: tuple[int, ...]) -> str:
+    """`(0, 1, 2, 5)` as `0–2, 5`."""
+    runs: list[list[int]] = []
+    for layer in layers:
+        if runs and layer == runs[-1][-1] + 1:
+            runs[-1].append(layer)
+        else:
+            runs.append([layer])
+    return ", ".join(str(run[0]) if len(run) == 1 else f"{run[0]}–{run[-1]}" for run in runs)
+
+
+@app.command()
+def measure(
+    model: Annotated[str, typer.Option(help="A hub id, folder, .safetensors or .gguf file, or package:NAME/PATH.")],
+    out: Annotated[Path, typer.Option(help="The JSON to write; the directions go to NAME-eigdirs.pt beside it.")],
+    topk: Annotated[int, typer.Option(min=1, help="Directions per head.")] = 8,
+    revision: Annotated[Optional[str], typer.Option(help="Branch, tag or commit of a hub id.")] = None,  # noqa: UP045
+    stack: Annotated[Optional[str], typer.Option(help="Which stack; the first if not given.")] = None,  # noqa: UP045
+    dtype: Annotated[Literal["stored", "bfloat16", "float32"], typer.Option(help="What the weights are rounded to.")] = "bfloat16",
+    device: Annotated[Literal["auto", "cpu", "cuda"], typer.Option(help="Where to compute.")] = "auto",
+) -> None:
+    """Measure one model in one process, and write the original script's two files."""
+    from headgram.measure import measure_model
+
+    measure_model(model, out, topk, revision, stack, dtype, device)
+    print(f"wrote {out} and {out.with_name(out.stem + '-eigdirs.pt')}")

@@ -1,0 +1,172 @@
+"""The configuration: the one source of defaults, validation, JSON schema and documentation.
+
+Nothing here imports torch: the Snakefile reads this module at parse time.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from typing import Annotated, Any, Literal
+
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    WithJsonSchema,
+)
+
+from headgram.errors import HeadgramError
+
+_UNITS = {"": 1, "b": 1, "kib": 2**10, "mib": 2**20, "gib": 2**30, "kb": 10**3, "mb": 10**6, "gb": 10**9}
+
+
+def _parse_bytes(value: Any) -> int:
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", str(value))
+    if isinstance(value, bool) or not match or match[2].lower() not in _UNITS:
+        raise ValueError("a size is a number with a unit, such as '2 GiB' or '512 MiB'")
+    return int(float(match[1]) * _UNITS[match[2].lower()])
+
+
+def _at_least_64_mib(value: int) -> int:
+    if value < 64 * 2**20:
+        raise ValueError("at least 64 MiB are needed")
+    return value
+
+
+Bytes = Annotated[
+    int,
+    BeforeValidator(_parse_bytes),
+    AfterValidator(_at_least_64_mib),
+    WithJsonSchema({"anyOf": [{"type": "string"}, {"type": "integer"}]}),
+]
+LayerCount = Annotated[int, Field(ge=1)] | Literal["auto"]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=False)
+
+
+class Weights(_Section):
+    """How query and key weights are kept after extraction."""
+
+    dtype: Literal["stored", "bfloat16", "float32"] = Field(
+        "stored",
+        description="What extraction rounds the weights to. `stored` keeps the checkpoint's own precision "
+        "(quantised tensors are dequantised to float32).",
+    )
+
+
+class Eigen(_Section):
+    """The spectrum of every head."""
+
+    topk: int = Field(
+        8,
+        ge=1,
+        description="Directions kept per head: right, left and signed. At most the head's rank.",
+    )
+    tolerance: float = Field(
+        1e-9,
+        gt=0,
+        description="Largest residual of the identities that a result may show; above it the job stops "
+        "and names model, layer and head. Residuals are relative to `‖W_Q‖ ‖W_K‖` and are near 1e-14.",
+    )
+    layers_per_job: LayerCount = Field(
+        "auto",
+        description="Layers measured by one job. `auto` sizes a job to outweigh its start-up and to fit the memory budget.",
+    )
+
+
+class Gram(_Section):
+    """The Frobenius inner product of every layer pair's heads."""
+
+    layers_per_tile: LayerCount = Field(
+        "auto",
+        description="Layers along one side of a tile. One job computes one row of tiles and resumes tile by tile.",
+    )
+
+
+class Original(_Section):
+    """The two files that the original script writes, number for number."""
+
+    enabled: bool = Field(
+        True,
+        description="Write `seed/{model}.json` and `seed/{model}-eigdirs.pt`.",
+    )
+
+
+class Export(_Section):
+    """How the merged tables are written."""
+
+    compression: Literal["zstd", "snappy", "none"] = Field(
+        "zstd", description="Compression of the Parquet files of the atlas."
+    )
+
+
+class Config(_Section):
+    """Every option of headgram."""
+
+    manifest: str = Field(
+        "config/models.tsv",
+        description="The table of models. Its lock, `models.lock.json`, lies beside it.",
+        min_length=1,
+    )
+    results: str = Field("results", description="The folder that receives every artifact.", min_length=1)
+    device: Literal["auto", "cpu", "cuda"] = Field(
+        "auto",
+        description="Where eigen and Gram jobs compute. `auto` takes a GPU where one is visible.",
+    )
+    memory_budget: Bytes = Field(
+        2 * 2**30,
+        description="Memory that one job may take; `auto` sizes of shards and tiles follow from it.",
+    )
+    weights: Weights = Weights()
+    eigen: Eigen = Eigen()
+    gram: Gram = Gram()
+    original: Original = Original()
+    export: Export = Export()
+
+
+def load_config(raw: dict[str, Any]) -> Config:
+    """Validate a configuration as Snakemake hands it over.
+
+    Raises
+    ------
+    HeadgramError
+        One sentence that names every unknown key (with the nearest known one) and every bad value.
+    """
+    try:
+        return Config.model_validate(raw)
+    except ValidationError as error:
+        problems = "; ".join(_describe(problem) for problem in error.errors())
+        raise HeadgramError(f"The configuration is not valid: {problems}.") from None
+
+
+def _describe(problem: Any) -> str:
+    # A union's error path ends in the name of the branch that was tried; only our own keys matter.
+    path = [str(part) for part in problem["loc"] if str(part) in known_keys() or problem["type"] == "extra_forbidden"]
+    key = ".".join(path)
+    if problem["type"] != "extra_forbidden":
+        return f"{key} = {problem['input']!r}: {problem['msg'].removeprefix('Value error, ')}"
+    near = difflib.get_close_matches(path[-1], known_keys(), n=1, cutoff=0.5)
+    full = [name for name in option_paths() if near and name.split(".")[-1] == near[0]]
+    hint = f" (did you mean '{full[0]}'?)" if full else ""
+    return f"unknown key '{key}'{hint}"
+
+
+def option_paths(model: type[BaseModel] = Config, prefix: str = "") -> list[str]:
+    """Dotted names of all sections and options, in the order of declaration."""
+    paths = []
+    for name, field in model.model_fields.items():
+        paths.append(prefix + name)
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            paths += option_paths(field.annotation, f"{prefix}{name}.")
+    return paths
+
+
+def known_keys() -> list[str]:
+    """Last parts of `option_paths`, without repeats."""
+    return list(dict.fromkeys(path.split(".")[-1] for path in option_paths()))

@@ -1,0 +1,1 @@
+"""Mathematics on tensors. Knows no file, no model and no Snakemake."""

@@ -1,0 +1,228 @@
+"""The spectrum of every head of one layer.
+
+A head's metric is `g = W_K^T W_Q`, of size `(d, d)` and of rank at most `r`. It is never formed. With the thin QR
+factorisation `[W_Q; W_K]^T = Q [R_q | R_k]`, all of `g` lives in the small core `R_k R_q^T`:
+
+    g           = Q (R_k R_q^T) Q^T                       singular values and directions
+    (g + g^T)/2 = Q ½(R_k R_q^T + R_q R_k^T) Q^T          signed spectrum: always a symmetric problem
+
+Householder QR is backward stable, so values are accurate to a few units of rounding of `‖W_Q‖ ‖W_K‖`, also where
+`2r > d`, where rows repeat and where a head is zero (Golub & Van Loan, Matrix Computations, 5.2 and 8.6).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from headgram.errors import HeadgramError
+from headgram.geometry.residuals import Residuals, direction_residuals, identity_residuals
+
+#: Bytes of float64 working memory that one batch of heads may take; bounds the peak, never the result.
+BATCH_BYTES = 256 * 2**20
+
+#: Singular values below this many units of rounding of `‖W_Q‖ ‖W_K‖` cannot be told from zero.
+_ZERO = 16 * torch.finfo(torch.float64).eps
+
+
+@dataclass(frozen=True)
+class Spectrum:
+    """What is measured of the `H` query heads of one layer; float64, on the device of the weights.
+
+    `k = min(topk, r)`; ranks that fall short are padded with zeros: zero values, zero rows.
+
+    Attributes
+    ----------
+    singular_values : (H, r)
+        Singular values of `g`, descending.
+    right, left : (H, k, d)
+        Rows `v_i` (query side) and `u_i` (key side) with `g v_i = s_i u_i`. The entry of largest
+        magnitude of every `v_i` is positive (ties: the first), `u_i` follows.
+    symmetric_eigenvalues : (H, 2r)
+        Signed eigenvalues of `(g + g^T)/2`, largest magnitude first (ties: the positive one first).
+    signed : (H, k, d)
+        Eigenvectors of the `k` largest of them, signed like `right`.
+    fro_sq, trace, self_overlap : (H,)
+        `‖g‖_F²`, `tr g` and `<g, g^T> = tr(g g)`.
+    spectral_norm, nuclear_norm : (H,)
+        `s_1` and `sum(s)`.
+    stable_rank, effective_rank : (H,)
+        `fro_sq / s_1²` and the exponential of the entropy of `s² / sum(s²)` (Roy & Vetterli, 2007).
+    symmetry : (H,)
+        `(fro_sq + self_overlap) / (2 fro_sq)`: 1 for symmetric, 0 for antisymmetric forms.
+    positive_energy : (H,)
+        Share of `sum(λ²)` at `λ > 0`.
+    residual : (H,)
+        Largest residual of the identities that every result must satisfy, see `headgram.geometry.residuals`.
+
+    The ratios of a zero head are 0.
+    """
+
+    singular_values: Float[Tensor, "heads rank"]
+    right: Float[Tensor, "heads k hidden"]
+    left: Float[Tensor, "heads k hidden"]
+    symmetric_eigenvalues: Float[Tensor, "heads 2*rank"]
+    signed: Float[Tensor, "heads k hidden"]
+    fro_sq: Float[Tensor, " heads"]
+    trace: Float[Tensor, " heads"]
+    self_overlap: Float[Tensor, " heads"]
+    spectral_norm: Float[Tensor, " heads"]
+    nuclear_norm: Float[Tensor, " heads"]
+    stable_rank: Float[Tensor, " heads"]
+    effective_rank: Float[Tensor, " heads"]
+    symmetry: Float[Tensor, " heads"]
+    positive_energy: Float[Tensor, " heads"]
+    residual: Float[Tensor, " heads"]
+
+
+def key_head(heads: int, kv_heads: int) -> Int[Tensor, " heads"]:
+    """The key head that each query head reads: `h * K // H`."""
+    return torch.arange(heads) * kv_heads // heads
+
+
+def spectrum(w_q: Float[Tensor, "heads rank hidden"], w_k: Float[Tensor, "kv_heads rank hidden"], topk: int = 8) -> Spectrum:
+    """Measure every head of one layer.
+
+    Parameters
+    ----------
+    w_q : (H, r, d)
+        Query weights, any floating dtype, any device: `q = W_Q x`.
+    w_k : (K, r, d)
+        Key weights; query head `h` reads key head `h * K // H`.
+    topk
+        Directions to keep.
+
+    Raises
+    ------
+    HeadgramError
+        If the shapes do not fit together, a weight is not finite, or a norm overflows float64.
+    """
+    _check_weights(w_q, w_k, topk)
+    heads, rank, hidden = w_q.shape
+    reads = key_head(heads, len(w_k))
+    # Working memory per head: X and Q (2r · d each), both sides' directions, and small change.
+    per_head = 8 * hidden * (4 * rank + 6 * min(topk, rank)) + 8 * 16 * rank * rank
+    size = max(1, BATCH_BYTES // per_head)
+    batches = [_measure(w_q[i : i + size].double(), w_k[reads[i : i + size]].double(), topk) for i in range(0, heads, size)]
+    joined = {field.name: torch.cat([getattr(batch, field.name) for batch in batches]) for field in fields(Spectrum)}
+    result = Spectrum(**joined)
+    if not all(bool(torch.isfinite(value).all()) for value in joined.values()):
+        raise HeadgramError("A head's norm overflows float64: rescale its weights.")
+    return result
+
+
+def _check_weights(w_q: Tensor, w_k: Tensor, topk: int) -> None:
+    if w_q.ndim != 3 or w_k.ndim != 3 or w_q.shape[1:] != w_k.shape[1:] or 0 in w_q.shape or 0 in w_k.shape:
+        raise HeadgramError(
+            f"Query weights (H, r, d) and key weights (K, r, d) do not fit together: {tuple(w_q.shape)} and {tuple(w_k.shape)}."
+        )
+    if len(w_k) > len(w_q):
+        raise HeadgramError(f"There are more key heads ({len(w_k)}) than query heads ({len(w_q)}).")
+    if topk < 1:
+        raise HeadgramError(f"topk is {topk}, but at least one direction must be kept.")
+    for name, weight in (("query", w_q), ("key", w_k)):
+        if not weight.is_floating_point():
+            raise HeadgramError(f"The {name} weights are {weight.dtype}, not floating point.")
+        if not bool(torch.isfinite(weight).all()):
+            raise HeadgramError(f"The {name} weights hold a NaN or an infinity.")
+
+
+def _measure(q: Float[Tensor, "heads rank hidden"], k: Float[Tensor, "heads rank hidden"], topk: int) -> Spectrum:
+    """Everything of a batch of heads whose key weights are already repeated; float64."""
+    heads, rank, hidden = q.shape
+    kept = min(topk, rank)
+
+    basis, r = torch.linalg.qr(torch.cat([q, k], dim=1).mT)  # (H, d, m), (H, m, 2r), m = min(d, 2r)
+    r_q, r_k = r[..., :rank], r[..., rank:]
+    zero = _ZERO * _norm(r_q) * _norm(r_k)  # (H,)
+
+    # R_q is upper triangular: its rows below n are zero, so W_Q^T = basis[:, :, :n] R_q[:n] is a thin QR as it stands.
+    n = min(rank, r.shape[-2])
+    basis_k, core_k = torch.linalg.qr(r_k)  # (H, m, n), (H, n, r)
+    u, s, vh = torch.linalg.svd(core_k @ r_q[:, :n].mT)
+    s = s.where(s > zero[:, None], 0)
+    right = vh[:, :kept] @ basis[..., :n].mT
+    left = u[..., :kept].mT @ basis_k.mT @ basis.mT
+    sign = _sign(right) * (s[:, :kept, None] > 0)
+    right, left = right * sign, left * sign
+
+    core = r_k @ r_q.mT
+    eigenvalues, vectors = torch.linalg.eigh((core + core.mT) / 2)
+    eigenvalues = eigenvalues.where(eigenvalues.abs() > zero[:, None], 0)
+    order = _by_magnitude(eigenvalues)
+    eigenvalues = eigenvalues.gather(-1, order)
+    signed = vectors.gather(-1, order[:, None, :kept].expand(-1, vectors.shape[-2], -1)).mT @ basis.mT
+    signed = signed * _sign(signed) * (eigenvalues[:, : signed.shape[1], None] != 0)
+
+    s, right, left = _pad(s, rank), _pad_rows(right, kept), _pad_rows(left, kept)
+    eigenvalues, signed = _pad(eigenvalues, 2 * rank), _pad_rows(signed, kept)
+
+    qq, kk, qk = q @ q.mT, k @ k.mT, q @ k.mT
+    energy = s.square().sum(-1)
+    alive = energy > 0
+    fro_sq = (qq * kk).sum((-1, -2)).clamp_min(0) * alive
+    trace = (q * k).sum((-1, -2))
+    self_overlap = (qk * qk.mT).sum((-1, -2))
+    share = _ratio(s.square(), energy[:, None])
+    power = eigenvalues.square()
+
+    residuals = Residuals(
+        *identity_residuals(s, eigenvalues, fro_sq, trace, self_overlap, scale=_norm(q) * _norm(k)),
+        *direction_residuals(q, k, s, right, left, eigenvalues, signed),
+    )
+    return Spectrum(
+        singular_values=s,
+        right=right,
+        left=left,
+        symmetric_eigenvalues=eigenvalues,
+        signed=signed,
+        fro_sq=fro_sq,
+        trace=trace,
+        self_overlap=self_overlap,
+        spectral_norm=s[:, 0],
+        nuclear_norm=s.sum(-1),
+        stable_rank=_ratio(fro_sq, s[:, 0].square()),
+        effective_rank=torch.exp(-torch.special.xlogy(share, share).sum(-1)) * alive,
+        symmetry=_ratio(fro_sq + self_overlap, 2 * fro_sq).clamp(0, 1),
+        positive_energy=_ratio((power * (eigenvalues > 0)).sum(-1), power.sum(-1)),
+        residual=residuals.largest(),
+    )
+
+
+def _norm(matrix: Float[Tensor, "heads rows columns"]) -> Float[Tensor, " heads"]:
+    return torch.linalg.matrix_norm(matrix)
+
+
+def _ratio(numerator: Tensor, denominator: Tensor) -> Tensor:
+    """`numerator / denominator`, and 0 where the denominator is 0."""
+    safe = denominator.where(denominator != 0, 1)
+    return (numerator / safe).where(denominator != 0, 0)
+
+
+def _sign(rows: Float[Tensor, "heads k hidden"]) -> Float[Tensor, "heads k 1"]:
+    """The factor that makes the entry of largest magnitude positive (ties: the first).
+
+    Entries within 1e-9 of the largest are ties: rounding must not choose between them.
+    """
+    magnitude = rows.abs()
+    tied = magnitude >= magnitude.amax(-1, keepdim=True) * (1 - 1e-9)
+    first = tied.to(torch.uint8).argmax(-1, keepdim=True)
+    return torch.where(rows.gather(-1, first) < 0, -1.0, 1.0).to(rows.dtype)
+
+
+def _by_magnitude(values: Float[Tensor, "heads n"]) -> Int[Tensor, "heads n"]:
+    """Indices that sort by magnitude, largest first; of a pair `±λ` that rounding cannot tell apart, the positive first."""
+    magnitude = values.abs()
+    slack = 1e-12 * magnitude.amax(-1, keepdim=True)
+    return torch.argsort(magnitude + slack * (values > 0), dim=-1, descending=True, stable=True)
+
+
+def _pad(values: Float[Tensor, "heads n"], size: int) -> Float[Tensor, "heads size"]:
+    return torch.nn.functional.pad(values, (0, size - values.shape[-1]))
+
+
+def _pad_rows(rows: Float[Tensor, "heads n hidden"], size: int) -> Float[Tensor, "heads size hidden"]:
+    return torch.nn.functional.pad(rows, (0, 0, 0, size - rows.shape[-2]))

@@ -1,0 +1,26 @@
+"""What only the original script defines, number for number, in its float32 arithmetic.
+
+Its `fro_sq` is `‖W_K W_Q^T‖_F²` (not `‖g‖_F²`), its `eig_dirs` are the normalised rows of `V^T W_Q` with `V` from the SVD
+of `W_K W_Q^T` (not the singular vectors of `g`). Kept apart from the quantities that headgram stands for; the script's
+`sym_eigs` are twice the eigenvalues of the symmetric part and need no function of their own.
+"""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from headgram.geometry.heads import key_head
+
+
+def original_quantities(
+    w_q: Float[Tensor, "heads rank hidden"], w_k: Float[Tensor, "kv_heads rank hidden"], topk: int
+) -> tuple[Float[Tensor, " heads"], Float[Tensor, "heads k hidden"]]:
+    """The script's `fro_sq` (H,), float64, and `eig_dirs` (H, k, d), float32, of one layer."""
+    q = w_q.float()
+    k = w_k.float()[key_head(len(w_q), len(w_k))]
+    _, s, vh = torch.linalg.svd(k @ q.mT, full_matrices=False)
+    directions = vh[:, : min(topk, q.shape[1])] @ q
+    directions = directions / directions.norm(dim=-1, keepdim=True).clamp_min(1e-12)
+    return s.square().sum(-1).double(), directions

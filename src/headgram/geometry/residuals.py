@@ -1,0 +1,71 @@
+"""The identities that every result must satisfy, as relative residuals.
+
+All are relative to the product `‖W_Q‖_F ‖W_K‖_F` (or its square), the size at which rounding enters: a healthy result
+shows about 1e-14, a wrong layout, sign or scale shows 1e-3 and more.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+
+class Residuals(NamedTuple):
+    """One value per head, `(H,)` each."""
+
+    energy: Float[Tensor, " heads"]  # sum(s²) = ‖g‖_F²
+    trace: Float[Tensor, " heads"]  # sum(λ) = tr g
+    symmetric_energy: Float[Tensor, " heads"]  # sum(λ²) = (‖g‖_F² + <g, g^T>) / 2
+    orthogonality: Float[Tensor, " heads"]  # V V^T = U U^T = I, signed ones too
+    singular: Float[Tensor, " heads"]  # g v = s u
+    eigen: Float[Tensor, " heads"]  # (g + g^T) w / 2 = λ w
+
+    def largest(self) -> Float[Tensor, " heads"]:
+        return torch.stack(self).amax(0)
+
+
+def identity_residuals(
+    s: Float[Tensor, "heads rank"],
+    eigenvalues: Float[Tensor, "heads 2*rank"],
+    fro_sq: Float[Tensor, " heads"],
+    trace: Float[Tensor, " heads"],
+    self_overlap: Float[Tensor, " heads"],
+    scale: Float[Tensor, " heads"],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """How far the spectra are from what the weights' own products say."""
+    unit = scale.where(scale > 0, 1)
+    energy = (s.square().sum(-1) - fro_sq).abs() / unit.square()
+    trace_ = (eigenvalues.sum(-1) - trace).abs() / unit
+    symmetric_energy = (eigenvalues.square().sum(-1) - (fro_sq + self_overlap) / 2).abs() / unit.square()
+    return energy, trace_, symmetric_energy
+
+
+def direction_residuals(
+    q: Float[Tensor, "heads rank hidden"],
+    k: Float[Tensor, "heads rank hidden"],
+    s: Float[Tensor, "heads rank"],
+    right: Float[Tensor, "heads k hidden"],
+    left: Float[Tensor, "heads k hidden"],
+    eigenvalues: Float[Tensor, "heads 2*rank"],
+    signed: Float[Tensor, "heads k hidden"],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """How far the directions are from orthonormal, and from what `g` does to them."""
+    kept = right.shape[1]
+    scale = torch.linalg.matrix_norm(q) * torch.linalg.matrix_norm(k)
+    unit = scale.where(scale > 0, 1)
+    orthogonality = torch.stack([_off_identity(rows) for rows in (right, left, signed)]).amax(0)
+    g_right = (right @ q.mT) @ k
+    singular = (g_right - s[:, :kept, None] * left).norm(dim=-1).amax(-1) / unit
+    g_signed = ((signed @ q.mT) @ k + (signed @ k.mT) @ q) / 2
+    eigen = (g_signed - eigenvalues[:, :kept, None] * signed).norm(dim=-1).amax(-1) / unit
+    return orthogonality, singular, eigen
+
+
+def _off_identity(rows: Float[Tensor, "heads k hidden"]) -> Float[Tensor, " heads"]:
+    """Largest entry of `|V V^T - I|`, zero rows (padding) left out."""
+    product = rows @ rows.mT
+    present = (rows != 0).any(-1).to(rows.dtype)
+    return (product - torch.diag_embed(present)).abs().amax((-1, -2))

@@ -1,0 +1,229 @@
+"""The lock: what every manifest row resolved to, pinned.
+
+`models.lock.json` lies beside its manifest. It holds sizes, samples and digests of the content, so that a study can be
+re-run to the byte, the whole plan is known before anything runs, and a checkpoint that changed is noticed. Reading and
+checking a lock needs no torch; only `resolve` opens checkpoints.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import filelock
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from headgram.artifacts import canonical, digest, write_text
+from headgram.checkpoints.sources import Location, locate
+from headgram.errors import HeadgramError
+from headgram.manifest import Row
+
+_SAMPLES = 64
+_SAMPLE_BYTES = 4096
+
+
+class _Entry(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class LockedFile(_Entry):
+    """A weight or configuration file: its name below the source's folder, its size, and a digest of a sample of it."""
+
+    name: str
+    bytes: int
+    sample: str
+
+
+class LockedStack(_Entry):
+    """A stack, as `headgram.Stack`, with a digest of every layer's stored query and key bytes."""
+
+    name: str
+    layers: tuple[int, ...]
+    heads: int
+    kv_heads: int
+    rank: int
+    hidden: int
+    dtype: str
+    qk_bytes: int
+    digests: tuple[str, ...]
+
+
+class LockedModel(_Entry):
+    """What one manifest row resolved to."""
+
+    source: str
+    revision: str | None
+    overrides: dict[str, str | int]
+    commit: str | None
+    format: str
+    architecture: str
+    files: tuple[LockedFile, ...]
+    stacks: tuple[LockedStack, ...]
+    fingerprint: str
+
+    def asks_for(self, row: Row) -> bool:
+        """Whether this entry resolves exactly what the row says."""
+        return (self.source, self.revision, self.overrides) == (row.source, row.revision, row.overrides)
+
+
+class Lock(_Entry):
+    """All entries, by model name."""
+
+    schema_version: int = 1
+    models: dict[str, LockedModel] = {}
+
+
+def lock_path(manifest: Path) -> Path:
+    """The lock beside a manifest: `models.tsv` has `models.lock.json`."""
+    return manifest.with_suffix(".lock.json")
+
+
+def read_lock(path: Path) -> Lock:
+    """Read a lock; an absent one is empty.
+
+    Raises
+    ------
+    HeadgramError
+        If the file is damaged or of another version.
+    """
+    if not path.exists():
+        return Lock()
+    try:
+        lock = Lock.model_validate_json(path.read_bytes())
+    except (ValidationError, OSError) as error:
+        reason = str(error).splitlines()[0]
+        raise HeadgramError(f"The lock {path} cannot be read ({reason}): delete it, and `headgram lock` makes it anew.") from None
+    if lock.schema_version != 1:
+        raise HeadgramError(f"The lock {path} has version {lock.schema_version}; this headgram writes version 1: delete it and lock again.")
+    return lock
+
+
+def write_lock(path: Path, lock: Lock) -> None:
+    """Add entries to the lock on disk, which another process may have changed meanwhile."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with filelock.FileLock(path.with_name(f".{path.name}.lock")):
+        models = {**read_lock(path).models, **lock.models}
+        content = Lock(models=dict(sorted(models.items()))).model_dump(mode="json")
+        write_text(path, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+
+
+def missing_rows(rows: Iterable[Row], lock: Lock) -> list[Row]:
+    """The rows that the lock does not hold as they stand."""
+    return [row for row in rows if row.name not in lock.models or not lock.models[row.name].asks_for(row)]
+
+
+def resolve_all(rows: Iterable[Row], progress: Callable[[str], None] = lambda line: None) -> Lock:
+    """Resolve rows; every one that cannot be is reported at once.
+
+    Raises
+    ------
+    HeadgramError
+        One message with every row that failed and why.
+    """
+    models, problems = {}, []
+    for row in rows:
+        try:
+            models[row.name] = resolve(row)
+            progress(f"locked {row.name}: {models[row.name].architecture}, fingerprint {models[row.name].fingerprint[:12]}")
+        except HeadgramError as error:
+            problems.append(f"{row.name} ({row.source}): {error}")
+    if problems:
+        raise HeadgramError(f"{len(problems)} model{'s' * (len(problems) > 1)} cannot be opened:\n  " + "\n  ".join(problems))
+    return Lock(models=models)
+
+
+def resolve(row: Row) -> LockedModel:
+    """Open a row's checkpoint and pin what it holds; reads its query and key bytes once.
+
+    Raises
+    ------
+    HeadgramError
+        If the checkpoint cannot be opened.
+    """
+    from headgram.checkpoints.checkpoint import open_checkpoint
+
+    with open_checkpoint(row.source, row.revision, row.overrides) as checkpoint:
+        stacks = tuple(
+            LockedStack(
+                **{name: getattr(stack, name) for name in LockedStack.model_fields if name != "digests"},
+                digests=tuple(checkpoint.digest(stack.name, layer) for layer in stack.layers),
+            )
+            for stack in checkpoint.stacks
+        )
+        location = checkpoint.location
+        files = tuple(_locked_file(location, name) for name in _names(location))
+        content = {
+            "architecture": checkpoint.architecture,
+            "overrides": row.overrides,
+            "stacks": [stack.model_dump(mode="json") for stack in stacks],
+        }
+        return LockedModel(
+            source=row.source,
+            revision=row.revision,
+            overrides=row.overrides,
+            commit=location.commit,
+            format=location.format,
+            architecture=checkpoint.architecture,
+            files=files,
+            stacks=stacks,
+            fingerprint=digest(canonical(content)),
+        )
+
+
+def _names(location: Location) -> list[str]:
+    has_config = location.format == "safetensors" and (location.folder / "config.json").exists()
+    return [*location.weights, *(["config.json"] if has_config else [])]
+
+
+def _locked_file(location: Location, name: str) -> LockedFile:
+    path = location.path(name)
+    return LockedFile(name=name, bytes=path.stat().st_size, sample=_sample(path))
+
+
+def _sample(path: Path) -> str:
+    """Digest of up to 64 blocks spread evenly over a file: notices another checkpoint in milliseconds, whatever its size."""
+    size = path.stat().st_size
+    last = max(0, size - _SAMPLE_BYTES)
+    state = hashlib.blake2b(digest_size=16)
+    with path.open("rb") as file:
+        for i in range(_SAMPLES):
+            file.seek(last * i // (_SAMPLES - 1))
+            state.update(file.read(_SAMPLE_BYTES))
+    return state.hexdigest()
+
+
+def changed_file(entry: LockedModel) -> str | None:
+    """The first file whose content is not what was locked.
+
+    A source that is gone is not reported: what was measured of it stands, and a job that still needs it says so.
+    """
+    try:
+        location = locate(entry.source, entry.commit or entry.revision)
+        for file in entry.files:
+            if _locked_file(location, file.name) != file:
+                return file.name
+    except (HeadgramError, OSError):
+        return None
+    return None
+
+
+def check_unchanged(name: str, entry: LockedModel) -> None:
+    """Refuse a source whose content changed under its lock.
+
+    Raises
+    ------
+    HeadgramError
+        Says what changed and how to go on.
+    """
+    if file := changed_file(entry):
+        raise HeadgramError(changed_message(name, entry, file))
+
+
+def changed_message(name: str, entry: LockedModel, what: str) -> str:
+    """The sentence about a source that changed under its lock."""
+    return (
+        f"model {name}: {what} of {entry.source} changed since it was locked; if that is meant, run "
+        f"`headgram lock --upgrade {name}` and measure it anew, else restore the file"
+    )

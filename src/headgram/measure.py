@@ -1,0 +1,40 @@
+"""The original script's command line: one model, one process, its two files."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from headgram.checkpoints.checkpoint import open_checkpoint
+from headgram.devices import leased_device, require_device
+from headgram.geometry.heads import spectrum
+from headgram.geometry.original import original_quantities
+from headgram.geometry.pairs import gram
+from headgram.seed_format import directions_path, write_seed_files
+from headgram.stages.extract import read_layers
+
+
+def measure_model(model: str, out: Path, topk: int, revision: str | None, stack: str | None, dtype: str, device: str) -> None:
+    """Measure one stack of a checkpoint and write `out` and its `-eigdirs.pt`.
+
+    Raises
+    ------
+    HeadgramError
+        If the checkpoint cannot be read, or `out` does not end in `.json`.
+    """
+    directions_path(out)  # refuse a bad name before the work, not after it
+    with open_checkpoint(model, revision) as checkpoint, leased_device(require_device(device)) as where:
+        chosen = checkpoint.stack(stack) if stack else checkpoint.stacks[0]
+        w_q, w_k = (weight.to(where) for weight in read_layers(checkpoint, chosen.name, chosen.layers, dtype))
+        original = [original_quantities(q, k, topk) for q, k in zip(w_q, w_k, strict=True)]
+        eigenvalues = [spectrum(q, k, topk).symmetric_eigenvalues for q, k in zip(w_q, w_k, strict=True)]
+        write_seed_files(
+            out,
+            model,
+            head_dim=chosen.rank,
+            gram=gram(w_q, w_k, w_q, w_k).cpu(),
+            fro_sq=torch.stack([fro_sq for fro_sq, _ in original]).cpu(),
+            eig_dirs=torch.stack([directions for _, directions in original]).cpu(),
+            symmetric_eigenvalues=torch.stack(eigenvalues).cpu(),
+        )

@@ -1,0 +1,167 @@
+"""The plan: models, stacks, groups of layers, shards and tiles, and the identity of every artifact.
+
+A pure function of manifest, lock and configuration; sizes follow from dimensions and options alone, never from the
+machine. Nothing here imports torch: the Snakefile reads this module at parse time.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import cached_property
+
+from headgram.architectures.registry import family_of, family_of_gguf, family_text
+from headgram.artifacts import Identity, canonical, digest
+from headgram.config import Config
+from headgram.errors import HeadgramError
+from headgram.lock import Lock, LockedModel, LockedStack
+from headgram.manifest import Row
+from headgram.staleness import code_digest
+
+#: What one core does in float64, roughly; only the sizes of jobs follow from it.
+_FLOPS_PER_SECOND = 10e9
+#: A job should take about this long, so that starting it (3 s, most of it importing torch) is noise.
+_JOB_SECONDS = 20.0
+_STORED_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
+
+Layers = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class StackPlan:
+    """How the layers of one stack are cut into jobs: names and layers, in order.
+
+    Attributes
+    ----------
+    groups
+        Layers extracted together, one weights file each.
+    shards
+        Layers whose spectra one job measures.
+    tiles
+        Layers along one side of a Gram tile; tile `i` and all tiles from `i` on make row `i`.
+    """
+
+    stack: LockedStack
+    groups: dict[str, Layers]
+    shards: dict[str, Layers]
+    tiles: tuple[Layers, ...]
+
+    @property
+    def rows(self) -> tuple[str, ...]:
+        """Names of the rows of tiles."""
+        return tuple(f"row-{i:03d}" for i in range(len(self.tiles)))
+
+    def groups_of(self, layers: Layers) -> list[str]:
+        """The groups that hold any of these layers."""
+        wanted = set(layers)
+        return [name for name, members in self.groups.items() if wanted & set(members)]
+
+    def row(self, name: str) -> tuple[Layers, ...]:
+        """The tiles of a row: its own first, then all later ones."""
+        return self.tiles[self.rows.index(name) :]
+
+    def row_layers(self, name: str) -> Layers:
+        """All layers that a row reads."""
+        return tuple(layer for tile in self.row(name) for layer in tile)
+
+
+@dataclass(frozen=True)
+class ModelPlan:
+    """One model of the manifest."""
+
+    name: str
+    entry: LockedModel
+    stacks: dict[str, StackPlan]
+    identities: dict[str, Identity]  # stage -> the identity of its artifacts
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything that the Snakefile needs to know."""
+
+    config: Config
+    models: dict[str, ModelPlan]
+
+    @cached_property
+    def jobs(self) -> int:
+        """Number of jobs of a run from nothing, without the final `all`."""
+        per_stack = (len(s.groups) + len(s.shards) + len(s.tiles) for model in self.models.values() for s in model.stacks.values())
+        return sum(per_stack) + len(self.models)
+
+
+def make_plan(rows: list[Row], lock: Lock, config: Config) -> Plan:
+    """Plan every model of the manifest.
+
+    Raises
+    ------
+    HeadgramError
+        If the lock lacks a row, or holds an architecture that this version does not know.
+    """
+    models = {}
+    for row in rows:
+        if row.name not in lock.models:
+            raise HeadgramError(f"The lock has no entry for {row.name}: run `headgram lock`.")
+        entry = lock.models[row.name]
+        stacks = {stack.name: _plan_stack(stack, config) for stack in entry.stacks}
+        models[row.name] = ModelPlan(row.name, entry, stacks, _identities(entry, config))
+    return Plan(config, models)
+
+
+def stage_config(stage: str, config: Config) -> str:
+    """Canonical JSON of exactly the options that a stage reads: the contract between configuration and staleness."""
+    sections = {
+        "extract": {"weights": config.weights},
+        "eigen": {"eigen": config.eigen, "original": config.original},
+        "gram": {"gram": config.gram},
+        "merge": {"export": config.export, "original": config.original},
+    }
+    return canonical({name: section.model_dump(mode="json") for name, section in sections[stage].items()})
+
+
+def _identities(entry: LockedModel, config: Config) -> dict[str, Identity]:
+    find = family_of_gguf if entry.format == "gguf" and "model_type" not in entry.overrides else family_of
+    reads_weights = digest(code_digest("extract"), family_text(find(entry.architecture).name))
+    extract = Identity("extract", stage_config("extract", config), entry.fingerprint, reads_weights)
+
+    def after(stage: str, *inputs: Identity) -> Identity:
+        upstream = tuple(identity.key for identity in inputs)
+        return Identity(stage, stage_config(stage, config), entry.fingerprint, code_digest(stage), upstream)
+
+    eigen, gram = after("eigen", extract), after("gram", extract)
+    return {"extract": extract, "eigen": eigen, "gram": gram, "merge": after("merge", eigen, gram)}
+
+
+def _plan_stack(stack: LockedStack, config: Config) -> StackPlan:
+    heads, rank, width, budget = stack.heads, stack.rank, stack.hidden, config.memory_budget
+    stored = {"stored": _STORED_BYTES.get(stack.dtype, 4), "bfloat16": 2, "float32": 4}[config.weights.dtype]
+    layer_bytes = (heads + stack.kv_heads) * rank * width * stored
+
+    # Householder QR of (d, 2r) with its Q, one symmetric 2r and one r problem, and the products, for every head.
+    eigen_seconds = heads * (8 * width * (2 * rank) ** 2 + 30 * (2 * rank) ** 3) / _FLOPS_PER_SECOND
+    directions = 4 * 4 * heads * min(config.eigen.topk, rank) * width
+    pair_seconds = (heads + stack.kv_heads) * 2 * rank**2 * width / _FLOPS_PER_SECOND
+
+    group = budget // 4 // layer_bytes
+    shard = min(_JOB_SECONDS / eigen_seconds, budget // 4 // directions)
+    tile = min(math.sqrt(_JOB_SECONDS / pair_seconds), budget // 8 // layer_bytes)
+    if config.eigen.layers_per_job != "auto":
+        shard = config.eigen.layers_per_job
+    if config.gram.layers_per_tile != "auto":
+        tile = config.gram.layers_per_tile
+    return StackPlan(
+        stack=stack,
+        groups=_named(_cut(stack.layers, group)),
+        shards=_named(_cut(stack.layers, shard)),
+        tiles=tuple(_cut(stack.layers, tile)),
+    )
+
+
+def _cut(layers: Layers, size: float) -> list[Layers]:
+    """Cut into the fewest runs of at most `size` layers, of nearly equal length."""
+    count = math.ceil(len(layers) / max(1, int(size)))
+    borders = [round(i * len(layers) / count) for i in range(count + 1)]
+    return [layers[start:stop] for start, stop in zip(borders, borders[1:], strict=False)]
+
+
+def _named(runs: list[Layers]) -> dict[str, Layers]:
+    return {f"layers-{run[0]:03d}-{run[-1]:03d}": run for run in runs}

@@ -1,0 +1,80 @@
+"""Extraction: the query and key weights of a group of layers, out of a checkpoint."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from headgram.artifacts import Provenance, record_of, seal
+from headgram.checkpoints.checkpoint import Checkpoint, open_checkpoint
+from headgram.errors import HeadgramError
+from headgram.weights_file import write_weights
+
+_DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+
+
+def extract(
+    output: Path, source: Mapping[str, Any], layers: Sequence[int], digests: Sequence[str], dtype: str, provenance: Provenance
+) -> None:
+    """Write `W_Q (n, H, r, d)` and `W_K (n, K, r, d)` of a group of layers.
+
+    Parameters
+    ----------
+    source
+        `source`, `revision` and `overrides`, as locked.
+    digests
+        What the stored bytes of each layer must hash to.
+    dtype
+        `stored`, `bfloat16` or `float32`.
+
+    Raises
+    ------
+    HeadgramError
+        If the checkpoint cannot be opened or is not what was locked, or a weight is not finite.
+    """
+    assert provenance.stack is not None
+    try:
+        with open_checkpoint(**source) as checkpoint:
+            for layer, digest in zip(layers, digests, strict=True):
+                if checkpoint.digest(provenance.stack, layer) != digest:
+                    raise HeadgramError(
+                        f"layer {layer} is not what was locked: its checkpoint changed; if that is meant, run "
+                        f"`headgram lock --upgrade {provenance.model}`, else restore it"
+                    )
+            w_q, w_k = read_layers(checkpoint, provenance.stack, layers, dtype)
+    except HeadgramError as error:
+        raise HeadgramError(f"model {provenance.model}, stack {provenance.stack}: {error}") from None
+    write_weights(output, layers, w_q, w_k)
+    seal(record_of(output), provenance, [output])
+
+
+def read_layers(checkpoint: Checkpoint, stack: str, layers: Sequence[int], dtype: str) -> tuple[Tensor, Tensor]:
+    """Stacked weights of some layers, `(n, H, r, d)` and `(n, K, r, d)`, rounded to `dtype`.
+
+    Raises
+    ------
+    HeadgramError
+        If a weight is not finite, before or after rounding.
+    """
+    w_q: Tensor | None = None
+    w_k: Tensor | None = None
+    for i, layer in enumerate(layers):
+        q, k = (_rounded(weight, dtype, layer) for weight in checkpoint.qk(stack, layer))
+        if w_q is None or w_k is None:
+            w_q, w_k = q.new_empty(len(layers), *q.shape), k.new_empty(len(layers), *k.shape)
+        w_q[i], w_k[i] = q, k
+    assert w_q is not None and w_k is not None
+    return w_q, w_k
+
+
+def _rounded(weight: Tensor, dtype: str, layer: int) -> Tensor:
+    if dtype == "stored":
+        return weight
+    rounded = weight.to(_DTYPES[dtype])
+    if not bool(torch.isfinite(rounded).all()):
+        raise HeadgramError(f"layer {layer}: a weight is too large for weights.dtype = {dtype}: use 'stored'")
+    return rounded

@@ -1,0 +1,168 @@
+"""Merge: one model's shards and rows into the atlas, and into the original script's two files."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import torch
+
+from headgram.artifacts import Provenance, check, record_of, seal, written_whole
+from headgram.errors import HeadgramError
+from headgram.seed_format import directions_path, write_seed_files
+from headgram.tables import GRAM, HEADS, SPECTRA, read_table, write_table
+
+
+@dataclass(frozen=True)
+class StackParts:
+    """What was measured of one stack: tables of the eigen shards (each has a `.pt` beside it) and of the Gram rows."""
+
+    shards: Sequence[Path]
+    rows: Sequence[Path]
+
+
+@dataclass(frozen=True)
+class Atlas:
+    """The files that a merge writes."""
+
+    heads: Path
+    spectra: Path
+    gram: Path
+    directions: Path
+    seed: Path  # the JSON; its directions lie beside it
+    record: Path
+
+
+def merge(parts: Mapping[str, StackParts], atlas: Atlas, config: Mapping[str, Any], provenance: Provenance) -> None:
+    """Merge one model.
+
+    Parameters
+    ----------
+    parts
+        By stack, in the model's order.
+    config
+        `{"export": {"compression"}, "original": {"enabled"}}`.
+
+    Raises
+    ------
+    HeadgramError
+        If an artifact is damaged or belongs to another run.
+    """
+    eigen_key, gram_key = provenance.identity.upstream
+    for stack in parts.values():
+        for path, key in [(path, eigen_key) for path in stack.shards] + [(path, gram_key) for path in stack.rows]:
+            check(record_of(path), key)
+
+    shards = {name: pa.concat_tables([read_table(path) for path in stack.shards]) for name, stack in parts.items()}
+    rows = {name: _gram_table(name, shards[name], stack.rows) for name, stack in parts.items()}
+    directions = {name: _directions(stack.shards) for name, stack in parts.items()}
+
+    compression = config["export"]["compression"]
+    write_table(atlas.heads, pa.concat_tables([_heads_table(*item) for item in shards.items()]), provenance, compression)
+    write_table(atlas.spectra, pa.concat_tables([_spectra_table(*item) for item in shards.items()]), provenance, compression)
+    write_table(atlas.gram, pa.concat_tables(rows.values()), provenance, compression)
+    with written_whole(atlas.directions) as file:
+        torch.save({name: _public(tensors) for name, tensors in directions.items()}, file)
+
+    written = [atlas.heads, atlas.spectra, atlas.gram, atlas.directions]
+    if config["original"]["enabled"]:
+        main = next(iter(parts))  # the script knows one stack per model: the first
+        _write_seed(atlas.seed, provenance.model, shards[main], rows[main], directions[main])
+        written += [atlas.seed, directions_path(atlas.seed)]
+    else:
+        for path in (atlas.seed, directions_path(atlas.seed)):
+            path.unlink(missing_ok=True)
+    seal(atlas.record, provenance, written)
+
+
+def _heads_table(stack: str, shards: pa.Table) -> pa.Table:
+    return _with_stack(stack, shards, HEADS)
+
+
+def _with_stack(stack: str, table: pa.Table, schema: pa.Schema) -> pa.Table:
+    names = pa.array([stack]).take(pa.array(np.zeros(len(table), dtype=np.int32)))
+    return table.append_column("stack", names).select(schema.names).cast(schema)
+
+
+def _spectra_table(stack: str, shards: pa.Table) -> pa.Table:
+    """One row per head and index `0 … 2r-1`; a form of rank `r` has no more than `r` singular values, the rest are 0."""
+    symmetric = _matrix(shards, "symmetric_eigenvalues")
+    singular = np.zeros_like(symmetric)
+    singular[:, : symmetric.shape[1] // 2] = _matrix(shards, "singular_values")
+    count, length = symmetric.shape
+    table = pa.table(
+        {
+            "layer": np.repeat(shards["layer"].to_numpy(), length),
+            "head": np.repeat(shards["head"].to_numpy(), length),
+            "index": np.tile(np.arange(length, dtype=np.int32), count),
+            "singular_value": singular.ravel(),
+            "symmetric_eigenvalue": symmetric.ravel(),
+        }
+    )
+    return _with_stack(stack, table, SPECTRA)
+
+
+def _matrix(shards: pa.Table, column: str) -> np.ndarray:
+    """A column of equally long lists as an array (rows, length)."""
+    values = shards[column].combine_chunks()
+    return values.flatten().to_numpy().reshape(len(values), -1)
+
+
+def _gram_table(stack: str, shards: pa.Table, paths: Sequence[Path]) -> pa.Table:
+    """The rows in order, with the cosine of each pair; 0 where a head is zero."""
+    table = pa.concat_tables([read_table(path) for path in paths])
+    table = table.sort_by([("layer_a", "ascending"), ("layer_b", "ascending"), ("head", "ascending")])
+    norms, positions = _by_layer(shards, np.sqrt(shards["fro_sq"].to_numpy()))
+    head = table["head"].to_numpy()
+    a, b = (norms[positions[table[name].to_numpy()], head] for name in ("layer_a", "layer_b"))
+    gram = table["gram"].to_numpy()
+    alive = (a > 0) & (b > 0)
+    # Divide in two steps: the product of two tiny norms may underflow.
+    cosine = np.where(alive, gram / np.where(alive, a, 1) / np.where(alive, b, 1), 0.0).clip(-1, 1)
+    return _with_stack(stack, table.append_column("cosine", pa.array(cosine)), GRAM)
+
+
+def _by_layer(shards: pa.Table, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Values of the heads as (layers, heads), and the position of every layer index in it."""
+    layers = shards["layer"].to_numpy()
+    unique = np.unique(layers)
+    if len(values) % len(unique) or not np.array_equal(layers, np.repeat(unique, len(values) // len(unique))):
+        raise HeadgramError("the shards of a stack do not hold every layer once, in order: delete them and run again")
+    positions = np.zeros(unique[-1] + 1, dtype=int)
+    positions[unique] = np.arange(len(unique))
+    return values.reshape(len(unique), -1), positions
+
+
+def _directions(shards: Sequence[Path]) -> dict[str, torch.Tensor]:
+    loaded = [torch.load(path.with_suffix(".pt"), mmap=True, weights_only=True) for path in shards]
+    joined = {name: torch.cat([part[name] for part in loaded]) for name in loaded[0] if name != "layers"}
+    layers = torch.tensor([layer for part in loaded for layer in part["layers"]])
+    return {"layers": layers} | joined
+
+
+def _public(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {name: value for name, value in tensors.items() if not name.startswith("original_")}
+
+
+def _write_seed(path: Path, model: str, shards: pa.Table, rows: pa.Table, directions: Mapping[str, torch.Tensor]) -> None:
+    eig_dirs = directions["original_eig_dirs"]
+    layers, heads = eig_dirs.shape[:2]
+    _, positions = _by_layer(shards, shards["fro_sq"].to_numpy())
+    gram = np.zeros((layers, layers, heads))
+    a, b = (positions[rows[name].to_numpy()] for name in ("layer_a", "layer_b"))
+    head = rows["head"].to_numpy()
+    gram[a, b, head] = gram[b, a, head] = rows["gram"].to_numpy()
+    eigenvalues = torch.from_numpy(_matrix(shards, "symmetric_eigenvalues").copy())
+    write_seed_files(
+        path,
+        model,
+        head_dim=int(shards["rank"][0].as_py()),
+        gram=torch.from_numpy(gram),
+        fro_sq=directions["original_fro_sq"],
+        eig_dirs=eig_dirs,
+        symmetric_eigenvalues=eigenvalues.reshape(layers, heads, -1),
+    )

@@ -1,0 +1,60 @@
+"""The digest of a stage's own modules.
+
+Snakemake re-runs a job whose script changed, but not one whose imported modules did. The digest covers the stage's
+module and all of headgram that it imports, directly or not; it is found by reading the sources, so nothing is imported.
+"""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+from functools import cache
+from pathlib import Path
+
+#: The folder of this package. Found without importing what is in it.
+_PACKAGE = Path(__file__).parent
+
+
+@cache
+def code_digest(stage: str) -> str:
+    """BLAKE2b of the sources of `headgram.stages.<stage>` and of every headgram module that it imports."""
+    state = hashlib.blake2b(digest_size=16)
+    for path in sorted(modules_of(f"headgram.stages.{stage}")):
+        state.update(path.relative_to(_PACKAGE).as_posix().encode() + b"\0" + path.read_bytes() + b"\0")
+    return state.hexdigest()
+
+
+def modules_of(module: str) -> set[Path]:
+    """Source files of a headgram module and of all headgram modules that it imports."""
+    found: set[Path] = set()
+    waiting = [module]
+    while waiting:
+        path = _source(waiting.pop())
+        if path is not None and path not in found:
+            found.add(path)
+            waiting += _imports(path)
+    return found
+
+
+def _source(module: str) -> Path | None:
+    parts = module.split(".")
+    if parts[0] != "headgram":
+        return None
+    path = _PACKAGE.joinpath(*parts[1:])
+    for candidate in (path / "__init__.py", path.with_suffix(".py")):
+        # The package's own `__init__` names every module, lazily: following it would make all stages one.
+        if candidate.is_file() and candidate != _PACKAGE / "__init__.py":
+            return candidate
+    return None
+
+
+@cache
+def _imports(path: Path) -> list[str]:
+    names = []
+    for node in ast.walk(ast.parse(path.read_bytes())):
+        if isinstance(node, ast.Import):
+            names += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.module and node.level == 0:
+            # `from headgram.geometry import heads` names a module, `from headgram.geometry.heads import spectrum` does not.
+            names += [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
+    return names

@@ -1,0 +1,89 @@
+# Names that all rules share: the plan, folders, and functions of the wildcards.
+import contextlib
+import json
+from pathlib import Path
+
+from snakemake.exceptions import WorkflowError
+
+from headgram.artifacts import canonical, is_fresh
+from headgram.devices import require_device
+from headgram.errors import HeadgramError
+from headgram.startup import Run
+
+
+@contextlib.contextmanager
+def headgram_errors():
+    """Bad input is one sentence, not a traceback."""
+    try:
+        yield
+    except HeadgramError as error:
+        raise WorkflowError(str(error)) from None
+
+
+with headgram_errors():
+    RUN = Run(config)
+    GPUS = int(require_device(RUN.plan.config.device))
+
+PLAN = RUN.plan
+RESULTS = PLAN.config.results
+STACK = f"{RESULTS}/models/{{model}}/{{stack}}"
+JOB_LOGS = f"{RESULTS}/logs"
+JOB_BENCHMARKS = f"{RESULTS}/benchmarks"
+MEMORY_MB = PLAN.config.memory_budget >> 20
+ENVIRONMENT = "../../envs/cuda.yaml" if GPUS else "../../envs/cpu.yaml"
+
+
+wildcard_constraints:
+    model=r"[A-Za-z0-9][A-Za-z0-9._-]*",
+    stack=r"[a-z][a-z0-9_-]*",
+    layers=r"layers-\d+-\d+",
+    row=r"row-\d+",
+
+
+def stack_of(wildcards):
+    return PLAN.models[wildcards.model].stacks[wildcards.stack]
+
+
+def stack_folder(wildcards):
+    return STACK.format(model=wildcards.model, stack=wildcards.stack)
+
+
+def identity_of(stage, field):
+    """A param of a rule: one field of the identity of its artifacts. Together they decide what is stale."""
+
+    def param(wildcards):
+        value = getattr(PLAN.models[wildcards.model].identities[stage], field)
+        return value if isinstance(value, str) else canonical(value)
+
+    return param
+
+
+def run_if_stale(stage, model, record):
+    """Have Snakemake run a job whose artifact is there but belongs to another identity.
+
+    Snakemake compares params with what it remembers in `.snakemake`; the artifact's own record also holds where that
+    memory is lost. Called by input functions, which see every job of the DAG before it is decided which must run.
+    """
+    key = PLAN.models[model].identities[stage].key
+    if Path(record).exists() and not is_fresh(Path(record), key):
+        workflow.dag.forcefiles.add(record)
+
+
+def weights_of(wildcards, layers):
+    """The weight files, with their records, that hold these layers."""
+    folder = f"{stack_folder(wildcards)}/weights"
+    groups = stack_of(wildcards).groups_of(layers)
+    return {
+        "weights": [f"{folder}/{group}.pt" for group in groups],
+        "records": [f"{folder}/{group}.json" for group in groups],
+    }
+
+
+def final_files(model):
+    """All files that a merge writes for a model."""
+    atlas = f"{RESULTS}/atlas"
+    files = [f"{atlas}/{table}/model={model}/{table}.parquet" for table in ("heads", "spectra", "gram")]
+    files += [f"{atlas}/directions/{model}.pt", f"{RESULTS}/provenance/{model}.json"]
+    if PLAN.config.original.enabled:
+        files += [f"{RESULTS}/seed/{model}.json", f"{RESULTS}/seed/{model}-eigdirs.pt"]
+    return files

@@ -1,0 +1,37 @@
+# Weights -> spectra of every head of a shard of layers.
+def eigen_layers(wildcards):
+    return stack_of(wildcards).shards[wildcards.layers]
+
+
+def eigen_input(wildcards):
+    run_if_stale("eigen", wildcards.model, f"{stack_folder(wildcards)}/eigen/{wildcards.layers}.json")
+    return weights_of(wildcards, eigen_layers(wildcards))
+
+
+rule eigen:
+    input:
+        unpack(eigen_input),
+    output:
+        table=f"{STACK}/eigen/{{layers}}.parquet",
+        directions=f"{STACK}/eigen/{{layers}}.pt",
+        record=f"{STACK}/eigen/{{layers}}.json",
+    log:
+        f"{JOB_LOGS}/eigen/{{model}}/{{stack}}/{{layers}}.log",
+    benchmark:
+        f"{JOB_BENCHMARKS}/eigen/{{model}}/{{stack}}/{{layers}}.tsv"
+    threads: 1
+    resources:
+        gpu=GPUS,
+        mem_mb=MEMORY_MB,
+    params:
+        config=identity_of("eigen", "config"),
+        fingerprint=identity_of("eigen", "fingerprint"),
+        code=identity_of("eigen", "code"),
+        upstream=identity_of("eigen", "upstream"),
+        layers=lambda wildcards: canonical(eigen_layers(wildcards)),
+    message:
+        "Spectra of {wildcards.model}, stack {wildcards.stack}, {wildcards.layers}"
+    conda:
+        ENVIRONMENT
+    script:
+        "../scripts/eigen.py"

@@ -1,0 +1,32 @@
+# Weights -> inner products of one tile of layers with itself and all later ones.
+def gram_input(wildcards):
+    run_if_stale("gram", wildcards.model, f"{stack_folder(wildcards)}/gram/{wildcards.row}.json")
+    return weights_of(wildcards, stack_of(wildcards).row_layers(wildcards.row))
+
+
+rule gram:
+    input:
+        unpack(gram_input),
+    output:
+        table=f"{STACK}/gram/{{row}}.parquet",
+        record=f"{STACK}/gram/{{row}}.json",
+    log:
+        f"{JOB_LOGS}/gram/{{model}}/{{stack}}/{{row}}.log",
+    benchmark:
+        f"{JOB_BENCHMARKS}/gram/{{model}}/{{stack}}/{{row}}.tsv"
+    threads: 1
+    resources:
+        gpu=GPUS,
+        mem_mb=MEMORY_MB,
+    params:
+        config=identity_of("gram", "config"),
+        fingerprint=identity_of("gram", "fingerprint"),
+        code=identity_of("gram", "code"),
+        upstream=identity_of("gram", "upstream"),
+        tiles=lambda wildcards: canonical(stack_of(wildcards).row(wildcards.row)),
+    message:
+        "Gram matrix of {wildcards.model}, stack {wildcards.stack}, {wildcards.row}"
+    conda:
+        ENVIRONMENT
+    script:
+        "../scripts/gram.py"

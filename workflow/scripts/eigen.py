@@ -1,0 +1,18 @@
+"""Eigen job: see headgram.stages.eigen."""
+
+import json
+from pathlib import Path
+
+from headgram.job import running
+
+with running(snakemake) as provenance:
+    from headgram.stages.eigen import measure_shard
+
+    measure_shard(
+        table=Path(snakemake.output.table),
+        tensors=Path(snakemake.output.directions),
+        weights=[Path(path) for path in snakemake.input.weights],
+        layers=json.loads(snakemake.params.layers),
+        config=json.loads(snakemake.params.config),
+        provenance=provenance,
+    )

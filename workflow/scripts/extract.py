@@ -1,0 +1,14 @@
+"""Extraction job: see headgram.stages.extract."""
+
+import json
+from pathlib import Path
+
+from headgram.job import running
+
+with running(snakemake) as provenance:
+    from headgram.stages.extract import extract
+
+    layers, digests = zip(*json.loads(snakemake.params.layers), strict=True)
+    config = json.loads(snakemake.params.config)
+    source = json.loads(snakemake.params.source)
+    extract(Path(snakemake.output.weights), source, layers, digests, config["weights"]["dtype"], provenance)

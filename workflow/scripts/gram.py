@@ -1,0 +1,16 @@
+"""Gram job: see headgram.stages.gram."""
+
+import json
+from pathlib import Path
+
+from headgram.job import running
+
+with running(snakemake) as provenance:
+    from headgram.stages.gram import measure_row
+
+    measure_row(
+        output=Path(snakemake.output.table),
+        weights=[Path(path) for path in snakemake.input.weights],
+        tiles=json.loads(snakemake.params.tiles),
+        provenance=provenance,
+    )
