@@ -1,9 +1,7 @@
 # Names that all rules share: the plan, folders, and functions of the wildcards.
 import contextlib
-import json
+import sys
 from pathlib import Path
-
-from snakemake.exceptions import WorkflowError
 
 from headgram.artifacts import canonical, is_fresh
 from headgram.devices import require_device
@@ -13,11 +11,11 @@ from headgram.startup import Run
 
 @contextlib.contextmanager
 def headgram_errors():
-    """Bad input is one sentence, not a traceback."""
+    """Bad input ends the run with one sentence; an exception would have Snakemake print its traceback."""
     try:
         yield
     except HeadgramError as error:
-        raise WorkflowError(str(error)) from None
+        sys.exit(f"headgram: {error}")
 
 
 with headgram_errors():

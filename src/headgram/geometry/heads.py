@@ -132,7 +132,7 @@ def _check_weights(w_q: Tensor, w_k: Tensor, topk: int) -> None:
 
 def _measure(q: Float[Tensor, "heads rank hidden"], k: Float[Tensor, "heads rank hidden"], topk: int) -> Spectrum:
     """Everything of a batch of heads whose key weights are already repeated; float64."""
-    heads, rank, hidden = q.shape
+    rank = q.shape[1]
     kept = min(topk, rank)
 
     basis, r = torch.linalg.qr(torch.cat([q, k], dim=1).mT)  # (H, d, m), (H, m, 2r), m = min(d, 2r)
@@ -193,7 +193,7 @@ def _measure(q: Float[Tensor, "heads rank hidden"], k: Float[Tensor, "heads rank
 
 
 def _norm(matrix: Float[Tensor, "heads rows columns"]) -> Float[Tensor, " heads"]:
-    return torch.linalg.matrix_norm(matrix)
+    return matrix.square().sum((-1, -2)).sqrt()
 
 
 def _ratio(numerator: Tensor, denominator: Tensor) -> Tensor:

@@ -63,12 +63,10 @@ def gram(
     return result
 
 
-def _products(
-    a: Float[Tensor, "n_a rank hidden"], b: Float[Tensor, "n_b rank hidden"]
-) -> Float[Tensor, "n_a rank n_b rank"]:
+def _products(a: Float[Tensor, "n_a rank hidden"], b: Float[Tensor, "n_b rank hidden"]) -> Float[Tensor, "n_a rank n_b rank"]:
     """`W_a W_b^T` of every pair of layers: one large matrix product."""
     rows = a.double().flatten(0, 1) @ b.double().flatten(0, 1).T
-    return rows.unflatten(1, b.shape[:2]).unflatten(0, a.shape[:2])
+    return rows.view(*a.shape[:2], *b.shape[:2])
 
 
 def _check_shapes(w_q_a: Tensor, w_k_a: Tensor, w_q_b: Tensor, w_k_b: Tensor) -> None:
