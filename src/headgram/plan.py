@@ -10,6 +10,7 @@ import itertools
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 from pydantic import BaseModel
 
@@ -84,20 +85,20 @@ class Plan:
     models: dict[str, ModelPlan]
 
 
-def make_plan(entries: Mapping[str, LockedModel], config: Config) -> Plan:
-    """Plan every model of the manifest, given its entry in the lock.
+def make_plan(entries: Mapping[str, LockedModel], config: Config, scripts: Path) -> Plan:
+    """Plan every model of the manifest, given its entry in the lock, and the folder of the stages' scripts.
 
     Raises
     ------
     HeadgramError
         If the lock holds an architecture that this version does not know.
     """
-    return Plan(config, {name: _plan_model(name, entry, config) for name, entry in entries.items()})
+    return Plan(config, {name: _plan_model(name, entry, config, scripts) for name, entry in entries.items()})
 
 
-def _plan_model(name: str, entry: LockedModel, config: Config) -> ModelPlan:
+def _plan_model(name: str, entry: LockedModel, config: Config, scripts: Path) -> ModelPlan:
     stacks = {stack.name: _plan_stack(stack, config) for stack in entry.stacks}
-    return ModelPlan(name, entry, stacks, _identities(entry, config))
+    return ModelPlan(name, entry, stacks, _identities(entry, config, scripts))
 
 
 def stage_config(stage: str, config: Config) -> str:
@@ -111,14 +112,15 @@ def stage_config(stage: str, config: Config) -> str:
     return canonical({name: section.model_dump(mode="json") for name, section in sections[stage].items()})
 
 
-def _identities(entry: LockedModel, config: Config) -> dict[str, Identity]:
+def _identities(entry: LockedModel, config: Config, scripts: Path) -> dict[str, Identity]:
+    code = {stage: code_digest(stage, scripts / f"{stage}.py") for stage in ("extract", "eigen", "gram", "merge")}
     find = family_of_gguf if entry.format == "gguf" and "model_type" not in entry.overrides else family_of
-    reads_weights = digest(code_digest("extract"), family_text(find(entry.architecture).name))
+    reads_weights = digest(code["extract"], family_text(find(entry.architecture).name))
     extract = Identity("extract", stage_config("extract", config), entry.fingerprint, reads_weights)
 
     def after(stage: str, *inputs: Identity) -> Identity:
         upstream = tuple(identity.key for identity in inputs)
-        return Identity(stage, stage_config(stage, config), entry.fingerprint, code_digest(stage), upstream)
+        return Identity(stage, stage_config(stage, config), entry.fingerprint, code[stage], upstream)
 
     eigen, gram = after("eigen", extract), after("gram", extract)
     return {"extract": extract, "eigen": eigen, "gram": gram, "merge": after("merge", eigen, gram)}

@@ -24,7 +24,7 @@ class Run:
     Reading writes nothing, so a dry run leaves no trace; `begin` does, once jobs are about to run.
     """
 
-    def __init__(self, raw_config: dict[str, Any]) -> None:
+    def __init__(self, raw_config: dict[str, Any], scripts: Path) -> None:
         config = load_config(raw_config)
         self._manifest = Path(config.manifest)
         self._results = Path(config.results)
@@ -35,7 +35,7 @@ class Run:
         changed = [sentence for name, entry in known.items() for sentence in changes(name, entry)]
         self._new, unresolved = _resolve_elsewhere(self._manifest) if missing else ({}, [])
         manifest.check(*changed, *unresolved)
-        self.plan: Plan = make_plan({**known, **self._new}, config)
+        self.plan: Plan = make_plan({**known, **self._new}, config, scripts)
         self._held: filelock.BaseFileLock | None = None
 
     def begin(self) -> None:

@@ -19,7 +19,7 @@ def headgram_errors():
 
 
 with headgram_errors():
-    RUN = Run(config)
+    RUN = Run(config, scripts=Path(workflow.basedir) / "workflow" / "scripts")
     GPUS = int(require_device(RUN.plan.config.device))
 
 PLAN = RUN.plan

@@ -19,6 +19,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from headgram.errors import HeadgramError
+from headgram.geometry.grouping import key_head
 from headgram.geometry.residuals import Residuals, direction_residuals, identity_residuals
 
 #: Bytes of float64 working memory that one batch of heads may take; bounds the peak, never the result.
@@ -76,11 +77,6 @@ class Spectrum:
     symmetry: Float[Tensor, " heads"]
     positive_energy: Float[Tensor, " heads"]
     residual: Float[Tensor, " heads"]
-
-
-def key_head(heads: int, kv_heads: int) -> Int[Tensor, " heads"]:
-    """The key head that each query head reads: `h * K // H`."""
-    return torch.arange(heads) * kv_heads // heads
 
 
 def spectrum(w_q: Float[Tensor, "heads rank hidden"], w_k: Float[Tensor, "kv_heads rank hidden"], topk: int = 8) -> Spectrum:

@@ -12,7 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from headgram.errors import HeadgramError
-from headgram.geometry.heads import key_head
+from headgram.geometry.grouping import key_head
 
 #: Bytes of float64 working memory of one block of products; a constant, so that the blocking, and with it the last
 #: bit of the result, does not depend on the machine.
