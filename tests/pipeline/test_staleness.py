@@ -85,10 +85,10 @@ def test_swapped_values_are_noticed(finished, tmp_path):
 
 def test_jobs_of_an_earlier_cut_are_not_made_again(finished, tmp_path):
     project = finished.copy(tmp_path / "project")
-    edit(project.folder / "config" / "config.yaml", "layers_per_tile: 2", "layers_per_tile: 4")
+    edit(project.folder / "config" / "config.yaml", "layers_per_job: 2", "layers_per_job: 4")
     project.run()
-    edit(project.folder / "config" / "config.yaml", "layers_per_tile: 4", "layers_per_tile: 2")
-    assert project.planned() == set()
+    edit(project.folder / "config" / "config.yaml", "layers_per_job: 4", "layers_per_job: 2")
+    assert project.planned() == jobs("merge")
 
 
 @pytest.mark.parametrize(
