@@ -11,6 +11,7 @@ MODEL = "smollm2-135m-instruct"
 
 
 def main() -> None:
+    """Write `docs/smollm2.png`."""
     atlas = headgram.open_atlas("results")
     heads = atlas.heads().query("model == @MODEL")
     cosine = atlas.gram(MODEL, value="cosine")

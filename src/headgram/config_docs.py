@@ -48,7 +48,9 @@ def _values(schema: dict) -> str:
         return ", ".join(f"`{value}`" for value in schema["enum"])
     if "const" in schema:
         return f"`{schema['const']}`"
-    bound = "".join(f", {sign} {schema[key]}" for key, sign in (("minimum", "at least"), ("exclusiveMinimum", "above")) if key in schema)
+    bound = "".join(
+        f", {sign} {schema[key]}" for key, sign in (("minimum", "at least"), ("exclusiveMinimum", "above")) if key in schema
+    )
     return {"integer": "whole number", "number": "number", "string": "text", "boolean": "`true`, `false`"}[schema["type"]] + bound
 
 

@@ -12,7 +12,8 @@ from headgram.errors import HeadgramError
 COLUMNS = ("name", "source", "revision")
 #: Columns that a manifest may add for a checkpoint that does not state these itself.
 OVERRIDE_COLUMNS = ("model_type", "heads", "kv_heads", "head_dim")
-_FORM = f"with the columns {', '.join(COLUMNS)} in its first line (and, where needed, {', '.join(OVERRIDE_COLUMNS)}), separated by tabs"
+_HEADER = f"with the columns {', '.join(COLUMNS)} in its first line (where needed also {', '.join(OVERRIDE_COLUMNS)})"
+_FORM = f"{_HEADER}, separated by tabs"
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 
 

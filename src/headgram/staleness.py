@@ -1,7 +1,8 @@
 """The digest of a stage's own code.
 
 Snakemake re-runs a job whose script is newer, but not one whose imported modules changed. The digest covers the stage's
-script, its module and all of headgram that it imports, directly or not; it is found by reading the sources, so nothing is imported.
+script, its module and all of headgram that it imports, directly or not; it is found by reading the sources, so nothing
+is imported.
 """
 
 from __future__ import annotations

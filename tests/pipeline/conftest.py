@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+
 from tiny import write_bert, write_llama, write_manifest
 
 ROOT = Path(__file__).parents[2]

@@ -11,6 +11,7 @@ import time
 
 import pytest
 import torch
+
 from pipeline.conftest import edit
 from tiny import llama_tensors, write_llama, write_manifest
 
@@ -43,11 +44,15 @@ def test_a_residual_above_tolerance_names_model_layer_and_head(finished, tmp_pat
     done = project.snakemake("--cores", "2")
     assert done.returncode != 0
     sentences = errors_of(done)
-    assert any("model tiny-llama, stack self, layer 0, head" in sentence and "eigen.tolerance" in sentence for sentence in sentences)
+    assert any(
+        "model tiny-llama, stack self, layer 0, head" in sentence and "eigen.tolerance" in sentence for sentence in sentences
+    )
     assert not list((project.folder / "results").rglob("eigen/*.parquet"))
 
 
-@pytest.mark.parametrize(("victim", "words"), [("weights/layers-000-003.pt", "checksum"), ("eigen/layers-000-001.parquet", "checksum")])
+@pytest.mark.parametrize(
+    ("victim", "words"), [("weights/layers-000-003.pt", "checksum"), ("eigen/layers-000-001.parquet", "checksum")]
+)
 def test_a_flipped_byte_is_refused(finished, tmp_path, victim, words):
     project = finished.copy(tmp_path / "project")
     path = project.folder / "results" / "models" / "tiny-llama" / "self" / victim
@@ -67,7 +72,11 @@ def test_several_bad_rows_are_reported_at_once(project):
     write_manifest(manifest, {"good": "models/llama", "../x": "models/bert", "gone": "models/none", "Good": "models/bert"})
     done = project.snakemake("--cores", "2")
     assert done.returncode != 0
-    for words in ("line 3 (../x)", "line 4 (gone): 'models/none' is neither a path nor", "line 5 (Good): the name 'Good' is taken by line 2"):
+    for words in (
+        "line 3 (../x)",
+        "line 4 (gone): 'models/none' is neither a path nor",
+        "line 5 (Good): the name 'Good' is taken by line 2",
+    ):
         assert words in done.stderr
     assert not (project.folder / "results").exists()
 
@@ -105,9 +114,15 @@ def test_a_write_that_fails_leaves_nothing(project):
 
 
 def test_two_runs_on_one_results_folder(project):
-    with_lock = "import filelock, sys, time; lock = filelock.FileLock('results/.lock'); lock.acquire(); print('held', flush=True); time.sleep(60)"
+    code = """
+import filelock, time
+lock = filelock.FileLock("results/.lock")
+lock.acquire()
+print("held", flush=True)
+time.sleep(60)
+"""
     (project.folder / "results").mkdir()
-    holder = subprocess.Popen([sys.executable, "-c", with_lock], cwd=project.folder, stdout=subprocess.PIPE)
+    holder = subprocess.Popen([sys.executable, "-c", code], cwd=project.folder, stdout=subprocess.PIPE)
     try:
         assert holder.stdout.readline() == b"held\n"
         done = project.snakemake("--cores", "1")

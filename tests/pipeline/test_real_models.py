@@ -9,10 +9,10 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from pipeline.conftest import ROOT, new_project
-from script_loops import assert_same_as_script, original_script
 
 import headgram
+from pipeline.conftest import ROOT, new_project
+from script_loops import assert_same_as_script, original_script
 
 SMOLLM2, MINILM = "smollm2-135m-instruct", "all-minilm-l6-v2"
 

@@ -3,6 +3,7 @@
 import shutil
 
 import pytest
+
 from pipeline.conftest import Project, edit
 from tiny import write_llama
 

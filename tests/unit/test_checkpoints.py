@@ -7,15 +7,22 @@ import shutil
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny import llama_tensors, write_bert, write_llama, write_llama_gguf
 
 from headgram import HeadgramError, open_checkpoint
+from tiny import llama_tensors, write_bert, write_llama, write_llama_gguf
 
 
 def test_llama_shapes_and_values(tmp_path):
     checkpoint = open_checkpoint(write_llama(tmp_path / "m", dtype=torch.bfloat16))
     (stack,) = checkpoint.stacks
-    assert (stack.name, stack.layers, stack.heads, stack.kv_heads, stack.rank, stack.hidden) == ("self", (0, 1, 2, 3), 4, 2, 8, 32)
+    assert (stack.name, stack.layers, stack.heads, stack.kv_heads, stack.rank, stack.hidden) == (
+        "self",
+        (0, 1, 2, 3),
+        4,
+        2,
+        8,
+        32,
+    )
     assert (stack.dtype, stack.qk_bytes) == ("BF16", 4 * (4 + 2) * 8 * 32 * 2)
     tensors = llama_tensors(4, 4, 2, 8, 32, seed=0, dtype=torch.bfloat16)
     w_q, w_k = checkpoint.qk("self", 2)

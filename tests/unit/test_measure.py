@@ -6,11 +6,11 @@ import sys
 
 import pytest
 import torch
-from script_loops import assert_same_as_script, original_script
-from tiny import write_llama
 
 from headgram import HeadgramError
 from headgram.measure import measure_model
+from script_loops import assert_same_as_script, original_script
+from tiny import write_llama
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "stored"])
