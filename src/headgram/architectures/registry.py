@@ -6,8 +6,9 @@ import difflib
 import tomllib
 from functools import cache
 from importlib.resources import files
+from typing import Self
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from headgram.architectures.layouts import LAYOUTS
 from headgram.errors import HeadgramError
@@ -19,41 +20,60 @@ class _Entry(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
+#: A name in the checkpoint's configuration; of several, the first that it states.
+Names = str | tuple[str, ...]
+
+
 class StackRule(_Entry):
-    """One run of attention layers: where its tensors are, and what the checkpoint's config calls its head counts."""
+    """One run of attention layers: where its tensors are, and what the checkpoint's config calls its head counts.
+
+    Rules with the same name are alternatives: the first whose `when` holds and whose tensors are there is taken.
+    """
 
     name: str
     layout: str
     tensors: dict[str, str]  # role -> key below the prefix; `{layer}` stands for the layer's index
-    layers: str = "num_hidden_layers"
-    heads: str = "num_attention_heads"
-    kv_heads: str | None = None  # None: as many key heads as query heads
-    hidden: str = "hidden_size"
-    head_dim: str | None = None  # None, or absent from the config: hidden / heads
+    config: str | None = None  # a section of the config, such as `text_config`, looked into before the config itself
+    when: dict[str, bool | int | str] = Field(default={})  # what the config must state for this rule to apply
+    layers: Names = "num_hidden_layers"
+    heads: Names = "num_attention_heads"
+    kv_heads: Names | int | None = None  # None, or absent from the config: as many key heads as query heads
+    hidden: Names = "hidden_size"
+    head_dim: Names | None = None  # None, or absent from the config: hidden / heads
+    sizes: dict[str, Names] = Field(default={})  # further sizes that the layout reads
+    layer_types: tuple[str, ...] | None = None  # only the layers that the config's `layer_types` calls so
+    borrowed: Names | None = None  # so many last layers read the keys of earlier ones, and are left out
+    sparse: bool = False  # only some layers hold attention: those with all of the tensors
+    optional: bool = False  # a checkpoint may hold another stack alone
 
-    @field_validator("layout")
-    @classmethod
-    def _known_layout(cls, value: str) -> str:
-        if value not in LAYOUTS:
-            raise ValueError(f"unknown layout {value!r}")
-        return value
+    @model_validator(mode="after")
+    def _known_layout(self) -> Self:
+        if self.layout not in LAYOUTS:
+            raise ValueError(f"unknown layout {self.layout!r}")
+        if set(self.sizes) != set(LAYOUTS[self.layout].sizes):
+            raise ValueError(f"the layout {self.layout!r} reads the sizes {LAYOUTS[self.layout].sizes}")
+        return self
 
 
 class GgufRule(_Entry):
     """The family in llama.cpp's naming."""
 
     architectures: tuple[str, ...]
+    layout: str = "separate"
     permuted: bool = False  # llama.cpp's converter reordered the rows of q and k
     tensors: dict[str, str] = Field(default={"query": "blk.{layer}.attn_q.weight", "key": "blk.{layer}.attn_k.weight"})
 
 
 class Family(_Entry):
-    """One family of architectures."""
+    """One family of architectures.
+
+    A family without stacks holds models whose text tower is of another type, which their config names in `text_config`.
+    """
 
     name: str
     model_types: tuple[str, ...]
-    prefixes: tuple[str, ...]  # where the base model may sit inside the checkpoint
-    stacks: tuple[StackRule, ...]
+    prefixes: tuple[str, ...] = ()  # where the base model may sit inside the checkpoint
+    stacks: tuple[StackRule, ...] = ()
     gguf: GgufRule | None = None
 
 
