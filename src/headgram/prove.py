@@ -18,7 +18,7 @@ import tempfile
 import tomllib
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
@@ -44,8 +44,8 @@ _PRODUCTS = (torch.matmul, torch.bmm, torch.baddbmm, Tensor.matmul, Tensor.__mat
 _KEY_INPUTS = ("key_value_states", "encoder_hidden_states")
 _HEADS_ON_TOP = (
     "MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING",
-    "MODEL_FOR_CAUSAL_LM_MAPPING",
     "MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING",
+    "MODEL_FOR_CAUSAL_LM_MAPPING",
     "MODEL_FOR_MASKED_LM_MAPPING",
     "MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING",
     "MODEL_FOR_CTC_MAPPING",
@@ -126,6 +126,8 @@ def prove(model_type: str) -> Proof:
                 worst = max(worst, _residual(model, checkpoint, entry))
     except Exception as error:  # whatever transformers raises, the other types should still be proven
         problem = str(error) if isinstance(error, HeadgramError) else f"{type(error).__name__}: {error}"
+    if problem is None and not shapes:
+        problem = "transformers has no model of this type alone"
     if problem is None and not worst <= TOLERANCE:
         problem = f"the scores differ by {worst:.1e} of the largest"
     return Proof(model_type, family.name, tuple(layouts), tuple(stacks), tuple(shapes), worst, problem)
@@ -144,7 +146,7 @@ def _models(model_type: str) -> Iterator[tuple[nn.Module, dict[str, Any]]]:
     entry = _data()["types"].get(model_type, {})
     for shape in entry.get("shapes", _data()["shapes"]):
         config = AutoConfig.for_model(model_type, **_tiny(model_type, shape, entry))
-        config._attn_implementation = "eager"
+        config._attn_implementation = config._experts_implementation = "eager"
         mappings = [modeling_auto.MODEL_MAPPING, *(getattr(modeling_auto, name) for name in _HEADS_ON_TOP)]
         classes = [mapping[type(config)] for mapping in mappings if type(config) in mapping][:2]
         for chosen in classes:
@@ -166,11 +168,13 @@ def _tiny(model_type: str, shape: Mapping[str, Any], entry: Mapping[str, Any]) -
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
     own = entry.get("config", {})
-    text = {**_data()["common"], **shape, **{key: value for key, value in own.items() if not isinstance(value, dict)}}
-    sections = {}
-    for name in getattr(CONFIG_MAPPING[model_type], "sub_configs", {}):
-        sections[name] = {**(_data()["vision"] if "text" not in name else text), **own.get(name, {})}
-    return {**text, **own, **sections}
+    cls = CONFIG_MAPPING[model_type]
+    small = {**_data()["common"], **shape}
+    sections = {
+        name: {**(small if "text" in name else _data()["vision"]), **own.get(name, {})} for name in getattr(cls, "sub_configs", {})
+    }
+    known = {item.name for item in fields(cls)} | set(cls.attribute_map)
+    return {**{name: value for name, value in small.items() if name in known}, **own, **sections}
 
 
 class _saved(ExitStack):
@@ -272,7 +276,7 @@ def _neutralise(model: nn.Module, attention: set[str]) -> None:
             if "bias" in name:
                 weight.data.zero_()
         for name, norm in module.named_modules():
-            if "norm" in type(norm).__name__.lower():
+            if "norm" in type(norm).__name__.lower() and not list(norm.children()):
                 norm.forward = _gain(norm.weight) if name.endswith("_a_layernorm") else _same
 
 
@@ -331,7 +335,8 @@ class _Watch(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         if func in _PRODUCTS and self._running:
-            self._product(self._running[-1], *args[-2:], result)
+            query, key = (kwargs["batch1"], kwargs["batch2"]) if kwargs and "batch1" in kwargs else args[-2:]
+            self._product(self._running[-1], query, key, result)
         return result
 
     def _product(self, running: _Running, query: Tensor, key: Tensor, scores: Tensor) -> None:

@@ -25,7 +25,7 @@ class Section:
         return self._values.get(name)
 
     def find(self, names: Names, least: int = 1) -> int | None:
-        """A whole number that the configuration states under one of the names; None if under none of them.
+        """A whole number, or the length of a list, that the configuration states under one of the names; None if under none.
 
         Raises
         ------
@@ -34,6 +34,7 @@ class Section:
         """
         for name in [names] if isinstance(names, str) else names:
             value = self.get(name)
+            value = len(value) if isinstance(value, list) else value
             if value is not None:
                 if isinstance(value, bool) or not isinstance(value, int) or not least <= value < 2**31:
                     raise HeadgramError(f"{self.whose} has {name} = {value!r}, which should be a whole number of at least {least}")
