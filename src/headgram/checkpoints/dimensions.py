@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Self
 
 from headgram.architectures.layouts import Dimensions
 from headgram.architectures.registry import Family, Names, StackRule
@@ -55,6 +55,22 @@ class Section:
             raise HeadgramError(f"{self.whose} does not state {known}: add it there, or set `heads`, `kv_heads` and `head_dim` in the manifest")
         return value
 
+    def at(self, layers: tuple[int, ...]) -> Self:
+        """The configuration as it is for some layers, which must agree in what `per_layer_config` changes.
+
+        Raises
+        ------
+        HeadgramError
+            If they do not.
+        """
+        changes = self.get("per_layer_config")
+        if not isinstance(changes, Mapping):
+            return self
+        own = [changes.get(str(layer)) or {} for layer in layers]
+        if any(change != own[0] for change in own):
+            raise HeadgramError(f"{self.whose} changes layers {', '.join(map(str, layers))} in different ways, which one stack cannot hold")
+        return type(self)({**self._values, **own[0]}, None, self._architecture)
+
     @property
     def whose(self) -> str:
         return f"the configuration of this '{self._architecture}' checkpoint"
@@ -103,6 +119,7 @@ def find_layers(
     section = Section(config, rule.config, architecture)
     tensors = {role: prefix + key for role, key in rule.tensors.items()}
     layers = _layers(store, rule, tensors, section)
+    section = section.at(layers)
     sizes = {role: section.need(names) for role, names in rule.sizes.items()}
     heads = given.get("heads") or section.need(rule.heads)
     stated = rule.kv_heads if isinstance(rule.kv_heads, int) else rule.kv_heads and section.find(rule.kv_heads)
