@@ -105,3 +105,31 @@ def measure(
 
     measure_model(model, out, topk, revision, stack, dtype, device)
     print(f"wrote {out} and {out.with_name(out.stem + '-eigdirs.pt')}")
+
+
+@app.command()
+def prove(
+    model_types: Annotated[Optional[list[str]], typer.Argument(help="Model types; all that are known if none is given.")] = None,  # noqa: UP045
+    markdown: Annotated[bool, typer.Option("--markdown", help="Print the table as Markdown.")] = False,
+) -> None:
+    """Prove the registry: compare headgram's weights with the scores of tiny random models, built by transformers."""
+    from headgram.prove import COLUMNS, known_types, prove_quietly
+
+    proofs = []
+    for model_type in model_types or known_types():
+        proofs.append(prove_quietly(model_type))
+        if problem := proofs[-1].problem:
+            print(f"headgram: {model_type}: {problem}", file=sys.stderr)
+    if markdown:
+        for cells in (COLUMNS, ("---",) * len(COLUMNS), *(proof.cells for proof in proofs)):
+            print("| " + " | ".join(cells) + " |")
+    else:
+        from rich.console import Console
+        from rich.table import Table
+
+        table = Table(*COLUMNS)
+        for proof in proofs:
+            table.add_row(*proof.cells)
+        Console().print(table)
+    if not all(proof.ok for proof in proofs):
+        raise SystemExit(1)

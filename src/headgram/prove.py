@@ -16,6 +16,7 @@ import math
 import re
 import tempfile
 import tomllib
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field, fields
@@ -33,6 +34,8 @@ from headgram.architectures.registry import families, family_of
 from headgram.checkpoints.checkpoint import Checkpoint, Stack, open_checkpoint
 from headgram.errors import HeadgramError
 
+#: The columns of a table of proofs, and what `Proof.cells` holds.
+COLUMNS = ("model type", "family", "layout", "stacks", "heads/key heads×rank", "residual", "ok")
 #: A right layout agrees to float32 rounding (some models compute scores in float32); a wrong one is off by about 1.
 TOLERANCE = 1e-5
 #: Tokens per sequence: unlike any size of the tiny models, so that a product of this shape can only be the scores.
@@ -79,7 +82,14 @@ class Proof:
 
     @property
     def ok(self) -> bool:
+        """Whether every score of every model agreed."""
         return self.problem is None
+
+    @property
+    def cells(self) -> tuple[str, ...]:
+        """The proof as a row of a table with the columns `COLUMNS`."""
+        lists = (", ".join(values) for values in (self.layouts, self.stacks, self.shapes))
+        return (self.model_type, self.family, *lists, f"{self.residual:.0e}", "yes" if self.ok else "no")
 
 
 @dataclass(frozen=True)
@@ -134,6 +144,17 @@ def prove(model_type: str) -> Proof:
     return Proof(model_type, family.name, tuple(layouts), tuple(stacks), tuple(shapes), worst, problem)
 
 
+def prove_quietly(model_type: str) -> Proof:
+    """As `prove`, without transformers' progress bars and advice, which are about models that one wants to use."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return prove(model_type)
+
+
 @cache
 def _data() -> dict[str, Any]:
     return tomllib.loads((files("headgram") / "proofs.toml").read_text(encoding="utf-8"))
@@ -172,10 +193,12 @@ def _tiny(model_type: str, shape: Mapping[str, Any], entry: Mapping[str, Any]) -
     cls = CONFIG_MAPPING[model_type]
     small = {**_data()["common"], **shape}
     sections = {
-        name: {**(small if "text" in name else _data()["vision"]), **own.get(name, {})} for name in getattr(cls, "sub_configs", {})
+        name: {**(small if "text" in name else _data()["vision"]), **own.get(name, {})}
+        for name in getattr(cls, "sub_configs", {})
     }
     known = {item.name for item in fields(cls)} | set(cls.attribute_map)
-    return {**{name: value for name, value in small.items() if name in known}, **own, **sections}
+    chosen = {**{name: value for name, value in small.items() if name in known}, **own, **sections}
+    return {name: None if value == "null" else value for name, value in chosen.items()}
 
 
 class _saved(ExitStack):
@@ -225,9 +248,7 @@ def _fits(call: Call, stack: Stack) -> bool:
     return call.query.shape[::2] == (stack.heads, stack.rank) and call.x.shape[-1] == stack.hidden
 
 
-def _difference(
-    call: Call, w_q: Float[Tensor, "heads rank hidden"], w_k: Float[Tensor, "kv_heads rank hidden"]
-) -> float:
+def _difference(call: Call, w_q: Float[Tensor, "heads rank hidden"], w_k: Float[Tensor, "kv_heads rank hidden"]) -> float:
     """How far the model's scores are from `x_s^T g x_t`, relative to the largest of them."""
     group = len(w_q) // len(w_k)
     ours = (call.x @ w_q.transpose(1, 2)) @ (call.y @ w_k.repeat_interleave(group, 0).transpose(1, 2)).transpose(1, 2)
@@ -316,11 +337,11 @@ class _Watch(TorchFunctionMode):
                 module.register_forward_hook(lambda *_: self._running.pop() and None),
             ):
                 self._hooks.callback(hook.remove)
-        super().__enter__()
+        super().__enter__()  # type: ignore[no-untyped-call]
         return self
 
     def __exit__(self, *exc: Any) -> None:
-        super().__exit__(*exc)
+        super().__exit__(*exc)  # type: ignore[no-untyped-call]
         self._hooks.close()
 
     def _enters(self, path: str) -> Any:
@@ -329,7 +350,7 @@ class _Watch(TorchFunctionMode):
             given = {**given, **given.get("kwargs", {})}
             x = given.get("hidden_states", args[0] if args else None)
             y = next((given[name] for name in _KEY_INPUTS if isinstance(given.get(name), Tensor)), x)
-            self._running.append(_Running(path, *(value if isinstance(value, Tensor) else None for value in (x, y))))
+            self._running.append(_Running(path, x if isinstance(x, Tensor) else None, y if isinstance(y, Tensor) else None))
 
         return hook
 

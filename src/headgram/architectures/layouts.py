@@ -96,7 +96,7 @@ def _quarter_shapes(dims: Dimensions) -> Shapes:
 
 
 def quarters(dims: Dimensions, fused: Tensor) -> tuple[Tensor, Tensor]:
-    """One weight in four parts, each with a quarter of all heads as `[q; v; k]`: `(4·3·(H/4)·r, d)`, as CodeGen's training left it."""
+    """CodeGen's one weight in four parts, each a quarter of all heads as `[q; v; k]`: `(4·3·(H/4)·r, d)`."""
     parts = fused.view(4, 3, dims.heads // 4, dims.rank, dims.hidden)
     return parts[:, 0].reshape(dims.heads, dims.rank, dims.hidden), parts[:, 2].reshape(dims.heads, dims.rank, dims.hidden)
 

@@ -183,7 +183,10 @@ def _read_config(location: Location, store: TensorStore, given: dict[str, Any]) 
         architecture = _text_type(config, architecture)
         family = family_of(architecture)
     rules = find_rules(store, family, config, architecture)
-    stacks = [_stack(store, rule.name, rule.layout, *find_layers(store, rule, prefix, config, architecture, given)) for rule, prefix in rules]
+    stacks = [
+        _stack(store, rule.name, rule.layout, *find_layers(store, rule, prefix, config, architecture, given))
+        for rule, prefix in rules
+    ]
     return architecture, family, tuple(stacks)
 
 
@@ -192,7 +195,9 @@ def _text_type(config: Mapping[str, Any], architecture: str) -> str:
     tower = config.get("text_config")
     name = tower.get("model_type") if isinstance(tower, Mapping) else None
     if not isinstance(name, str):
-        raise HeadgramError(f"the config.json of this '{architecture}' checkpoint names no type in `text_config`: set `model_type` in the manifest")
+        raise HeadgramError(
+            f"the config.json of this '{architecture}' checkpoint names no text tower's type: set `model_type` in the manifest"
+        )
     return name
 
 

@@ -37,7 +37,9 @@ class Section:
             value = len(value) if isinstance(value, list) else value
             if value is not None:
                 if isinstance(value, bool) or not isinstance(value, int) or not least <= value < 2**31:
-                    raise HeadgramError(f"{self.whose} has {name} = {value!r}, which should be a whole number of at least {least}")
+                    raise HeadgramError(
+                        f"{self.whose} has {name} = {value!r}, which should be a whole number of at least {least}"
+                    )
                 return value
         return None
 
@@ -52,7 +54,9 @@ class Section:
         value = self.find(names)
         if value is None:
             known = names if isinstance(names, str) else " or ".join(names)
-            raise HeadgramError(f"{self.whose} does not state {known}: add it there, or set `heads`, `kv_heads` and `head_dim` in the manifest")
+            raise HeadgramError(
+                f"{self.whose} does not state {known}: add it there, or set `heads`, `kv_heads` and `head_dim` in the manifest"
+            )
         return value
 
     def at(self, layers: tuple[int, ...]) -> Self:
@@ -68,11 +72,14 @@ class Section:
             return self
         own = [changes.get(str(layer)) or {} for layer in layers]
         if any(change != own[0] for change in own):
-            raise HeadgramError(f"{self.whose} changes layers {', '.join(map(str, layers))} in different ways, which one stack cannot hold")
+            raise HeadgramError(
+                f"{self.whose} changes layers {', '.join(map(str, layers))} in different ways, which one stack cannot hold"
+            )
         return type(self)({**self._values, **own[0]}, None, self._architecture)
 
     @property
     def whose(self) -> str:
+        """How an error names this configuration."""
         return f"the configuration of this '{self._architecture}' checkpoint"
 
 
@@ -88,7 +95,11 @@ def find_rules(store: TensorStore, family: Family, config: Mapping[str, Any], ar
     missing = []
     for name in dict.fromkeys(rule.name for rule in family.stacks):
         rules = [rule for rule in family.stacks if rule.name == name]
-        fitting = [rule for rule in rules if all(Section(config, rule.config, architecture).get(key) == value for key, value in rule.when.items())]
+        fitting = [
+            rule
+            for rule in rules
+            if all(Section(config, rule.config, architecture).get(key) == value for key, value in rule.when.items())
+        ]
         if not fitting:
             stated = ", ".join(f"{key} = {Section(config, rules[0].config, architecture).get(key)!r}" for key in rules[0].when)
             raise HeadgramError(f"this '{architecture}' checkpoint has {stated}, a variant whose layout is not known")
@@ -165,7 +176,9 @@ def _layers(store: TensorStore, rule: StackRule, tensors: Mapping[str, str], sec
         candidates = [layer for layer in candidates if len(missing(layer)) < len(tensors)]
     for layer in candidates:
         if lacking := missing(layer):
-            raise HeadgramError(f"layer {layer}: the checkpoint lacks tensor {lacking[0]}, though its configuration declares that layer")
+            raise HeadgramError(
+                f"layer {layer}: the checkpoint lacks tensor {lacking[0]}, though its configuration declares that layer"
+            )
     return tuple(candidates)
 
 
