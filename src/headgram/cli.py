@@ -113,11 +113,12 @@ def prove(
     markdown: Annotated[bool, typer.Option("--markdown", help="Print the table as Markdown.")] = False,
 ) -> None:
     """Prove the registry: compare headgram's weights with the scores of tiny random models, built by transformers."""
-    from headgram.prove import COLUMNS, known_types, prove_quietly
+    from headgram.prove import COLUMNS, known_types
+    from headgram.prove import prove as prove_type
 
     proofs = []
     for model_type in model_types or known_types():
-        proofs.append(prove_quietly(model_type))
+        proofs.append(prove_type(model_type))
         if problem := proofs[-1].problem:
             print(f"headgram: {model_type}: {problem}", file=sys.stderr)
     if markdown:

@@ -18,7 +18,7 @@ import tempfile
 import tomllib
 import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, fields
 from functools import cache
 from importlib.resources import files
@@ -129,12 +129,13 @@ def prove(model_type: str) -> Proof:
     worst = 0.0
     problem = None
     try:
-        for model, entry in _models(model_type):
-            with _saved(model) as checkpoint:
-                for stack in checkpoint.stacks:
-                    stacks[stack.name] = layouts[stack._layout] = None
-                    shapes[f"{stack.heads}/{stack.kv_heads}×{stack.rank}"] = None
-                worst = max(worst, _residual(model, checkpoint, entry))
+        with quiet():
+            for model, entry in _models(model_type):
+                with _saved(model) as checkpoint:
+                    for stack in checkpoint.stacks:
+                        stacks[stack.name] = layouts[stack._layout] = None
+                        shapes[f"{stack.heads}/{stack.kv_heads}×{stack.rank}"] = None
+                    worst = max(worst, _residual(model, checkpoint, entry))
     except Exception as error:  # whatever transformers raises, the other types should still be proven
         problem = str(error) if isinstance(error, HeadgramError) else f"{type(error).__name__}: {error}"
     if problem is None and not shapes:
@@ -144,15 +145,16 @@ def prove(model_type: str) -> Proof:
     return Proof(model_type, family.name, tuple(layouts), tuple(stacks), tuple(shapes), worst, problem)
 
 
-def prove_quietly(model_type: str) -> Proof:
-    """As `prove`, without transformers' progress bars and advice, which are about models that one wants to use."""
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Without transformers' progress bars and advice, which are about models that one wants to use."""
     from transformers.utils import logging
 
     logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     logging.set_verbosity_error()  # type: ignore[no-untyped-call]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return prove(model_type)
+        yield
 
 
 @cache

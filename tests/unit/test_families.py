@@ -20,7 +20,7 @@ from headgram.architectures.registry import Family, StackRule, families, family_
 from headgram.checkpoints.checkpoint import open_checkpoint
 from headgram.checkpoints.dimensions import find_rules
 from headgram.errors import HeadgramError
-from headgram.prove import TOLERANCE, Proof, _models, known_types, prove_quietly
+from headgram.prove import TOLERANCE, Proof, _models, known_types, prove
 
 #: Prefixes of published checkpoints that transformers reads, but no longer writes: type, what it writes, what it reads.
 OLD_PREFIXES = [
@@ -71,7 +71,7 @@ def followed() -> Iterator[set[tuple[str, int, str]]]:
 
 @cache
 def proof_of(model_type: str) -> Proof:
-    return prove_quietly(model_type)
+    return prove(model_type)
 
 
 @pytest.mark.parametrize("model_type", known_types())
@@ -125,7 +125,7 @@ def _other_pairing(split: object) -> object:
 def test_a_wrong_layout_is_off_by_order_one(monkeypatch: pytest.MonkeyPatch, model_type: str, layout: str, wrong: object) -> None:
     right = layouts.LAYOUTS[layout]
     monkeypatch.setitem(layouts.LAYOUTS, layout, dataclasses.replace(right, split=wrong(right.split)))  # type: ignore[operator]
-    proof = prove_quietly(model_type)
+    proof = prove(model_type)
     assert not proof.ok
     assert proof.residual > 0.1
 
@@ -135,7 +135,7 @@ def test_a_stack_that_the_registry_forgets_is_noticed(monkeypatch: pytest.Monkey
     monkeypatch.setattr(
         "headgram.checkpoints.checkpoint.family_of", lambda _: family.model_copy(update={"stacks": family.stacks[:2]})
     )
-    assert "belongs to no stack" in (prove_quietly("t5").problem or "")
+    assert "belongs to no stack" in (prove("t5").problem or "")
 
 
 @pytest.mark.parametrize(
