@@ -146,7 +146,7 @@ def test_a_stack_that_the_registry_forgets_is_noticed(monkeypatch: pytest.Monkey
         ("codegen", 0, {"n_head": 3}, r"layer 0: 3 heads do not divide into the 4 parts"),
         ("deepseek_v3", 0, {"kv_lora_rank": 21}, r"layer 0: tensor layers\.0\S*kv_a_proj_with_mqa\.weight has shape \(24, 48\)"),
         ("llama", 0, {"num_hidden_layers": 3}, r"layer 2: the checkpoint lacks tensor layers\.2\.self_attn\.q_proj\.weight"),
-        ("llama", 0, {"num_attention_heads": None}, r"does not state num_attention_heads: add it there, or set `heads`"),
+        ("qwen2", 0, {"num_attention_heads": None}, r"does not state num_attention_heads: add it there, or set `heads`"),
         ("llama", 0, {"num_hidden_layers": -1}, r"num_hidden_layers = -1, which should be a whole number of at least 1"),
         ("llama", 0, {"per_layer_config": {"1": {"head_dim": 6}}}, r"changes layers 0, 1 in different ways"),
         ("zamba2", 0, {"use_shared_attention_adapter": True}, r"adapter = True, a variant whose layout is not known"),
@@ -186,6 +186,29 @@ def test_global_heads_may_be_stated_in_either_way(tmp_path: Path) -> None:
     with open_checkpoint(folder) as checkpoint:
         expected = checkpoint.stacks
     with open_checkpoint(reconfigured(folder, per_layer_config=None, global_head_dim=20)) as checkpoint:
+        assert checkpoint.stacks == expected
+
+
+def test_defaults_are_those_of_transformers() -> None:
+    from transformers import CONFIG_MAPPING
+
+    for rule in [rule for family in families() for rule in family.stacks]:
+        for model_type, defaults in rule.defaults.items():
+            config = CONFIG_MAPPING[model_type]()
+            config = getattr(config, rule.config or "", config)
+            assert {name: getattr(config, name) for name in defaults} == defaults
+
+
+def test_what_a_published_config_leaves_unsaid_is_the_default(tmp_path: Path) -> None:
+    """As Gemma 3 4B's does."""
+    from transformers import AutoConfig, AutoModel
+
+    config = AutoConfig.for_model("gemma3_text", hidden_size=32, num_hidden_layers=1, intermediate_size=32, vocab_size=99)
+    AutoModel.from_config(config).save_pretrained(tmp_path)
+    with open_checkpoint(tmp_path) as checkpoint:
+        expected = checkpoint.stacks
+    folder = reconfigured(tmp_path, num_attention_heads=None, num_key_value_heads=None, head_dim=None)
+    with open_checkpoint(folder) as checkpoint:
         assert checkpoint.stacks == expected
 
 

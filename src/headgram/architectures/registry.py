@@ -45,6 +45,7 @@ class StackRule(_Entry):
     borrowed: Names | None = None  # so many last layers read the keys of earlier ones, and are left out
     sparse: bool = False  # only some layers hold attention: those with all of the tensors
     optional: bool = False  # a checkpoint may hold another stack alone
+    defaults: dict[str, dict[str, int]] = Field(default={})  # model type -> what its published configs may leave unsaid
 
     @model_validator(mode="after")
     def _known_layout(self) -> Self:

@@ -13,12 +13,18 @@ from headgram.errors import HeadgramError
 
 
 class Section:
-    """A checkpoint's configuration as seen from one of its sections: the section first, then what it leaves unsaid."""
+    """A checkpoint's configuration as a rule reads it: the rule's section first, then the whole, then the type's defaults."""
 
-    def __init__(self, config: Mapping[str, Any], name: str | None, architecture: str) -> None:
-        inner = config.get(name) if name else None
-        self._values = {**config, **inner} if isinstance(inner, Mapping) else config
+    def __init__(self, values: Mapping[str, Any], architecture: str) -> None:
+        self._values = values
         self._architecture = architecture
+
+    @classmethod
+    def of(cls, rule: StackRule, config: Mapping[str, Any], architecture: str) -> Self:
+        """What a rule reads; a checkpoint without a configuration has no defaults either."""
+        inner = config.get(rule.config) if rule.config else None
+        defaults = rule.defaults.get(architecture, {}) if config else {}
+        return cls({**defaults, **config, **(inner if isinstance(inner, Mapping) else {})}, architecture)
 
     def get(self, name: str) -> Any:
         """What the configuration states under a name, or None."""
@@ -75,7 +81,7 @@ class Section:
             raise HeadgramError(
                 f"{self.whose} changes layers {', '.join(map(str, layers))} in different ways, which one stack cannot hold"
             )
-        return type(self)({**self._values, **own[0]}, None, self._architecture)
+        return type(self)({**self._values, **own[0]}, self._architecture)
 
     @property
     def whose(self) -> str:
@@ -98,12 +104,12 @@ def find_rules(store: TensorStore, family: Family, config: Mapping[str, Any], ar
         fitting = [
             rule
             for rule in rules
-            if all(Section(config, rule.config, architecture).get(key) == value for key, value in rule.when.items())
+            if all(Section.of(rule, config, architecture).get(key) == value for key, value in rule.when.items())
         ]
         if not fitting:
-            stated = ", ".join(f"{key} = {Section(config, rules[0].config, architecture).get(key)!r}" for key in rules[0].when)
+            stated = ", ".join(f"{key} = {Section.of(rules[0], config, architecture).get(key)!r}" for key in rules[0].when)
             raise HeadgramError(f"this '{architecture}' checkpoint has {stated}, a variant whose layout is not known")
-        section = Section(config, fitting[0].config, architecture)
+        section = Section.of(fitting[0], config, architecture)
         places = [(rule, prefix) for rule in fitting for prefix in family.prefixes if _holds_any(store, rule, prefix, section)]
         if places:
             found.append(places[0])
@@ -111,7 +117,7 @@ def find_rules(store: TensorStore, family: Family, config: Mapping[str, Any], ar
             missing.append(fitting[0])
     required = [rule for rule in missing if not rule.optional or not found]
     if required:
-        layer = (_candidates(required[0], Section(config, required[0].config, architecture)) or [0])[0]
+        layer = (_candidates(required[0], Section.of(required[0], config, architecture)) or [0])[0]
         wanted = family.prefixes[0] + next(iter(required[0].tensors.values()))
         raise HeadgramError(f"the checkpoint lacks tensor {wanted.format(layer=layer)}, under any known prefix")
     return found
@@ -127,7 +133,7 @@ def find_layers(
     HeadgramError
         If the configuration does not state a count, or the checkpoint lacks a tensor that it should have.
     """
-    section = Section(config, rule.config, architecture)
+    section = Section.of(rule, config, architecture)
     tensors = {role: prefix + key for role, key in rule.tensors.items()}
     layers = _layers(store, rule, tensors, section)
     section = section.at(layers)
