@@ -108,6 +108,24 @@ def measure(
 
 
 @app.command()
+def adopt(model_type: Annotated[str, typer.Argument(help="A type that transformers knows and headgram does not.")]) -> None:
+    """Find the known types whose layout an unknown one has, proven on tiny random models of it."""
+    from headgram.architectures.registry import families
+    from headgram.prove import adopt as proven_families
+
+    found = list(proven_families(model_type))
+    if not found:
+        raise HeadgramError(
+            f"no known layout gives the scores of '{model_type}': describe its own in src/headgram/architectures/, and its tiny "
+            "configuration in src/headgram/proofs.toml, until `headgram prove` agrees"
+        )
+    first = {family.name: family.model_types[0] for family in families()}
+    for proof in found:
+        known = first[proof.family]
+        print(f"'{model_type}' has the layout of '{known}' (largest residual {proof.residual:.0e}): set model_type = {known}")
+
+
+@app.command()
 def prove(
     model_types: Annotated[Optional[list[str]], typer.Argument(help="Model types; all that are known if none is given.")] = None,  # noqa: UP045
     markdown: Annotated[bool, typer.Option("--markdown", help="Print the table as Markdown.")] = False,

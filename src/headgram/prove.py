@@ -18,7 +18,7 @@ import tempfile
 import tomllib
 import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field, fields
 from functools import cache
 from importlib.resources import files
@@ -30,7 +30,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from headgram.architectures.registry import families, family_of
+from headgram.architectures.registry import Family, adopting, families, family_of
 from headgram.checkpoints.checkpoint import Checkpoint, Stack, open_checkpoint
 from headgram.errors import HeadgramError
 
@@ -131,7 +131,7 @@ def prove(model_type: str) -> Proof:
     try:
         with quiet():
             for model, entry in _models(model_type):
-                with _saved(model) as checkpoint:
+                with _saved(model) as folder, open_checkpoint(folder) as checkpoint:
                     for stack in checkpoint.stacks:
                         stacks[stack.name] = layouts[stack._layout] = None
                         shapes[f"{stack.heads}/{stack.kv_heads}×{stack.rank}"] = None
@@ -145,6 +145,31 @@ def prove(model_type: str) -> Proof:
     return Proof(model_type, family.name, tuple(layouts), tuple(stacks), tuple(shapes), worst, problem)
 
 
+def adopt(model_type: str) -> Iterator[Proof]:
+    """Every family that is proven to hold the weights of a type that the registry does not know.
+
+    Names and shapes alone prove nothing: each family is tried on tiny models of the type, as `prove` does, and must agree with
+    their scores in at least two shapes.
+
+    Raises
+    ------
+    HeadgramError
+        If transformers does not know the type either; code from a checkpoint is never run.
+    """
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    if model_type not in CONFIG_MAPPING:
+        raise HeadgramError(
+            f"the installed transformers does not know the model type '{model_type}', so that nothing can be proven about it: "
+            "describe its layout in src/headgram/architectures/, with a test that compares it with the model's own scores"
+        )
+    for family in _openers(model_type):
+        with adopting(model_type, family):
+            proof = prove(model_type)
+        if proof.ok and len(proof.shapes) > 1:
+            yield proof
+
+
 @contextmanager
 def quiet() -> Iterator[None]:
     """Without transformers' progress bars and advice, which are about models that one wants to use."""
@@ -155,6 +180,16 @@ def quiet() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield
+
+
+def _openers(model_type: str) -> list[Family]:
+    """The families whose names and shapes fit the first tiny model of a type."""
+    found = []
+    with quiet(), _saved(next(_models(model_type))[0]) as folder:
+        for family in families():
+            with suppress(HeadgramError), adopting(model_type, family), open_checkpoint(folder):
+                found.append(family)
+    return found
 
 
 @cache
@@ -203,17 +238,12 @@ def _tiny(model_type: str, shape: Mapping[str, Any], entry: Mapping[str, Any]) -
     return {name: None if value == "null" else value for name, value in chosen.items()}
 
 
-class _saved(ExitStack):
-    """The model's weights on disk, opened by headgram."""
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self._model = model
-
-    def __enter__(self) -> Checkpoint:  # type: ignore[override]
-        folder = self.enter_context(tempfile.TemporaryDirectory())
-        self._model.save_pretrained(folder)  # type: ignore[operator]
-        return self.enter_context(open_checkpoint(Path(folder)))
+@contextmanager
+def _saved(model: Any) -> Iterator[Path]:
+    """A folder with the model as transformers saves it."""
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(folder)
+        yield Path(folder)
 
 
 def _residual(model: nn.Module, checkpoint: Checkpoint, entry: Mapping[str, Any]) -> float:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import difflib
 import tomllib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from importlib.resources import files
 from typing import Self
@@ -90,6 +92,20 @@ def family_text(name: str) -> str:
     return (_FOLDER / f"{name}.toml").read_text(encoding="utf-8")
 
 
+#: Types that a family owns for a while, to see whether it fits them.
+_adopted: dict[str, Family] = {}
+
+
+@contextmanager
+def adopting(model_type: str, family: Family) -> Iterator[None]:
+    """Let a family own a `model_type`, for as long as the context lasts."""
+    _adopted[model_type] = family
+    try:
+        yield
+    finally:
+        del _adopted[model_type]
+
+
 def family_of(model_type: str) -> Family:
     """The family that owns a `model_type` of transformers.
 
@@ -98,7 +114,8 @@ def family_of(model_type: str) -> Family:
     HeadgramError
         If no family does.
     """
-    return _find(model_type, {name: family for family in families() for name in family.model_types}, "model type")
+    owners = {name: family for family in families() for name in family.model_types}
+    return _find(model_type, owners | _adopted, "model type")
 
 
 def family_of_gguf(architecture: str) -> Family:
@@ -117,8 +134,9 @@ def _find(name: str, owners: dict[str, Family], what: str) -> Family:
     if name not in owners:
         near = difflib.get_close_matches(name, owners, n=1)
         hint = f" (the nearest known one is '{near[0]}')" if near else ""
+        search = f" (`headgram adopt {name}` looks for one)" if what == "model type" else ""
         raise HeadgramError(
             f"the {what} '{name}' is not known{hint}; add it to a file in src/headgram/architectures/ "
-            "or set `model_type` in the manifest to a known type with the same layout"
+            f"or set `model_type` in the manifest to a known type with the same layout{search}"
         )
     return owners[name]
