@@ -111,18 +111,21 @@ def measure(
 def adopt(model_type: Annotated[str, typer.Argument(help="A type that transformers knows and headgram does not.")]) -> None:
     """Find the known types whose layout an unknown one has, proven on tiny random models of it."""
     from headgram.architectures.registry import families
-    from headgram.prove import adopt as proven_families
+    from headgram.prove import adopt as prove_in_families
 
-    found = list(proven_families(model_type))
-    if not found:
+    first = {family.name: family.model_types[0] for family in families()}
+    proofs = prove_in_families(model_type)
+    for proof in proofs:
+        known = first[proof.family]
+        if proof.ok:
+            print(f"'{model_type}' has the layout of '{known}' (largest residual {proof.residual:.0e}): set model_type = {known}")
+        else:
+            print(f"headgram: '{model_type}' has tensors like those of '{known}', but {proof.problem}", file=sys.stderr)
+    if not any(proof.ok for proof in proofs):
         raise HeadgramError(
-            f"no known layout gives the scores of '{model_type}': describe its own in src/headgram/architectures/, and its tiny "
+            f"no known layout is proven for '{model_type}': describe its own in src/headgram/architectures/, and its tiny "
             "configuration in src/headgram/proofs.toml, until `headgram prove` agrees"
         )
-    first = {family.name: family.model_types[0] for family in families()}
-    for proof in found:
-        known = first[proof.family]
-        print(f"'{model_type}' has the layout of '{known}' (largest residual {proof.residual:.0e}): set model_type = {known}")
 
 
 @app.command()

@@ -19,7 +19,7 @@ import tomllib
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
@@ -145,11 +145,10 @@ def prove(model_type: str) -> Proof:
     return Proof(model_type, family.name, tuple(layouts), tuple(stacks), tuple(shapes), worst, problem)
 
 
-def adopt(model_type: str) -> Iterator[Proof]:
-    """Every family that is proven to hold the weights of a type that the registry does not know.
+def adopt(model_type: str) -> list[Proof]:
+    """Prove a type that the registry does not know as if it belonged to each family whose names and shapes fit.
 
-    Names and shapes alone prove nothing: each family is tried on tiny models of the type, as `prove` does, and must agree with
-    their scores in at least two shapes.
+    Fitting alone shows nothing, and neither does a single shape, in which a wrong split can look right: two must agree.
 
     Raises
     ------
@@ -163,11 +162,14 @@ def adopt(model_type: str) -> Iterator[Proof]:
             f"the installed transformers does not know the model type '{model_type}', so that nothing can be proven about it: "
             "describe its layout in src/headgram/architectures/, with a test that compares it with the model's own scores"
         )
+    proofs = []
     for family in _openers(model_type):
         with adopting(model_type, family):
             proof = prove(model_type)
-        if proof.ok and len(proof.shapes) > 1:
-            yield proof
+        if proof.ok and len(proof.shapes) == 1:
+            proof = replace(proof, problem="only one shape could be tried")
+        proofs.append(proof)
+    return proofs
 
 
 @contextmanager
@@ -183,13 +185,14 @@ def quiet() -> Iterator[None]:
 
 
 def _openers(model_type: str) -> list[Family]:
-    """The families whose names and shapes fit the first tiny model of a type."""
+    """The families whose names and shapes fit the first tiny model of a type; those that demand attention in every layer first."""
     found = []
     with quiet(), _saved(next(_models(model_type))[0]) as folder:
         for family in families():
-            with suppress(HeadgramError), adopting(model_type, family), open_checkpoint(folder):
-                found.append(family)
-    return found
+            with suppress(HeadgramError), adopting(model_type, family), open_checkpoint(folder) as checkpoint:
+                if checkpoint.architecture == model_type:  # some types are saved under another one's name
+                    found.append(family)
+    return sorted(found, key=lambda family: any(rule.sparse for rule in family.stacks))
 
 
 @cache
