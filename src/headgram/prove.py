@@ -22,6 +22,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field, fields, replace
 from functools import cache
 from importlib.resources import files
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Self
 
@@ -120,8 +121,9 @@ def prove(model_type: str) -> Proof:
     Raises
     ------
     HeadgramError
-        If the registry does not know the type.
+        If the registry does not know the type, or transformers is not installed.
     """
+    _need_transformers()
     family = family_of(model_type)
     stacks: dict[str, None] = {}
     layouts: dict[str, None] = {}
@@ -153,8 +155,9 @@ def adopt(model_type: str) -> list[Proof]:
     Raises
     ------
     HeadgramError
-        If transformers does not know the type either; code from a checkpoint is never run.
+        If transformers does not know the type either, or is not installed; code from a checkpoint is never run.
     """
+    _need_transformers()
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
     if model_type not in CONFIG_MAPPING:
@@ -184,8 +187,15 @@ def quiet() -> Iterator[None]:
         yield
 
 
+def _need_transformers() -> None:
+    if find_spec("transformers") is None:
+        raise HeadgramError(
+            "the proofs build their models with transformers, which is not installed: pip install 'headgram[prove]'"
+        )
+
+
 def _openers(model_type: str) -> list[Family]:
-    """The families whose names and shapes fit the first tiny model of a type; those that demand attention in every layer first."""
+    """The families whose names and shapes fit the first tiny model of a type; first those that want attention in every layer."""
     found = []
     with quiet(), _saved(next(_models(model_type))[0]) as folder:
         for family in families():

@@ -151,6 +151,7 @@ def test_a_stack_that_the_registry_forgets_is_noticed(monkeypatch: pytest.Monkey
         ("llama", 0, {"per_layer_config": {"1": {"head_dim": 6}}}, r"changes layers 0, 1 in different ways"),
         ("zamba2", 0, {"use_shared_attention_adapter": True}, r"adapter = True, a variant whose layout is not known"),
         ("gpt_bigcode", 0, {"multi_query": None}, r"multi_query = None, a variant whose layout is not known"),
+        ("llama", 0, {"num_attention_heads": [4, 4]}, r"num_attention_heads = \[4, 4\], which should be a whole number"),
         ("gemma4_text", 0, {"layer_types": ["full_attention"]}, r"should have a list `layer_types` of 6 entries"),
         ("llama", 0, {"model_type": "llamma"}, r"the model type 'llamma' is not known \(the nearest known one is 'llama'\)"),
         ("llava", 0, {"text_config": {}}, r"names no text tower's type"),

@@ -31,7 +31,7 @@ class Section:
         return self._values.get(name)
 
     def find(self, names: Names, least: int = 1) -> int | None:
-        """A whole number, or the length of a list, that the configuration states under one of the names; None if under none.
+        """A whole number that the configuration states under one of the names; None if under none of them.
 
         Raises
         ------
@@ -40,7 +40,6 @@ class Section:
         """
         for name in [names] if isinstance(names, str) else names:
             value = self.get(name)
-            value = len(value) if isinstance(value, list) else value
             if value is not None:
                 if isinstance(value, bool) or not isinstance(value, int) or not least <= value < 2**31:
                     raise HeadgramError(
@@ -48,6 +47,12 @@ class Section:
                     )
                 return value
         return None
+
+    def count_layers(self, names: Names) -> int | None:
+        """How many layers the configuration states, as a number or as a list with an entry for each; None if it does not."""
+        lists = (value for name in ([names] if isinstance(names, str) else names) if isinstance(value := self.get(name), list))
+        stated = next(lists, None)
+        return self.find(names) if stated is None else len(stated)
 
     def need(self, names: Names) -> int:
         """As `find`, but the configuration must state it.
@@ -151,9 +156,11 @@ def find_layers(
 
 def _candidates(rule: StackRule, section: Section) -> list[int] | None:
     """The layers that the configuration says are in the stack; None if it does not say."""
-    if not rule.sparse and rule.layer_types is None and section.find(rule.layers) is None:
+    count = section.count_layers(rule.layers)
+    if count is None:
+        if rule.sparse or rule.layer_types is not None:
+            section.need(rule.layers)  # says what is missing
         return None
-    count = section.need(rule.layers)
     kept = range(count - (section.find(rule.borrowed, least=0) or 0 if rule.borrowed else 0))
     if rule.layer_types is None:
         return list(kept)
