@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -179,6 +180,30 @@ def test_layers_that_borrow_keys_are_left_out(tmp_path: Path) -> None:
 def test_groups_of_shared_layers_are_one_layer(tmp_path: Path) -> None:
     with open_checkpoint(saved("albert", tmp_path)) as checkpoint:
         assert checkpoint.stack("self").layers == (0,)
+
+
+def test_counts_may_have_older_names(tmp_path: Path) -> None:
+    """As in BLOOM's published configs."""
+    folder = saved("bloom", tmp_path)
+    with open_checkpoint(folder) as checkpoint:
+        expected = checkpoint.stacks
+    older = {"n_embed": 48, "num_attention_heads": 4, "num_hidden_layers": 2}
+    folder = reconfigured(folder, **older, hidden_size=None, n_head=None, n_layer=None)
+    with open_checkpoint(folder) as checkpoint:
+        assert checkpoint.stacks == expected
+
+
+@pytest.mark.parametrize("layout", layouts.LAYOUTS)
+def test_every_tensor_of_every_layout_is_held_to_its_shape(layout: str) -> None:
+    sizes = {"nope": 3, "rope": 2, "value": 4, "key_latent": 6, "query_latent": 7}
+    dims = layouts.Dimensions(heads=8, kv_heads=2, rank=5, hidden=11, sizes=sizes)
+    shapes = layouts.LAYOUTS[layout].shapes(dims)
+    names = {role: f"layers.0.{role}" for role in shapes}
+    layouts.check_shapes(layout, dims, shapes, names)
+    for role, shape in shapes.items():
+        for wrong in (shape[::-1] if len(shape) > 1 else (*shape, 1), (shape[0] + 1, *shape[1:]), (*shape, 1)):
+            with pytest.raises(HeadgramError, match=rf"tensor layers\.0\.{role} has shape {re.escape(str(wrong))}"):
+                layouts.check_shapes(layout, dims, {**shapes, role: wrong}, names)
 
 
 def test_global_heads_may_be_stated_in_either_way(tmp_path: Path) -> None:

@@ -55,6 +55,7 @@ def written(path: Path, architecture: str, kv_heads: int, rank: int, fused: bool
         ("qwen3moe", 2, 12, False),
         ("gemma2", 2, 12, False),
         ("gemma3", 2, 12, False),
+        ("gpt-oss", 2, 64, False),
         ("nemotron", 2, 12, False),
         ("starcoder2", 2, 12, False),
         ("stablelm", 2, 12, False),
