@@ -149,6 +149,7 @@ def test_a_stack_that_the_registry_forgets_is_noticed(monkeypatch: pytest.Monkey
         ("llama", 0, {"num_hidden_layers": 3}, r"layer 2: the checkpoint lacks tensor layers\.2\.self_attn\.q_proj\.weight"),
         ("qwen2", 0, {"num_attention_heads": None}, r"does not state num_attention_heads: add it there, or set `heads`"),
         ("llama", 0, {"num_hidden_layers": -1}, r"num_hidden_layers = -1, which should be a whole number of at least 1"),
+        ("llama", 0, {"num_hidden_layers": 2**31 - 1}, r"declares 2,147,483,647 layers, which no real model has"),
         ("llama", 0, {"per_layer_config": {"1": {"head_dim": 6}}}, r"changes layers 0, 1 in different ways"),
         ("zamba2", 0, {"use_shared_attention_adapter": True}, r"adapter = True, a variant whose layout is not known"),
         ("gpt_bigcode", 0, {"multi_query": None}, r"multi_query = None, a variant whose layout is not known"),

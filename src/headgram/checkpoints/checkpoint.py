@@ -194,7 +194,7 @@ def _text_type(config: Mapping[str, Any], architecture: str) -> str:
     """The type of a multimodal model's text tower."""
     tower = config.get("text_config")
     name = tower.get("model_type") if isinstance(tower, Mapping) else None
-    if not isinstance(name, str):
+    if not isinstance(name, str) or len(name) > 100:
         raise HeadgramError(
             f"the config.json of this '{architecture}' checkpoint names no text tower's type: set `model_type` in the manifest"
         )

@@ -11,6 +11,9 @@ from headgram.architectures.registry import Family, Names, StackRule
 from headgram.checkpoints.stores import TensorStore
 from headgram.errors import HeadgramError
 
+#: Far more than any model has; a configuration that declares more is damaged or hostile.
+_MOST_LAYERS = 10_000
+
 
 class Section:
     """A checkpoint's configuration as a rule reads it: the rule's section first, then the whole, then the type's defaults."""
@@ -43,7 +46,7 @@ class Section:
             if value is not None:
                 if isinstance(value, bool) or not isinstance(value, int) or not least <= value < 2**31:
                     raise HeadgramError(
-                        f"{self.whose} has {name} = {value!r}, which should be a whole number of at least {least}"
+                        f"{self.whose} has {name} = {value!r:.60}, which should be a whole number of at least {least}"
                     )
                 return value
         return None
@@ -52,7 +55,10 @@ class Section:
         """How many layers the configuration states, as a number or as a list with an entry for each; None if it does not."""
         lists = (value for name in ([names] if isinstance(names, str) else names) if isinstance(value := self.get(name), list))
         stated = next(lists, None)
-        return self.find(names) if stated is None else len(stated)
+        count = self.find(names) if stated is None else len(stated)
+        if count is not None and count > _MOST_LAYERS:
+            raise HeadgramError(f"{self.whose} declares {count:,} layers, which no real model has")
+        return count
 
     def need(self, names: Names) -> int:
         """As `find`, but the configuration must state it.
