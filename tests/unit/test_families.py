@@ -150,7 +150,7 @@ def test_a_stack_that_the_registry_forgets_is_noticed(monkeypatch: pytest.Monkey
         ("qwen2", 0, {"num_attention_heads": None}, r"does not state num_attention_heads: add it there, or set `heads`"),
         ("llama", 0, {"num_hidden_layers": -1}, r"num_hidden_layers = -1, which should be a whole number of at least 1"),
         ("llama", 0, {"num_hidden_layers": 2**31 - 1}, r"declares 2,147,483,647 layers, which no real model has"),
-        ("llama", 0, {"per_layer_config": {"1": {"head_dim": 6}}}, r"changes layers 0, 1 in different ways"),
+        ("llama", 0, {"per_layer_config": {"1": {"head_dim": 6}}}, r"changes layers 0 to 1 differently"),
         ("zamba2", 0, {"use_shared_attention_adapter": True}, r"adapter = True, a variant whose layout is not known"),
         ("gpt_bigcode", 0, {"multi_query": None}, r"multi_query = None, a variant whose layout is not known"),
         ("llama", 0, {"num_attention_heads": [4, 4]}, r"num_attention_heads = \[4, 4\], which should be a whole number"),

@@ -111,7 +111,9 @@ class Checkpoint:
         tensors = {role: self._store.read(name) for role, name in names.items()}
         for role, name in names.items():
             if not bool(torch.isfinite(tensors[role]).all()):
-                raise HeadgramError(f"layer {layer}: tensor {name} holds a NaN or an infinity: the checkpoint is damaged, or its training diverged")
+                raise HeadgramError(
+                    f"layer {layer}: tensor {name} holds a NaN or an infinity: the checkpoint is damaged or its training diverged"
+                )
         if stack._permuted:
             counts = {"query": stack.heads, "key": stack.kv_heads}
             tensors = {role: undo_gguf_permutation(tensor, counts[role]) for role, tensor in tensors.items()}

@@ -87,10 +87,11 @@ class Section:
         changes = self.get("per_layer_config")
         if not isinstance(changes, Mapping):
             return self
-        own = [changes.get(str(layer)) or {} for layer in layers]
+        stated = [changes.get(str(layer)) for layer in layers]
+        own = [change if isinstance(change, Mapping) else {} for change in stated]
         if any(change != own[0] for change in own):
             raise HeadgramError(
-                f"{self.whose} changes layers {', '.join(map(str, layers))} in different ways, which one stack cannot hold"
+                f"{self.whose} changes layers {layers[0]} to {layers[-1]} differently, which one stack cannot hold"
             )
         return type(self)({**self._values, **own[0]}, self._architecture)
 
