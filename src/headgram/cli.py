@@ -103,3 +103,53 @@ def measure(
 
     measure_model(model, out, topk, revision, stack, dtype, device)
     print(f"wrote {out} and {out.with_name(out.stem + '-eigdirs.pt')}")
+
+
+@app.command()
+def adopt(model_type: Annotated[str, typer.Argument(help="A type that transformers knows and headgram does not.")]) -> None:
+    """Find the known types whose layout an unknown one has, proven on tiny random models of it."""
+    from headgram.architectures.registry import families
+    from headgram.prove import adopt as prove_in_families
+
+    first = {family.name: family.model_types[0] for family in families()}
+    proofs = prove_in_families(model_type)
+    for proof in proofs:
+        known = first[proof.family]
+        if proof.ok:
+            print(f"'{model_type}' has the layout of '{known}' (largest residual {proof.residual:.0e}): set model_type = {known}")
+        else:
+            print(f"headgram: '{model_type}' has tensors like those of '{known}', but {proof.problem}", file=sys.stderr)
+    if not any(proof.ok for proof in proofs):
+        raise HeadgramError(
+            f"no known layout is proven for '{model_type}': describe its own in src/headgram/architectures/, and its tiny "
+            "configuration in src/headgram/proofs.toml, until `headgram prove` agrees"
+        )
+
+
+@app.command()
+def prove(
+    model_types: Annotated[Optional[list[str]], typer.Argument(help="Model types; all that are known if none is given.")] = None,  # noqa: UP045
+    markdown: Annotated[bool, typer.Option("--markdown", help="Print the table as Markdown.")] = False,
+) -> None:
+    """Prove the registry: compare headgram's weights with the scores of tiny random models, built by transformers."""
+    from headgram.prove import COLUMNS, known_types
+    from headgram.prove import prove as prove_type
+
+    proofs = []
+    for model_type in model_types or known_types():
+        proofs.append(prove_type(model_type))
+        if problem := proofs[-1].problem:
+            print(f"headgram: {model_type}: {problem}", file=sys.stderr)
+    if markdown:
+        for cells in (COLUMNS, ("---",) * len(COLUMNS), *(proof.cells for proof in proofs)):
+            print("| " + " | ".join(cells) + " |")
+    else:
+        from rich.console import Console
+        from rich.table import Table
+
+        table = Table(*COLUMNS)
+        for proof in proofs:
+            table.add_row(*proof.cells)
+        Console().print(table)
+    if not all(proof.ok for proof in proofs):
+        raise SystemExit(1)

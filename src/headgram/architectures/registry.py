@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import difflib
 import tomllib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from importlib.resources import files
+from typing import Self
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from headgram.architectures.layouts import LAYOUTS
 from headgram.errors import HeadgramError
@@ -19,41 +22,61 @@ class _Entry(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
+#: A name in the checkpoint's configuration; of several, the first that it states.
+Names = str | tuple[str, ...]
+
+
 class StackRule(_Entry):
-    """One run of attention layers: where its tensors are, and what the checkpoint's config calls its head counts."""
+    """One run of attention layers: where its tensors are, and what the checkpoint's config calls its head counts.
+
+    Rules with the same name are alternatives: the first whose `when` holds and whose tensors are there is taken.
+    """
 
     name: str
     layout: str
     tensors: dict[str, str]  # role -> key below the prefix; `{layer}` stands for the layer's index
-    layers: str = "num_hidden_layers"
-    heads: str = "num_attention_heads"
-    kv_heads: str | None = None  # None: as many key heads as query heads
-    hidden: str = "hidden_size"
-    head_dim: str | None = None  # None, or absent from the config: hidden / heads
+    config: str | None = None  # a section of the config, such as `text_config`, looked into before the config itself
+    when: dict[str, bool | int | str] = Field(default={})  # what the config must state for this rule to apply
+    layers: Names = "num_hidden_layers"
+    heads: Names = "num_attention_heads"
+    kv_heads: Names | int | None = None  # None, or absent from the config: as many key heads as query heads
+    hidden: Names = "hidden_size"
+    head_dim: Names | None = None  # None, or absent from the config: hidden / heads
+    sizes: dict[str, Names] = Field(default={})  # further sizes that the layout reads
+    layer_types: tuple[str, ...] | None = None  # only the layers that the config's `layer_types` calls so
+    borrowed: Names | None = None  # so many last layers read the keys of earlier ones, and are left out
+    sparse: bool = False  # only some layers hold attention: those with all of the tensors
+    optional: bool = False  # a checkpoint may hold another stack alone
+    defaults: dict[str, dict[str, int]] = Field(default={})  # model type -> what its published configs may leave unsaid
 
-    @field_validator("layout")
-    @classmethod
-    def _known_layout(cls, value: str) -> str:
-        if value not in LAYOUTS:
-            raise ValueError(f"unknown layout {value!r}")
-        return value
+    @model_validator(mode="after")
+    def _known_layout(self) -> Self:
+        if self.layout not in LAYOUTS:
+            raise ValueError(f"unknown layout {self.layout!r}")
+        if set(self.sizes) != set(LAYOUTS[self.layout].sizes):
+            raise ValueError(f"the layout {self.layout!r} reads the sizes {LAYOUTS[self.layout].sizes}")
+        return self
 
 
 class GgufRule(_Entry):
     """The family in llama.cpp's naming."""
 
     architectures: tuple[str, ...]
+    layout: str = "separate"
     permuted: bool = False  # llama.cpp's converter reordered the rows of q and k
     tensors: dict[str, str] = Field(default={"query": "blk.{layer}.attn_q.weight", "key": "blk.{layer}.attn_k.weight"})
 
 
 class Family(_Entry):
-    """One family of architectures."""
+    """One family of architectures.
+
+    A family without stacks holds models whose text tower is of another type, which their config names in `text_config`.
+    """
 
     name: str
     model_types: tuple[str, ...]
-    prefixes: tuple[str, ...]  # where the base model may sit inside the checkpoint
-    stacks: tuple[StackRule, ...]
+    prefixes: tuple[str, ...] = ()  # where the base model may sit inside the checkpoint
+    stacks: tuple[StackRule, ...] = ()
     gguf: GgufRule | None = None
 
 
@@ -69,6 +92,20 @@ def family_text(name: str) -> str:
     return (_FOLDER / f"{name}.toml").read_text(encoding="utf-8")
 
 
+#: Types that a family owns for a while, to see whether it fits them.
+_adopted: dict[str, Family] = {}
+
+
+@contextmanager
+def adopting(model_type: str, family: Family) -> Iterator[None]:
+    """Let a family own a `model_type`, for as long as the context lasts."""
+    _adopted[model_type] = family
+    try:
+        yield
+    finally:
+        del _adopted[model_type]
+
+
 def family_of(model_type: str) -> Family:
     """The family that owns a `model_type` of transformers.
 
@@ -77,7 +114,8 @@ def family_of(model_type: str) -> Family:
     HeadgramError
         If no family does.
     """
-    return _find(model_type, {name: family for family in families() for name in family.model_types}, "model type")
+    owners = {name: family for family in families() for name in family.model_types}
+    return _find(model_type, owners | _adopted, "model type")
 
 
 def family_of_gguf(architecture: str) -> Family:
@@ -96,8 +134,9 @@ def _find(name: str, owners: dict[str, Family], what: str) -> Family:
     if name not in owners:
         near = difflib.get_close_matches(name, owners, n=1)
         hint = f" (the nearest known one is '{near[0]}')" if near else ""
+        search = f" (`headgram adopt {name}` looks for one)" if what == "model type" else ""
         raise HeadgramError(
             f"the {what} '{name}' is not known{hint}; add it to a file in src/headgram/architectures/ "
-            "or set `model_type` in the manifest to a known type with the same layout"
+            f"or set `model_type` in the manifest to a known type with the same layout{search}"
         )
     return owners[name]

@@ -14,8 +14,9 @@ from torch import Tensor
 
 from headgram.architectures.layouts import LAYOUTS, Dimensions, check_shapes, undo_gguf_permutation
 from headgram.architectures.registry import Family, StackRule, family_of, family_of_gguf
+from headgram.checkpoints.dimensions import find_layers, find_rules
 from headgram.checkpoints.sources import Location, locate
-from headgram.checkpoints.stores import GgufStore, SafetensorsStore, TensorStore, open_store
+from headgram.checkpoints.stores import GgufStore, TensorStore, open_store
 from headgram.errors import HeadgramError
 
 #: What a manifest may state when a checkpoint does not, or states it wrongly.
@@ -29,7 +30,7 @@ class Stack:
     Attributes
     ----------
     name
-        `self` for decoders and encoders; `encoder`, `decoder`, `cross` for encoder–decoders.
+        `self` for decoders and encoders; `encoder`, `decoder`, `cross` for encoder–decoders; `text`, `vision` for two towers.
     layers
         The true indices of its layers in the model.
     heads, kv_heads, rank, hidden
@@ -51,10 +52,11 @@ class Stack:
     _tensors: dict[str, str] = field(repr=False, compare=False)
     _layout: str = field(repr=False, compare=False)
     _permuted: bool = field(repr=False, compare=False)
+    _sizes: Mapping[str, int] = field(repr=False, compare=False)
 
     @property
     def dimensions(self) -> Dimensions:
-        return Dimensions(self.heads, self.kv_heads, self.rank, self.hidden)
+        return Dimensions(self.heads, self.kv_heads, self.rank, self.hidden, self._sizes)
 
 
 class Checkpoint:
@@ -90,7 +92,9 @@ class Checkpoint:
         raise HeadgramError(f"there is no stack '{name}'; there are: {', '.join(stack.name for stack in self.stacks)}")
 
     def qk(self, stack_name: str, layer: int) -> tuple[Float[Tensor, "heads rank hidden"], Float[Tensor, "kv_heads rank hidden"]]:
-        """`W_Q (H, r, d)` and `W_K (K, r, d)` of one layer, in stored precision (float32 if the format is quantised).
+        """`W_Q (H, r, d)` and `W_K (K, r, d)` of one layer, in stored precision.
+
+        At least float32 if the format is quantised, or if the weights are products of stored factors.
 
         Parameters
         ----------
@@ -107,7 +111,9 @@ class Checkpoint:
         tensors = {role: self._store.read(name) for role, name in names.items()}
         for role, name in names.items():
             if not bool(torch.isfinite(tensors[role]).all()):
-                raise HeadgramError(f"layer {layer}: tensor {name} holds a NaN or an infinity: the checkpoint is damaged, or its training diverged")
+                raise HeadgramError(
+                    f"layer {layer}: tensor {name} holds a NaN or an infinity: the checkpoint is damaged or its training diverged"
+                )
         if stack._permuted:
             counts = {"query": stack.heads, "key": stack.kv_heads}
             tensors = {role: undo_gguf_permutation(tensor, counts[role]) for role, tensor in tensors.items()}
@@ -123,7 +129,7 @@ class Checkpoint:
 
     def _names(self, stack: Stack, layer: int) -> dict[str, str]:
         if layer not in stack.layers:
-            raise HeadgramError(f"the stack '{stack.name}' has no layer {layer}; it has {stack.layers[0]} to {stack.layers[-1]}")
+            raise HeadgramError(f"the stack '{stack.name}' has no layer {layer}; it has {', '.join(map(str, stack.layers))}")
         return {role: key.format(layer=layer) for role, key in stack._tensors.items()}
 
     def __enter__(self) -> Self:
@@ -166,7 +172,7 @@ def open_checkpoint(
     return Checkpoint(location, store, architecture, stacks)
 
 
-def _read_config(location: Location, store: SafetensorsStore, given: dict[str, Any]) -> tuple[str, Family, tuple[Stack, ...]]:
+def _read_config(location: Location, store: TensorStore, given: dict[str, Any]) -> tuple[str, Family, tuple[Stack, ...]]:
     config = location.config()
     if config is None and "model_type" not in given:
         raise HeadgramError(f"{location.folder} has no config.json: add it, or set `model_type` and `heads` in the manifest")
@@ -175,16 +181,26 @@ def _read_config(location: Location, store: SafetensorsStore, given: dict[str, A
     if not isinstance(architecture, str):
         raise HeadgramError(f"{location.folder / 'config.json'} names no model_type: set `model_type` in the manifest")
     family = family_of(architecture)
-    stacks = []
-    for rule in family.stacks:
-        tensors = _with_prefix(store, rule, family.prefixes)
-        layers = _layers(store, tensors, _count(config, rule.layers, architecture, required=False))
-        hidden = _count(config, rule.hidden, architecture, required=False) or store.shape(tensors["query"].format(layer=layers[0]))[-1]
-        heads = given.get("heads") or _count(config, rule.heads, architecture)
-        kv_heads = given.get("kv_heads") or _count(config, rule.kv_heads, architecture, required=False) or heads
-        rank = given.get("head_dim") or _count(config, rule.head_dim, architecture, required=False) or _even_split(hidden, heads)
-        stacks.append(_stack(store, rule.name, rule.layout, tensors, layers, Dimensions(heads, kv_heads, rank, hidden)))
+    if not family.stacks:
+        architecture = _text_type(config, architecture)
+        family = family_of(architecture)
+    rules = find_rules(store, family, config, architecture)
+    stacks = [
+        _stack(store, rule.name, rule.layout, *find_layers(store, rule, prefix, config, architecture, given))
+        for rule, prefix in rules
+    ]
     return architecture, family, tuple(stacks)
+
+
+def _text_type(config: Mapping[str, Any], architecture: str) -> str:
+    """The type of a multimodal model's text tower."""
+    tower = config.get("text_config")
+    name = tower.get("model_type") if isinstance(tower, Mapping) else None
+    if not isinstance(name, str) or len(name) > 100:
+        raise HeadgramError(
+            f"the config.json of this '{architecture}' checkpoint names no text tower's type: set `model_type` in the manifest"
+        )
+    return name
 
 
 def _read_gguf(store: GgufStore, given: dict[str, Any]) -> tuple[str, Family, tuple[Stack, ...]]:
@@ -193,35 +209,19 @@ def _read_gguf(store: GgufStore, given: dict[str, Any]) -> tuple[str, Family, tu
     if family.gguf is None:
         raise HeadgramError(f"the family '{family.name}' has no known GGUF naming")
     meta = {key.removeprefix(f"{architecture}."): value for key, value in store.metadata.items()}
-    hidden = _count(meta, "embedding_length", architecture)
-    heads = given.get("heads") or _count(meta, "attention.head_count", architecture)
-    kv_heads = given.get("kv_heads") or _count(meta, "attention.head_count_kv", architecture, required=False) or heads
-    rank = given.get("head_dim") or _count(meta, "attention.key_length", architecture, required=False) or _even_split(hidden, heads)
-    rule = family.stacks[0]
-    layers = _layers(store, family.gguf.tensors, _count(meta, "block_count", architecture))
-    dims = Dimensions(heads, kv_heads, rank, hidden)
-    stack = _stack(store, rule.name, rule.layout, family.gguf.tensors, layers, dims, permuted=family.gguf.permuted)
+    rule = StackRule(
+        name=family.stacks[0].name,
+        layout=family.gguf.layout,
+        tensors=family.gguf.tensors,
+        layers="block_count",
+        heads="attention.head_count",
+        kv_heads="attention.head_count_kv",
+        hidden="embedding_length",
+        head_dim="attention.key_length",
+    )
+    found = find_layers(store, rule, "", meta, architecture, given)
+    stack = _stack(store, rule.name, rule.layout, *found, permuted=family.gguf.permuted)
     return given.get("model_type") or architecture, family, (stack,)
-
-
-def _with_prefix(store: TensorStore, rule: StackRule, prefixes: tuple[str, ...]) -> dict[str, str]:
-    """The rule's tensor names below the first prefix at which layer 0 is found."""
-    for prefix in prefixes:
-        if all((prefix + key).format(layer=0) in store for key in rule.tensors.values()):
-            return {role: prefix + key for role, key in rule.tensors.items()}
-    wanted = (prefixes[0] + rule.tensors["query"]).format(layer=0)
-    raise HeadgramError(f"the checkpoint lacks tensor {wanted}, under any known prefix")
-
-
-def _layers(store: TensorStore, tensors: dict[str, str], declared: int | None) -> tuple[int, ...]:
-    """The layers' indices; every tensor of every declared layer must be there."""
-    count = 0
-    while (declared is None or count < declared) and all(key.format(layer=count) in store for key in tensors.values()):
-        count += 1
-    if declared is not None and count < declared:
-        missing = next(key.format(layer=count) for key in tensors.values() if key.format(layer=count) not in store)
-        raise HeadgramError(f"layer {count}: the checkpoint lacks tensor {missing}, though its configuration declares {declared} layers")
-    return tuple(range(count))
 
 
 def _stack(
@@ -246,21 +246,16 @@ def _stack(
         stored |= {store.dtype(key) for key in names.values()}
         qk_bytes += sum(store.nbytes(key) for key in names.values())
     return Stack(
-        name, layers, dims.heads, dims.kv_heads, dims.rank, dims.hidden, "+".join(sorted(stored)), qk_bytes, tensors, layout, permuted
+        name=name,
+        layers=layers,
+        heads=dims.heads,
+        kv_heads=dims.kv_heads,
+        rank=dims.rank,
+        hidden=dims.hidden,
+        dtype="+".join(sorted(stored)),
+        qk_bytes=qk_bytes,
+        _tensors=tensors,
+        _layout=layout,
+        _permuted=permuted,
+        _sizes=dims.sizes,
     )
-
-
-def _count(config: Mapping[str, Any], key: str | None, architecture: str, required: bool = True) -> int | None:
-    """A positive whole number of the checkpoint's own configuration; None if it is absent and not required."""
-    value = config.get(key) if key else None
-    if value is None and not required:
-        return None
-    if isinstance(value, bool) or not isinstance(value, int) or not 0 < value < 2**31:
-        raise HeadgramError(f"the configuration of this '{architecture}' checkpoint has {key} = {value!r}, which should be a positive whole number")
-    return value
-
-
-def _even_split(hidden: int, heads: int) -> int:
-    if hidden % heads:
-        raise HeadgramError(f"width {hidden} does not divide into {heads} heads: set `head_dim` in the manifest")
-    return hidden // heads

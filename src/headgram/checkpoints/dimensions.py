@@ -1,0 +1,208 @@
+"""Which of a family's rules a checkpoint follows, and how many layers, heads and channels it has by its own configuration."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping
+from typing import Any, Self
+
+from headgram.architectures.layouts import Dimensions
+from headgram.architectures.registry import Family, Names, StackRule
+from headgram.checkpoints.stores import TensorStore
+from headgram.errors import HeadgramError
+
+#: Far more than any model has; a configuration that declares more is damaged or hostile.
+_MOST_LAYERS = 10_000
+
+
+class Section:
+    """A checkpoint's configuration as a rule reads it: the rule's section first, then the whole, then the type's defaults."""
+
+    def __init__(self, values: Mapping[str, Any], architecture: str) -> None:
+        self._values = values
+        self._architecture = architecture
+
+    @classmethod
+    def of(cls, rule: StackRule, config: Mapping[str, Any], architecture: str) -> Self:
+        """What a rule reads; a checkpoint without a configuration has no defaults either."""
+        inner = config.get(rule.config) if rule.config else None
+        defaults = rule.defaults.get(architecture, {}) if config else {}
+        return cls({**defaults, **config, **(inner if isinstance(inner, Mapping) else {})}, architecture)
+
+    def get(self, name: str) -> Any:
+        """What the configuration states under a name, or None."""
+        return self._values.get(name)
+
+    def find(self, names: Names, least: int = 1) -> int | None:
+        """A whole number that the configuration states under one of the names; None if under none of them.
+
+        Raises
+        ------
+        HeadgramError
+            If what it states is not a whole number of at least `least`.
+        """
+        for name in [names] if isinstance(names, str) else names:
+            value = self.get(name)
+            if value is not None:
+                if isinstance(value, bool) or not isinstance(value, int) or not least <= value < 2**31:
+                    raise HeadgramError(
+                        f"{self.whose} has {name} = {value!r:.60}, which should be a whole number of at least {least}"
+                    )
+                return value
+        return None
+
+    def count_layers(self, names: Names) -> int | None:
+        """How many layers the configuration states, as a number or as a list with an entry for each; None if it does not."""
+        lists = (value for name in ([names] if isinstance(names, str) else names) if isinstance(value := self.get(name), list))
+        stated = next(lists, None)
+        count = self.find(names) if stated is None else len(stated)
+        if count is not None and count > _MOST_LAYERS:
+            raise HeadgramError(f"{self.whose} declares {count:,} layers, which no real model has")
+        return count
+
+    def need(self, names: Names) -> int:
+        """As `find`, but the configuration must state it.
+
+        Raises
+        ------
+        HeadgramError
+            If it does not.
+        """
+        value = self.find(names)
+        if value is None:
+            known = names if isinstance(names, str) else " or ".join(names)
+            raise HeadgramError(
+                f"{self.whose} does not state {known}: add it there, or set `heads`, `kv_heads` and `head_dim` in the manifest"
+            )
+        return value
+
+    def at(self, layers: tuple[int, ...]) -> Self:
+        """The configuration as it is for some layers, which must agree in what `per_layer_config` changes.
+
+        Raises
+        ------
+        HeadgramError
+            If they do not.
+        """
+        changes = self.get("per_layer_config")
+        if not isinstance(changes, Mapping):
+            return self
+        stated = [changes.get(str(layer)) for layer in layers]
+        own = [change if isinstance(change, Mapping) else {} for change in stated]
+        if any(change != own[0] for change in own):
+            raise HeadgramError(
+                f"{self.whose} changes layers {layers[0]} to {layers[-1]} differently, which one stack cannot hold"
+            )
+        return type(self)({**self._values, **own[0]}, self._architecture)
+
+    @property
+    def whose(self) -> str:
+        """How an error names this configuration."""
+        return f"the configuration of this '{self._architecture}' checkpoint"
+
+
+def find_rules(store: TensorStore, family: Family, config: Mapping[str, Any], architecture: str) -> list[tuple[StackRule, str]]:
+    """Every stack that the checkpoint holds: its rule, and the prefix under which its tensors are.
+
+    Raises
+    ------
+    HeadgramError
+        If a stack that must be there is not, or the configuration fits none of its rules.
+    """
+    found: list[tuple[StackRule, str]] = []
+    missing = []
+    for name in dict.fromkeys(rule.name for rule in family.stacks):
+        rules = [rule for rule in family.stacks if rule.name == name]
+        fitting = [
+            rule
+            for rule in rules
+            if all(Section.of(rule, config, architecture).get(key) == value for key, value in rule.when.items())
+        ]
+        if not fitting:
+            stated = ", ".join(f"{key} = {Section.of(rules[0], config, architecture).get(key)!r}" for key in rules[0].when)
+            raise HeadgramError(f"this '{architecture}' checkpoint has {stated}, a variant whose layout is not known")
+        section = Section.of(fitting[0], config, architecture)
+        places = [(rule, prefix) for rule in fitting for prefix in family.prefixes if _holds_any(store, rule, prefix, section)]
+        if places:
+            found.append(places[0])
+        elif not fitting[0].layer_types or _candidates(fitting[0], section):
+            missing.append(fitting[0])
+    required = [rule for rule in missing if not rule.optional or not found]
+    if required:
+        layer = (_candidates(required[0], Section.of(required[0], config, architecture)) or [0])[0]
+        wanted = family.prefixes[0] + next(iter(required[0].tensors.values()))
+        raise HeadgramError(f"the checkpoint lacks tensor {wanted.format(layer=layer)}, under any known prefix")
+    return found
+
+
+def find_layers(
+    store: TensorStore, rule: StackRule, prefix: str, config: Mapping[str, Any], architecture: str, given: Mapping[str, Any]
+) -> tuple[dict[str, str], tuple[int, ...], Dimensions]:
+    """The names of a stack's tensors by role, the true indices of its layers, and its dimensions.
+
+    Raises
+    ------
+    HeadgramError
+        If the configuration does not state a count, or the checkpoint lacks a tensor that it should have.
+    """
+    section = Section.of(rule, config, architecture)
+    tensors = {role: prefix + key for role, key in rule.tensors.items()}
+    layers = _layers(store, rule, tensors, section)
+    section = section.at(layers)
+    sizes = {role: section.need(names) for role, names in rule.sizes.items()}
+    heads = given.get("heads") or section.need(rule.heads)
+    stated = rule.kv_heads if isinstance(rule.kv_heads, int) else rule.kv_heads and section.find(rule.kv_heads)
+    kv_heads = given.get("kv_heads") or stated or heads
+    hidden = section.find(rule.hidden) or store.shape(next(iter(tensors.values())).format(layer=layers[0]))[-1]
+    if {"nope", "rope"} <= sizes.keys():
+        rank = sizes["nope"] + sizes["rope"]
+    else:
+        rank = given.get("head_dim") or (rule.head_dim and section.find(rule.head_dim)) or _even_split(hidden, heads)
+    return tensors, layers, Dimensions(heads, kv_heads, rank, hidden, sizes)
+
+
+def _candidates(rule: StackRule, section: Section) -> list[int] | None:
+    """The layers that the configuration says are in the stack; None if it does not say."""
+    count = section.count_layers(rule.layers)
+    if count is None:
+        if rule.sparse or rule.layer_types is not None:
+            section.need(rule.layers)  # says what is missing
+        return None
+    kept = range(count - (section.find(rule.borrowed, least=0) or 0 if rule.borrowed else 0))
+    if rule.layer_types is None:
+        return list(kept)
+    kinds = section.get("layer_types")
+    if not isinstance(kinds, list) or len(kinds) != count:
+        raise HeadgramError(f"{section.whose} should have a list `layer_types` of {count} entries")
+    return [layer for layer in kept if kinds[layer] in rule.layer_types]
+
+
+def _holds_any(store: TensorStore, rule: StackRule, prefix: str, section: Section) -> bool:
+    candidates = _candidates(rule, section)
+    names = [prefix + key for key in rule.tensors.values()]
+    return any(all(name.format(layer=layer) in store for name in names) for layer in ([0] if candidates is None else candidates))
+
+
+def _layers(store: TensorStore, rule: StackRule, tensors: Mapping[str, str], section: Section) -> tuple[int, ...]:
+    """The layers' indices; every tensor of every layer that the configuration declares must be there."""
+
+    def missing(layer: int) -> list[str]:
+        return [name for key in tensors.values() if (name := key.format(layer=layer)) not in store]
+
+    candidates = _candidates(rule, section)
+    if candidates is None:
+        return tuple(itertools.takewhile(lambda layer: not missing(layer), itertools.count()))
+    if rule.sparse:
+        candidates = [layer for layer in candidates if len(missing(layer)) < len(tensors)]
+    for layer in candidates:
+        if lacking := missing(layer):
+            raise HeadgramError(
+                f"layer {layer}: the checkpoint lacks tensor {lacking[0]}, though its configuration declares that layer"
+            )
+    return tuple(candidates)
+
+
+def _even_split(hidden: int, heads: int) -> int:
+    if hidden % heads:
+        raise HeadgramError(f"width {hidden} does not divide into {heads} heads: set `head_dim` in the manifest")
+    return hidden // heads

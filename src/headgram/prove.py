@@ -1,0 +1,428 @@
+"""Proofs that the registry is right: headgram's weights against the scores that the models themselves compute.
+
+For a model type, transformers builds a tiny random model and saves it; headgram opens the saved file. Then the model runs, and
+the product of queries and keys is caught in every attention module. With all positions equal, rotary encodings cancel, so that
+`q_t · k_s = x_s^T g x_t` for every head and every pair of tokens, where `x` is what the attention module receives. All pairs
+are compared, not only `t = s`: a layout that takes keys for queries transposes `g`, which no `x_t^T g x_t` can see.
+
+What `g` leaves out is neutralised in the running model, never in the saved file: biases are set to zero, and norms between
+projection and score pass their input on (those inside latent attention keep their gain).
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+import re
+import tempfile
+import tomllib
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass, field, fields, replace
+from functools import cache
+from importlib.resources import files
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from headgram.architectures.registry import Family, adopting, families, family_of
+from headgram.checkpoints.checkpoint import Checkpoint, Stack, open_checkpoint
+from headgram.errors import HeadgramError
+
+#: The columns of a table of proofs, and what `Proof.cells` holds.
+COLUMNS = ("model type", "family", "layout", "stacks", "heads/key heads×rank", "residual", "ok")
+#: A right layout agrees to float32 rounding (some models compute scores in float32); a wrong one is off by about 1.
+TOLERANCE = 1e-5
+#: Tokens per sequence: unlike any size of the tiny models, so that a product of this shape can only be the scores.
+_TOKENS = 7
+_LARGEST_MODEL = 20_000_000
+_SEED = 0
+
+_PRODUCTS = (torch.matmul, torch.bmm, torch.baddbmm, Tensor.matmul, Tensor.__matmul__, Tensor.bmm, Tensor.baddbmm)
+_KEY_INPUTS = ("key_value_states", "encoder_hidden_states")
+_HEADS_ON_TOP = (
+    "MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING",
+    "MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING",
+    "MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING",
+    "MODEL_FOR_CAUSAL_LM_MAPPING",
+    "MODEL_FOR_MASKED_LM_MAPPING",
+    "MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING",
+    "MODEL_FOR_CTC_MAPPING",
+)
+
+
+@dataclass(frozen=True)
+class Proof:
+    """What was tried for one model type, and how it ended.
+
+    Attributes
+    ----------
+    layouts, stacks
+        Those that were met in the saved checkpoints.
+    shapes
+        `H/K×r` of every stack that was compared.
+    residual
+        The largest difference between a score of the model and headgram's, relative to the largest score.
+    problem
+        None if everything agrees; otherwise the first thing that does not.
+    """
+
+    model_type: str
+    family: str
+    layouts: tuple[str, ...]
+    stacks: tuple[str, ...]
+    shapes: tuple[str, ...]
+    residual: float
+    problem: str | None
+
+    @property
+    def ok(self) -> bool:
+        """Whether every score of every model agreed."""
+        return self.problem is None
+
+    @property
+    def cells(self) -> tuple[str, ...]:
+        """The proof as a row of a table with the columns `COLUMNS`."""
+        lists = (", ".join(values) for values in (self.layouts, self.stacks, self.shapes))
+        return (self.model_type, self.family, *lists, f"{self.residual:.0e}", "yes" if self.ok else "no")
+
+
+@dataclass(frozen=True)
+class Call:
+    """One product of queries and keys, `(H, t, r)` and `(H, s, r)`, and the inputs `(t, d)` and `(s, d)` that they come from."""
+
+    module: str
+    query: Float[Tensor, "heads t rank"]
+    key: Float[Tensor, "heads s rank"]
+    x: Float[Tensor, "t hidden"]
+    y: Float[Tensor, "s hidden"]
+
+    @property
+    def layer(self) -> int | None:
+        """The first number in the module's path."""
+        number = re.search(r"\.(\d+)(\.|$)", self.module)
+        return int(number[1]) if number else None
+
+
+def known_types() -> list[str]:
+    """Every model type of the registry, in order."""
+    return sorted(name for family in families() for name in family.model_types)
+
+
+def prove(model_type: str) -> Proof:
+    """Prove one model type: every shape in `proofs.toml`, as base model and with a head on top.
+
+    Raises
+    ------
+    HeadgramError
+        If the registry does not know the type, or transformers is not installed.
+    """
+    _need_transformers()
+    family = family_of(model_type)
+    stacks: dict[str, None] = {}
+    layouts: dict[str, None] = {}
+    shapes: dict[str, None] = {}
+    worst = 0.0
+    problem = None
+    try:
+        with quiet():
+            for model, entry in _models(model_type):
+                with _saved(model) as folder, open_checkpoint(folder) as checkpoint:
+                    for stack in checkpoint.stacks:
+                        stacks[stack.name] = layouts[stack._layout] = None
+                        shapes[f"{stack.heads}/{stack.kv_heads}×{stack.rank}"] = None
+                    worst = max(worst, _residual(model, checkpoint, entry))
+    except Exception as error:  # whatever transformers raises, the other types should still be proven
+        problem = str(error) if isinstance(error, HeadgramError) else f"{type(error).__name__}: {error}"
+    if problem is None and not shapes:
+        problem = "transformers has no model of this type alone"
+    if problem is None and not worst <= TOLERANCE:
+        problem = f"the scores differ by {worst:.1e} of the largest"
+    return Proof(model_type, family.name, tuple(layouts), tuple(stacks), tuple(shapes), worst, problem)
+
+
+def adopt(model_type: str) -> list[Proof]:
+    """Prove a type that the registry does not know as if it belonged to each family whose names and shapes fit.
+
+    Fitting alone shows nothing, and neither does a single shape, in which a wrong split can look right: two must agree.
+
+    Raises
+    ------
+    HeadgramError
+        If transformers does not know the type either, or is not installed; code from a checkpoint is never run.
+    """
+    _need_transformers()
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    if model_type not in CONFIG_MAPPING:
+        raise HeadgramError(
+            f"the installed transformers does not know the model type '{model_type}', so that nothing can be proven about it: "
+            "describe its layout in src/headgram/architectures/, with a test that compares it with the model's own scores"
+        )
+    proofs = []
+    for family in _openers(model_type):
+        with adopting(model_type, family):
+            proof = prove(model_type)
+        if proof.ok and len(proof.shapes) == 1:
+            proof = replace(proof, problem="only one shape could be tried")
+        proofs.append(proof)
+    return proofs
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Without transformers' progress bars and advice, which are about models that one wants to use."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+def _need_transformers() -> None:
+    if find_spec("transformers") is None:
+        raise HeadgramError(
+            "the proofs build their models with transformers, which is not installed: pip install 'headgram[prove]'"
+        )
+
+
+def _openers(model_type: str) -> list[Family]:
+    """The families whose names and shapes fit the first tiny model of a type; first those that want attention in every layer."""
+    found = []
+    with quiet(), _saved(next(_models(model_type))[0]) as folder:
+        for family in families():
+            with suppress(HeadgramError), adopting(model_type, family), open_checkpoint(folder) as checkpoint:
+                if checkpoint.architecture == model_type:  # some types are saved under another one's name
+                    found.append(family)
+    return sorted(found, key=lambda family: any(rule.sparse for rule in family.stacks))
+
+
+@cache
+def _data() -> dict[str, Any]:
+    return tomllib.loads((files("headgram") / "proofs.toml").read_text(encoding="utf-8"))
+
+
+def _models(model_type: str) -> Iterator[tuple[nn.Module, dict[str, Any]]]:
+    """The tiny models of a type, with random weights and biases, and the type's entry in `proofs.toml`."""
+    from transformers import AutoConfig
+    from transformers.models.auto import modeling_auto
+
+    entry = _data()["types"].get(model_type, {})
+    for shape in entry.get("shapes", _data()["shapes"]):
+        config = AutoConfig.for_model(model_type, **_tiny(model_type, shape, entry))
+        config._attn_implementation = config._experts_implementation = "eager"
+        mappings = [modeling_auto.MODEL_MAPPING, *(getattr(modeling_auto, name) for name in _HEADS_ON_TOP)]
+        classes = [mapping[type(config)] for mapping in mappings if type(config) in mapping][:2]
+        for chosen in classes:
+            cls = chosen[0] if isinstance(chosen, tuple) else chosen
+            with torch.device("meta"):
+                size = sum(weight.numel() for weight in cls(config).parameters())
+            if size > _LARGEST_MODEL:
+                raise HeadgramError(f"the tiny {cls.__name__} has {size:,} weights: proofs.toml leaves a size at its default")
+            torch.manual_seed(_SEED)
+            model = cls(config).eval()
+            with torch.no_grad():
+                for weight in model.parameters():
+                    weight.normal_(0, 0.2)
+            yield model, entry
+
+
+def _tiny(model_type: str, shape: Mapping[str, Any], entry: Mapping[str, Any]) -> dict[str, Any]:
+    """The overrides that make a type's configuration tiny, in its sections too."""
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    own = entry.get("config", {})
+    cls = CONFIG_MAPPING[model_type]
+    small = {**_data()["common"], **shape}
+    sections = {
+        name: {**(small if "text" in name else _data()["vision"]), **own.get(name, {})}
+        for name in getattr(cls, "sub_configs", {})
+    }
+    known = {item.name for item in fields(cls)} | set(cls.attribute_map)
+    chosen = {**{name: value for name, value in small.items() if name in known}, **own, **sections}
+    return {name: None if value == "null" else value for name, value in chosen.items()}
+
+
+@contextmanager
+def _saved(model: Any) -> Iterator[Path]:
+    """A folder with the model as transformers saves it."""
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(folder)
+        yield Path(folder)
+
+
+def _residual(model: nn.Module, checkpoint: Checkpoint, entry: Mapping[str, Any]) -> float:
+    """The largest relative difference of any score, over all layers of all stacks.
+
+    Raises
+    ------
+    HeadgramError
+        If a layer never ran, or the model has attention that belongs to no stack.
+    """
+    model.double()
+    inputs = _inputs(model, entry)
+    _neutralise(model, {call.module for call in _run(model, inputs)})
+    calls = [call for call in _run(model, inputs) if call.layer not in entry.get("left_out", [])]
+    claimed: set[str] = set()
+    worst = 0.0
+    for stack in checkpoint.stacks:
+        for layer in stack.layers:
+            w_q, w_k = (weight.double() for weight in checkpoint.qk(stack.name, layer))
+            mine = [call for call in calls if call.layer == layer and call.module not in claimed and _fits(call, stack)]
+            if not mine:
+                raise HeadgramError(f"stack '{stack.name}', layer {layer}: the model runs no attention of this shape there")
+            scale = stack.rank**-0.5 if entry.get("scaled", False) else 1.0
+            found = {call.module: _difference(call, w_q * scale, w_k) for call in mine}
+            best = min(found, key=lambda module: found[module])
+            claimed.add(best)
+            worst = max(worst, *(_difference(call, w_q * scale, w_k) for call in mine if call.module == best))
+    if unclaimed := sorted({call.module for call in calls} - claimed):
+        raise HeadgramError(f"the model's attention at {unclaimed[0]} belongs to no stack")
+    return worst
+
+
+def _fits(call: Call, stack: Stack) -> bool:
+    return call.query.shape[::2] == (stack.heads, stack.rank) and call.x.shape[-1] == stack.hidden
+
+
+def _difference(call: Call, w_q: Float[Tensor, "heads rank hidden"], w_k: Float[Tensor, "kv_heads rank hidden"]) -> float:
+    """How far the model's scores are from `x_s^T g x_t`, relative to the largest of them."""
+    group = len(w_q) // len(w_k)
+    ours = (call.x @ w_q.transpose(1, 2)) @ (call.y @ w_k.repeat_interleave(group, 0).transpose(1, 2)).transpose(1, 2)
+    theirs = call.query @ call.key.transpose(1, 2)
+    difference = float((ours - theirs).abs().max() / theirs.abs().max())
+    return difference if math.isfinite(difference) else math.inf
+
+
+def _inputs(model: Any, entry: Mapping[str, Any]) -> dict[str, Tensor]:
+    """What the model is run on: distinct tokens that all sit at position 0."""
+    config = model.config
+    generator = torch.Generator().manual_seed(_SEED)
+    names = set(entry.get("inputs", [model.main_input_name]))
+    accepted = inspect.signature(model.forward).parameters
+
+    def noise(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    inputs: dict[str, Tensor] = {}
+    if "input_ids" in names:
+        inputs["input_ids"] = torch.randperm(90, generator=generator)[None, :_TOKENS] + 5
+        if "position_ids" in accepted:
+            inputs["position_ids"] = torch.zeros(1, _TOKENS, dtype=torch.long)
+    if "pixel_values" in names:
+        vision = getattr(config, "vision_config", config)
+        inputs["pixel_values"] = noise(1, 3, vision.image_size, vision.image_size)
+    if "input_values" in names:
+        inputs["input_values"] = noise(1, 200)
+    if "input_features" in names:
+        inputs["input_features"] = noise(1, config.num_mel_bins, 2 * config.max_source_positions)
+    if config.is_encoder_decoder:
+        inputs["decoder_input_ids"] = torch.randperm(90, generator=generator)[None, :_TOKENS] + 5
+    return {name: value for name, value in inputs.items() if name in accepted}
+
+
+def _run(model: nn.Module, inputs: Mapping[str, Tensor]) -> list[Call]:
+    with torch.no_grad(), _Watch(model) as watch:
+        model(**inputs)
+    return watch.calls
+
+
+def _neutralise(model: nn.Module, attention: set[str]) -> None:
+    """Take out of the model's attention modules what `g` leaves out: biases, and norms of queries and keys."""
+    for path in attention:
+        module = model.get_submodule(path)
+        for name, weight in module.named_parameters():
+            if "bias" in name:
+                weight.data.zero_()
+        for name, norm in module.named_modules():
+            if "norm" in type(norm).__name__.lower() and not list(norm.children()):
+                norm.forward = _gain(norm.weight) if name.endswith("_a_layernorm") else _same
+
+
+def _same(x: Tensor, *_: Any, **__: Any) -> Tensor:
+    return x
+
+
+def _gain(weight: Any) -> Any:
+    return lambda x: x * weight
+
+
+@dataclass
+class _Running:
+    """A module whose `forward` is under way, with what its queries and its keys are made of."""
+
+    module: str
+    x: Tensor | None
+    y: Tensor | None
+    caught: bool = field(default=False)
+
+
+class _Watch(TorchFunctionMode):
+    """Catches, in every module of a model that runs, its first product of shape (tokens, tokens)."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.calls: list[Call] = []
+        self._model = model
+        self._running: list[_Running] = []
+        self._hooks = ExitStack()
+
+    def __enter__(self) -> Self:
+        for path, module in self._model.named_modules():
+            for hook in (
+                module.register_forward_pre_hook(self._enters(path), with_kwargs=True),
+                module.register_forward_hook(lambda *_: self._running.pop() and None),
+            ):
+                self._hooks.callback(hook.remove)
+        super().__enter__()  # type: ignore[no-untyped-call]
+        return self
+
+    def __exit__(self, *exc: Any) -> None:
+        super().__exit__(*exc)  # type: ignore[no-untyped-call]
+        self._hooks.close()
+
+    def _enters(self, path: str) -> Any:
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            given = inspect.signature(type(module).forward).bind_partial(module, *args, **kwargs).arguments
+            given = {**given, **given.get("kwargs", {})}
+            x = given.get("hidden_states", args[0] if args else None)
+            y = next((given[name] for name in _KEY_INPUTS if isinstance(given.get(name), Tensor)), x)
+            self._running.append(_Running(path, x if isinstance(x, Tensor) else None, y if isinstance(y, Tensor) else None))
+
+        return hook
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if func in _PRODUCTS and self._running:
+            query, key = (kwargs["batch1"], kwargs["batch2"]) if kwargs and "batch1" in kwargs else args[-2:]
+            self._product(self._running[-1], query, key, result)
+        return result
+
+    def _product(self, running: _Running, query: Tensor, key: Tensor, scores: Tensor) -> None:
+        x, y = running.x, running.y
+        if running.caught or x is None or y is None or x.dim() < 2 or tuple(scores.shape[-2:]) != (x.shape[-2], y.shape[-2]):
+            return
+        running.caught = True
+        heads = scores.reshape(-1, *scores.shape[-2:]).shape[0]
+
+        def per_head(tensor: Tensor) -> Tensor:
+            flat = tensor.reshape(-1, *tensor.shape[-2:]).double()
+            return flat.repeat_interleave(heads // len(flat), 0)
+
+        self.calls.append(
+            Call(
+                running.module,
+                per_head(query),
+                per_head(key).transpose(1, 2),
+                x.double().reshape(-1, x.shape[-1]),
+                y.double().reshape(-1, y.shape[-1]),
+            )
+        )

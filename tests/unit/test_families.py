@@ -1,0 +1,267 @@
+"""Every registered model type, against the scores that the models themselves compute."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from headgram.architectures import layouts
+from headgram.architectures.registry import Family, StackRule, families, family_of
+from headgram.checkpoints.checkpoint import open_checkpoint
+from headgram.checkpoints.dimensions import find_rules
+from headgram.errors import HeadgramError
+from headgram.prove import TOLERANCE, Proof, _models, known_types, prove
+
+#: Prefixes of published checkpoints that transformers reads, but no longer writes: type, what it writes, what it reads.
+OLD_PREFIXES = [
+    ("clip_text_model", "", "text_model."),
+    ("clip_vision_model", "", "vision_model."),
+    ("llava", "language_model.model.", "model.language_model."),
+]
+
+
+def saved(model_type: str, folder: Path, number: int = 0) -> Path:
+    """The type's tiny model of this number, on disk."""
+    model = [model for model, _ in _models(model_type)][number]
+    model.save_pretrained(folder)
+    return folder
+
+
+def reconfigured(folder: Path, **changes: object) -> Path:
+    """The same checkpoint with changes to its config.json; None takes an entry away."""
+    path = folder / "config.json"
+    config = {**json.loads(path.read_text()), **changes}
+    path.write_text(json.dumps({name: value for name, value in config.items() if value is not None}))
+    return folder
+
+
+def renamed(folder: Path, old: str, new: str) -> Path:
+    """The same checkpoint with another prefix before its tensors' names."""
+    path = folder / "model.safetensors"
+    tensors = load_file(path)
+    names = {name: new + name.removeprefix(old) if name.startswith(old) else name for name in tensors}
+    save_file({names[name]: tensor for name, tensor in tensors.items()}, path, {"format": "pt"})
+    return folder
+
+
+@pytest.fixture(scope="module")
+def followed() -> Iterator[set[tuple[str, int, str]]]:
+    """Every rule that a checkpoint of this module's tests follows: its family, its number, and the prefix."""
+    seen = set()
+
+    def recording(store: Any, family: Family, *rest: Any) -> list[tuple[StackRule, str]]:
+        found = find_rules(store, family, *rest)
+        seen.update((family.name, family.stacks.index(rule), prefix) for rule, prefix in found)
+        return found
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("headgram.checkpoints.checkpoint.find_rules", recording)
+        yield seen
+
+
+@cache
+def proof_of(model_type: str) -> Proof:
+    return prove(model_type)
+
+
+@pytest.mark.parametrize("model_type", known_types())
+def test_weights_give_the_models_own_scores(model_type: str, followed: set[tuple[str, int, str]]) -> None:
+    proof = proof_of(model_type)
+    assert proof.problem is None
+    assert proof.residual <= TOLERANCE
+    assert len(proof.shapes) >= 2
+
+
+def test_every_rule_and_every_prefix_is_proven(followed: set[tuple[str, int, str]]) -> None:
+    """Nothing is in the data that no checkpoint saved by transformers exercises."""
+    for model_type in known_types():
+        proof_of(model_type)
+    rules = {(family, number) for family, number, _ in followed}
+    prefixes = {(family, prefix) for family, _, prefix in followed} | {
+        (family_of(name).name, new) for name, _, new in OLD_PREFIXES
+    }
+    prefixes.add(("llama", "model.language_model."))  # LLaVA's text tower, among OLD_PREFIXES
+    for family in families():
+        assert {(family.name, number) for number in range(len(family.stacks))} <= rules
+        assert {(family.name, prefix) for prefix in family.prefixes} <= prefixes
+
+
+def _transposed(split: object) -> object:
+    """A layout that takes keys for queries: invisible to `x_t^T g x_t`."""
+    return lambda dims, **tensors: tuple(reversed(split(dims, **tensors)))  # type: ignore[operator]
+
+
+def _other_pairing(split: object) -> object:
+    """Query head `h` with key head `h mod K` instead of `h // (H / K)`."""
+
+    def wrong(dims: layouts.Dimensions, **tensors: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        q, k = split(dims, **tensors)  # type: ignore[operator]
+        return q.view(-1, dims.kv_heads, dims.rank, dims.hidden).transpose(0, 1).reshape(q.shape), k
+
+    return wrong
+
+
+@pytest.mark.parametrize(
+    ("model_type", "layout", "wrong"),
+    [
+        ("gpt_neox", "interleaved", lambda _: layouts.blocks),
+        ("gpt_neox", "interleaved", _transposed),
+        ("codegen", "quarters", lambda _: layouts.blocks),
+        ("phi3", "blocks", lambda _: layouts.interleaved),
+        ("llama", "separate", _other_pairing),
+        ("bert", "separate", _transposed),
+    ],
+)
+def test_a_wrong_layout_is_off_by_order_one(monkeypatch: pytest.MonkeyPatch, model_type: str, layout: str, wrong: object) -> None:
+    right = layouts.LAYOUTS[layout]
+    monkeypatch.setitem(layouts.LAYOUTS, layout, dataclasses.replace(right, split=wrong(right.split)))  # type: ignore[operator]
+    proof = prove(model_type)
+    assert not proof.ok
+    assert proof.residual > 0.1
+
+
+def test_a_stack_that_the_registry_forgets_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    family = family_of("t5")
+    monkeypatch.setattr(
+        "headgram.checkpoints.checkpoint.family_of", lambda _: family.model_copy(update={"stacks": family.stacks[:2]})
+    )
+    assert "belongs to no stack" in (prove("t5").problem or "")
+
+
+@pytest.mark.parametrize(
+    ("model_type", "number", "changes", "sentence"),
+    [
+        ("llama", 0, {"num_attention_heads": 6}, r"layer 0: tensor layers\.0\S*q_proj\.weight has shape \(48, 48\), but 6 query"),
+        ("gpt_neox", 0, {"hidden_size": 40}, r"layer 0: tensor layers\.0\S*query_key_value\.weight has shape \(144, 48\)"),
+        ("codegen", 0, {"n_head": 3}, r"layer 0: 3 heads do not divide into the 4 parts"),
+        ("deepseek_v3", 0, {"kv_lora_rank": 21}, r"layer 0: tensor layers\.0\S*kv_a_proj_with_mqa\.weight has shape \(24, 48\)"),
+        ("llama", 0, {"num_hidden_layers": 3}, r"layer 2: the checkpoint lacks tensor layers\.2\.self_attn\.q_proj\.weight"),
+        ("qwen2", 0, {"num_attention_heads": None}, r"does not state num_attention_heads: add it there, or set `heads`"),
+        ("llama", 0, {"num_hidden_layers": -1}, r"num_hidden_layers = -1, which should be a whole number of at least 1"),
+        ("llama", 0, {"num_hidden_layers": 2**31 - 1}, r"declares 2,147,483,647 layers, which no real model has"),
+        ("llama", 0, {"per_layer_config": {"1": {"head_dim": 6}}}, r"changes layers 0 to 1 differently"),
+        ("zamba2", 0, {"use_shared_attention_adapter": True}, r"adapter = True, a variant whose layout is not known"),
+        ("gpt_bigcode", 0, {"multi_query": None}, r"multi_query = None, a variant whose layout is not known"),
+        ("llama", 0, {"num_attention_heads": [4, 4]}, r"num_attention_heads = \[4, 4\], which should be a whole number"),
+        ("gemma4_text", 0, {"layer_types": ["full_attention"]}, r"should have a list `layer_types` of 6 entries"),
+        ("llama", 0, {"model_type": "llamma"}, r"the model type 'llamma' is not known \(the nearest known one is 'llama'\)"),
+        ("llava", 0, {"text_config": {}}, r"names no text tower's type"),
+    ],
+)
+def test_a_disagreement_is_one_sentence(
+    tmp_path: Path, model_type: str, number: int, changes: dict[str, object], sentence: str
+) -> None:
+    folder = reconfigured(saved(model_type, tmp_path, number), **changes)
+    with pytest.raises(HeadgramError, match=sentence) as error:
+        open_checkpoint(folder)
+    assert "\n" not in str(error.value)
+
+
+def test_the_true_indices_of_attention_layers_are_kept(tmp_path: Path) -> None:
+    with open_checkpoint(saved("nemotron_h", tmp_path)) as checkpoint:
+        assert checkpoint.stack("self").layers == (1, 3)
+
+
+def test_layers_that_borrow_keys_are_left_out(tmp_path: Path) -> None:
+    with open_checkpoint(saved("gemma4_text", tmp_path)) as checkpoint:
+        assert {stack.name: stack.layers for stack in checkpoint.stacks} == {"sliding": (0, 2), "global": (1, 3)}
+
+
+def test_groups_of_shared_layers_are_one_layer(tmp_path: Path) -> None:
+    with open_checkpoint(saved("albert", tmp_path)) as checkpoint:
+        assert checkpoint.stack("self").layers == (0,)
+
+
+def test_counts_may_have_older_names(tmp_path: Path) -> None:
+    """As in BLOOM's published configs."""
+    folder = saved("bloom", tmp_path)
+    with open_checkpoint(folder) as checkpoint:
+        expected = checkpoint.stacks
+    older = {"n_embed": 48, "num_attention_heads": 4, "num_hidden_layers": 2}
+    folder = reconfigured(folder, **older, hidden_size=None, n_head=None, n_layer=None)
+    with open_checkpoint(folder) as checkpoint:
+        assert checkpoint.stacks == expected
+
+
+@pytest.mark.parametrize("layout", layouts.LAYOUTS)
+def test_every_tensor_of_every_layout_is_held_to_its_shape(layout: str) -> None:
+    sizes = {"nope": 3, "rope": 2, "value": 4, "key_latent": 6, "query_latent": 7}
+    dims = layouts.Dimensions(heads=8, kv_heads=2, rank=5, hidden=11, sizes=sizes)
+    shapes = layouts.LAYOUTS[layout].shapes(dims)
+    names = {role: f"layers.0.{role}" for role in shapes}
+    layouts.check_shapes(layout, dims, shapes, names)
+    for role, shape in shapes.items():
+        for wrong in (shape[::-1] if len(shape) > 1 else (*shape, 1), (shape[0] + 1, *shape[1:]), (*shape, 1)):
+            with pytest.raises(HeadgramError, match=rf"tensor layers\.0\.{role} has shape {re.escape(str(wrong))}"):
+                layouts.check_shapes(layout, dims, {**shapes, role: wrong}, names)
+
+
+def test_global_heads_may_be_stated_in_either_way(tmp_path: Path) -> None:
+    """Published Gemma 4 configs say `global_head_dim`; transformers 5.23 saves `per_layer_config`."""
+    folder = saved("gemma4_text", tmp_path)
+    with open_checkpoint(folder) as checkpoint:
+        expected = checkpoint.stacks
+    with open_checkpoint(reconfigured(folder, per_layer_config=None, global_head_dim=20)) as checkpoint:
+        assert checkpoint.stacks == expected
+
+
+def test_defaults_are_those_of_transformers() -> None:
+    from transformers import CONFIG_MAPPING
+
+    for rule in [rule for family in families() for rule in family.stacks]:
+        for model_type, defaults in rule.defaults.items():
+            config = CONFIG_MAPPING[model_type]()
+            config = getattr(config, rule.config or "", config)
+            assert {name: getattr(config, name) for name in defaults} == defaults
+
+
+def test_what_a_published_config_leaves_unsaid_is_the_default(tmp_path: Path) -> None:
+    """As Gemma 3 4B's does."""
+    from transformers import AutoConfig, AutoModel
+
+    config = AutoConfig.for_model("gemma3_text", hidden_size=32, num_hidden_layers=1, intermediate_size=32, vocab_size=99)
+    AutoModel.from_config(config).save_pretrained(tmp_path)
+    with open_checkpoint(tmp_path) as checkpoint:
+        expected = checkpoint.stacks
+    folder = reconfigured(tmp_path, num_attention_heads=None, num_key_value_heads=None, head_dim=None)
+    with open_checkpoint(folder) as checkpoint:
+        assert checkpoint.stacks == expected
+
+
+@pytest.mark.parametrize(("model_type", "old", "new"), OLD_PREFIXES)
+def test_prefixes_that_transformers_reads_but_no_longer_writes(tmp_path: Path, model_type: str, old: str, new: str) -> None:
+    from transformers import AutoModel
+
+    folder = saved(model_type, tmp_path)
+    with open_checkpoint(folder) as checkpoint:
+        digests = [checkpoint.digest(stack.name, 0) for stack in checkpoint.stacks]
+    renamed(folder, old, new)
+    _, info = AutoModel.from_pretrained(folder, output_loading_info=True)
+    assert not [key for key in info["missing_keys"] if "_proj" in key]
+    with open_checkpoint(folder) as checkpoint:
+        assert [checkpoint.digest(stack.name, 0) for stack in checkpoint.stacks] == digests
+
+
+@pytest.mark.parametrize(
+    ("statement", "unwanted"),
+    [
+        ("import headgram.architectures.registry", "torch"),
+        ("import headgram.architectures.layouts", "torch"),
+        ("from headgram import open_checkpoint; open_checkpoint({folder!r}).qk('self', 0)", "transformers"),
+    ],
+)
+def test_what_is_not_needed_is_not_imported(tmp_path: Path, statement: str, unwanted: str) -> None:
+    folder = saved("deepseek_v2", tmp_path)
+    code = f"import sys; {statement.format(folder=str(folder))}; assert {unwanted!r} not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -1,0 +1,58 @@
+"""`headgram prove` and `headgram adopt`."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+from typer.testing import CliRunner
+
+from headgram.architectures import layouts
+from headgram.cli import app
+from headgram.errors import HeadgramError
+
+RUN = CliRunner()
+
+
+def test_prove_prints_a_table() -> None:
+    result = RUN.invoke(app, ["prove", "gpt2", "t5"])
+    assert result.exit_code == 0
+    assert "gpt2" in result.stdout
+    assert "cross" in result.stdout
+
+
+def test_prove_prints_markdown() -> None:
+    header, rule, row = RUN.invoke(app, ["prove", "--markdown", "gpt2"]).stdout.splitlines()
+    assert header.startswith("| model type | family | layout |")
+    assert set(rule) <= set("| -")
+    assert row.startswith("| gpt2 | gpt2 | column_blocks | self | 4/4×12, ")
+    assert row.endswith("| yes |")
+
+
+def test_prove_fails_if_a_proof_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    wrong = dataclasses.replace(layouts.LAYOUTS["interleaved"], split=layouts.blocks)
+    monkeypatch.setitem(layouts.LAYOUTS, "interleaved", wrong)
+    result = RUN.invoke(app, ["prove", "--markdown", "gpt2", "gpt_neox"])
+    assert result.exit_code == 1
+    assert "headgram: gpt_neox: the scores differ by" in result.stderr
+    assert [line.split()[-2] for line in result.stdout.splitlines()[2:]] == ["yes", "no"]
+
+
+def test_adopt_finds_the_layouts_that_fit() -> None:
+    result = RUN.invoke(app, ["adopt", "minimax_m2"])
+    assert result.exit_code == 0
+    assert "'minimax_m2' has the layout of 'llama' (largest residual" in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("model_type", "sentence"),
+    [
+        ("minimax", "no known layout is proven for 'minimax'"),  # most of its layers are linear attention
+        ("gpt-sw3", "no known layout is proven for 'gpt-sw3'"),  # saved under the name of GPT-2
+        ("no_such_type", "the installed transformers does not know the model type 'no_such_type'"),
+    ],
+)
+def test_adopt_never_guesses(model_type: str, sentence: str) -> None:
+    result = RUN.invoke(app, ["adopt", model_type])
+    assert isinstance(result.exception, HeadgramError)
+    assert str(result.exception).startswith(sentence)

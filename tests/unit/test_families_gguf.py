@@ -1,0 +1,81 @@
+"""The registry's GGUF rules, against transformers' own reading of the same file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from gguf import GGUFWriter
+
+from headgram.checkpoints.checkpoint import open_checkpoint
+from headgram.prove import quiet
+
+HEADS, LAYERS, VOCABULARY = 4, 2, 32064  # phi3 pads with token 32000
+
+
+def written(path: Path, architecture: str, kv_heads: int, rank: int, fused: bool) -> Path:
+    """A GGUF file with random query and key weights and nothing else, in llama.cpp's naming."""
+    random = np.random.default_rng(0)
+    width = HEADS * rank
+    writer = GGUFWriter(path, architecture)
+    writer.add_name("tiny")
+    writer.add_block_count(LAYERS)
+    writer.add_embedding_length(width)
+    writer.add_feed_forward_length(4 * width)
+    writer.add_context_length(64)
+    writer.add_head_count(HEADS)
+    writer.add_head_count_kv(kv_heads)
+    writer.add_key_length(rank)
+    writer.add_value_length(rank)
+    writer.add_rope_dimension_count(rank)
+    writer.add_vocab_size(VOCABULARY)
+    writer.add_layer_norm_rms_eps(1e-5)
+    writer.add_layer_norm_eps(1e-5)
+    writer.add_sliding_window(16)
+    rows = {"attn_qkv": (HEADS + 2 * kv_heads) * rank} if fused else {"attn_q": HEADS * rank, "attn_k": kv_heads * rank}
+    for layer in range(LAYERS):
+        for name, count in rows.items():
+            writer.add_tensor(f"blk.{layer}.{name}.weight", random.standard_normal((count, width)).astype(np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+@pytest.mark.parametrize(
+    ("architecture", "kv_heads", "rank", "fused"),
+    [
+        ("llama", 2, 12, False),
+        ("qwen2", 2, 12, False),
+        ("qwen2moe", 2, 12, False),
+        ("qwen3", 2, 128, False),  # transformers does not read its rank from the file
+        ("qwen3moe", 2, 12, False),
+        ("gemma2", 2, 12, False),
+        ("gemma3", 2, 12, False),
+        ("gpt-oss", 2, 64, False),
+        ("nemotron", 2, 12, False),
+        ("starcoder2", 2, 12, False),
+        ("stablelm", 2, 12, False),
+        ("phi3", 2, 12, True),
+        ("gpt2", 4, 12, True),
+        ("bloom", 4, 12, True),
+    ],
+)
+def test_gguf_weights_are_those_that_transformers_reads(
+    tmp_path: Path, architecture: str, kv_heads: int, rank: int, fused: bool
+) -> None:
+    from transformers import AutoModelForCausalLM
+
+    path = written(tmp_path / "tiny.gguf", architecture, kv_heads, rank, fused)
+    with quiet():
+        model = AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file=path.name)
+        model.hf_quantizer = None  # it dequantised the file, and would now refuse to save anything
+        model.save_pretrained(tmp_path / "saved")
+    with open_checkpoint(path) as ours, open_checkpoint(tmp_path / "saved") as theirs:
+        assert ours.stack("self").layers == theirs.stack("self").layers
+        for layer in range(LAYERS):
+            for mine, other in zip(ours.qk("self", layer), theirs.qk("self", layer), strict=True):
+                assert torch.equal(mine, other)
