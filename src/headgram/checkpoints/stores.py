@@ -78,7 +78,9 @@ class SafetensorsStore:
 
     def _item_size(self, name: str) -> int:
         if self.dtype(name) not in _SAFETENSORS_FLOATS:
-            raise HeadgramError(f"tensor {name} is stored as {self.dtype(name)}, a quantised format that headgram does not read yet")
+            raise HeadgramError(
+                f"tensor {name} is stored as {self.dtype(name)}, a quantised format that headgram does not read yet"
+            )
         return _SAFETENSORS_FLOATS[self.dtype(name)]
 
     def __enter__(self) -> Self:
