@@ -6,14 +6,19 @@ import math
 from collections.abc import Iterable
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, Protocol, Self
+from typing import TYPE_CHECKING, Any, Protocol, Self
 
 import torch
 from torch import Tensor
 
+from headgram.checkpoints.sources import Location
 from headgram.errors import HeadgramError
 
-_SAFETENSORS_FLOATS = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
+if TYPE_CHECKING:
+    from headgram.checkpoints.hub import RemoteLocation
+
+#: What a weight may be stored as in safetensors, in that format's words.
+SAFETENSORS_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
 class TensorStore(Protocol):
@@ -29,6 +34,12 @@ class TensorStore(Protocol):
 
     def nbytes(self, name: str) -> int:
         """Bytes on disk."""
+
+    def prefetch(self, names: Iterable[str]) -> None:
+        """Prepare to read these tensors soon; does something only where that is quicker than one by one."""
+
+    def pin(self, names: Iterable[str]) -> str | None:
+        """A digest that stands for the bytes of these tensors without reading them; None where only the bytes can tell."""
 
     def raw(self, name: str) -> memoryview:
         """The stored bytes."""
@@ -68,6 +79,12 @@ class SafetensorsStore:
     def nbytes(self, name: str) -> int:
         return math.prod(self.shape(name)) * self._item_size(name)
 
+    def prefetch(self, names: Iterable[str]) -> None:
+        pass
+
+    def pin(self, names: Iterable[str]) -> str | None:
+        return None
+
     def raw(self, name: str) -> memoryview:
         return memoryview(self.read(name).contiguous().view(torch.uint8).numpy()).cast("B")
 
@@ -77,9 +94,11 @@ class SafetensorsStore:
         return tensor
 
     def _item_size(self, name: str) -> int:
-        if self.dtype(name) not in _SAFETENSORS_FLOATS:
-            raise HeadgramError(f"tensor {name} is stored as {self.dtype(name)}, a quantised format that headgram does not read yet")
-        return _SAFETENSORS_FLOATS[self.dtype(name)]
+        if self.dtype(name) not in SAFETENSORS_DTYPES:
+            raise HeadgramError(
+                f"tensor {name} is stored as {self.dtype(name)}, a quantised format that headgram does not read yet"
+            )
+        return SAFETENSORS_DTYPES[self.dtype(name)].itemsize
 
     def __enter__(self) -> Self:
         return self
@@ -118,6 +137,12 @@ class GgufStore:
     def nbytes(self, name: str) -> int:
         return int(self._tensors[name].n_bytes)
 
+    def prefetch(self, names: Iterable[str]) -> None:
+        pass
+
+    def pin(self, names: Iterable[str]) -> str | None:
+        return None
+
     def raw(self, name: str) -> memoryview:
         return memoryview(self._tensors[name].data.view("uint8").reshape(-1))
 
@@ -142,6 +167,17 @@ class GgufStore:
         self._tensors.clear()
 
 
-def open_store(format: str, paths: Iterable[Path]) -> SafetensorsStore | GgufStore:
-    """The store of a format: `safetensors` or `gguf`."""
-    return GgufStore(paths) if format == "gguf" else SafetensorsStore(paths)
+def open_store(location: Location | RemoteLocation) -> TensorStore:
+    """The store of a located source, by its format and whether it is here or at the hub.
+
+    Raises
+    ------
+    HeadgramError
+        If a file is not what its format asks for.
+    """
+    if not isinstance(location, Location):
+        from headgram.checkpoints.remote import RemoteSafetensorsStore
+
+        return RemoteSafetensorsStore(location)
+    paths = [location.path(name) for name in location.weights]
+    return GgufStore(paths) if location.format == "gguf" else SafetensorsStore(paths)
