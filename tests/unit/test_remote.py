@@ -53,7 +53,7 @@ def test_reads_what_the_hub_holds_and_leaves_no_weight_in_the_cache(hub, tmp_pat
     tensors = llama_tensors()
     hub.add(REPO, {**sharded(tensors, 3), "config.json": config_bytes()})
     assert_reads(tensors)
-    assert not [path for path in (tmp_path / "cache").rglob("*.safetensors")]
+    assert not list((tmp_path / "cache").rglob("*.safetensors"))
 
 
 def test_fetches_little_more_than_queries_and_keys(hub, monkeypatch):

@@ -14,8 +14,9 @@ from torch import Tensor
 
 from headgram.architectures.layouts import LAYOUTS, Dimensions, check_shapes, undo_gguf_permutation
 from headgram.architectures.registry import Family, StackRule, family_of, family_of_gguf
+from headgram.checkpoints.gguf_store import GgufStore
 from headgram.checkpoints.sources import HUB_DIGEST, Location, locate
-from headgram.checkpoints.stores import GgufStore, TensorStore, open_store
+from headgram.checkpoints.stores import TensorStore, open_store
 from headgram.errors import HeadgramError
 
 if TYPE_CHECKING:

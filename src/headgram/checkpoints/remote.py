@@ -17,7 +17,7 @@ from torch import Tensor
 from headgram.checkpoints.hub import HubFile, RemoteLocation, fetch_into
 from headgram.checkpoints.safetensors_header import PREFIX, TensorPlace, header_length, parse_header
 from headgram.checkpoints.sources import HUB_DIGEST
-from headgram.checkpoints.stores import SAFETENSORS_DTYPES
+from headgram.checkpoints.stores import DTYPES, float_dtype
 from headgram.errors import HeadgramError
 
 _A = TypeVar("_A")
@@ -61,7 +61,7 @@ class RemoteSafetensorsStore:
         return self._home[name][1].shape
 
     def dtype(self, name: str) -> str:
-        return self._home[name][1].dtype
+        return float_dtype(name, self._home[name][1].dtype)
 
     def nbytes(self, name: str) -> int:
         place = self._home[name][1]
@@ -97,15 +97,19 @@ class RemoteSafetensorsStore:
         return self._fetched[name]
 
     def read(self, name: str) -> Tensor:
+        self.dtype(name)
+        return self.part(name)
+
+    def part(self, name: str) -> Tensor:
         place = self._home[name][1]
-        if place.dtype not in SAFETENSORS_DTYPES:
-            raise HeadgramError(f"tensor {name} is stored as {place.dtype}, which headgram does not read")
+        if place.dtype not in DTYPES:
+            raise HeadgramError(f"tensor {name} is stored as {place.dtype}, a type that headgram does not know")
         self.prefetch([name])
         stored = self._fetched.pop(name)
         if not stored:
-            return torch.empty(place.shape, dtype=SAFETENSORS_DTYPES[place.dtype])
+            return torch.empty(place.shape, dtype=DTYPES[place.dtype])
         # A copy: what lies beside it in the buffer is freed with the last tensor, and offsets may be unaligned.
-        return torch.frombuffer(bytearray(stored), dtype=SAFETENSORS_DTYPES[place.dtype]).reshape(place.shape)
+        return torch.frombuffer(bytearray(stored), dtype=DTYPES[place.dtype]).reshape(place.shape)
 
     def __enter__(self) -> Self:
         return self
