@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import struct
 import zipfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -11,11 +12,15 @@ from typing import Self
 import torch
 from torch import Tensor
 
+from headgram.checkpoints.sources import LARGEST_JSON
 from headgram.checkpoints.stores import DTYPES, bytes_of, float_dtype
 from headgram.errors import HeadgramError
 
-#: As which torch reports a file that it cannot read.
-_DAMAGE = (RuntimeError, OSError, EOFError, ValueError, TypeError, KeyError, IndexError, AttributeError, AssertionError)
+#: As which torch and zipfile report a file that they cannot read.
+_DAMAGE = (
+    zipfile.BadZipFile, struct.error, RuntimeError, OSError, EOFError, ValueError, TypeError, LookupError, AttributeError,
+    AssertionError, ArithmeticError, MemoryError,
+)  # fmt: skip
 _WORDS = {dtype: word for word, dtype in DTYPES.items()}
 
 
@@ -94,12 +99,19 @@ def _load(path: Path) -> dict[str, Tensor]:
 
 
 def _check_archive(path: Path, convert: str) -> None:
-    """Only torch's zip format can be mapped, and it stores its records uncompressed: others could unpack to any size."""
+    """Refuse what could grow beyond the file's own size.
+
+    Only torch's zip format can be mapped, and it stores its records uncompressed; and of the few calls that `weights_only`
+    allows, `bytearray` makes buffers of any size, which no table of tensors needs.
+    """
     try:
         with zipfile.ZipFile(path) as archive:
             records = archive.infolist()
-    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError):
+            stored = sum(record.file_size for record in records)
+            if any(record.compress_type != zipfile.ZIP_STORED for record in records) or stored > path.stat().st_size:
+                raise HeadgramError(f"{path} holds compressed records, which torch never writes: {convert}")
+            tables = [record for record in records if record.filename.endswith("data.pkl")]
+            if any(record.file_size > LARGEST_JSON or b"bytearray" in archive.read(record) for record in tables):
+                raise HeadgramError(f"{path} is a pickle that holds more than tensors, which headgram does not run: {convert}")
+    except _DAMAGE:
         raise HeadgramError(f"{path} is not a whole torch file, or older than torch 1.6: fetch it again, or {convert}") from None
-    stored = sum(record.file_size for record in records)
-    if any(record.compress_type != zipfile.ZIP_STORED for record in records) or stored > path.stat().st_size:
-        raise HeadgramError(f"{path} holds compressed records, which torch never writes: {convert}")

@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 #: What a manifest may state when a checkpoint does not, or states it wrongly.
 OVERRIDES = ("model_type", "heads", "kv_heads", "head_dim")
 
+_LONGEST_NAME = 100
+
 
 @dataclass(frozen=True)
 class Stack:
@@ -203,7 +205,7 @@ def _read_config(
         raise HeadgramError(f"{location.where} has no config.json: add it, or set `model_type` and `heads` in the manifest")
     config = config or {}
     architecture = given.get("model_type") or config.get("model_type")
-    if not isinstance(architecture, str):
+    if not isinstance(architecture, str) or len(architecture) > _LONGEST_NAME:
         raise HeadgramError(f"the config.json of {location.where} names no model_type: set `model_type` in the manifest")
     family = family_of(architecture)
     stacks = []
@@ -219,7 +221,7 @@ def _read_config(
 
 
 def _read_gguf(store: GgufStore, given: dict[str, Any]) -> tuple[str, Family, tuple[Stack, ...]]:
-    architecture = str(store.metadata.get("general.architecture"))
+    architecture = str(store.metadata.get("general.architecture"))[:_LONGEST_NAME]
     family = family_of(given["model_type"]) if "model_type" in given else family_of_gguf(architecture)
     if family.gguf is None:
         raise HeadgramError(f"the family '{family.name}' has no known GGUF naming")
@@ -287,7 +289,7 @@ def _count(config: Mapping[str, Any], key: str | None, architecture: str, requir
     if value is None and not required:
         return None
     if isinstance(value, bool) or not isinstance(value, int) or not 0 < value < 2**31:
-        raise HeadgramError(f"the configuration of this '{architecture}' checkpoint has {key} = {value!r}, which should be a positive whole number")
+        raise HeadgramError(f"the configuration of this '{architecture}' checkpoint has {key} = {value!r:.60}, which should be a positive whole number")
     return value
 
 

@@ -9,7 +9,11 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
+from headgram.checkpoints.gguf_check import check_header
 from headgram.errors import HeadgramError
+
+#: As which the gguf library reports a file that it cannot read.
+_DAMAGE = (ValueError, IndexError, KeyError, TypeError, OSError, ArithmeticError)
 
 
 class GgufStore:
@@ -21,12 +25,13 @@ class GgufStore:
         self._tensors: dict[str, Any] = {}
         self.metadata: dict[str, Any] = {}
         for path in paths:
+            check_header(path)
             try:
                 reader = GGUFReader(path)
                 for field in reader.fields.values():
                     if not field.name.startswith("tokenizer."):
                         self.metadata.setdefault(field.name, field.contents())
-            except (ValueError, IndexError, KeyError, OSError, OverflowError, UnicodeDecodeError) as error:
+            except _DAMAGE as error:
                 raise HeadgramError(f"{path} is not a whole GGUF file ({error}): fetch it again") from None
             self._tensors.update({tensor.name: tensor for tensor in reader.tensors})
 

@@ -146,7 +146,7 @@ def with_plain_weights(store: TensorStore, config: Config | None) -> TensorStore
         return store
     if method not in SCHEMES:
         raise HeadgramError(
-            f"the weights are quantised by '{method}', which headgram does not read; it reads {', '.join(SCHEMES)}"
+            f"the weights are quantised by '{method:.60}', which headgram does not read; it reads {', '.join(SCHEMES)}"
         )
     return QuantisedStore(store, method, settings)
 

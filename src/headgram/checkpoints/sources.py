@@ -265,8 +265,10 @@ def _shards(index: dict[str, Any], whole: str, where: str) -> tuple[str, ...]:
     if len(files) > _MOST_SHARDS:
         raise HeadgramError(f"{where}: {whole}.index.json names {len(files)} files, which no real checkpoint's does")
     for name in files:
-        if not name.endswith(PurePosixPath(whole).suffix):
-            raise HeadgramError(f"{where}: {whole}.index.json names '{name}', which is no {PurePosixPath(whole).suffix} file")
+        if not name.endswith(PurePosixPath(whole).suffix) or not name.isprintable():
+            raise HeadgramError(
+                f"{where}: {whole}.index.json names {name!r:.200}, which is no {PurePosixPath(whole).suffix} file"
+            )
     return files
 
 
