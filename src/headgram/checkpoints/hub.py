@@ -131,35 +131,41 @@ class RemoteLocation:
             raise HeadgramError(_refusal(error, self.repo, self.commit)) from None
 
 
-def locate_at_hub(repo: str, revision: str | None, otherwise: str) -> RemoteLocation:
+def locate_at_hub(repo: str, revision: str | None) -> RemoteLocation:
     """Resolve a revision to its commit, and list the files there. One request.
 
     Parameters
     ----------
     repo, revision
         Hub id, and branch, tag or commit; the main branch if None.
-    otherwise
-        Why the source is not on this machine, said when the hub may not be asked.
 
     Raises
     ------
     HeadgramError
         If the hub cannot be reached, refuses, or has no such repository or revision.
     """
+    elsewhere = f"'{repo}' is neither a path nor in the local Hugging Face cache, and"
     if constants.is_offline_mode():
-        raise HeadgramError(f"{otherwise} (HF_HUB_OFFLINE is set, so the hub was not asked)")
-    # As `HfApi.model_info` does, which would not try again after a 429 or a lost connection.
+        fetch = f"hf download {repo}{f' --revision {revision}' if revision else ''}"
+        raise HeadgramError(f"{elsewhere} HF_HUB_OFFLINE forbids to ask the hub: unset it, or fetch the model with `{fetch}`")
+    # As `HfApi.model_info` does, which would not try again after a 429. An unreachable hub is reported at once: the id may
+    # just be a mistyped path.
     url = f"{constants.ENDPOINT}/api/models/{repo}/revision/{quote(revision or constants.DEFAULT_REVISION, safe='')}"
     try:
         response = http_backoff(
-            "GET", url, params={"blobs": True}, headers=build_hf_headers(), timeout=constants.HF_HUB_DOWNLOAD_TIMEOUT
+            "GET",
+            url,
+            params={"blobs": True},
+            headers=build_hf_headers(),
+            timeout=constants.HF_HUB_DOWNLOAD_TIMEOUT,
+            retry_on_exceptions=(httpx.ReadError, httpx.RemoteProtocolError),
         )
         hf_raise_for_status(response)
         info = ModelInfo(**response.json())
         siblings = info.siblings or []
         files = {s.rfilename: HubFile(repo, s.rfilename, str(info.sha), _size(s), _hash(s)) for s in siblings}
     except (HfHubHTTPError, httpx.TransportError, OfflineModeIsEnabled) as error:
-        raise HeadgramError(_refusal(error, repo, revision)) from None
+        raise HeadgramError(f"{elsewhere} {_refusal(error, repo, revision)}") from None
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise HeadgramError(
             f"{constants.ENDPOINT} describes '{repo}' in a way that headgram does not understand ({error})"

@@ -103,12 +103,12 @@ def locate(source: str, revision: str | None = None) -> Location | RemoteLocatio
     """
     try:
         return locate_here(source, revision)
-    except HeadgramError as error:
+    except HeadgramError:
         if not is_hub_id(source):
             raise
         from headgram.checkpoints.hub import locate_at_hub
 
-        return locate_at_hub(source, revision, otherwise=str(error))
+        return locate_at_hub(source, revision)
 
 
 def is_hub_id(source: str) -> bool:
