@@ -91,6 +91,8 @@ def _handler(hub: Hub, server: str) -> type[BaseHTTPRequestHandler]:
             parts = path.strip("/").split("/")
             if parts[:2] == ["api", "models"]:
                 self._describe("/".join(parts[2:4]), parts[5])
+            elif len(parts) < 4:
+                self._answer(404, b"", {})
             elif server == "hub" and parts[2] == "resolve":
                 self._resolve("/".join(parts[:2]), parts[3], "/".join(parts[4:]))
             else:

@@ -203,6 +203,7 @@ def test_a_limited_rate_is_waited_for(hub):
         (Fault(status=401), r"refuses|no model '.*hf auth login"),
         (Fault(status=403), "hf auth login"),
         (Fault(status=404), "the hub answers 404"),
+        (Fault(status=416), "shorter than the hub's listing says"),
     ],
 )
 def test_refusals_say_what_to_do(hub, fault, sentence):
@@ -307,6 +308,25 @@ def test_quantised_weights_at_the_hub(hub):
         q, k = checkpoint.qk("self", 1)
         assert (q.shape, k.shape) == ((4, 64, 256), (2, 64, 256))
         assert len(hub.requests) == fetched > requests
+
+
+def test_small_parts_are_fetched_once(hub):
+    """The shape of a packed weight is itself a tensor, asked for when the checkpoint is opened and again when it is read."""
+    tensors = llama_tensors(hidden_size=512)
+    scheme = {"targets": ["Linear"], "weights": {"num_bits": 4, "strategy": "channel"}, "format": "pack-quantized"}
+    for name in [name for name in tensors if "q_proj" in name or "k_proj" in name]:
+        outputs, inputs = tensors.pop(name).shape
+        tensors[name + "_packed"] = torch.zeros(outputs, inputs // 8, dtype=torch.int32)
+        tensors[name + "_scale"] = torch.ones(outputs, 1)
+        tensors[name + "_shape"] = torch.tensor([outputs, inputs])
+    settings = {"quant_method": "compressed-tensors", "config_groups": {"group_0": scheme}, "format": "pack-quantized"}
+    hub.add(REPO, single(tensors, hidden_size=512, quantization_config=settings))
+    with open_checkpoint(REPO) as checkpoint:
+        checkpoint.prefetch("self", (0, 1))
+        requests = len(hub.requests)
+        q, _ = checkpoint.qk("self", 1)
+        assert q.unique().tolist() == [-8.0]
+        assert len(hub.requests) == requests
 
 
 def test_many_revisions_leave_only_their_configurations_on_the_disk(hub, tmp_path):

@@ -285,6 +285,8 @@ def _refusal(error: Exception, repo: str, revision: str | None) -> str:
             return f"'{repo}' lacks a file that its own listing names: try again"
     if status in (401, 403):
         return f"the hub refuses '{repo}' ({status}): log in with `hf auth login`, and accept the licence at {page} if asked to"
+    if status == 416:
+        return f"a file of '{repo}' is shorter than the hub's listing says: it changed; lock the model again"
     if status == 429:
         return f"the hub will not be asked for '{repo}' this often (429): wait some minutes, or log in with `hf auth login`"
     if status is not None:

@@ -27,6 +27,8 @@ _CONNECTIONS = 8
 _HEADER_GUESS = 8192
 #: One request fetches at most this much; a large tensor comes in parts, in parallel.
 _PART_BYTES = 64 * 2**20
+#: Tensors up to this size stay in memory when they are read: scales and shapes, which are asked for more than once.
+_KEPT_BYTES = 2**16
 #: Bytes between two wanted tensors are fetched along if they are fewer than this share of the tensors.
 _WASTE = 0.01
 
@@ -44,7 +46,7 @@ class Span:
 class RemoteSafetensorsStore:
     """The safetensors files of a repository at a commit; a `TensorStore`.
 
-    Opening it reads the headers. `prefetch` fetches many tensors in parallel; each stays in memory until it is read.
+    Opening it reads the headers. `prefetch` fetches many tensors in parallel; a large one stays in memory until it is read.
     """
 
     def __init__(self, location: RemoteLocation) -> None:
@@ -105,11 +107,13 @@ class RemoteSafetensorsStore:
         if place.dtype not in DTYPES:
             raise HeadgramError(f"tensor {name} is stored as {place.dtype}, a type that headgram does not know")
         self.prefetch([name])
-        stored = self._fetched.pop(name)
+        # A copy: what lies beside it in the buffer can be freed then, and offsets may be unaligned.
+        stored = bytearray(self._fetched.pop(name))
+        if len(stored) <= _KEPT_BYTES:
+            self._fetched[name] = memoryview(stored)
         if not stored:
             return torch.empty(place.shape, dtype=DTYPES[place.dtype])
-        # A copy: what lies beside it in the buffer is freed with the last tensor, and offsets may be unaligned.
-        return torch.frombuffer(bytearray(stored), dtype=DTYPES[place.dtype]).reshape(place.shape)
+        return torch.frombuffer(stored, dtype=DTYPES[place.dtype]).reshape(place.shape)
 
     def __enter__(self) -> Self:
         return self
