@@ -18,7 +18,7 @@ from compressed_tensors.compressors import BaseCompressor, ModelCompressor
 from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
 from compressed_tensors.entrypoints.convert.converters import AutoAWQConverter, FP8BlockDequantizer
 from compressed_tensors.quantization import QuantizationArgs, QuantizationConfig, QuantizationScheme, apply_quantization_config
-from compressed_tensors.quantization.utils import calculate_qparams
+from compressed_tensors.quantization.utils import calculate_qparams, generate_gparam
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -132,6 +132,32 @@ def test_compressed_tensors(tmp_path, kind):
     assert_means(write(tmp_path, tensors, settings), meaning, word="compressed-tensors")
     for weight, original in ((meaning[name], tensor) for name, tensor in llama_tensors(**SIZES).items() if name in meaning):
         assert (weight - original.float()).norm() < 0.35 * original.float().norm()
+
+
+@pytest.mark.parametrize(("kind", "group"), [("nvfp4-pack-quantized", 16), ("mxfp4-pack-quantized", 32)])
+def test_compressed_tensors_in_4bit_floats(tmp_path, kind, group):
+    strategy = "tensor_group" if group == 16 else "group"
+    args = QuantizationArgs(num_bits=4, type="float", strategy=strategy, group_size=group, symmetric=True)
+    scheme = QuantizationScheme(targets=["Linear"], weights=args, format=kind)
+    library = BaseCompressor.get_value_from_registry(kind)
+
+    def quantise(weight: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+        grouped = weight.unflatten(1, (-1, group))
+        if group == 16:
+            whole = generate_gparam(weight.amin(), weight.amax())
+            scale, _ = calculate_qparams(grouped.amin(-1), grouped.amax(-1), args, global_scale=whole)
+            state = {"weight": weight, "weight_scale": scale, "weight_global_scale": whole}
+        else:
+            scale, _ = calculate_qparams(grouped.amin(-1), grouped.amax(-1), args)
+            state = {"weight": weight, "weight_scale": 2.0 ** scale.log2().ceil()}
+        parts = library.compress(state, scheme)
+        decoded = library.decompress(parts, scheme)["weight"].float()
+        assert (decoded - weight).norm() < 0.2 * weight.norm()
+        return parts, decoded
+
+    tensors, meaning = quantised(quantise)
+    settings = QuantizationConfig(config_groups={"group_0": scheme}, format=kind).model_dump(mode="json")
+    assert_means(write(tmp_path, tensors, settings), meaning)
 
 
 def test_compressed_tensors_as_a_model_is_saved(tmp_path):
