@@ -42,6 +42,7 @@ class Hub:
         self.repos: dict[str, dict[str, Commit]] = {}
         self.refs: dict[tuple[str, str], str] = {}
         self.listing_fault: Fault | None = None
+        self.listing: bytes | None = None  # sent instead of the true one
         self.fault: Fault | None = None
         self.etag: str | None = None  # claimed instead of the true one
         self.requests: list[tuple[str, str, str | None]] = []  # server, path, token
@@ -101,6 +102,8 @@ def _handler(hub: Hub, server: str) -> type[BaseHTTPRequestHandler]:
         def _describe(self, repo: str, revision: str) -> None:
             if fault := hub.take("listing_fault"):
                 return self._answer(fault.status or 500, b"", fault.headers)
+            if hub.listing is not None:
+                return self._answer(200, hub.listing, {"Content-Type": "application/json"})
             files = hub.files(repo, revision)
             if files is None:
                 code = "RevisionNotFound" if repo in hub.repos else "RepoNotFound"
