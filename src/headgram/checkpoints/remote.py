@@ -70,8 +70,10 @@ class RemoteSafetensorsStore:
         return place.stop - place.start
 
     def prefetch(self, names: Iterable[str]) -> None:
-        missing = [name for name in names if name not in self._fetched]
-        spans = plan_spans({name: self._home[name] for name in missing})
+        missing = {name: self._home[name] for name in names if name not in self._fetched}
+        if not missing:
+            return
+        spans = plan_spans(missing)
         buffers = [memoryview(bytearray(span.stop - span.start)) for span in spans]
         parts = [
             (span.file, span.start + at, buffer[at : at + _PART_BYTES])
