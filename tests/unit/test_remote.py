@@ -186,6 +186,16 @@ def test_a_connection_that_stays_lost_is_given_up(hub):
         open_checkpoint(REPO)
 
 
+@pytest.mark.parametrize(
+    "target", ["/someone/tiny/resolve/main/model.safetensors", "file:///etc/passwd", "http://[", "gopher://x"]
+)
+def test_redirects_that_lead_nowhere(hub, target):
+    hub.add(REPO, single(llama_tensors()))
+    hub.fault = Fault(status=302, headers={"Location": target})
+    with pytest.raises(HeadgramError, match="in a row|changed at the hub"):
+        open_checkpoint(REPO)
+
+
 def test_a_limited_rate_is_waited_for(hub):
     hub.add(REPO, single(llama_tensors()))
     hub.listing_fault = Fault(times=1, status=429, headers={"Retry-After": "0"})

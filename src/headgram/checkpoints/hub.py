@@ -127,7 +127,7 @@ class RemoteLocation:
             raise HeadgramError(f"{self.where}: {name} is larger than {LARGEST_JSON >> 20} MiB, which no real checkpoint's is")
         try:
             return read_json(Path(hf_hub_download(self.repo, name, revision=self.commit)))
-        except (HfHubHTTPError, httpx.TransportError, OSError) as error:
+        except (HfHubHTTPError, httpx.RequestError, OSError) as error:
             raise HeadgramError(_refusal(error, self.repo, self.commit)) from None
 
 
@@ -164,7 +164,7 @@ def locate_at_hub(repo: str, revision: str | None) -> RemoteLocation:
         info = ModelInfo(**response.json())
         siblings = info.siblings or []
         files = {s.rfilename: HubFile(repo, s.rfilename, str(info.sha), _size(s), _hash(s)) for s in siblings}
-    except (HfHubHTTPError, httpx.TransportError, OfflineModeIsEnabled) as error:
+    except (HfHubHTTPError, httpx.RequestError, OfflineModeIsEnabled) as error:
         raise HeadgramError(f"{elsewhere} {_refusal(error, repo, revision)}") from None
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise HeadgramError(
@@ -216,7 +216,7 @@ def fetch_into(file: HubFile, start: int, buffer: memoryview, advance: Callable[
                     done += len(chunk)
                     advance(len(chunk))
             reason = "the connection was closed early"
-        except httpx.TransportError as error:
+        except httpx.RequestError as error:
             reason = str(error) or type(error).__name__
         except (HfHubHTTPError, OfflineModeIsEnabled) as error:
             raise HeadgramError(_refusal(error, file.repo, file.commit)) from None
