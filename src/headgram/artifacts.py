@@ -117,23 +117,23 @@ def written_whole(path: Path) -> Iterator[IO[bytes]]:
     except BaseException as error:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
-        if isinstance(error, OSError):
-            raise HeadgramError(f"{path} cannot be written: {_reason(error)}.") from error
-        # torch reports a failed write as a RuntimeError of its own; the disk is the one thing to ask then.
-        if isinstance(error, RuntimeError) and _disk_is_full(path.parent):
-            raise HeadgramError(f"{path} cannot be written: the disk is full; free some space and run again.") from error
+        # torch reports a failed write as a RuntimeError of its own, with the system's error behind it.
+        if failure := _system_error(error):
+            raise HeadgramError(f"{path} cannot be written: {_reason(failure)}.") from error
         raise
+
+
+def _system_error(error: BaseException | None) -> OSError | None:
+    """The error of the operating system that an exception is, or was raised while handling."""
+    while error is not None and not isinstance(error, OSError):
+        error = error.__context__
+    return error
 
 
 def _reason(error: OSError) -> str:
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return "the disk is full; free some space and run again"
-    return f"{error.strerror or error}"
-
-
-def _disk_is_full(folder: Path) -> bool:
-    state = os.statvfs(folder)
-    return state.f_bavail * state.f_frsize < 2**20
+    return error.strerror or str(error)
 
 
 def write_text(path: Path, text: str) -> None:

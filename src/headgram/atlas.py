@@ -99,7 +99,8 @@ class Atlas:
             table = read_table(self._results / "atlas" / name / f"model={each}" / f"{name}.parquet").to_pandas()
             table.insert(0, "model", each)
             tables.append(table)
-        return pd.concat(tables, ignore_index=True)
+        joined: pd.DataFrame = pd.concat(tables, ignore_index=True)
+        return joined
 
 
 def open_atlas(results: str | os.PathLike[str] = "results") -> Atlas:

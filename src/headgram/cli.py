@@ -32,26 +32,23 @@ def main() -> None:
 def lock(
     manifest: Annotated[Path, typer.Option(help="The table of models.")] = _MANIFEST,
     upgrade: Annotated[Optional[list[str]], typer.Option(help="Resolve this model anew; may be repeated.")] = None,  # noqa: UP045
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the missing entries as JSON; write nothing.")] = False,
 ) -> None:
     """Resolve the rows of the manifest that the lock lacks, and pin them."""
     from headgram.lock import lock_path, missing_rows, read_lock, resolve_all, write_lock
     from headgram.manifest import read_manifest
 
-    rows = read_manifest(manifest)
-    names = [row.name for row in rows]
+    table = read_manifest(manifest)
+    names = [row.name for row in table.rows]
     for name in upgrade or []:
         if name not in names:
-            raise HeadgramError(f"the manifest {manifest} has no model '{name}'; there are: {', '.join(names)}")
-    missing = missing_rows(rows, read_lock(lock_path(manifest)))
-    chosen = [row for row in rows if row in missing or row.name in (upgrade or [])]
-    resolved = resolve_all(chosen, progress=lambda line: print(line, file=sys.stderr))
-    if dry_run:
-        print(resolved.model_dump_json())
-        return
+            raise HeadgramError(f"The manifest {manifest} has no model '{name}'; there are: {', '.join(names)}.")
+    missing = missing_rows(table.rows, read_lock(lock_path(manifest)))
+    chosen = [row for row in table.rows if row in missing or row.name in (upgrade or [])]
+    resolved, problems = resolve_all(chosen, progress=lambda line: print(line, file=sys.stderr))
+    table.check(*problems)
     if chosen:
         write_lock(lock_path(manifest), resolved)
-    print(f"{lock_path(manifest)}: {len(chosen)} locked, {len(rows) - len(chosen)} unchanged")
+    print(f"{lock_path(manifest)}: {len(chosen)} locked, {len(names) - len(chosen)} unchanged")
 
 
 @app.command()
@@ -74,7 +71,8 @@ def inspect(
         total = sum(location.size(name) for name in location.weights)
         share = sum(stack.qk_bytes for stack in checkpoint.stacks) / total
     console = Console()
-    console.print(f"[bold]{source}[/bold]: {checkpoint.architecture}, {location.format}, commit {location.commit or '–'}", highlight=False)
+    commit = f", commit {location.commit}" if location.commit else ""
+    console.print(f"[bold]{source}[/bold]: {checkpoint.architecture}, {location.format}{commit}", highlight=False)
     console.print(table)
     console.print(f"{len(location.weights)} weight file(s), {total:,} bytes; q and k are {share:.1%} of them", highlight=False)
 
@@ -97,7 +95,7 @@ def measure(
     topk: Annotated[int, typer.Option(min=1, help="Directions per head.")] = 8,
     revision: Annotated[Optional[str], typer.Option(help="Branch, tag or commit of a hub id.")] = None,  # noqa: UP045
     stack: Annotated[Optional[str], typer.Option(help="Which stack; the first if not given.")] = None,  # noqa: UP045
-    dtype: Annotated[Literal["stored", "bfloat16", "float32"], typer.Option(help="What the weights are rounded to.")] = "bfloat16",
+    dtype: Annotated[Literal["stored", "bfloat16", "float32"], typer.Option(help="What weights are rounded to.")] = "bfloat16",
     device: Annotated[Literal["auto", "cpu", "cuda"], typer.Option(help="Where to compute.")] = "auto",
 ) -> None:
     """Measure one model in one process, and write the original script's two files."""

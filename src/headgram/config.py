@@ -101,9 +101,7 @@ class Original(_Section):
 class Export(_Section):
     """How the merged tables are written."""
 
-    compression: Literal["zstd", "snappy", "none"] = Field(
-        "zstd", description="Compression of the Parquet files of the atlas."
-    )
+    compression: Literal["zstd", "snappy", "none"] = Field("zstd", description="Compression of the Parquet files of the atlas.")
 
 
 class Config(_Section):
@@ -123,11 +121,11 @@ class Config(_Section):
         2 * 2**30,
         description="Memory that one job may take; `auto` sizes of shards and tiles follow from it.",
     )
-    weights: Weights = Weights()
-    eigen: Eigen = Eigen()
-    gram: Gram = Gram()
-    original: Original = Original()
-    export: Export = Export()
+    weights: Weights = Field(default_factory=Weights, description=Weights.__doc__)
+    eigen: Eigen = Field(default_factory=Eigen, description=Eigen.__doc__)
+    gram: Gram = Field(default_factory=Gram, description=Gram.__doc__)
+    original: Original = Field(default_factory=Original, description=Original.__doc__)
+    export: Export = Field(default_factory=Export, description=Export.__doc__)
 
 
 def load_config(raw: dict[str, Any]) -> Config:

@@ -35,7 +35,7 @@ def require_device(device: str) -> bool:
         If a GPU is asked for and none is visible.
     """
     if device == "cuda" and not visible_gpus():
-        raise HeadgramError("device is 'cuda', but no GPU is visible here: set it to 'auto' or 'cpu', or check CUDA_VISIBLE_DEVICES")
+        raise HeadgramError("device is 'cuda', but no GPU is visible here: use 'auto' or 'cpu', or check CUDA_VISIBLE_DEVICES")
     return device != "cpu" and bool(visible_gpus())
 
 

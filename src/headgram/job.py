@@ -23,22 +23,35 @@ def running(snakemake: Any) -> Iterator[Provenance]:
     other error leaves its traceback in the log.
     """
     log = Path(snakemake.log[0])
-    log.parent.mkdir(parents=True, exist_ok=True)
-    with log.open("w", buffering=1) as file, contextlib.redirect_stdout(file), contextlib.redirect_stderr(file):
-        try:
-            with leased_device(bool(snakemake.resources.get("gpu", 0))) as device:
-                _limit_threads(snakemake.threads)
-                yield _provenance(snakemake, device)
-        except HeadgramError as error:
-            message = f"headgram: {error}"
-        except Exception:
-            traceback.print_exc()
-            raise
-        else:
-            return
-        print(message)
-    print(message, file=sys.stderr)
-    raise SystemExit(1)
+    try:
+        with _output_to(log), leased_device(bool(snakemake.resources.get("gpu", 0))) as device:
+            _limit_threads(snakemake.threads)
+            yield _provenance(snakemake, device)
+    except HeadgramError as error:
+        sentence = f"headgram: {error}"
+        print(sentence, file=sys.stderr)
+        _append(log, sentence)
+        raise SystemExit(1) from None
+    except Exception:
+        _append(log, traceback.format_exc())
+        raise
+
+
+@contextlib.contextmanager
+def _output_to(log: Path) -> Iterator[None]:
+    try:
+        log.parent.mkdir(parents=True, exist_ok=True)
+        file = log.open("w", buffering=1)
+    except OSError as error:
+        raise HeadgramError(f"The log {log} cannot be written: {error.strerror}.") from None
+    with file, contextlib.redirect_stdout(file), contextlib.redirect_stderr(file):
+        yield
+
+
+def _append(log: Path, text: str) -> None:
+    """The log is second to the terminal: where the disk is full, it stays short."""
+    with contextlib.suppress(OSError), log.open("a") as file:
+        print(text, file=file)
 
 
 def _provenance(snakemake: Any, device: str) -> Provenance:

@@ -104,15 +104,17 @@ def read_lock(path: Path) -> Lock:
         reason = str(error).splitlines()[0]
         raise HeadgramError(f"The lock {path} cannot be read ({reason}): delete it, and `headgram lock` makes it anew.") from None
     if lock.schema_version != 1:
-        raise HeadgramError(f"The lock {path} has version {lock.schema_version}; this headgram writes version 1: delete it and lock again.")
+        raise HeadgramError(
+            f"The lock {path} has version {lock.schema_version}, but this headgram writes version 1: delete it and lock again."
+        )
     return lock
 
 
-def write_lock(path: Path, lock: Lock) -> None:
+def write_lock(path: Path, entries: dict[str, LockedModel]) -> None:
     """Add entries to the lock on disk, which another process may have changed meanwhile."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with filelock.FileLock(path.with_name(f".{path.name}.lock")):
-        models = {**read_lock(path).models, **lock.models}
+        models = {**read_lock(path).models, **entries}
         content = Lock(models=dict(sorted(models.items()))).model_dump(mode="json")
         write_text(path, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
 
@@ -122,24 +124,19 @@ def missing_rows(rows: Iterable[Row], lock: Lock) -> list[Row]:
     return [row for row in rows if row.name not in lock.models or not lock.models[row.name].asks_for(row)]
 
 
-def resolve_all(rows: Iterable[Row], progress: Callable[[str], None] = lambda line: None) -> Lock:
-    """Resolve rows; every one that cannot be is reported at once.
-
-    Raises
-    ------
-    HeadgramError
-        One message with every row that failed and why.
-    """
-    models, problems = {}, []
+def resolve_all(
+    rows: Iterable[Row], progress: Callable[[str], None] = lambda line: None
+) -> tuple[dict[str, LockedModel], list[str]]:
+    """Resolve rows; returns the entries by name, and a sentence about every row that cannot be resolved."""
+    models: dict[str, LockedModel] = {}
+    problems = []
     for row in rows:
         try:
             models[row.name] = resolve(row)
             progress(f"locked {row.name}: {models[row.name].architecture}, fingerprint {models[row.name].fingerprint[:12]}")
         except HeadgramError as error:
-            problems.append(f"{row.name} ({row.source}): {error}")
-    if problems:
-        raise HeadgramError(f"{len(problems)} model{'s' * (len(problems) > 1)} cannot be opened:\n  " + "\n  ".join(problems))
-    return Lock(models=models)
+            problems.append(f"line {row.line} ({row.name}): {error}")
+    return models, problems
 
 
 def resolve(row: Row) -> LockedModel:
@@ -189,37 +186,23 @@ def _locked_file(location: Location | RemoteLocation, name: str) -> LockedFile:
     return LockedFile(name=name, bytes=location.size(name), sample=location.sample(name))
 
 
-def changed_file(entry: LockedModel) -> str | None:
-    """The first file whose content is not what was locked.
+def changes(name: str, entry: LockedModel) -> list[str]:
+    """A sentence if the content of a source is not what was locked, that says how to go on; else nothing.
 
     A source that is gone is not reported: what was measured of it stands, and a job that still needs it says so. The hub is
     not asked: there, a commit names its content.
     """
     try:
-        location = locate_here(entry.source, entry.commit or entry.revision)
-        for file in entry.files:
-            if not file.agrees_with(_locked_file(location, file.name)):
-                return file.name
+        location = locate_here(entry.source, entry.commit)
+        changed = [file.name for file in entry.files if not file.agrees_with(_locked_file(location, file.name))]
     except (HeadgramError, OSError):
-        return None
-    return None
+        return []
+    return [changed_message(name, f"{file} of {entry.source}") for file in changed[:1]]
 
 
-def check_unchanged(name: str, entry: LockedModel) -> None:
-    """Refuse a source whose content changed under its lock.
-
-    Raises
-    ------
-    HeadgramError
-        Says what changed and how to go on.
-    """
-    if file := changed_file(entry):
-        raise HeadgramError(changed_message(name, entry, file))
-
-
-def changed_message(name: str, entry: LockedModel, what: str) -> str:
+def changed_message(name: str, what: str) -> str:
     """The sentence about a source that changed under its lock."""
     return (
-        f"model {name}: {what} of {entry.source} changed since it was locked; if that is meant, run "
-        f"`headgram lock --upgrade {name}` and measure it anew, else restore the file"
+        f"{name}: {what} changed since it was locked; if that is meant, run `headgram lock --upgrade {name}` "
+        "and measure it anew, else restore it"
     )

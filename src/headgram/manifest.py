@@ -12,6 +12,8 @@ from headgram.errors import HeadgramError
 COLUMNS = ("name", "source", "revision")
 #: Columns that a manifest may add for a checkpoint that does not state these itself.
 OVERRIDE_COLUMNS = ("model_type", "heads", "kv_heads", "head_dim")
+_HEADER = f"with the columns {', '.join(COLUMNS)} in its first line (where needed also {', '.join(OVERRIDE_COLUMNS)})"
+_FORM = f"{_HEADER}, separated by tabs"
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 
 
@@ -19,33 +21,57 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 class Row:
     """One model of the manifest."""
 
+    line: int
     name: str
     source: str
     revision: str | None
     overrides: dict[str, str | int]
 
 
-def read_manifest(path: Path) -> list[Row]:
-    """Read and check a manifest.
+@dataclass(frozen=True)
+class Manifest:
+    """The good rows of a manifest, and a sentence about every bad one."""
+
+    path: Path
+    rows: tuple[Row, ...]
+    problems: tuple[str, ...]
+
+    def check(self, *more: str) -> None:
+        """Report every problem of the table, and more that were found elsewhere, at once.
+
+        Raises
+        ------
+        HeadgramError
+            If there is any problem.
+        """
+        if problems := (*self.problems, *more):
+            count = f"{len(problems)} bad {'entry' if len(problems) == 1 else 'entries'}"
+            raise HeadgramError(f"The manifest {self.path} has {count}:\n  " + "\n  ".join(problems))
+
+
+def read_manifest(path: Path) -> Manifest:
+    """Read a manifest; what is wrong with single rows is collected, see `Manifest.check`.
 
     Raises
     ------
     HeadgramError
-        One message with every bad row and its line number.
+        If the table as a whole cannot be read.
     """
     try:
         with path.open(newline="", encoding="utf-8-sig") as file:
             lines = list(enumerate(csv.reader(file, delimiter="\t", quoting=csv.QUOTE_NONE), start=1))
     except FileNotFoundError:
-        raise HeadgramError(f"There is no manifest {path}: create it, with the columns {', '.join(COLUMNS)}, separated by tabs.") from None
+        raise HeadgramError(f"There is no manifest {path}: create it, {_FORM}.") from None
     except (OSError, UnicodeDecodeError) as error:
         raise HeadgramError(f"The manifest {path} cannot be read ({error}).") from None
     lines = [(number, cells) for number, cells in lines if any(cell.strip() for cell in cells) and not cells[0].startswith("#")]
     if not lines:
-        raise HeadgramError(f"The manifest {path} is empty: its first line names the columns {', '.join(COLUMNS)}, separated by tabs.")
+        raise HeadgramError(f"The manifest {path} is empty: fill it, {_FORM}.")
     (_, header), *body = lines
     _check_header(path, header)
-    rows, problems, seen = [], [], {}
+    rows: list[Row] = []
+    problems: list[str] = []
+    seen: dict[str, int] = {}
     for number, cells in body:
         values = {key: cell.strip() for key, cell in zip(header, cells, strict=False)}
         found = _problems_of(values, len(cells), len(header))
@@ -55,20 +81,22 @@ def read_manifest(path: Path) -> list[Row]:
         seen.setdefault(name.lower(), number)
         problems += [f"line {number} ({name or 'no name'}): {problem}" for problem in found]
         if not found:
-            rows.append(_row(values))
-    if problems:
-        raise HeadgramError(f"The manifest {path} has {len(problems)} bad entr{'y' if len(problems) == 1 else 'ies'}:\n  " + "\n  ".join(problems))
-    if not rows:
+            rows.append(_row(number, values))
+    if not rows and not problems:
         raise HeadgramError(f"The manifest {path} lists no model.")
-    return rows
+    return Manifest(path, tuple(rows), tuple(problems))
 
 
 def _check_header(path: Path, header: list[str]) -> None:
     missing = [column for column in ("name", "source") if column not in header]
     unknown = [column for column in header if column not in COLUMNS + OVERRIDE_COLUMNS]
     if missing or unknown or len(set(header)) < len(header):
-        what = f"lacks the column '{missing[0]}'" if missing else f"has the unknown column '{unknown[0]}'" if unknown else "repeats a column"
-        raise HeadgramError(f"The manifest {path} {what}; columns are {', '.join(COLUMNS + OVERRIDE_COLUMNS)}, separated by tabs.")
+        what = "repeats a column"
+        if missing:
+            what = f"lacks the column '{missing[0]}'"
+        elif unknown:
+            what = f"has the unknown column '{unknown[0]}'"
+        raise HeadgramError(f"The manifest {path} {what}: write it {_FORM}.")
 
 
 def _problems_of(values: dict[str, str], cells: int, columns: int) -> list[str]:
@@ -77,7 +105,10 @@ def _problems_of(values: dict[str, str], cells: int, columns: int) -> list[str]:
         problems.append(f"{cells} cells, but only {columns} columns")
     name = values.get("name", "")
     if not _NAME.fullmatch(name) or _is_number(name):
-        problems.append(f"the name '{name}' must be letters, digits, '.', '_' or '-', begin with a letter or digit, and not be a number")
+        problems.append(
+            f"the name '{name}' must be made of letters, digits, '.', '_' and '-', begin with a letter or digit, "
+            "and not be a number"
+        )
     if not values.get("source"):
         problems.append("the source is missing")
     for key in ("heads", "kv_heads", "head_dim"):
@@ -95,9 +126,9 @@ def _is_number(name: str) -> bool:
     return True
 
 
-def _row(values: dict[str, str]) -> Row:
+def _row(line: int, values: dict[str, str]) -> Row:
     overrides: dict[str, str | int] = {}
     for key in OVERRIDE_COLUMNS:
         if values.get(key):
             overrides[key] = values[key] if key == "model_type" else int(values[key])
-    return Row(values["name"], values["source"], values.get("revision") or None, overrides)
+    return Row(line, values["name"], values["source"], values.get("revision") or None, overrides)

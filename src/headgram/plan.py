@@ -6,16 +6,18 @@ machine. Nothing here imports torch: the Snakefile reads this module at parse ti
 
 from __future__ import annotations
 
+import itertools
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cached_property
+from pathlib import Path
+
+from pydantic import BaseModel
 
 from headgram.architectures.registry import family_of, family_of_gguf, family_text
 from headgram.artifacts import Identity, canonical, digest
 from headgram.config import Config
-from headgram.errors import HeadgramError
-from headgram.lock import Lock, LockedModel, LockedStack
-from headgram.manifest import Row
+from headgram.lock import LockedModel, LockedStack
 from headgram.staleness import code_digest
 
 #: What one core does in float64, roughly; only the sizes of jobs follow from it.
@@ -82,34 +84,26 @@ class Plan:
     config: Config
     models: dict[str, ModelPlan]
 
-    @cached_property
-    def jobs(self) -> int:
-        """Number of jobs of a run from nothing, without the final `all`."""
-        per_stack = (len(s.groups) + len(s.shards) + len(s.tiles) for model in self.models.values() for s in model.stacks.values())
-        return sum(per_stack) + len(self.models)
 
-
-def make_plan(rows: list[Row], lock: Lock, config: Config) -> Plan:
-    """Plan every model of the manifest.
+def make_plan(entries: Mapping[str, LockedModel], config: Config, scripts: Path) -> Plan:
+    """Plan every model of the manifest, given its entry in the lock, and the folder of the stages' scripts.
 
     Raises
     ------
     HeadgramError
-        If the lock lacks a row, or holds an architecture that this version does not know.
+        If the lock holds an architecture that this version does not know.
     """
-    models = {}
-    for row in rows:
-        if row.name not in lock.models:
-            raise HeadgramError(f"The lock has no entry for {row.name}: run `headgram lock`.")
-        entry = lock.models[row.name]
-        stacks = {stack.name: _plan_stack(stack, config) for stack in entry.stacks}
-        models[row.name] = ModelPlan(row.name, entry, stacks, _identities(entry, config))
-    return Plan(config, models)
+    return Plan(config, {name: _plan_model(name, entry, config, scripts) for name, entry in entries.items()})
+
+
+def _plan_model(name: str, entry: LockedModel, config: Config, scripts: Path) -> ModelPlan:
+    stacks = {stack.name: _plan_stack(stack, config) for stack in entry.stacks}
+    return ModelPlan(name, entry, stacks, _identities(entry, config, scripts))
 
 
 def stage_config(stage: str, config: Config) -> str:
     """Canonical JSON of exactly the options that a stage reads: the contract between configuration and staleness."""
-    sections = {
+    sections: dict[str, dict[str, BaseModel]] = {
         "extract": {"weights": config.weights},
         "eigen": {"eigen": config.eigen, "original": config.original},
         "gram": {"gram": config.gram},
@@ -118,14 +112,15 @@ def stage_config(stage: str, config: Config) -> str:
     return canonical({name: section.model_dump(mode="json") for name, section in sections[stage].items()})
 
 
-def _identities(entry: LockedModel, config: Config) -> dict[str, Identity]:
+def _identities(entry: LockedModel, config: Config, scripts: Path) -> dict[str, Identity]:
+    code = {stage: code_digest(stage, scripts / f"{stage}.py") for stage in ("extract", "eigen", "gram", "merge")}
     find = family_of_gguf if entry.format == "gguf" and "model_type" not in entry.overrides else family_of
-    reads_weights = digest(code_digest("extract"), family_text(find(entry.architecture).name))
+    reads_weights = digest(code["extract"], family_text(find(entry.architecture).name))
     extract = Identity("extract", stage_config("extract", config), entry.fingerprint, reads_weights)
 
     def after(stage: str, *inputs: Identity) -> Identity:
         upstream = tuple(identity.key for identity in inputs)
-        return Identity(stage, stage_config(stage, config), entry.fingerprint, code_digest(stage), upstream)
+        return Identity(stage, stage_config(stage, config), entry.fingerprint, code[stage], upstream)
 
     eigen, gram = after("eigen", extract), after("gram", extract)
     return {"extract": extract, "eigen": eigen, "gram": gram, "merge": after("merge", eigen, gram)}
@@ -160,7 +155,7 @@ def _cut(layers: Layers, size: float) -> list[Layers]:
     """Cut into the fewest runs of at most `size` layers, of nearly equal length."""
     count = math.ceil(len(layers) / max(1, int(size)))
     borders = [round(i * len(layers) / count) for i in range(count + 1)]
-    return [layers[start:stop] for start, stop in zip(borders, borders[1:], strict=False)]
+    return [layers[start:stop] for start, stop in itertools.pairwise(borders)]
 
 
 def _named(runs: list[Layers]) -> dict[str, Layers]:

@@ -1,7 +1,8 @@
-"""The digest of a stage's own modules.
+"""The digest of a stage's own code.
 
-Snakemake re-runs a job whose script changed, but not one whose imported modules did. The digest covers the stage's
-module and all of headgram that it imports, directly or not; it is found by reading the sources, so nothing is imported.
+Snakemake re-runs a job whose script is newer, but not one whose imported modules changed. The digest covers the stage's
+script, its module and all of headgram that it imports, directly or not; it is found by reading the sources, so nothing
+is imported.
 """
 
 from __future__ import annotations
@@ -16,9 +17,9 @@ _PACKAGE = Path(__file__).parent
 
 
 @cache
-def code_digest(stage: str) -> str:
-    """BLAKE2b of the sources of `headgram.stages.<stage>` and of every headgram module that it imports."""
-    state = hashlib.blake2b(digest_size=16)
+def code_digest(stage: str, script: Path) -> str:
+    """BLAKE2b of a stage's script, of `headgram.stages.<stage>`, and of every headgram module that it imports."""
+    state = hashlib.blake2b(script.read_bytes(), digest_size=16)
     for path in sorted(modules_of(f"headgram.stages.{stage}")):
         state.update(path.relative_to(_PACKAGE).as_posix().encode() + b"\0" + path.read_bytes() + b"\0")
     return state.hexdigest()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +13,7 @@ import filelock
 from headgram.artifacts import remove_temporaries
 from headgram.config import load_config
 from headgram.errors import HeadgramError
-from headgram.lock import Lock, changed_file, changed_message, lock_path, missing_rows, read_lock, write_lock
+from headgram.lock import Lock, LockedModel, changes, lock_path, missing_rows, read_lock, write_lock
 from headgram.manifest import read_manifest
 from headgram.plan import Plan, make_plan
 
@@ -23,16 +24,18 @@ class Run:
     Reading writes nothing, so a dry run leaves no trace; `begin` does, once jobs are about to run.
     """
 
-    def __init__(self, raw_config: dict[str, Any]) -> None:
+    def __init__(self, raw_config: dict[str, Any], scripts: Path) -> None:
         config = load_config(raw_config)
         self._manifest = Path(config.manifest)
         self._results = Path(config.results)
-        rows = read_manifest(self._manifest)
+        manifest = read_manifest(self._manifest)
         lock = read_lock(lock_path(self._manifest))
-        known = Lock(models={name: entry for name, entry in lock.models.items() if name not in {r.name for r in missing_rows(rows, lock)}})
-        _check_unchanged(known, {row.name for row in rows})
-        self._new = _resolve_elsewhere(self._manifest) if missing_rows(rows, lock) else Lock()
-        self.plan: Plan = make_plan(rows, Lock(models={**known.models, **self._new.models}), config)
+        missing = missing_rows(manifest.rows, lock)
+        known = {row.name: lock.models[row.name] for row in manifest.rows if row not in missing}
+        changed = [sentence for name, entry in known.items() for sentence in changes(name, entry)]
+        self._new, unresolved = _resolve_elsewhere(self._manifest) if missing else ({}, [])
+        manifest.check(*changed, *unresolved)
+        self.plan: Plan = make_plan({**known, **self._new}, config, scripts)
         self._held: filelock.BaseFileLock | None = None
 
     def begin(self) -> None:
@@ -49,24 +52,19 @@ class Run:
             self._held.acquire()
             remove_temporaries(self._results)
         except filelock.Timeout:
-            raise HeadgramError(f"Another run works on {self._results}: wait for it, or give this one another folder (--config results=…).") from None
+            raise HeadgramError(
+                f"Another run works on {self._results}: wait for it, or give this one another folder (--config results=…)."
+            ) from None
         except OSError as error:
             raise HeadgramError(f"The results folder {self._results} cannot be written ({error.strerror or error}).") from None
-        if self._new.models:
+        if self._new:
             write_lock(lock_path(self._manifest), self._new)
 
 
-def _check_unchanged(lock: Lock, names: set[str]) -> None:
-    changed = [(name, lock.models[name], changed_file(lock.models[name])) for name in sorted(names & set(lock.models))]
-    messages = [changed_message(name, entry, file) for name, entry, file in changed if file]
-    if messages:
-        raise HeadgramError("\n".join(messages))
-
-
-def _resolve_elsewhere(manifest: Path) -> Lock:
+def _resolve_elsewhere(manifest: Path) -> tuple[dict[str, LockedModel], list[str]]:
     """Resolve the missing rows in a process of their own: opening checkpoints imports torch, this process must not."""
-    command = [sys.executable, "-m", "headgram", "lock", "--manifest", str(manifest), "--dry-run"]
-    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    done = subprocess.run([sys.executable, "-m", "headgram.resolve", str(manifest)], stdout=subprocess.PIPE, text=True)
     if done.returncode:
-        raise HeadgramError(done.stderr.strip().removeprefix("headgram: "))
-    return Lock.model_validate_json(done.stdout)
+        raise HeadgramError(f"The models of {manifest} could not be resolved: see the error above.")
+    answer = json.loads(done.stdout)
+    return Lock(models=answer["models"]).models, answer["problems"]

@@ -17,7 +17,7 @@ from headgram.checkpoints import hub as hub_module
 from headgram.checkpoints import remote
 from headgram.checkpoints.checkpoint import open_checkpoint
 from headgram.errors import HeadgramError
-from headgram.lock import changed_file, resolve
+from headgram.lock import changes, resolve
 from headgram.manifest import Row
 from headgram.stages.extract import extract
 
@@ -27,6 +27,7 @@ REPO = "someone/tiny"
 @pytest.fixture
 def hub(monkeypatch, tmp_path):
     with serving() as server:
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
         monkeypatch.setattr(constants, "ENDPOINT", server.url)
         monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", server.url + "/{repo_id}/resolve/{revision}/{filename}")
         monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
@@ -38,7 +39,7 @@ def hub(monkeypatch, tmp_path):
 
 
 def row(**changes) -> Row:
-    return Row(**({"name": "tiny", "source": REPO, "revision": None, "overrides": {}} | changes))
+    return Row(**({"name": "tiny", "source": REPO, "revision": None, "overrides": {}, "line": 2} | changes))
 
 
 def assert_reads(tensors: dict[str, torch.Tensor], **options) -> None:
@@ -100,7 +101,7 @@ def test_locks_without_reading_weights_then_extracts(hub, tmp_path):
     entry = resolve(row())
     assert (entry.commit, entry.format) == (commit, "safetensors")
     assert all(file.sample.startswith("hub:") for file in entry.files)
-    assert changed_file(entry) is None
+    assert changes("tiny", entry) == []
     hub.add(REPO, single(llama_tensors(9)))  # the branch moves on; the lock does not
     extract_entry(entry, tmp_path / "out.pt")
     weights = torch.load(tmp_path / "out.pt", weights_only=True)
@@ -121,7 +122,7 @@ def test_a_lock_made_at_the_hub_holds_for_a_downloaded_copy_and_the_other_way_ro
     snapshot = tmp_path / "cache" / "models--someone--tiny" / "snapshots" / commit
     (snapshot / "model.safetensors").write_bytes(hub.files(REPO, "main")["model.safetensors"])
     hub.requests.clear()
-    assert changed_file(entry) is None
+    assert changes("tiny", entry) == []
     extract_entry(entry, tmp_path / "out.pt")
     local = resolve(row(revision=commit))
     assert not hub.requests
@@ -136,14 +137,14 @@ def test_a_downloaded_copy_of_another_size_is_noticed(hub, tmp_path):
     entry = resolve(row(revision=commit))
     snapshot = tmp_path / "cache" / "models--someone--tiny" / "snapshots" / commit
     (snapshot / "model.safetensors").write_bytes(hub.files(REPO, "main")["model.safetensors"][:-1])
-    assert changed_file(entry) == "model.safetensors"
+    assert "model.safetensors of someone/tiny changed" in changes("tiny", entry)[0]
 
 
 def test_a_file_that_is_not_what_was_locked_is_refused(hub, tmp_path):
     commit = hub.add(REPO, single(llama_tensors()))
     entry = resolve(row())
     hub.repos[REPO][commit] = single(llama_tensors(5))
-    with pytest.raises(HeadgramError, match="not what was locked"):
+    with pytest.raises(HeadgramError, match="changed since it was locked"):
         extract_entry(entry, tmp_path / "out.pt")
 
 
@@ -258,6 +259,7 @@ def test_offline_mode_asks_nobody(hub, monkeypatch):
 
 
 def test_an_unreachable_hub_is_named(monkeypatch, tmp_path):
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
     with pytest.raises(HeadgramError, match=r"neither a path nor in the local .* cannot be reached at http://127"):
@@ -274,8 +276,9 @@ def test_an_unreachable_hub_is_named(monkeypatch, tmp_path):
         ({"model.safetensors": b"abc"}, "not a safetensors file"),
         ({"model.safetensors": b""}, "not a safetensors file"),
         ({"model.safetensors": safetensors_bytes(b"[]")}, "no JSON object"),
-        ({"model.safetensors.index.json": b'{"weight_map": {"a": "../../x.safetensors"}}'}, "lacks the file"),
-        ({"model.safetensors.index.json": b'{"weight_map": {"a": "/etc/passwd"}}'}, "no .safetensors file"),
+        ({"model.safetensors.index.json": b'{"weight_map": {"a": "../../x.safetensors"}}'}, "leads out of"),
+        ({"model.safetensors.index.json": b'{"weight_map": {"a": "absent.safetensors"}}'}, "lacks the file"),
+        ({"model.safetensors.index.json": b'{"weight_map": {"a": "/etc/passwd"}}'}, "leads out of"),
         ({"model.safetensors.index.json": b"[" * 100_000}, "not valid JSON"),
     ],
 )

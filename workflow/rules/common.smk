@@ -1,9 +1,7 @@
-# Names that all rules share: the plan, folders, and functions of the wildcards.
+# The plan, the folders, and what each rule reads, as functions of its wildcards.
 import contextlib
-import json
+import sys
 from pathlib import Path
-
-from snakemake.exceptions import WorkflowError
 
 from headgram.artifacts import canonical, is_fresh
 from headgram.devices import require_device
@@ -13,15 +11,15 @@ from headgram.startup import Run
 
 @contextlib.contextmanager
 def headgram_errors():
-    """Bad input is one sentence, not a traceback."""
+    """Bad input ends the run with one sentence; an exception would have Snakemake print its traceback."""
     try:
         yield
     except HeadgramError as error:
-        raise WorkflowError(str(error)) from None
+        sys.exit(f"headgram: {error}")
 
 
 with headgram_errors():
-    RUN = Run(config)
+    RUN = Run(config, scripts=Path(workflow.basedir) / "workflow" / "scripts")
     GPUS = int(require_device(RUN.plan.config.device))
 
 PLAN = RUN.plan
@@ -82,8 +80,87 @@ def weights_of(wildcards, layers):
 def final_files(model):
     """All files that a merge writes for a model."""
     atlas = f"{RESULTS}/atlas"
-    files = [f"{atlas}/{table}/model={model}/{table}.parquet" for table in ("heads", "spectra", "gram")]
+    files = [
+        f"{atlas}/{table}/model={model}/{table}.parquet"
+        for table in ("heads", "spectra", "gram")
+    ]
     files += [f"{atlas}/directions/{model}.pt", f"{RESULTS}/provenance/{model}.json"]
     if PLAN.config.original.enabled:
         files += [f"{RESULTS}/seed/{model}.json", f"{RESULTS}/seed/{model}-eigdirs.pt"]
     return files
+
+
+def extract_input(wildcards):
+    run_if_stale(
+        "extract",
+        wildcards.model,
+        f"{stack_folder(wildcards)}/weights/{wildcards.layers}.json",
+    )
+    return []
+
+
+def extract_source(wildcards):
+    entry = PLAN.models[wildcards.model].entry
+    return canonical(
+        {"source": entry.source, "revision": entry.commit, "overrides": entry.overrides}
+    )
+
+
+def extract_layers(wildcards):
+    stack = stack_of(wildcards)
+    digests = dict(zip(stack.stack.layers, stack.stack.digests, strict=True))
+    return canonical(
+        [[layer, digests[layer]] for layer in stack.groups[wildcards.layers]]
+    )
+
+
+def eigen_layers(wildcards):
+    return stack_of(wildcards).shards[wildcards.layers]
+
+
+def eigen_input(wildcards):
+    run_if_stale(
+        "eigen",
+        wildcards.model,
+        f"{stack_folder(wildcards)}/eigen/{wildcards.layers}.json",
+    )
+    return weights_of(wildcards, eigen_layers(wildcards))
+
+
+def gram_input(wildcards):
+    run_if_stale(
+        "gram", wildcards.model, f"{stack_folder(wildcards)}/gram/{wildcards.row}.json"
+    )
+    return weights_of(wildcards, stack_of(wildcards).row_layers(wildcards.row))
+
+
+def merge_parts(wildcards):
+    """Tables of the eigen shards and of the Gram rows, by stack."""
+    return {
+        name: {
+            "shards": [
+                f"{RESULTS}/models/{wildcards.model}/{name}/eigen/{shard}.parquet"
+                for shard in stack.shards
+            ],
+            "rows": [
+                f"{RESULTS}/models/{wildcards.model}/{name}/gram/{row}.parquet"
+                for row in stack.rows
+            ],
+        }
+        for name, stack in PLAN.models[wildcards.model].stacks.items()
+    }
+
+
+def merge_input(wildcards):
+    run_if_stale(
+        "merge", wildcards.model, f"{RESULTS}/provenance/{wildcards.model}.json"
+    )
+    shards = [
+        path for part in merge_parts(wildcards).values() for path in part["shards"]
+    ]
+    rows = [path for part in merge_parts(wildcards).values() for path in part["rows"]]
+    return {
+        "tables": shards + rows,
+        "directions": [str(Path(path).with_suffix(".pt")) for path in shards],
+        "records": [str(Path(path).with_suffix(".json")) for path in shards + rows],
+    }

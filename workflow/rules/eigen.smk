@@ -1,13 +1,4 @@
 # Weights -> spectra of every head of a shard of layers.
-def eigen_layers(wildcards):
-    return stack_of(wildcards).shards[wildcards.layers]
-
-
-def eigen_input(wildcards):
-    run_if_stale("eigen", wildcards.model, f"{stack_folder(wildcards)}/eigen/{wildcards.layers}.json")
-    return weights_of(wildcards, eigen_layers(wildcards))
-
-
 rule eigen:
     input:
         unpack(eigen_input),
@@ -19,6 +10,8 @@ rule eigen:
         f"{JOB_LOGS}/eigen/{{model}}/{{stack}}/{{layers}}.log",
     benchmark:
         f"{JOB_BENCHMARKS}/eigen/{{model}}/{{stack}}/{{layers}}.tsv"
+    conda:
+        ENVIRONMENT
     threads: 1
     resources:
         gpu=GPUS,
@@ -31,7 +24,5 @@ rule eigen:
         layers=lambda wildcards: canonical(eigen_layers(wildcards)),
     message:
         "Spectra of {wildcards.model}, stack {wildcards.stack}, {wildcards.layers}"
-    conda:
-        ENVIRONMENT
     script:
         "../scripts/eigen.py"

@@ -1,20 +1,4 @@
 # Checkpoint -> query and key weights of a group of layers.
-def extract_input(wildcards):
-    run_if_stale("extract", wildcards.model, f"{stack_folder(wildcards)}/weights/{wildcards.layers}.json")
-    return []
-
-
-def extract_source(wildcards):
-    entry = PLAN.models[wildcards.model].entry
-    return canonical({"source": entry.source, "revision": entry.commit, "overrides": entry.overrides})
-
-
-def extract_layers(wildcards):
-    stack = stack_of(wildcards)
-    digests = dict(zip(stack.stack.layers, stack.stack.digests, strict=True))
-    return canonical([[layer, digests[layer]] for layer in stack.groups[wildcards.layers]])
-
-
 rule extract:
     input:
         extract_input,
@@ -25,6 +9,8 @@ rule extract:
         f"{JOB_LOGS}/extract/{{model}}/{{stack}}/{{layers}}.log",
     benchmark:
         f"{JOB_BENCHMARKS}/extract/{{model}}/{{stack}}/{{layers}}.tsv"
+    conda:
+        ENVIRONMENT
     threads: 1
     resources:
         mem_mb=MEMORY_MB,
@@ -37,7 +23,5 @@ rule extract:
         layers=extract_layers,
     message:
         "Extracting {wildcards.model}, stack {wildcards.stack}, {wildcards.layers}"
-    conda:
-        ENVIRONMENT
     script:
         "../scripts/extract.py"

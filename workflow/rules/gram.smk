@@ -1,9 +1,4 @@
 # Weights -> inner products of one tile of layers with itself and all later ones.
-def gram_input(wildcards):
-    run_if_stale("gram", wildcards.model, f"{stack_folder(wildcards)}/gram/{wildcards.row}.json")
-    return weights_of(wildcards, stack_of(wildcards).row_layers(wildcards.row))
-
-
 rule gram:
     input:
         unpack(gram_input),
@@ -14,6 +9,8 @@ rule gram:
         f"{JOB_LOGS}/gram/{{model}}/{{stack}}/{{row}}.log",
     benchmark:
         f"{JOB_BENCHMARKS}/gram/{{model}}/{{stack}}/{{row}}.tsv"
+    conda:
+        ENVIRONMENT
     threads: 1
     resources:
         gpu=GPUS,
@@ -26,7 +23,5 @@ rule gram:
         tiles=lambda wildcards: canonical(stack_of(wildcards).row(wildcards.row)),
     message:
         "Gram matrix of {wildcards.model}, stack {wildcards.stack}, {wildcards.row}"
-    conda:
-        ENVIRONMENT
     script:
         "../scripts/gram.py"

@@ -1,26 +1,4 @@
 # Shards and rows of one model -> its part of the atlas, and the original script's two files.
-def merge_parts(wildcards):
-    """Tables of the eigen shards and of the Gram rows, by stack."""
-    return {
-        name: {
-            "shards": [f"{RESULTS}/models/{wildcards.model}/{name}/eigen/{shard}.parquet" for shard in stack.shards],
-            "rows": [f"{RESULTS}/models/{wildcards.model}/{name}/gram/{row}.parquet" for row in stack.rows],
-        }
-        for name, stack in PLAN.models[wildcards.model].stacks.items()
-    }
-
-
-def merge_input(wildcards):
-    run_if_stale("merge", wildcards.model, f"{RESULTS}/provenance/{wildcards.model}.json")
-    shards = [path for part in merge_parts(wildcards).values() for path in part["shards"]]
-    rows = [path for part in merge_parts(wildcards).values() for path in part["rows"]]
-    return {
-        "tables": shards + rows,
-        "directions": [str(Path(path).with_suffix(".pt")) for path in shards],
-        "records": [str(Path(path).with_suffix(".json")) for path in shards + rows],
-    }
-
-
 rule merge:
     input:
         unpack(merge_input),
@@ -39,6 +17,8 @@ rule merge:
         f"{JOB_LOGS}/merge/{{model}}.log",
     benchmark:
         f"{JOB_BENCHMARKS}/merge/{{model}}.tsv"
+    conda:
+        ENVIRONMENT
     threads: 1
     resources:
         mem_mb=MEMORY_MB,
@@ -50,7 +30,5 @@ rule merge:
         parts=lambda wildcards: canonical(merge_parts(wildcards)),
     message:
         "Merging {wildcards.model}"
-    conda:
-        ENVIRONMENT
     script:
         "../scripts/merge.py"

@@ -166,11 +166,15 @@ def read_json(path: Path) -> dict[str, Any]:
 def _inside(boundary: Path, folder: Path, name: str) -> Path:
     relative = PurePosixPath(name)
     path = folder / relative
-    if relative.is_absolute() or ".." in relative.parts or not path.resolve().is_relative_to(boundary.resolve()):
+    if _leads_out(relative) or not path.resolve().is_relative_to(boundary.resolve()):
         raise HeadgramError(f"the file name '{name}' leads out of {boundary}: a checkpoint may only name its own files")
     if not path.is_file():
         raise HeadgramError(f"{folder} lacks the file '{name}'")
     return path
+
+
+def _leads_out(relative: PurePosixPath) -> bool:
+    return relative.is_absolute() or ".." in relative.parts
 
 
 def _package_path(package: str, inner: str) -> tuple[Path, Path]:
@@ -182,7 +186,7 @@ def _package_path(package: str, inner: str) -> tuple[Path, Path]:
     root = Path(spec.origin).parent
     relative = PurePosixPath(inner)
     path = root / relative
-    if relative.is_absolute() or ".." in relative.parts or not path.resolve().is_relative_to(root.resolve()):
+    if _leads_out(relative) or not path.resolve().is_relative_to(root.resolve()):
         raise HeadgramError(f"the path '{inner}' leads out of the package '{package}'")
     if not path.exists():
         raise HeadgramError(f"the package '{package}' holds no '{inner}'")
@@ -265,6 +269,8 @@ def _shards(index: dict[str, Any], whole: str, where: str) -> tuple[str, ...]:
     if len(files) > _MOST_SHARDS:
         raise HeadgramError(f"{where}: {whole}.index.json names {len(files)} files, which no real checkpoint's does")
     for name in files:
+        if _leads_out(PurePosixPath(name)):
+            raise HeadgramError(f"the file name {name!r:.200} leads out of {where}: a checkpoint may only name its own files")
         if not name.endswith(PurePosixPath(whole).suffix) or not name.isprintable():
             raise HeadgramError(
                 f"{where}: {whole}.index.json names {name!r:.200}, which is no {PurePosixPath(whole).suffix} file"

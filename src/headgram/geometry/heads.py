@@ -19,6 +19,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from headgram.errors import HeadgramError
+from headgram.geometry.grouping import key_head
 from headgram.geometry.residuals import Residuals, direction_residuals, identity_residuals
 
 #: Bytes of float64 working memory that one batch of heads may take; bounds the peak, never the result.
@@ -78,11 +79,6 @@ class Spectrum:
     residual: Float[Tensor, " heads"]
 
 
-def key_head(heads: int, kv_heads: int) -> Int[Tensor, " heads"]:
-    """The key head that each query head reads: `h * K // H`."""
-    return torch.arange(heads) * kv_heads // heads
-
-
 def spectrum(w_q: Float[Tensor, "heads rank hidden"], w_k: Float[Tensor, "kv_heads rank hidden"], topk: int = 8) -> Spectrum:
     """Measure every head of one layer.
 
@@ -132,7 +128,7 @@ def _check_weights(w_q: Tensor, w_k: Tensor, topk: int) -> None:
 
 def _measure(q: Float[Tensor, "heads rank hidden"], k: Float[Tensor, "heads rank hidden"], topk: int) -> Spectrum:
     """Everything of a batch of heads whose key weights are already repeated; float64."""
-    heads, rank, hidden = q.shape
+    rank = q.shape[1]
     kept = min(topk, rank)
 
     basis, r = torch.linalg.qr(torch.cat([q, k], dim=1).mT)  # (H, d, m), (H, m, 2r), m = min(d, 2r)
@@ -193,7 +189,7 @@ def _measure(q: Float[Tensor, "heads rank hidden"], k: Float[Tensor, "heads rank
 
 
 def _norm(matrix: Float[Tensor, "heads rows columns"]) -> Float[Tensor, " heads"]:
-    return torch.linalg.matrix_norm(matrix)
+    return matrix.square().sum((-1, -2)).sqrt()
 
 
 def _ratio(numerator: Tensor, denominator: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from headgram.geometry.heads import key_head
+from headgram.geometry.grouping import key_head
 
 
 def original_quantities(

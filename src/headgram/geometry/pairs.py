@@ -12,7 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from headgram.errors import HeadgramError
-from headgram.geometry.heads import key_head
+from headgram.geometry.grouping import key_head
 
 #: Bytes of float64 working memory of one block of products; a constant, so that the blocking, and with it the last
 #: bit of the result, does not depend on the machine.
@@ -63,12 +63,10 @@ def gram(
     return result
 
 
-def _products(
-    a: Float[Tensor, "n_a rank hidden"], b: Float[Tensor, "n_b rank hidden"]
-) -> Float[Tensor, "n_a rank n_b rank"]:
+def _products(a: Float[Tensor, "n_a rank hidden"], b: Float[Tensor, "n_b rank hidden"]) -> Float[Tensor, "n_a rank n_b rank"]:
     """`W_a W_b^T` of every pair of layers: one large matrix product."""
     rows = a.double().flatten(0, 1) @ b.double().flatten(0, 1).T
-    return rows.unflatten(1, b.shape[:2]).unflatten(0, a.shape[:2])
+    return rows.view(*a.shape[:2], *b.shape[:2])
 
 
 def _check_shapes(w_q_a: Tensor, w_k_a: Tensor, w_q_b: Tensor, w_k_b: Tensor) -> None:

@@ -12,7 +12,8 @@ import torch
 
 from headgram.artifacts import Provenance, record_of, seal, written_whole
 from headgram.errors import HeadgramError
-from headgram.geometry.heads import Spectrum, key_head, spectrum
+from headgram.geometry.grouping import key_head
+from headgram.geometry.heads import Spectrum, spectrum
 from headgram.geometry.original import original_quantities
 from headgram.tables import HEADS, SCALARS, write_table
 from headgram.weights_file import Weights

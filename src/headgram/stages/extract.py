@@ -43,8 +43,8 @@ def extract(
             for layer, digest in zip(layers, digests, strict=True):
                 if not checkpoint.holds(provenance.stack, layer, digest):
                     raise HeadgramError(
-                        f"layer {layer} is not what was locked: its checkpoint changed; if that is meant, run "
-                        f"`headgram lock --upgrade {provenance.model}`, else restore it"
+                        f"layer {layer} changed since it was locked; if that is meant, run "
+                        f"`headgram lock --upgrade {provenance.model}` and measure it anew, else restore it"
                     )
             w_q, w_k = read_layers(checkpoint, provenance.stack, layers, dtype)
     except HeadgramError as error:
@@ -69,7 +69,8 @@ def read_layers(checkpoint: Checkpoint, stack: str, layers: Sequence[int], dtype
         if w_q is None or w_k is None:
             w_q, w_k = q.new_empty(len(layers), *q.shape), k.new_empty(len(layers), *k.shape)
         w_q[i], w_k[i] = q, k
-    assert w_q is not None and w_k is not None
+    assert w_q is not None
+    assert w_k is not None
     return w_q, w_k
 
 

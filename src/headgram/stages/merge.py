@@ -109,7 +109,8 @@ def _spectra_table(stack: str, shards: pa.Table) -> pa.Table:
 def _matrix(shards: pa.Table, column: str) -> np.ndarray:
     """A column of equally long lists as an array (rows, length)."""
     values = shards[column].combine_chunks()
-    return values.flatten().to_numpy().reshape(len(values), -1)
+    matrix: np.ndarray = values.flatten().to_numpy().reshape(len(values), -1)
+    return matrix
 
 
 def _gram_table(stack: str, shards: pa.Table, paths: Sequence[Path]) -> pa.Table:

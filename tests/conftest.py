@@ -1,0 +1,20 @@
+"""Shapes on the signatures of the geometry are checked while the tests run."""
+
+import os
+
+import hypothesis
+import pytest
+from jaxtyping import install_import_hook
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+install_import_hook("headgram.geometry", "beartype.beartype")
+
+hypothesis.settings.register_profile("headgram", deadline=None, derandomize=True, print_blob=True)
+hypothesis.settings.load_profile("headgram")
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _one_thread() -> None:
+    import torch
+
+    torch.set_num_threads(1)

@@ -1,0 +1,106 @@
+"""A copy of the workflow in a folder of its own, with tiny models, run by the real snakemake."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from tiny import write_bert, write_llama, write_manifest
+
+ROOT = Path(__file__).parents[2]
+_IGNORED = shutil.ignore_patterns("__pycache__", "*.egg-info")
+
+
+@dataclass(frozen=True)
+class Project:
+    """A folder in which `snakemake` runs, with its own copy of the sources."""
+
+    folder: Path
+
+    def environment(self) -> dict[str, str]:
+        return os.environ | {"PYTHONPATH": str(self.folder / "src"), "PYTHONDONTWRITEBYTECODE": "1", "HF_HUB_OFFLINE": "1"}
+
+    def command(self, *arguments: str) -> list[str]:
+        return [sys.executable, "-m", "snakemake", *arguments]
+
+    def snakemake(self, *arguments: str) -> subprocess.CompletedProcess:
+        return subprocess.run(
+            self.command(*arguments), cwd=self.folder, env=self.environment(), capture_output=True, text=True, timeout=600
+        )
+
+    def run(self, *arguments: str) -> subprocess.CompletedProcess:
+        """A run that must succeed."""
+        done = self.snakemake("--cores", "2", *arguments)
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done
+
+    def planned(self, *arguments: str) -> set[str]:
+        """The jobs that a dry run would start, without the final `all`: their messages."""
+        done = self.snakemake("-n", *arguments)
+        assert done.returncode == 0, done.stdout + done.stderr
+        return set(re.findall(r"^Job \d+: (.*)$", done.stdout + done.stderr, re.MULTILINE))
+
+    def headgram(self, *arguments: str) -> subprocess.CompletedProcess:
+        command = [sys.executable, "-m", "headgram", *arguments]
+        return subprocess.run(command, cwd=self.folder, env=self.environment(), capture_output=True, text=True)
+
+    def copy(self, folder: Path) -> "Project":
+        """The same project elsewhere, dates of files included."""
+        shutil.copytree(self.folder, folder, symlinks=True)
+        return Project(folder)
+
+    def tables(self) -> dict[str, bytes]:
+        """Everything that a user reads, byte by byte."""
+        results = self.folder / "results"
+        paths = [path for part in ("atlas", "seed") for path in (results / part).rglob("*") if path.is_file()]
+        return {str(path.relative_to(results)): path.read_bytes() for path in paths}
+
+    def records(self) -> dict[Path, tuple[int, int]]:
+        """Every finished artifact's record: inode and time, which change if it is made again."""
+        found = (self.folder / "results").rglob("*.json")
+        return {path: (path.stat().st_ino, path.stat().st_mtime_ns) for path in found if "seed" not in path.parts}
+
+
+def new_project(folder: Path) -> Project:
+    folder.mkdir(parents=True)
+    for name in ("src", "workflow", "profiles", "envs"):
+        shutil.copytree(ROOT / name, folder / name, ignore=_IGNORED)
+    shutil.copy(ROOT / "Snakefile", folder / "Snakefile")
+    (folder / "config").mkdir()
+    shutil.copy(ROOT / "config" / "config.yaml", folder / "config" / "config.yaml")
+    return Project(folder)
+
+
+def edit(path: Path, old: str, new: str) -> None:
+    text = path.read_text()
+    assert old in text
+    path.write_text(text.replace(old, new, 1))
+
+
+@pytest.fixture
+def project(tmp_path) -> Project:
+    """Two tiny models, a llama and a bert, cut into several jobs each; sources are relative to the folder."""
+    return tiny_project(tmp_path / "project")
+
+
+def tiny_project(folder: Path) -> Project:
+    project = new_project(folder)
+    write_llama(folder / "models" / "llama")
+    write_bert(folder / "models" / "bert")
+    write_manifest(folder / "config" / "models.tsv", {"tiny-llama": "models/llama", "tiny-bert": "models/bert"})
+    edit(folder / "config" / "config.yaml", "layers_per_job: auto", "layers_per_job: 2")
+    edit(folder / "config" / "config.yaml", "layers_per_tile: auto", "layers_per_tile: 2")
+    return project
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory) -> Project:
+    """The tiny project after a complete run. Not to be changed: take a copy."""
+    project = tiny_project(tmp_path_factory.mktemp("finished") / "project")
+    project.run()
+    return project

@@ -1,0 +1,56 @@
+"""The finished results, through the door that notebooks use."""
+
+import numpy as np
+import pytest
+import torch
+
+import headgram
+
+
+@pytest.fixture(scope="module")
+def atlas(finished):
+    return headgram.open_atlas(finished.folder / "results")
+
+
+def weights(finished, name, layers):
+    checkpoint = headgram.open_checkpoint(finished.folder / "models" / name)
+    pairs = [checkpoint.qk("self", layer) for layer in range(layers)]
+    return tuple(torch.stack(each) for each in zip(*pairs, strict=True))
+
+
+@pytest.mark.parametrize(("model", "source", "layers"), [("tiny-llama", "llama", 4), ("tiny-bert", "bert", 3)])
+def test_tables_hold_what_the_functions_return(atlas, finished, model, source, layers):
+    w_q, w_k = weights(finished, source, layers)
+    heads = atlas.heads().query("model == @model").set_index(["layer", "head"]).sort_index()
+    spectra = atlas.spectra().query("model == @model").set_index(["layer", "head", "index"]).sort_index()
+    directions = atlas.directions(model)["self"]
+    assert directions["layers"].tolist() == list(range(layers))
+    for layer in range(layers):
+        result = headgram.spectrum(w_q[layer], w_k[layer], topk=8)
+        for name in ("fro_sq", "trace", "self_overlap", "stable_rank", "symmetry", "positive_energy"):
+            np.testing.assert_array_equal(heads.loc[layer][name], getattr(result, name))
+        rank = w_q.shape[2]
+        measured = spectra.loc[layer]["symmetric_eigenvalue"].to_numpy().reshape(-1, 2 * rank)
+        np.testing.assert_array_equal(measured, result.symmetric_eigenvalues)
+        singular = spectra.loc[layer]["singular_value"].to_numpy().reshape(-1, 2 * rank)
+        np.testing.assert_array_equal(singular[:, :rank], result.singular_values)
+        assert (singular[:, rank:] == 0).all()
+        for name in ("right", "left", "signed"):
+            assert torch.equal(directions[name][layer], getattr(result, name).float())
+    gram = atlas.gram(model)
+    assert gram.dims == ("layer_a", "layer_b", "head")
+    np.testing.assert_allclose(gram, headgram.gram(w_q, w_k, w_q, w_k), rtol=1e-12, atol=1e-9)
+    np.testing.assert_array_equal(gram, gram.transpose("layer_b", "layer_a", "head"))
+
+
+def test_unknown_names_are_refused(atlas, tmp_path):
+    with pytest.raises(headgram.HeadgramError, match="'none' is not in"):
+        atlas.gram("none")
+    with pytest.raises(headgram.HeadgramError, match="no stack 'cross'"):
+        atlas.gram("tiny-bert", "cross")
+    with pytest.raises(headgram.HeadgramError, match="not in"):
+        atlas.directions("../x")
+    with pytest.raises(headgram.HeadgramError, match="no column 'sine'"):
+        atlas.gram("tiny-bert", value="sine")
+    with pytest.raises(headgram.HeadgramError, match="no finished model"):
+        headgram.open_atlas(tmp_path)

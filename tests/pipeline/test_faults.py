@@ -1,0 +1,162 @@
+"""Bad input and bad luck: one clear sentence, no partial artifact, other models unharmed."""
+
+import os
+import random
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+from pipeline.conftest import edit
+from tiny import llama_tensors, write_llama, write_manifest
+
+
+def assert_nothing_half_written(project):
+    leftovers = [path for path in (project.folder / "results").rglob("*") if path.name.endswith(".tmp")]
+    assert leftovers == []
+
+
+def errors_of(done: subprocess.CompletedProcess) -> list[str]:
+    return [line for line in (done.stdout + done.stderr).splitlines() if line.startswith("headgram: ")]
+
+
+def test_a_nan_stops_its_own_model_only(project, finished):
+    tensors = llama_tensors(4, 4, 2, 8, 32, seed=0)
+    tensors["model.layers.2.self_attn.q_proj.weight"][5, 5] = torch.nan
+    write_llama(project.folder / "models" / "llama", tensors=tensors)
+    done = project.snakemake("--cores", "2")
+    assert done.returncode != 0
+    (sentence,) = set(errors_of(done))
+    assert "model tiny-llama, stack self: layer 2: tensor model.layers.2.self_attn.q_proj.weight holds a NaN" in sentence
+    assert not list((project.folder / "results").rglob("models/tiny-llama/**/*.pt"))
+    assert_nothing_half_written(project)
+    assert {name: data for name, data in finished.tables().items() if "bert" in name} == project.tables()
+
+
+def test_a_residual_above_tolerance_names_model_layer_and_head(finished, tmp_path):
+    project = finished.copy(tmp_path / "project")
+    edit(project.folder / "config" / "config.yaml", "tolerance: 1.0e-9", "tolerance: 1.0e-25")
+    done = project.snakemake("--cores", "2")
+    assert done.returncode != 0
+    sentences = errors_of(done)
+    assert any(
+        "model tiny-llama, stack self, layer 0, head" in sentence and "eigen.tolerance" in sentence for sentence in sentences
+    )
+    assert not list((project.folder / "results").rglob("eigen/*.parquet"))
+
+
+@pytest.mark.parametrize(
+    ("victim", "words"), [("weights/layers-000-003.pt", "checksum"), ("eigen/layers-000-001.parquet", "checksum")]
+)
+def test_a_flipped_byte_is_refused(finished, tmp_path, victim, words):
+    project = finished.copy(tmp_path / "project")
+    path = project.folder / "results" / "models" / "tiny-llama" / "self" / victim
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+    edit(project.folder / "config" / "config.yaml", "compression: zstd", "compression: none")
+    if "weights" in victim:
+        edit(project.folder / "config" / "config.yaml", "topk: 8", "topk: 4")
+    done = project.snakemake("--cores", "2")
+    assert done.returncode != 0
+    assert any(path.name in sentence and words in sentence for sentence in errors_of(done))
+
+
+def test_several_bad_rows_are_reported_at_once(project):
+    manifest = project.folder / "config" / "models.tsv"
+    write_manifest(manifest, {"good": "models/llama", "../x": "models/bert", "gone": "models/none", "Good": "models/bert"})
+    done = project.snakemake("--cores", "2")
+    assert done.returncode != 0
+    for words in (
+        "line 3 (../x)",
+        "line 4 (gone): 'models/none' is neither a path nor",
+        "line 5 (Good): the name 'Good' is taken by line 2",
+    ):
+        assert words in done.stderr
+    assert not (project.folder / "results").exists()
+
+
+def test_an_unknown_key_stops_before_any_job(project):
+    done = project.snakemake("--cores", "2", "--config", "eign={topk: 4}")
+    assert done.returncode != 0
+    assert "unknown key 'eign' (did you mean 'eigen'?)" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_manifest_and_results_from_the_command_line(project):
+    write_manifest(project.folder / "study" / "few.tsv", {"one": "models/bert"})
+    project.run("--config", "manifest=study/few.tsv", "results=study/out")
+    assert (project.folder / "study" / "few.lock.json").exists()
+    assert (project.folder / "study" / "out" / "atlas" / "heads" / "model=one" / "heads.parquet").exists()
+    assert not (project.folder / "results").exists()
+
+
+def test_a_write_that_fails_leaves_nothing(project):
+    """As on a full disk: the kernel refuses to let any file grow beyond a few KiB."""
+    done = subprocess.run(
+        project.command("--cores", "1"),
+        cwd=project.folder,
+        env=project.environment(),
+        capture_output=True,
+        text=True,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (16384, 16384)),
+    )
+    assert done.returncode != 0
+    assert any("weights/layers-000-003.pt cannot be written" in sentence for sentence in errors_of(done)), done.stderr
+    assert not list((project.folder / "results" / "models" / "tiny-llama").rglob("*.pt"))
+    assert_nothing_half_written(project)
+    project.run()
+
+
+def test_two_runs_on_one_results_folder(project):
+    code = """
+import filelock, time
+lock = filelock.FileLock("results/.lock")
+lock.acquire()
+print("held", flush=True)
+time.sleep(60)
+"""
+    (project.folder / "results").mkdir()
+    holder = subprocess.Popen([sys.executable, "-c", code], cwd=project.folder, stdout=subprocess.PIPE)
+    try:
+        assert holder.stdout.readline() == b"held\n"
+        done = project.snakemake("--cores", "1")
+        assert done.returncode != 0
+        assert "Another run works on results" in done.stderr
+    finally:
+        holder.kill()
+        holder.wait()
+    project.run()
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_kill_9_and_the_same_command_again(project, finished, seed):
+    """Kill the whole process group at a random moment, as often as it takes; nothing finished is made again."""
+    chance = random.Random(seed)
+    for _ in range(2):
+        process = subprocess.Popen(
+            project.command("--cores", "2"),
+            cwd=project.folder,
+            env=project.environment(),
+            start_new_session=True,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+        time.sleep(chance.uniform(2, 14))
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+    time.sleep(0.5)
+    before = project.records()
+    if seed == 0:
+        shutil.rmtree(project.folder / ".snakemake", ignore_errors=True)
+    project.run()
+    after = project.records()
+    assert {path: after[path] for path in before} == before
+    assert project.tables() == finished.tables()
+    assert_nothing_half_written(project)
+    assert project.planned() == set()

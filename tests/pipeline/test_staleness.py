@@ -1,0 +1,188 @@
+"""What each change makes stale: the exact set of jobs of a dry run."""
+
+import shutil
+
+import pytest
+
+from pipeline.conftest import Project, edit
+from tiny import write_llama
+
+MODELS = {"tiny-llama": (3, ((0, 1), (2, 3))), "tiny-bert": (2, ((0, 1), (2, 2)))}
+
+
+def jobs(*stages: str, models=("tiny-llama", "tiny-bert")) -> set[str]:
+    """Messages of all jobs of some stages."""
+    found = set()
+    for model in models:
+        last, runs = MODELS[model]
+        spans = [f"layers-{first:03d}-{final:03d}" for first, final in runs]
+        of = f"{model}, stack self"
+        if "extract" in stages:
+            found.add(f"Extracting {of}, layers-000-{last:03d}")
+        if "eigen" in stages:
+            found |= {f"Spectra of {of}, {span}" for span in spans}
+        if "gram" in stages:
+            found |= {f"Gram matrix of {of}, row-{i:03d}" for i in range(len(runs))}
+        if "merge" in stages:
+            found.add(f"Merging {model}")
+    return found
+
+
+ALL = ("extract", "eigen", "gram", "merge")
+
+CHANGES = [
+    ("topk: 8", "topk: 4", ("eigen", "merge")),
+    ("tolerance: 1.0e-9", "tolerance: 1.0e-8", ("eigen", "merge")),
+    ("enabled: true", "enabled: false", ("eigen", "merge")),
+    ("dtype: stored", "dtype: bfloat16", ALL),
+    ("compression: zstd", "compression: none", ("merge",)),
+    ("device: auto", "device: cpu", ()),
+    ("manifest: config/models.tsv\nresults: results", "results: results\nmanifest: config/models.tsv", ()),
+    ("results: results", "results: results # a comment", ()),
+    ("memory_budget: 2 GiB", "memory_budget: 1 GiB", ()),
+]
+
+
+def test_a_fresh_clone_plans_every_job_and_writes_nothing(project):
+    before = sorted(path for path in project.folder.rglob("*") if ".snakemake" not in path.parts)
+    assert project.planned() == jobs(*ALL)
+    assert sorted(path for path in project.folder.rglob("*") if ".snakemake" not in path.parts) == before
+
+
+def test_a_second_run_does_nothing(finished):
+    assert finished.planned() == set()
+
+
+@pytest.mark.parametrize("memory", ["kept", "lost"])
+def test_each_key_makes_stale_what_reads_it(finished, tmp_path, memory):
+    project = finished.copy(tmp_path / "project")
+    if memory == "lost":
+        shutil.rmtree(project.folder / ".snakemake")
+    config = project.folder / "config" / "config.yaml"
+    original = config.read_text()
+    for old, new, stages in CHANGES:
+        edit(config, old, new)
+        assert project.planned() == jobs(*stages), (new, memory)
+        config.write_text(original)
+    assert project.planned() == set()
+
+
+def test_other_tiles_make_only_gram_stale(finished, tmp_path):
+    project = finished.copy(tmp_path / "project")
+    edit(project.folder / "config" / "config.yaml", "layers_per_tile: 2", "layers_per_tile: 4")
+    rows = {f"Gram matrix of {model}, stack self, row-000" for model in MODELS}
+    assert project.planned() == rows | jobs("merge")
+
+
+def test_swapped_values_are_noticed(finished, tmp_path):
+    project = finished.copy(tmp_path / "project")
+    config = project.folder / "config" / "config.yaml"
+    original = config.read_text()
+    config.write_text(original.replace("topk: 8", "topk: 1").replace("tolerance: 1.0e-9", "tolerance: 2"))
+    project.run()
+    config.write_text(original.replace("topk: 8", "topk: 2").replace("tolerance: 1.0e-9", "tolerance: 1"))
+    assert project.planned() == jobs("eigen", "merge")
+
+
+def test_jobs_of_an_earlier_cut_are_not_made_again(finished, tmp_path):
+    project = finished.copy(tmp_path / "project")
+    edit(project.folder / "config" / "config.yaml", "layers_per_job: 2", "layers_per_job: 4")
+    project.run()
+    edit(project.folder / "config" / "config.yaml", "layers_per_job: 4", "layers_per_job: 2")
+    assert project.planned() == jobs("merge")
+
+
+@pytest.mark.parametrize(
+    ("module", "stages"),
+    [
+        ("geometry/grouping.py", ("eigen", "gram", "merge")),
+        ("geometry/heads.py", ("eigen", "merge")),
+        ("geometry/residuals.py", ("eigen", "merge")),
+        ("geometry/pairs.py", ("gram", "merge")),
+        ("geometry/original.py", ("eigen", "merge")),
+        ("stages/extract.py", ALL),
+        ("stages/eigen.py", ("eigen", "merge")),
+        ("stages/gram.py", ("gram", "merge")),
+        ("stages/merge.py", ("merge",)),
+        ("seed_format.py", ("merge",)),
+        ("checkpoints/stores.py", ALL),
+        ("artifacts.py", ALL),
+        ("atlas.py", ()),
+        ("plan.py", ()),
+        ("cli.py", ()),
+    ],
+)
+def test_one_byte_of_a_module(finished, tmp_path, module, stages):
+    project = finished.copy(tmp_path / "project")
+    with (project.folder / "src" / "headgram" / module).open("a") as file:
+        file.write("#")
+    assert project.planned() == jobs(*stages)
+
+
+def test_one_byte_of_a_script(finished, tmp_path):
+    project = finished.copy(tmp_path / "project")
+    with (project.folder / "workflow" / "scripts" / "gram.py").open("a") as file:
+        file.write("#\n")
+    assert project.planned() == jobs("gram", "merge")
+
+
+def test_one_byte_of_a_family_file_concerns_its_models(finished, tmp_path):
+    project = finished.copy(tmp_path / "project")
+    with (project.folder / "src" / "headgram" / "architectures" / "bert.toml").open("a") as file:
+        file.write("#\n")
+    assert project.planned() == jobs(*ALL, models=["tiny-bert"])
+
+
+def test_a_new_model_runs_alone(finished, tmp_path):
+    project = finished.copy(tmp_path / "project")
+    write_llama(project.folder / "models" / "new", layers=1, seed=5)
+    with (project.folder / "config" / "models.tsv").open("a") as file:
+        file.write("new\tmodels/new\t\n")
+    assert project.planned() == {
+        "Extracting new, stack self, layers-000-000",
+        "Spectra of new, stack self, layers-000-000",
+        "Gram matrix of new, stack self, row-000",
+        "Merging new",
+    }
+
+
+def test_another_checkpoint_under_a_locked_name(finished, tmp_path):
+    project = finished.copy(tmp_path / "project")
+    write_llama(project.folder / "models" / "llama", seed=7)
+    refused = project.snakemake("-n")
+    assert refused.returncode != 0
+    assert "tiny-llama: model.safetensors of models/llama changed since it was locked" in refused.stderr
+    assert "headgram lock --upgrade tiny-llama" in refused.stderr
+    assert project.headgram("lock", "--upgrade", "tiny-llama").returncode == 0
+    assert project.planned() == jobs(*ALL, models=["tiny-llama"])
+
+
+def test_dates_of_files_mean_nothing(finished, tmp_path):
+    project = finished.copy(tmp_path / "project")
+    for path in project.folder.rglob("*.pt"):
+        path.touch()
+    for path in project.folder.glob("workflow/scripts/*"):
+        path.touch()
+    assert project.planned() == set()
+
+
+def test_a_lost_file_is_made_again(finished, tmp_path):
+    project = finished.copy(tmp_path / "project")
+    (project.folder / "results" / "atlas" / "heads" / "model=tiny-bert" / "heads.parquet").unlink()
+    assert project.planned() == jobs("merge", models=["tiny-bert"])
+    (project.folder / "results" / "models" / "tiny-bert" / "self" / "eigen" / "layers-000-001.pt").write_bytes(b"cut")
+    assert project.planned() == {"Spectra of tiny-bert, stack self, layers-000-001"} | jobs("merge", models=["tiny-bert"])
+
+
+def test_going_back_after_losing_the_memory(finished, tmp_path):
+    project: Project = finished.copy(tmp_path / "project")
+    before = project.tables()
+    config = project.folder / "config" / "config.yaml"
+    edit(config, "topk: 8", "topk: 4")
+    project.run()
+    assert project.tables() != before
+    shutil.rmtree(project.folder / ".snakemake")
+    edit(config, "topk: 4", "topk: 8")
+    assert project.planned() == jobs("eigen", "merge")
+    project.run()
+    assert project.tables() == before

@@ -1,0 +1,150 @@
+"""Files are written whole or not at all, and checked when they are read."""
+
+import errno
+import io
+
+import pyarrow as pa
+import pytest
+import torch
+
+from headgram.artifacts import (
+    Identity,
+    Provenance,
+    canonical,
+    check,
+    digest,
+    is_fresh,
+    record_of,
+    remove_temporaries,
+    seal,
+    write_text,
+    written_whole,
+)
+from headgram.errors import HeadgramError
+from headgram.tables import read_table, write_table
+
+IDENTITY = Identity("eigen", '{"eigen":{"topk":8}}', "fingerprint", "code", ("upstream",))
+
+
+def sealed(folder):
+    path = folder / "layers-000-001.pt"
+    with written_whole(path) as file:
+        torch.save({"a": torch.arange(1000)}, file)
+    seal(record_of(path), Provenance(IDENTITY, "m", "self"), [path])
+    return path
+
+
+def test_every_part_of_the_identity_counts():
+    keys = {IDENTITY.key}
+    for change in (
+        {"stage": "gram"},
+        {"config": "{}"},
+        {"fingerprint": "other"},
+        {"code": "other"},
+        {"upstream": ("other",)},
+        {"upstream": ()},
+    ):
+        keys.add(Identity(**(vars(IDENTITY) | change)).key)
+    assert len(keys) == 7
+    assert digest("ab", "c") != digest("a", "bc")
+    assert canonical({"b": 1, "a": 2}) == canonical({"a": 2, "b": 1})
+
+
+def test_a_sealed_artifact_is_fresh_and_passes(tmp_path):
+    path = sealed(tmp_path)
+    assert is_fresh(record_of(path), IDENTITY.key)
+    assert check(record_of(path), IDENTITY.key)["model"] == "m"
+
+
+def test_a_flipped_byte_anywhere_is_found(tmp_path):
+    path = sealed(tmp_path)
+    data = path.read_bytes()
+    for position in range(0, len(data), 97):
+        path.write_bytes(data[:position] + bytes([data[position] ^ 0x10]) + data[position + 1 :])
+        with pytest.raises(HeadgramError, match="checksum"):
+            check(record_of(path), IDENTITY.key)
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "null", "{}", '{"key": 1, "files": []}'])
+def test_a_damaged_record_is_neither_fresh_nor_read(tmp_path, text):
+    path = sealed(tmp_path)
+    record_of(path).write_text(text)
+    assert not is_fresh(record_of(path), IDENTITY.key)
+    with pytest.raises(HeadgramError, match="delete"):
+        check(record_of(path), IDENTITY.key)
+
+
+def test_another_key_or_a_lost_file_is_refused(tmp_path):
+    path = sealed(tmp_path)
+    assert not is_fresh(record_of(path), "another")
+    with pytest.raises(HeadgramError, match="another configuration"):
+        check(record_of(path), "another")
+    path.unlink()
+    assert not is_fresh(record_of(path), IDENTITY.key)
+    with pytest.raises(HeadgramError, match="cannot be read"):
+        check(record_of(path), IDENTITY.key)
+
+
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device"), "the disk is full; free some space"),
+        (OSError(errno.EIO, "Input/output error"), "Input/output error"),
+    ],
+)
+def test_a_failed_write_leaves_the_old_file(tmp_path, error, words):
+    path = tmp_path / "table.json"
+    write_text(path, "old")
+    with pytest.raises(HeadgramError, match=words):
+        write_half(path, error)
+    assert [file.name for file in tmp_path.iterdir()] == ["table.json"]
+    assert path.read_text() == "old"
+
+
+def write_half(path, error):
+    with written_whole(path) as file:
+        file.write(b"half")
+        raise error
+
+
+class FullDisk(io.RawIOBase):
+    """A file on a disk that has room for 1 KiB more."""
+
+    room = 1024
+
+    def writable(self):
+        return True
+
+    def write(self, data):
+        self.room -= len(memoryview(data).cast("B"))
+        if self.room < 0:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return len(data)
+
+
+def test_a_full_disk_under_torch_is_said(tmp_path):
+    with pytest.raises(RuntimeError):
+        torch.save({"a": torch.zeros(10**6)}, FullDisk())  # torch hides the system's error behind one of its own
+    with pytest.raises(HeadgramError, match="the disk is full"):
+        save_to_a_full_disk(tmp_path / "x.pt")
+    assert list(tmp_path.iterdir()) == []
+
+
+def save_to_a_full_disk(path):
+    with written_whole(path):
+        torch.save({"a": torch.zeros(10**6)}, FullDisk())
+
+
+def test_what_killed_jobs_left_is_removed_and_nothing_else(tmp_path):
+    for name in (".layers-000-001.pt.123.tmp", "layers.tmp", ".keep.tmp", "a.pt"):
+        (tmp_path / name).touch()
+    remove_temporaries(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".keep.tmp", "a.pt", "layers.tmp"]
+
+
+def test_equal_tables_give_equal_bytes(tmp_path):
+    table = pa.table({"x": pa.array(range(1000))})
+    for name in ("a.parquet", "b.parquet"):
+        write_table(tmp_path / name, table, Provenance(IDENTITY, "m", "self"))
+    assert (tmp_path / "a.parquet").read_bytes() == (tmp_path / "b.parquet").read_bytes()
+    assert read_table(tmp_path / "a.parquet").equals(table)

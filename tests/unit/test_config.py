@@ -1,0 +1,76 @@
+"""The configuration: validation, and the files that are generated from it."""
+
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+
+from headgram.config import Config, load_config
+from headgram.config_docs import SCHEMA_PATH, TABLE_PATH, readme_text, schema_text
+from headgram.errors import HeadgramError
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.mark.parametrize(
+    ("raw", "words"),
+    [
+        ({"eign": {}}, r"unknown key 'eign' \(did you mean 'eigen'\?\)"),
+        ({"eigen": {"top_k": 4}}, r"unknown key 'eigen\.top_k' \(did you mean 'eigen\.topk'\?\)"),
+        ({"topk": 4}, r"unknown key 'topk' \(did you mean 'eigen\.topk'\?\)"),
+        ({"zzz": 1}, "unknown key 'zzz'"),
+        ({"device": "gpu"}, "device = 'gpu'"),
+        ({"eigen": {"topk": 0}}, r"eigen\.topk = 0"),
+        ({"eigen": {"topk": "many"}}, r"eigen\.topk = 'many'"),
+        ({"eigen": {"tolerance": -1}}, r"eigen\.tolerance = -1"),
+        ({"gram": {"layers_per_tile": 0}}, r"gram\.layers_per_tile = 0"),
+        ({"memory_budget": "plenty"}, "memory_budget = 'plenty'.*2 GiB"),
+        ({"memory_budget": "1 MiB"}, "at least 64 MiB"),
+        ({"eigen": 3}, "eigen = 3"),
+        ({"manifest": ""}, "manifest = ''"),
+    ],
+)
+def test_bad_keys_are_named(raw, words):
+    with pytest.raises(HeadgramError, match=words) as error:
+        load_config(raw)
+    assert "\n" not in str(error.value)
+
+
+def test_every_problem_is_named_at_once():
+    with pytest.raises(HeadgramError, match="'eign'.*'grams'|'grams'.*'eign'"):
+        load_config({"eign": {}, "grams": {}})
+
+
+@pytest.mark.parametrize(("text", "size"), [("2 GiB", 2 * 2**30), ("512MiB", 512 * 2**20), (2**30, 2**30), ("1.5 GB", 1.5e9)])
+def test_sizes_have_units(text, size):
+    assert load_config({"memory_budget": text}).memory_budget == size
+
+
+def test_the_shipped_configuration_holds_every_default():
+    shipped = yaml.safe_load((ROOT / "config" / "config.yaml").read_text())
+    assert load_config(shipped) == Config()
+
+    def names(model, values):
+        return {name: names(field.annotation, values[name]) if name in values and isinstance(values[name], dict) else None
+                for name, field in model.model_fields.items()}  # fmt: skip
+
+    def given(values):
+        return {name: given(value) if isinstance(value, dict) else None for name, value in values.items()}
+
+    assert given(shipped) == names(Config, shipped)
+
+
+def test_schema_and_option_table_are_up_to_date():
+    assert (ROOT / SCHEMA_PATH).read_text() == schema_text(), "run `make config-docs`"
+    readme = (ROOT / TABLE_PATH).read_text()
+    assert readme == readme_text(readme), "run `make config-docs`"
+
+
+def test_the_schema_accepts_the_shipped_configuration_and_refuses_unknown_keys():
+    import jsonschema
+
+    schema = json.loads(schema_text())
+    jsonschema.validate(yaml.safe_load((ROOT / "config" / "config.yaml").read_text()), schema)
+    with pytest.raises(jsonschema.ValidationError):
+        jsonschema.validate({"eign": 1}, schema)

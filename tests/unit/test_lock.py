@@ -1,0 +1,155 @@
+"""The manifest and its lock."""
+
+import json
+
+import pytest
+
+from headgram.errors import HeadgramError
+from headgram.lock import Lock, changes, lock_path, missing_rows, read_lock, resolve, resolve_all, write_lock
+from headgram.manifest import read_manifest
+from tiny import llama_tensors, write_bert, write_llama, write_manifest
+
+
+@pytest.fixture
+def manifest(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_llama(tmp_path / "llama")
+    write_bert(tmp_path / "bert")
+    return write_manifest(tmp_path / "models.tsv", {"one": "llama", "two": "bert"})
+
+
+def test_a_locked_model_holds_all_that_the_plan_needs(manifest):
+    entry = resolve(read_manifest(manifest).rows[0])
+    (stack,) = entry.stacks
+    assert (entry.format, entry.architecture, entry.commit) == ("safetensors", "llama", None)
+    assert (stack.layers, stack.heads, stack.kv_heads, stack.rank, stack.hidden) == ((0, 1, 2, 3), 4, 2, 8, 32)
+    assert len(set(stack.digests)) == 4
+    assert [file.name for file in entry.files] == ["model.safetensors", "config.json"]
+
+
+def test_locking_is_incremental_and_survives_a_round_trip(manifest):
+    rows = read_manifest(manifest).rows
+    path = lock_path(manifest)
+    models, problems = resolve_all(rows[:1])
+    assert problems == []
+    write_lock(path, models)
+    assert [row.name for row in missing_rows(rows, read_lock(path))] == ["two"]
+    write_lock(path, resolve_all(rows[1:])[0])
+    assert list(read_lock(path).models) == ["one", "two"]
+    assert read_lock(path).models["one"] == models["one"]
+    before = path.read_bytes()
+    write_lock(path, {})
+    assert path.read_bytes() == before
+
+
+def test_a_changed_row_is_missing(manifest):
+    write_lock(lock_path(manifest), resolve_all(read_manifest(manifest).rows)[0])
+    write_manifest(manifest, {"one": "bert", "two": "bert"})
+    assert [row.name for row in missing_rows(read_manifest(manifest).rows, read_lock(lock_path(manifest)))] == ["one"]
+
+
+def test_the_fingerprint_is_the_content_not_the_place(manifest, tmp_path):
+    (row, _) = read_manifest(manifest).rows
+    before = resolve(row)
+    assert changes("one", before) == []
+    (tmp_path / "llama").rename(tmp_path / "moved")
+    assert changes("one", before) == []  # gone: said by the job that needs it
+    write_manifest(manifest, {"one": "moved"})
+    assert resolve(read_manifest(manifest).rows[0]).fingerprint == before.fingerprint
+    write_llama(tmp_path / "llama", seed=1)
+    (sentence,) = changes("one", before)
+    assert "changed since it was locked" in sentence
+    assert "headgram lock --upgrade one" in sentence
+    write_manifest(manifest, {"one": "llama"})
+    assert resolve(read_manifest(manifest).rows[0]).fingerprint != before.fingerprint
+
+
+def test_a_changed_byte_of_a_large_file_is_found_by_extraction(tmp_path, monkeypatch):
+    """A sample of the file may miss a byte, the digest of a layer does not."""
+    from headgram.artifacts import Identity, Provenance
+    from headgram.stages.extract import extract
+
+    monkeypatch.chdir(tmp_path)
+    write_llama(tmp_path / "m", layers=2, heads=8, kv_heads=8, rank=32, hidden=256)
+    row = read_manifest(write_manifest(tmp_path / "models.tsv", {"m": "m"})).rows[0]
+    entry = resolve(row)
+    path = tmp_path / "m" / "model.safetensors"
+    data = path.read_bytes()
+    query = llama_tensors(2, 8, 8, 32, 256, seed=0)["model.layers.1.self_attn.q_proj.weight"].numpy().tobytes()
+    start = data.index(query)
+    next(i for i in range(start, start + len(query)) if flip(data, i, path) and not changes("m", entry))
+    source = {"source": "m", "revision": None, "overrides": {}}
+    provenance = Provenance(Identity("extract", "{}", entry.fingerprint, "c"), "m", "self")
+    stack = entry.stacks[0]
+    with pytest.raises(HeadgramError, match=r"model m, stack self: layer 1 changed since it was locked"):
+        extract(tmp_path / "out.pt", source, stack.layers, stack.digests, "stored", provenance)
+    assert not (tmp_path / "out.pt").exists()
+
+
+def flip(data, position, path):
+    """Write the file with one bit changed."""
+    changed = bytearray(data)
+    changed[position] ^= 1
+    path.write_bytes(changed)
+    return True
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"models": {"a": {}}}', '{"models": {}, "more": 1}'])
+def test_a_damaged_lock_is_refused(manifest, text):
+    lock_path(manifest).write_text(text)
+    with pytest.raises(HeadgramError, match="cannot be read"):
+        read_lock(lock_path(manifest))
+
+
+def test_a_lock_of_another_version_is_refused(manifest):
+    lock_path(manifest).write_text(json.dumps(Lock(schema_version=2).model_dump()))
+    with pytest.raises(HeadgramError, match="version 2"):
+        read_lock(lock_path(manifest))
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("", "is empty"),
+        ("# only a comment\n", "is empty"),
+        ("name\tsource\n", "lists no model"),
+        ("name,source\na,b\n", "lacks the column 'name'"),
+        ("name\tsource\tcolour\na\tb\tc\n", "unknown column 'colour'"),
+        ("name\tname\tsource\na\ta\tb\n", "repeats a column"),
+    ],
+)
+def test_a_table_that_is_no_manifest(tmp_path, text, words):
+    (tmp_path / "m.tsv").write_text(text)
+    with pytest.raises(HeadgramError, match=words):
+        read_manifest(tmp_path / "m.tsv")
+    with pytest.raises(HeadgramError, match="There is no manifest"):
+        read_manifest(tmp_path / "none.tsv")
+
+
+@pytest.mark.parametrize(
+    ("row", "words"),
+    [
+        ("../x\ts", "the name"),
+        (".hidden\ts", "the name"),
+        ("a/b\ts", "the name"),
+        ("a b\ts", "the name"),
+        ("\ts", "the name"),
+        ("1.5\ts", "the name"),
+        ("nan\ts", "the name"),
+        ("2024-01-01\ts", "the name"),
+        ("a" * 101 + "\ts", "the name"),
+        ("a\t", "source is missing"),
+        ("a\ts\t\textra", "4 cells"),
+    ],
+)
+def test_bad_rows(tmp_path, row, words):
+    (tmp_path / "m.tsv").write_text(f"name\tsource\trevision\n{row}\n")
+    with pytest.raises(HeadgramError, match=words):
+        read_manifest(tmp_path / "m.tsv").check()
+
+
+def test_good_rows_with_overrides(tmp_path):
+    (tmp_path / "m.tsv").write_text("source\tname\theads\tmodel_type\n# a comment\n/x y/z\t1b-base\t4\tllama\n\n s \tb\t\t\n")
+    first, second = read_manifest(tmp_path / "m.tsv").rows
+    assert (first.name, first.source, first.overrides) == ("1b-base", "/x y/z", {"heads": 4, "model_type": "llama"})
+    assert (second.source, second.revision, second.overrides) == ("s", None, {})

@@ -1,0 +1,129 @@
+"""The plan: what is cut into which jobs, and what each job's identity holds."""
+
+import itertools
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from headgram.config import Config, load_config
+from headgram.lock import LockedModel, LockedStack
+from headgram.plan import make_plan
+from headgram.staleness import modules_of
+
+SCRIPTS = Path(__file__).parents[2] / "workflow" / "scripts"
+
+
+def entry(layers=30, heads=9, kv_heads=3, rank=64, hidden=576, dtype="BF16") -> LockedModel:
+    stack = LockedStack(
+        name="self",
+        layers=tuple(range(layers)),
+        heads=heads,
+        kv_heads=kv_heads,
+        rank=rank,
+        hidden=hidden,
+        dtype=dtype,
+        qk_bytes=0,
+        digests=("",) * layers,
+    )
+    return LockedModel(
+        source="s",
+        revision=None,
+        overrides={},
+        commit=None,
+        format="safetensors",
+        architecture="llama",
+        files=(),
+        stacks=(stack,),
+        fingerprint="f",
+    )
+
+
+def stack_plan(config=None, **shape):
+    return make_plan({"m": entry(**shape)}, config or Config(), SCRIPTS).models["m"].stacks["self"]
+
+
+@given(
+    st.integers(1, 200),
+    st.sampled_from([(9, 3, 64, 576), (64, 8, 128, 8192), (128, 8, 128, 16384), (1, 1, 1, 1)]),
+    st.sampled_from(["64 MiB", "2 GiB", "100 GiB"]),
+)
+def test_every_layer_and_every_pair_is_measured_once(layers, shape, budget):
+    heads, kv_heads, rank, hidden = shape
+    plan = stack_plan(
+        load_config({"memory_budget": budget}), layers=layers, heads=heads, kv_heads=kv_heads, rank=rank, hidden=hidden
+    )
+    everything = list(range(layers))
+    for runs in (plan.groups.values(), plan.shards.values(), plan.tiles):
+        assert [layer for run in runs for layer in run] == everything
+    pairs = [
+        (a, b) for row in plan.rows for other in plan.row(row) for a, b in itertools.product(plan.row(row)[0], other) if a <= b
+    ]
+    assert sorted(pairs) == [(a, b) for a in everything for b in everything if a <= b]
+    for shard in plan.shards.values():
+        assert {layer for group in plan.groups_of(shard) for layer in plan.groups[group]} >= set(shard)
+
+
+def test_small_models_take_one_job_per_stage_and_large_ones_fit_the_budget():
+    small = stack_plan()
+    assert (len(small.groups), len(small.shards), len(small.tiles)) == (1, 1, 1)
+    large = stack_plan(layers=126, heads=128, kv_heads=8, rank=128, hidden=16384)
+    layer_bytes = (128 + 8) * 128 * 16384 * 2
+    assert max(len(tile) for tile in large.tiles) * layer_bytes * 2 <= 2 * 2**30 + 2 * layer_bytes
+    assert len(large.shards) == 126
+
+
+def test_given_sizes_are_kept():
+    config = load_config({"eigen": {"layers_per_job": 7}, "gram": {"layers_per_tile": 4}})
+    plan = stack_plan(config)
+    assert max(map(len, plan.shards.values())) <= 7
+    assert max(map(len, plan.tiles)) <= 4
+
+
+@pytest.mark.parametrize(
+    ("change", "stages"),
+    [
+        ({"eigen": {"topk": 4}}, {"eigen", "merge"}),
+        ({"gram": {"layers_per_tile": 4}}, {"gram", "merge"}),
+        ({"original": {"enabled": False}}, {"eigen", "merge"}),
+        ({"weights": {"dtype": "float32"}}, {"extract", "eigen", "gram", "merge"}),
+        ({"export": {"compression": "none"}}, {"merge"}),
+        ({"device": "cpu", "memory_budget": "1 GiB", "results": "r", "manifest": "m.tsv"}, set()),
+    ],
+)
+def test_keys_follow_the_contract(change, stages):
+    before, after = (make_plan({"m": entry()}, load_config(raw), SCRIPTS).models["m"].identities for raw in ({}, change))
+    assert {stage for stage in before if before[stage].key != after[stage].key} == stages
+
+
+def test_a_stage_depends_on_what_it_imports():
+    names = {
+        stage: {path.name for path in modules_of(f"headgram.stages.{stage}")} for stage in ("extract", "eigen", "gram", "merge")
+    }
+    assert {"heads.py", "residuals.py", "original.py", "tables.py"} <= names["eigen"]
+    assert "pairs.py" not in names["eigen"]
+    assert "heads.py" not in names["gram"]
+    assert not {"heads.py", "pairs.py", "checkpoint.py"} & names["merge"]
+    assert {"checkpoint.py", "layouts.py", "registry.py"} <= names["extract"]
+    assert all("plan.py" not in found and "cli.py" not in found for found in names.values())
+
+
+def test_a_thousand_models_are_planned_at_once_without_torch():
+    code = f"""
+import json, resource, sys, time
+sys.path.insert(0, {str(Path(__file__).parent)!r})
+from test_plan import SCRIPTS, entry
+from headgram.config import Config
+from headgram.plan import make_plan
+start = time.monotonic()
+plan = make_plan({{f"m{{i}}": entry() for i in range(1000)}}, Config(), SCRIPTS)
+print(json.dumps({{"models": len(plan.models), "seconds": time.monotonic() - start, "torch": "torch" in sys.modules}}))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    measured = json.loads(done.stdout)
+    assert (measured["models"], measured["torch"]) == (1000, False)
+    assert measured["seconds"] < 20
