@@ -53,7 +53,7 @@ def lock(
 
 @app.command()
 def inspect(
-    source: Annotated[str, typer.Argument(help="A hub id, folder, .safetensors or .gguf file, or package:NAME/PATH.")],
+    source: Annotated[str, typer.Argument(help="A hub id, folder, .safetensors, .gguf or .bin file, or package:NAME/PATH.")],
     revision: Annotated[Optional[str], typer.Option(help="Branch, tag or commit of a hub id.")] = None,  # noqa: UP045
 ) -> None:
     """Show what a checkpoint holds, without reading its weights."""
@@ -68,7 +68,7 @@ def inspect(
         for stack in checkpoint.stacks:
             numbers = [str(value) for value in (stack.heads, stack.kv_heads, stack.rank, stack.hidden)]
             table.add_row(stack.name, spans(stack.layers), *numbers, stack.dtype, f"{stack.qk_bytes:,}")
-        total = sum(location.path(name).stat().st_size for name in location.weights)
+        total = sum(location.size(name) for name in location.weights)
         share = sum(stack.qk_bytes for stack in checkpoint.stacks) / total
     console = Console()
     commit = f", commit {location.commit}" if location.commit else ""
@@ -90,7 +90,7 @@ def spans(layers: tuple[int, ...]) -> str:
 
 @app.command()
 def measure(
-    model: Annotated[str, typer.Option(help="A hub id, folder, .safetensors or .gguf file, or package:NAME/PATH.")],
+    model: Annotated[str, typer.Option(help="A hub id, folder, .safetensors, .gguf or .bin file, or package:NAME/PATH.")],
     out: Annotated[Path, typer.Option(help="The JSON to write; the directions go to NAME-eigdirs.pt beside it.")],
     topk: Annotated[int, typer.Option(min=1, help="Directions per head.")] = 8,
     revision: Annotated[Optional[str], typer.Option(help="Branch, tag or commit of a hub id.")] = None,  # noqa: UP045

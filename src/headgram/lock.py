@@ -7,21 +7,21 @@ checking a lock needs no torch; only `resolve` opens checkpoints.
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import filelock
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from headgram.artifacts import canonical, digest, write_text
-from headgram.checkpoints.sources import Location, locate
+from headgram.checkpoints.sources import HUB_DIGEST, Location, locate_here
 from headgram.errors import HeadgramError
 from headgram.manifest import Row
 
-_SAMPLES = 64
-_SAMPLE_BYTES = 4096
+if TYPE_CHECKING:
+    from headgram.checkpoints.hub import RemoteLocation
 
 
 class _Entry(BaseModel):
@@ -29,15 +29,23 @@ class _Entry(BaseModel):
 
 
 class LockedFile(_Entry):
-    """A weight or configuration file: its name below the source's folder, its size, and a digest of a sample of it."""
+    """A weight or configuration file: its name below the source's folder, its size, and a digest of a sample of it.
+
+    For a file at the hub, the sample is `hub:` and the hub's own hash of the file.
+    """
 
     name: str
     bytes: int
     sample: str
 
+    def agrees_with(self, other: LockedFile) -> bool:
+        """Whether both may be the same file; a hub's hash and a sample cannot be compared, so there the commit is trusted."""
+        comparable = self.sample.startswith(HUB_DIGEST) == other.sample.startswith(HUB_DIGEST)
+        return (self.name, self.bytes) == (other.name, other.bytes) and (self.sample == other.sample or not comparable)
+
 
 class LockedStack(_Entry):
-    """A stack, as `headgram.Stack`, with a digest of every layer's stored query and key bytes."""
+    """A stack, as `headgram.Stack`, with what `Checkpoint.digest` says of every layer."""
 
     name: str
     layers: tuple[int, ...]
@@ -132,7 +140,7 @@ def resolve_all(
 
 
 def resolve(row: Row) -> LockedModel:
-    """Open a row's checkpoint and pin what it holds; reads its query and key bytes once.
+    """Open a row's checkpoint and pin what it holds; reads its query and key bytes once, or none of them at the hub.
 
     Raises
     ------
@@ -169,36 +177,24 @@ def resolve(row: Row) -> LockedModel:
         )
 
 
-def _names(location: Location) -> list[str]:
-    has_config = location.format == "safetensors" and (location.folder / "config.json").exists()
+def _names(location: Location | RemoteLocation) -> list[str]:
+    has_config = location.format != "gguf" and location.config() is not None
     return [*location.weights, *(["config.json"] if has_config else [])]
 
 
-def _locked_file(location: Location, name: str) -> LockedFile:
-    path = location.path(name)
-    return LockedFile(name=name, bytes=path.stat().st_size, sample=_sample(path))
-
-
-def _sample(path: Path) -> str:
-    """Digest of up to 64 blocks spread evenly over a file: notices another checkpoint in milliseconds, whatever its size."""
-    size = path.stat().st_size
-    last = max(0, size - _SAMPLE_BYTES)
-    state = hashlib.blake2b(digest_size=16)
-    with path.open("rb") as file:
-        for i in range(_SAMPLES):
-            file.seek(last * i // (_SAMPLES - 1))
-            state.update(file.read(_SAMPLE_BYTES))
-    return state.hexdigest()
+def _locked_file(location: Location | RemoteLocation, name: str) -> LockedFile:
+    return LockedFile(name=name, bytes=location.size(name), sample=location.sample(name))
 
 
 def changes(name: str, entry: LockedModel) -> list[str]:
     """A sentence if the content of a source is not what was locked, that says how to go on; else nothing.
 
-    A source that is gone is not reported: what was measured of it stands, and a job that still needs it says so.
+    A source that is gone is not reported: what was measured of it stands, and a job that still needs it says so. The hub is
+    not asked: there, a commit names its content.
     """
     try:
-        location = locate(entry.source, entry.commit)
-        changed = [file.name for file in entry.files if _locked_file(location, file.name) != file]
+        location = locate_here(entry.source, entry.commit)
+        changed = [file.name for file in entry.files if not file.agrees_with(_locked_file(location, file.name))]
     except (HeadgramError, OSError):
         return []
     return [changed_message(name, f"{file} of {entry.source}") for file in changed[:1]]

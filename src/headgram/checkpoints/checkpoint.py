@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from jaxtyping import Float
@@ -15,12 +15,18 @@ from torch import Tensor
 from headgram.architectures.layouts import LAYOUTS, Dimensions, check_shapes, undo_gguf_permutation
 from headgram.architectures.registry import Family, StackRule, family_of, family_of_gguf
 from headgram.checkpoints.dimensions import find_layers, find_rules
-from headgram.checkpoints.sources import Location, locate
-from headgram.checkpoints.stores import GgufStore, TensorStore, open_store
+from headgram.checkpoints.gguf_store import GgufStore
+from headgram.checkpoints.sources import HUB_DIGEST, Location, locate
+from headgram.checkpoints.stores import TensorStore, open_store
 from headgram.errors import HeadgramError
+
+if TYPE_CHECKING:
+    from headgram.checkpoints.hub import RemoteLocation
 
 #: What a manifest may state when a checkpoint does not, or states it wrongly.
 OVERRIDES = ("model_type", "heads", "kv_heads", "head_dim")
+
+_LONGEST_NAME = 100
 
 
 @dataclass(frozen=True)
@@ -72,7 +78,9 @@ class Checkpoint:
         Where the files are.
     """
 
-    def __init__(self, location: Location, store: TensorStore, architecture: str, stacks: tuple[Stack, ...]) -> None:
+    def __init__(
+        self, location: Location | RemoteLocation, store: TensorStore, architecture: str, stacks: tuple[Stack, ...]
+    ) -> None:
         self.location = location
         self.architecture = architecture
         self.stacks = stacks
@@ -119,11 +127,33 @@ class Checkpoint:
             tensors = {role: undo_gguf_permutation(tensor, counts[role]) for role, tensor in tensors.items()}
         return LAYOUTS[stack._layout].split(stack.dimensions, **tensors)
 
+    def prefetch(self, stack_name: str, layers: Iterable[int]) -> None:
+        """Fetch the weights of some layers together, where that is quicker than one by one; they stay in memory until read."""
+        stack = self.stack(stack_name)
+        self._store.prefetch([name for layer in layers for name in self._names(stack, layer).values()])
+
     def digest(self, stack_name: str, layer: int) -> str:
-        """BLAKE2b of the stored bytes of one layer's query and key tensors, as 32 hexadecimal digits."""
-        names = self._names(self.stack(stack_name), layer)
+        """What one layer's query and key tensors are pinned by in the lock.
+
+        BLAKE2b of their stored bytes, as 32 hexadecimal digits. At the hub, where reading them all just to lock would be a
+        waste, a digest of the files' own hashes and the tensors' places, which begins with `hub:`.
+        """
+        names = self._names(self.stack(stack_name), layer).values()
+        return self._store.pin(names) or self._content_digest(names)
+
+    def holds(self, stack_name: str, layer: int, digest: str) -> bool:
+        """Whether a layer is what was pinned by this digest.
+
+        What was pinned at the hub and is read from the local cache now rests on the commit, which both were asked for by.
+        """
+        names = self._names(self.stack(stack_name), layer).values()
+        if digest.startswith(HUB_DIGEST):
+            return self._store.pin(names) in (digest, None)
+        return self._content_digest(names) == digest
+
+    def _content_digest(self, names: Iterable[str]) -> str:
         state = hashlib.blake2b(digest_size=16)
-        for name in names.values():
+        for name in names:
             state.update(self._store.raw(name))
         return state.hexdigest()
 
@@ -147,7 +177,8 @@ def open_checkpoint(
     Parameters
     ----------
     source
-        A hub id in the local Hugging Face cache, a folder, a `.safetensors` or `.gguf` file, or `package:NAME/PATH`.
+        A hub id, a folder, a `.safetensors`, `.gguf` or `.bin` file, or `package:NAME/PATH`. A hub id that the local
+        Hugging Face cache does not hold is read at the hub, by ranges.
     revision
         Branch, tag or commit of a hub id.
     overrides
@@ -159,7 +190,7 @@ def open_checkpoint(
         If the source cannot be found or read, its architecture is unknown, or its tensors disagree with its configuration.
     """
     location = locate(os.fspath(source), revision)
-    store = open_store(location.format, [location.path(name) for name in location.weights])
+    store = open_store(location)
     given = {key: value for key, value in (overrides or {}).items() if value is not None}
     if unknown := set(given) - set(OVERRIDES):
         raise HeadgramError(f"unknown override '{sorted(unknown)[0]}'; there are: {', '.join(OVERRIDES)}")
@@ -172,14 +203,16 @@ def open_checkpoint(
     return Checkpoint(location, store, architecture, stacks)
 
 
-def _read_config(location: Location, store: TensorStore, given: dict[str, Any]) -> tuple[str, Family, tuple[Stack, ...]]:
+def _read_config(
+    location: Location | RemoteLocation, store: TensorStore, given: dict[str, Any]
+) -> tuple[str, Family, tuple[Stack, ...]]:
     config = location.config()
     if config is None and "model_type" not in given:
-        raise HeadgramError(f"{location.folder} has no config.json: add it, or set `model_type` and `heads` in the manifest")
+        raise HeadgramError(f"{location.where} has no config.json: add it, or set `model_type` and `heads` in the manifest")
     config = config or {}
     architecture = given.get("model_type") or config.get("model_type")
-    if not isinstance(architecture, str):
-        raise HeadgramError(f"{location.folder / 'config.json'} names no model_type: set `model_type` in the manifest")
+    if not isinstance(architecture, str) or len(architecture) > _LONGEST_NAME:
+        raise HeadgramError(f"the config.json of {location.where} names no model_type: set `model_type` in the manifest")
     family = family_of(architecture)
     if not family.stacks:
         architecture = _text_type(config, architecture)
@@ -196,7 +229,7 @@ def _text_type(config: Mapping[str, Any], architecture: str) -> str:
     """The type of a multimodal model's text tower."""
     tower = config.get("text_config")
     name = tower.get("model_type") if isinstance(tower, Mapping) else None
-    if not isinstance(name, str) or len(name) > 100:
+    if not isinstance(name, str) or len(name) > _LONGEST_NAME:
         raise HeadgramError(
             f"the config.json of this '{architecture}' checkpoint names no text tower's type: set `model_type` in the manifest"
         )
@@ -204,7 +237,7 @@ def _text_type(config: Mapping[str, Any], architecture: str) -> str:
 
 
 def _read_gguf(store: GgufStore, given: dict[str, Any]) -> tuple[str, Family, tuple[Stack, ...]]:
-    architecture = str(store.metadata.get("general.architecture"))
+    architecture = str(store.metadata.get("general.architecture"))[:_LONGEST_NAME]
     family = family_of(given["model_type"]) if "model_type" in given else family_of_gguf(architecture)
     if family.gguf is None:
         raise HeadgramError(f"the family '{family.name}' has no known GGUF naming")

@@ -1,30 +1,44 @@
-"""Where a manifest's source lies on this machine.
+"""Where a manifest's source lies: on this machine, or at the hub.
 
-A source is a hub id in the local Hugging Face cache, a folder, a `.safetensors` or `.gguf` file, or
-`package:NAME/PATH`, a file or folder inside an installed Python package. No code of a package or a checkpoint runs,
-and no path leaves the folder that the source names.
+A source is a hub id, a folder, a `.safetensors`, `.gguf` or `.bin` file, or `package:NAME/PATH`, a file or folder inside
+an installed Python package. A hub id is looked for in the local Hugging Face cache, then at the hub itself. No code of a
+package or a checkpoint runs, and no path leaves the folder that the source names.
 """
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 import json
 import re
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from headgram.errors import HeadgramError
+
+if TYPE_CHECKING:
+    from headgram.checkpoints.hub import RemoteLocation
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _PACKAGE = re.compile(r"package:([A-Za-z_]\w*)/(.+)")
 _GGUF_SHARD = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.gguf")
-_LARGEST_JSON = 128 * 2**20
+_FORMATS = {".safetensors": "safetensors", ".gguf": "gguf", ".bin": "bin"}
+#: What transformers calls the weights, in the order of preference: `NAME`, or shards that `NAME.index.json` lists.
+_USUAL_NAMES = ("model.safetensors", "pytorch_model.bin")
+#: Configurations and indices are small; the largest known are a few MB.
+LARGEST_JSON = 128 * 2**20
+#: Begins what stands for a file by the hub's own hash of it, instead of by its bytes.
+HUB_DIGEST = "hub:"
+_MOST_SHARDS = 10_000
+_SAMPLES = 64
+_SAMPLE_BYTES = 4096
 
 
 @dataclass(frozen=True)
 class Location:
-    """A located source.
+    """A source on this machine.
 
     Attributes
     ----------
@@ -46,11 +60,31 @@ class Location:
 
     @property
     def format(self) -> str:
-        return "gguf" if self.weights[0].endswith(".gguf") else "safetensors"
+        """`safetensors`, `gguf` or `bin`."""
+        return format_of(self.weights[0])
+
+    @property
+    def where(self) -> str:
+        """The source in words, for messages."""
+        return str(self.folder)
 
     def path(self, name: str) -> Path:
         """The path of a file of the source, refused if it leads outside."""
         return _inside(self.boundary, self.folder, name)
+
+    def size(self, name: str) -> int:
+        """Bytes of a file of the source."""
+        return self.path(name).stat().st_size
+
+    def sample(self, name: str) -> str:
+        """Digest of up to 64 blocks spread evenly over a file: notices another checkpoint in milliseconds, whatever its size."""
+        last = max(0, self.size(name) - _SAMPLE_BYTES)
+        state = hashlib.blake2b(digest_size=16)
+        with self.path(name).open("rb") as file:
+            for i in range(_SAMPLES):
+                file.seek(last * i // (_SAMPLES - 1))
+                state.update(file.read(_SAMPLE_BYTES))
+        return state.hexdigest()
 
     def config(self) -> dict[str, Any] | None:
         """`config.json`, or None where there is none."""
@@ -59,8 +93,31 @@ class Location:
         return read_json(self.path("config.json"))
 
 
-def locate(source: str, revision: str | None = None) -> Location:
-    """Find a source on this machine.
+def locate(source: str, revision: str | None = None) -> Location | RemoteLocation:
+    """Find a source on this machine or, if it is a hub id that the local cache does not hold whole, at the hub.
+
+    Raises
+    ------
+    HeadgramError
+        If there is nothing there, or nothing that headgram reads.
+    """
+    try:
+        return locate_here(source, revision)
+    except HeadgramError:
+        if not is_hub_id(source):
+            raise
+        from headgram.checkpoints.hub import locate_at_hub
+
+        return locate_at_hub(source, revision)
+
+
+def is_hub_id(source: str) -> bool:
+    """Whether a source can only be a hub id: it looks like one, and is no path."""
+    return bool(_HUB_ID.fullmatch(source)) and not Path(source).exists()
+
+
+def locate_here(source: str, revision: str | None = None) -> Location:
+    """Find a source on this machine; asks no network.
 
     Raises
     ------
@@ -74,17 +131,17 @@ def locate(source: str, revision: str | None = None) -> Location:
     else:
         path = Path(source).expanduser()
         boundary = path if path.is_dir() else path.parent
-        if not path.exists() and _HUB_ID.fullmatch(source):
-            return _locate_hub(source, revision)
+        if is_hub_id(source):
+            return _locate_in_cache(source, revision)
     if revision is not None:
         raise HeadgramError(f"revision '{revision}' is given, but '{source}' is not a hub id")
     if not path.exists():
         raise HeadgramError(f"there is no file or folder '{source}'")
     if path.is_dir():
         return Location(path, _weights_in(path, boundary), None, boundary)
-    if path.suffix not in (".safetensors", ".gguf"):
-        raise HeadgramError(f"'{source}' is neither a folder nor a .safetensors or .gguf file")
-    return Location(path.parent, _gguf_shards(path) if path.suffix == ".gguf" else (path.name,), None, boundary)
+    if path.suffix not in _FORMATS:
+        raise HeadgramError(f"'{source}' is neither a folder nor a .safetensors, .gguf or .bin file")
+    return Location(path.parent, _gguf_shards(path.name), None, boundary)
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -95,8 +152,8 @@ def read_json(path: Path) -> dict[str, Any]:
     HeadgramError
         If the file is unreasonably large, is not JSON, or is not an object.
     """
-    if path.stat().st_size > _LARGEST_JSON:
-        raise HeadgramError(f"{path} is larger than {_LARGEST_JSON >> 20} MiB, which no real checkpoint's is")
+    if path.stat().st_size > LARGEST_JSON:
+        raise HeadgramError(f"{path} is larger than {LARGEST_JSON >> 20} MiB, which no real checkpoint's is")
     try:
         value = json.loads(path.read_bytes())
     except (ValueError, RecursionError) as error:
@@ -109,11 +166,15 @@ def read_json(path: Path) -> dict[str, Any]:
 def _inside(boundary: Path, folder: Path, name: str) -> Path:
     relative = PurePosixPath(name)
     path = folder / relative
-    if relative.is_absolute() or ".." in relative.parts or not path.resolve().is_relative_to(boundary.resolve()):
+    if _leads_out(relative) or not path.resolve().is_relative_to(boundary.resolve()):
         raise HeadgramError(f"the file name '{name}' leads out of {boundary}: a checkpoint may only name its own files")
     if not path.is_file():
         raise HeadgramError(f"{folder} lacks the file '{name}'")
     return path
+
+
+def _leads_out(relative: PurePosixPath) -> bool:
+    return relative.is_absolute() or ".." in relative.parts
 
 
 def _package_path(package: str, inner: str) -> tuple[Path, Path]:
@@ -125,14 +186,14 @@ def _package_path(package: str, inner: str) -> tuple[Path, Path]:
     root = Path(spec.origin).parent
     relative = PurePosixPath(inner)
     path = root / relative
-    if relative.is_absolute() or ".." in relative.parts or not path.resolve().is_relative_to(root.resolve()):
+    if _leads_out(relative) or not path.resolve().is_relative_to(root.resolve()):
         raise HeadgramError(f"the path '{inner}' leads out of the package '{package}'")
     if not path.exists():
         raise HeadgramError(f"the package '{package}' holds no '{inner}'")
     return path, root
 
 
-def _locate_hub(repo: str, revision: str | None) -> Location:
+def _locate_in_cache(repo: str, revision: str | None) -> Location:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import LocalEntryNotFoundError
 
@@ -149,30 +210,82 @@ def _locate_hub(repo: str, revision: str | None) -> Location:
 
 
 def _weights_in(folder: Path, boundary: Path) -> tuple[str, ...]:
-    """The weight files of a folder: safetensors with an index, alone, or GGUF."""
-    if (folder / "model.safetensors.index.json").exists():
-        index = read_json(_inside(boundary, folder, "model.safetensors.index.json"))
-        names = index.get("weight_map")
-        if not isinstance(names, dict) or not names or not all(isinstance(name, str) for name in names.values()):
-            raise HeadgramError(f"{folder / 'model.safetensors.index.json'} has no usable 'weight_map'")
-        files = tuple(sorted(set(names.values())))
-        for name in files:
-            _inside(boundary, folder, name)
-        return files
-    if (folder / "model.safetensors").exists():
-        return ("model.safetensors",)
-    for pattern in ("*.safetensors", "*.gguf"):
-        found = sorted(path for path in folder.glob(pattern))
-        if len({_GGUF_SHARD.sub(r"\1", path.name) for path in found}) > 1:
-            raise HeadgramError(f"{folder} holds several {pattern} files: name the one that is meant")
-        if found:
-            return _gguf_shards(found[0]) if pattern == "*.gguf" else (found[0].name,)
-    pickles = [path.name for path in folder.glob("*.bin")]
-    found_pickle = f"; '{pickles[0]}' is a pickle, which headgram does not open: convert it to safetensors" if pickles else ""
-    raise HeadgramError(f"{folder} holds no .safetensors and no .gguf file{found_pickle}")
+    names = {path.name for path in folder.iterdir()}
+    weights = choose_weights(names, lambda name: read_json(_inside(boundary, folder, name)), str(folder))
+    for name in weights:
+        _inside(boundary, folder, name)
+    return weights
 
 
-def _gguf_shards(path: Path) -> tuple[str, ...]:
-    if shard := _GGUF_SHARD.fullmatch(path.name):
-        return tuple(f"{shard[1]}-{i + 1:05d}-of-{shard[3]}.gguf" for i in range(int(shard[3])))
-    return (path.name,)
+def choose_weights(names: Collection[str], read_index: Callable[[str], dict[str, Any]], where: str) -> tuple[str, ...]:
+    """The weight files among a checkpoint's files: safetensors or torch's own, with an index or alone, or GGUF.
+
+    Parameters
+    ----------
+    names
+        The files that are there.
+    read_index
+        Reads a JSON file among them.
+    where
+        The checkpoint in words, for messages.
+
+    Raises
+    ------
+    HeadgramError
+        If there are none, several to choose from, or a useless index.
+    """
+    safetensors, pickle = _USUAL_NAMES
+    found = (
+        _usual(names, safetensors, read_index, where)
+        or _only(names, ".safetensors", where)
+        or _only(names, ".gguf", where)
+        or _usual(names, pickle, read_index, where)
+    )
+    if found:
+        return found
+    raise HeadgramError(f"{where} holds no .safetensors and no .gguf file, and no pytorch_model.bin")
+
+
+def _usual(names: Collection[str], whole: str, read_index: Callable[[str], dict[str, Any]], where: str) -> tuple[str, ...]:
+    if f"{whole}.index.json" in names:
+        return _shards(read_index(f"{whole}.index.json"), whole, where)
+    return (whole,) if whole in names else ()
+
+
+def _only(names: Collection[str], suffix: str, where: str) -> tuple[str, ...]:
+    """The one model among the files with a suffix; a split GGUF model is one."""
+    found = sorted(name for name in names if name.endswith(suffix) and "/" not in name)
+    if len({_GGUF_SHARD.sub(r"\1", name) for name in found}) > 1:
+        raise HeadgramError(f"{where} holds several *{suffix} files: name the one that is meant")
+    return _gguf_shards(found[0]) if found else ()
+
+
+def _shards(index: dict[str, Any], whole: str, where: str) -> tuple[str, ...]:
+    """The files that an index names. They may only be weight files of the same format."""
+    named = index.get("weight_map")
+    if not isinstance(named, dict) or not named or not all(isinstance(name, str) for name in named.values()):
+        raise HeadgramError(f"{where}: {whole}.index.json has no usable 'weight_map'")
+    files = tuple(sorted(set(named.values())))
+    if len(files) > _MOST_SHARDS:
+        raise HeadgramError(f"{where}: {whole}.index.json names {len(files)} files, which no real checkpoint's does")
+    for name in files:
+        if _leads_out(PurePosixPath(name)):
+            raise HeadgramError(f"the file name {name!r:.200} leads out of {where}: a checkpoint may only name its own files")
+        if not name.endswith(PurePosixPath(whole).suffix) or not name.isprintable():
+            raise HeadgramError(
+                f"{where}: {whole}.index.json names {name!r:.200}, which is no {PurePosixPath(whole).suffix} file"
+            )
+    return files
+
+
+def _gguf_shards(name: str) -> tuple[str, ...]:
+    """A file, or all the parts of the split GGUF model that it is one of."""
+    shard = _GGUF_SHARD.fullmatch(name)
+    if shard and int(shard[3]):
+        return tuple(f"{shard[1]}-{i + 1:05d}-of-{shard[3]}.gguf" for i in range(min(int(shard[3]), _MOST_SHARDS)))
+    return (name,)
+
+
+def format_of(name: str) -> str:
+    """The format of a weight file, by its name."""
+    return _FORMATS[PurePosixPath(name).suffix]

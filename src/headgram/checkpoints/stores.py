@@ -6,14 +6,34 @@ import math
 from collections.abc import Iterable
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, Protocol, Self
+from typing import TYPE_CHECKING, Any, Protocol, Self
 
 import torch
 from torch import Tensor
 
+from headgram.checkpoints.sources import Location
 from headgram.errors import HeadgramError
 
-_SAFETENSORS_FLOATS = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
+if TYPE_CHECKING:
+    from headgram.checkpoints.hub import RemoteLocation
+
+#: The types of safetensors that torch has, in that format's words.
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "F8_E8M0": torch.float8_e8m0fnu,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+_FLOATS = ("F64", "F32", "F16", "BF16")
 
 
 class TensorStore(Protocol):
@@ -25,16 +45,25 @@ class TensorStore(Protocol):
         """Shape in torch's order, `(out, in)` for a linear weight; costs no read of the data."""
 
     def dtype(self, name: str) -> str:
-        """The stored precision in the format's own word, such as `BF16` or `Q4_K`."""
+        """The stored precision in the format's own word, such as `BF16` or `Q4_K`; refused if `read` cannot read it."""
 
     def nbytes(self, name: str) -> int:
         """Bytes on disk."""
+
+    def prefetch(self, names: Iterable[str]) -> None:
+        """Prepare to read these tensors soon; does something only where that is quicker than one by one."""
+
+    def pin(self, names: Iterable[str]) -> str | None:
+        """A digest that stands for the bytes of these tensors without reading them; None where only the bytes can tell."""
 
     def raw(self, name: str) -> memoryview:
         """The stored bytes."""
 
     def read(self, name: str) -> Tensor:
         """The tensor; stored precision, or float32 if the format is quantised."""
+
+    def part(self, name: str) -> Tensor:
+        """The tensor as stored, of any type: what a quantised weight is made of."""
 
     def __enter__(self) -> Self: ...
 
@@ -63,25 +92,27 @@ class SafetensorsStore:
         return tuple(self._home[name].get_slice(name).get_shape())
 
     def dtype(self, name: str) -> str:
-        return str(self._home[name].get_slice(name).get_dtype())
+        return float_dtype(name, str(self._home[name].get_slice(name).get_dtype()))
 
     def nbytes(self, name: str) -> int:
-        return math.prod(self.shape(name)) * self._item_size(name)
+        return math.prod(self.shape(name)) * _known(name, str(self._home[name].get_slice(name).get_dtype())).itemsize
+
+    def prefetch(self, names: Iterable[str]) -> None:
+        pass
+
+    def pin(self, names: Iterable[str]) -> str | None:
+        return None
 
     def raw(self, name: str) -> memoryview:
-        return memoryview(self.read(name).contiguous().view(torch.uint8).numpy()).cast("B")
+        return bytes_of(self.part(name))
 
     def read(self, name: str) -> Tensor:
-        self._item_size(name)
+        self.dtype(name)
+        return self.part(name)
+
+    def part(self, name: str) -> Tensor:
         tensor: Tensor = self._home[name].get_tensor(name)
         return tensor
-
-    def _item_size(self, name: str) -> int:
-        if self.dtype(name) not in _SAFETENSORS_FLOATS:
-            raise HeadgramError(
-                f"tensor {name} is stored as {self.dtype(name)}, a quantised format that headgram does not read yet"
-            )
-        return _SAFETENSORS_FLOATS[self.dtype(name)]
 
     def __enter__(self) -> Self:
         return self
@@ -90,60 +121,48 @@ class SafetensorsStore:
         self._stack.close()
 
 
-class GgufStore:
-    """One GGUF file, or the parts of a split one. Also holds the metadata, which names the architecture."""
+def float_dtype(name: str, stored: str) -> str:
+    """The type of a plain weight.
 
-    def __init__(self, paths: Iterable[Path]) -> None:
-        from gguf import GGUFReader
-
-        self._tensors: dict[str, Any] = {}
-        self.metadata: dict[str, Any] = {}
-        for path in paths:
-            try:
-                reader = GGUFReader(path)
-                for field in reader.fields.values():
-                    if not field.name.startswith("tokenizer."):
-                        self.metadata.setdefault(field.name, field.contents())
-            except (ValueError, IndexError, KeyError, OSError, OverflowError, UnicodeDecodeError) as error:
-                raise HeadgramError(f"{path} is not a whole GGUF file ({error}): fetch it again") from None
-            self._tensors.update({tensor.name: tensor for tensor in reader.tensors})
-
-    def __contains__(self, name: str) -> bool:
-        return name in self._tensors
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        return tuple(int(size) for size in reversed(self._tensors[name].shape))  # GGUF counts from the fastest axis
-
-    def dtype(self, name: str) -> str:
-        return str(self._tensors[name].tensor_type.name)
-
-    def nbytes(self, name: str) -> int:
-        return int(self._tensors[name].n_bytes)
-
-    def raw(self, name: str) -> memoryview:
-        return memoryview(self._tensors[name].data.view("uint8").reshape(-1))
-
-    def read(self, name: str) -> Tensor:
-        from gguf.quants import dequantize
-
-        stored = self._tensors[name]
-        kind = stored.tensor_type.name
-        if kind == "BF16":
-            return torch.from_numpy(stored.data.view("int16").copy()).view(torch.bfloat16).reshape(self.shape(name))
-        if kind in ("F16", "F32", "F64"):
-            return torch.from_numpy(stored.data.copy()).reshape(self.shape(name))
-        try:
-            return torch.from_numpy(dequantize(stored.data, stored.tensor_type)).reshape(self.shape(name))
-        except NotImplementedError:
-            raise HeadgramError(f"tensor {name} is stored as {kind}, which the gguf library cannot dequantise") from None
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        self._tensors.clear()
+    Raises
+    ------
+    HeadgramError
+        If it is not a floating-point type that weights are computed with.
+    """
+    if stored not in _FLOATS:
+        raise HeadgramError(f"tensor {name} is stored as {stored}, and config.json says nothing of how to turn that into weights")
+    return stored
 
 
-def open_store(format: str, paths: Iterable[Path]) -> SafetensorsStore | GgufStore:
-    """The store of a format: `safetensors` or `gguf`."""
-    return GgufStore(paths) if format == "gguf" else SafetensorsStore(paths)
+def bytes_of(tensor: Tensor) -> memoryview:
+    """The bytes of a tensor of any type."""
+    array: Any = tensor.contiguous().reshape(-1).view(torch.uint8).numpy()
+    return memoryview(array)
+
+
+def _known(name: str, stored: str) -> torch.dtype:
+    if stored not in DTYPES:
+        raise HeadgramError(f"tensor {name} is stored as {stored}, a type that headgram does not know")
+    return DTYPES[stored]
+
+
+def open_store(location: Location | RemoteLocation) -> TensorStore:
+    """The store of a located source, by its format and whether it is here or at the hub; quantised weights are read as weights.
+
+    Raises
+    ------
+    HeadgramError
+        If a file is not what its format asks for, or the weights are quantised in an unknown way.
+    """
+    from headgram.checkpoints.bin_store import BinStore
+    from headgram.checkpoints.gguf_store import GgufStore
+    from headgram.checkpoints.quantised import with_plain_weights
+
+    if not isinstance(location, Location):
+        from headgram.checkpoints.remote import RemoteSafetensorsStore
+
+        return with_plain_weights(RemoteSafetensorsStore(location), location.config())
+    paths = [location.path(name) for name in location.weights]
+    if location.format == "gguf":
+        return GgufStore(paths)
+    return with_plain_weights(SafetensorsStore(paths) if location.format == "safetensors" else BinStore(paths), location.config())

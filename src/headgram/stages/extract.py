@@ -27,7 +27,7 @@ def extract(
     source
         `source`, `revision` and `overrides`, as locked.
     digests
-        What the stored bytes of each layer must hash to.
+        What `Checkpoint.digest` said of each layer when it was locked.
     dtype
         `stored`, `bfloat16` or `float32`.
 
@@ -39,8 +39,9 @@ def extract(
     assert provenance.stack is not None
     try:
         with open_checkpoint(**source) as checkpoint:
+            checkpoint.prefetch(provenance.stack, layers)
             for layer, digest in zip(layers, digests, strict=True):
-                if checkpoint.digest(provenance.stack, layer) != digest:
+                if not checkpoint.holds(provenance.stack, layer, digest):
                     raise HeadgramError(
                         f"layer {layer} changed since it was locked; if that is meant, run "
                         f"`headgram lock --upgrade {provenance.model}` and measure it anew, else restore it"
@@ -60,6 +61,7 @@ def read_layers(checkpoint: Checkpoint, stack: str, layers: Sequence[int], dtype
     HeadgramError
         If a weight is not finite, before or after rounding.
     """
+    checkpoint.prefetch(stack, layers)
     w_q: Tensor | None = None
     w_k: Tensor | None = None
     for i, layer in enumerate(layers):

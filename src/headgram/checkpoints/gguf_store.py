@@ -1,0 +1,80 @@
+"""GGUF files."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+
+from headgram.checkpoints.gguf_check import check_header
+from headgram.errors import HeadgramError
+
+#: As which the gguf library reports a file that it cannot read.
+_DAMAGE = (ValueError, IndexError, KeyError, TypeError, OSError, ArithmeticError)
+
+
+class GgufStore:
+    """One GGUF file, or the parts of a split one. Also holds the metadata, which names the architecture."""
+
+    def __init__(self, paths: Iterable[Path]) -> None:
+        from gguf import GGUFReader
+
+        self._tensors: dict[str, Any] = {}
+        self.metadata: dict[str, Any] = {}
+        for path in paths:
+            check_header(path)
+            try:
+                reader = GGUFReader(path)
+                for field in reader.fields.values():
+                    if not field.name.startswith("tokenizer."):
+                        self.metadata.setdefault(field.name, field.contents())
+            except _DAMAGE as error:
+                raise HeadgramError(f"{path} is not a whole GGUF file ({error}): fetch it again") from None
+            self._tensors.update({tensor.name: tensor for tensor in reader.tensors})
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._tensors
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return tuple(int(size) for size in reversed(self._tensors[name].shape))  # GGUF counts from the fastest axis
+
+    def dtype(self, name: str) -> str:
+        return str(self._tensors[name].tensor_type.name)
+
+    def nbytes(self, name: str) -> int:
+        return int(self._tensors[name].n_bytes)
+
+    def prefetch(self, names: Iterable[str]) -> None:
+        pass
+
+    def pin(self, names: Iterable[str]) -> str | None:
+        return None
+
+    def raw(self, name: str) -> memoryview:
+        return memoryview(self._tensors[name].data.view("uint8").reshape(-1))
+
+    def read(self, name: str) -> Tensor:
+        from gguf.quants import dequantize
+
+        stored = self._tensors[name]
+        kind = stored.tensor_type.name
+        if kind == "BF16":
+            return torch.from_numpy(stored.data.view("int16").copy()).view(torch.bfloat16).reshape(self.shape(name))
+        if kind in ("F16", "F32", "F64"):
+            return torch.from_numpy(stored.data.copy()).reshape(self.shape(name))
+        try:
+            return torch.from_numpy(dequantize(stored.data, stored.tensor_type)).reshape(self.shape(name))
+        except NotImplementedError:
+            raise HeadgramError(f"tensor {name} is stored as {kind}, which the gguf library cannot dequantise") from None
+
+    def part(self, name: str) -> Tensor:
+        return self.read(name)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._tensors.clear()

@@ -1,0 +1,299 @@
+"""A checkpoint at the Hugging Face hub: its files at one commit, and ranges of their bytes.
+
+Everything goes through huggingface_hub's own client, so its token, `HF_ENDPOINT`, proxies and offline mode hold here too,
+and the client keeps the token from the other hosts that the hub redirects to. Weight bytes go to memory, never to disk;
+only the small JSON files use the local cache.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+from huggingface_hub import constants, hf_hub_download, hf_hub_url
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    GatedRepoError,
+    HfHubHTTPError,
+    LocalEntryNotFoundError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+from huggingface_hub.hf_api import ModelInfo
+from huggingface_hub.utils import build_hf_headers, hf_raise_for_status, http_backoff, http_stream_backoff, httpx
+
+from headgram.checkpoints.sources import HUB_DIGEST, LARGEST_JSON, choose_weights, format_of, read_json
+from headgram.errors import HeadgramError
+
+#: How often in a row a connection may fail without a byte arriving, and the longest pause between two attempts.
+_ATTEMPTS = 6
+_LONGEST_PAUSE = 8.0
+
+
+@dataclass(frozen=True)
+class HubFile:
+    """A file of a repository at a commit.
+
+    Attributes
+    ----------
+    repo, name, commit
+        Where it is.
+    size
+        Its length in bytes.
+    etag
+        The hub's hash of its content: SHA-256 for a large file.
+    """
+
+    repo: str
+    name: str
+    commit: str
+    size: int
+    etag: str
+
+    @property
+    def url(self) -> str:
+        """Where the hub serves it."""
+        return hf_hub_url(self.repo, self.name, revision=self.commit)
+
+    def __str__(self) -> str:
+        return f"{self.name} of {self.repo}"
+
+
+@dataclass(frozen=True)
+class RemoteLocation:
+    """A source at the hub; the counterpart of `Location`.
+
+    Attributes
+    ----------
+    repo, commit
+        The repository, and the commit that its revision names.
+    files
+        All its files, by name.
+    """
+
+    repo: str
+    commit: str
+    files: dict[str, HubFile]
+
+    @property
+    def format(self) -> str:
+        """`safetensors`: the only format that is read in ranges."""
+        return format_of(self.weights[0])
+
+    @property
+    def where(self) -> str:
+        """The source in words, for messages."""
+        return f"{self.repo} at commit {self.commit[:12]}"
+
+    @cached_property
+    def weights(self) -> tuple[str, ...]:
+        """Names of the weight files, in order."""
+        names = choose_weights(self.files, self._json, self.where)
+        for name in names:
+            self.file(name)
+        if format_of(names[0]) != "safetensors":
+            raise HeadgramError(
+                f"{self.where} holds '{names[0]}', and only safetensors can be read at the hub: "
+                f"fetch it with `hf download {self.repo} --revision {self.commit}`"
+            )
+        return names
+
+    def file(self, name: str) -> HubFile:
+        """A file of the repository, refused if it has none of this name."""
+        if name not in self.files:
+            raise HeadgramError(f"{self.where} lacks the file '{name}'")
+        return self.files[name]
+
+    def size(self, name: str) -> int:
+        """Bytes of a file."""
+        return self.file(name).size
+
+    def sample(self, name: str) -> str:
+        """What stands for a file's content in the lock: the hub's hash."""
+        return HUB_DIGEST + self.file(name).etag
+
+    def config(self) -> dict[str, Any] | None:
+        """`config.json`, or None where there is none."""
+        return self._json("config.json") if "config.json" in self.files else None
+
+    def _json(self, name: str) -> dict[str, Any]:
+        if self.size(name) > LARGEST_JSON:
+            raise HeadgramError(f"{self.where}: {name} is larger than {LARGEST_JSON >> 20} MiB, which no real checkpoint's is")
+        try:
+            return read_json(Path(hf_hub_download(self.repo, name, revision=self.commit)))
+        except (HfHubHTTPError, httpx.RequestError, OSError) as error:
+            raise HeadgramError(_refusal(error, self.repo, self.commit)) from None
+
+
+def locate_at_hub(repo: str, revision: str | None) -> RemoteLocation:
+    """Resolve a revision to its commit, and list the files there. One request.
+
+    Parameters
+    ----------
+    repo, revision
+        Hub id, and branch, tag or commit; the main branch if None.
+
+    Raises
+    ------
+    HeadgramError
+        If the hub cannot be reached, refuses, or has no such repository or revision.
+    """
+    elsewhere = f"'{repo}' is neither a path nor in the local Hugging Face cache, and"
+    if constants.is_offline_mode():
+        fetch = f"hf download {repo}{f' --revision {revision}' if revision else ''}"
+        raise HeadgramError(f"{elsewhere} HF_HUB_OFFLINE forbids to ask the hub: unset it, or fetch the model with `{fetch}`")
+    # As `HfApi.model_info` does, which would not try again after a 429. An unreachable hub is reported at once: the id may
+    # just be a mistyped path.
+    url = f"{constants.ENDPOINT}/api/models/{repo}/revision/{quote(revision or constants.DEFAULT_REVISION, safe='')}"
+    try:
+        response = http_backoff(
+            "GET",
+            url,
+            params={"blobs": True},
+            headers=build_hf_headers(),
+            timeout=constants.HF_HUB_DOWNLOAD_TIMEOUT,
+            retry_on_exceptions=(httpx.ReadError, httpx.RemoteProtocolError),
+        )
+        hf_raise_for_status(response)
+        info = ModelInfo(**response.json())
+        siblings = info.siblings or []
+        files = {s.rfilename: HubFile(repo, s.rfilename, str(info.sha), _size(s), _hash(s)) for s in siblings}
+    except (HfHubHTTPError, httpx.RequestError, OfflineModeIsEnabled) as error:
+        raise HeadgramError(f"{elsewhere} {_refusal(error, repo, revision)}") from None
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        raise HeadgramError(
+            f"{constants.ENDPOINT} describes '{repo}' in a way that headgram does not understand ({error})"
+        ) from None
+    if not info.sha:
+        raise HeadgramError(f"{constants.ENDPOINT} names no commit for '{repo}', so that it cannot be pinned")
+    location = RemoteLocation(repo, info.sha, files)
+    _ = location.weights  # refuse what cannot be read now, not in the middle of a job
+    return location
+
+
+def fetch_into(file: HubFile, start: int, buffer: memoryview, advance: Callable[[int], None] = lambda count: None) -> None:
+    """Fill a buffer with the bytes of a file from `start` on.
+
+    A lost connection is taken up again where it broke, after a pause; a 429 or a failing server is waited for as
+    huggingface_hub does, minding `Retry-After`.
+
+    Parameters
+    ----------
+    file
+        The file.
+    start
+        First byte.
+    buffer
+        Where the bytes go; its length says how many.
+    advance
+        Told how many bytes have come, whenever some have.
+
+    Raises
+    ------
+    HeadgramError
+        If the server ignores ranges, the file is not what the hub described, or the connection stays broken.
+    """
+    done, failures = 0, 0
+    while done < len(buffer):
+        before = done
+        try:
+            wanted = f"bytes={start + done}-{start + len(buffer) - 1}"
+            headers = {**build_hf_headers(), "Accept-Encoding": "identity", "Range": wanted}
+            timeout = constants.HF_HUB_DOWNLOAD_TIMEOUT
+            with http_stream_backoff("GET", file.url, headers=headers, timeout=timeout, retry_on_exceptions=()) as response:
+                hf_raise_for_status(response)
+                _check_range(response, file, start + done)
+                for chunk in response.iter_raw():
+                    if done + len(chunk) > len(buffer):
+                        raise HeadgramError(f"the server sends more of {file} than was asked for: it cannot be read from there")
+                    buffer[done : done + len(chunk)] = chunk
+                    done += len(chunk)
+                    advance(len(chunk))
+            reason = "the connection was closed early"
+        except httpx.RequestError as error:
+            reason = str(error) or type(error).__name__
+        except (HfHubHTTPError, OfflineModeIsEnabled) as error:
+            raise HeadgramError(_refusal(error, file.repo, file.commit)) from None
+        if done < len(buffer):
+            failures = 1 if done > before else failures + 1
+            if failures == _ATTEMPTS:
+                raise HeadgramError(
+                    f"{file} cannot be read ({reason}, {failures} times in a row): run again when the network is back"
+                )
+            time.sleep(min(2.0 ** (failures - 1), _LONGEST_PAUSE))
+
+
+def _check_range(response: httpx.Response, file: HubFile, first: int) -> None:
+    """Refuse an answer that is not the asked part of the file that the hub described."""
+    if response.status_code != httpx.codes.PARTIAL_CONTENT:
+        raise HeadgramError(
+            f"the server of {file} ignores byte ranges (it answers {response.status_code}), and headgram will not fetch "
+            f"the whole file unasked: do so with `hf download {file.repo} --revision {file.commit}`"
+        )
+    if not response.headers.get("Content-Range", "").replace(" ", "").startswith(f"bytes{first}-"):
+        raise HeadgramError(f"the server of {file} sends another range than was asked for: it cannot be read from there")
+    total = response.headers["Content-Range"].rpartition("/")[2].strip()
+    etag = _etag_of(response)
+    other_etag = etag is not None and len(etag) == len(file.etag) and etag != file.etag  # a tag of another kind says nothing
+    if total not in ("*", str(file.size)) or other_etag:
+        raise HeadgramError(
+            f"{file} changed at the hub: it is not the file that commit {file.commit[:12]} describes; lock the model again"
+        )
+
+
+def _etag_of(response: httpx.Response) -> str | None:
+    """The hub's hash of the file that is being sent; None if only another host speaks, whose tags are its own."""
+    for answer in (*response.history, response):
+        if linked := answer.headers.get("X-Linked-Etag"):
+            return str(linked).removeprefix("W/").strip('"')
+    tag = None if response.history else response.headers.get("ETag")
+    return tag.removeprefix("W/").strip('"') if tag else None
+
+
+def _size(sibling: Any) -> int:
+    if not isinstance(sibling.size, int) or sibling.size < 0:
+        raise ValueError(f"the size of '{sibling.rfilename}' is {sibling.size!r}")
+    return sibling.size
+
+
+def _hash(sibling: Any) -> str:
+    hashed = sibling.lfs.sha256 if sibling.lfs else sibling.blob_id
+    if not isinstance(hashed, str) or not hashed:
+        raise ValueError(f"the hash of '{sibling.rfilename}' is {hashed!r}")
+    return hashed
+
+
+def _refusal(error: Exception, repo: str, revision: str | None) -> str:
+    """Why the hub did not give what was asked for, and what to do about it."""
+    response = getattr(error, "response", None)
+    status = response.status_code if response is not None else None
+    page = f"{constants.ENDPOINT}/{repo}"
+    match error:
+        case OfflineModeIsEnabled():
+            return (
+                f"'{repo}' must be read at the hub, but HF_HUB_OFFLINE is set: unset it, or `hf download {repo}` elsewhere first"
+            )
+        case GatedRepoError():
+            return f"'{repo}' is gated: accept its licence at {page}, then log in with `hf auth login`"
+        case RevisionNotFoundError():
+            return f"'{repo}' has no revision '{revision}'"
+        case RepositoryNotFoundError():
+            return f"the hub has no model '{repo}', or it is private: check the name, or log in with `hf auth login`"
+        case EntryNotFoundError() if not isinstance(error, LocalEntryNotFoundError):
+            return f"'{repo}' lacks a file that its own listing names: try again"
+    if status in (401, 403):
+        return f"the hub refuses '{repo}' ({status}): log in with `hf auth login`, and accept the licence at {page} if asked to"
+    if status == 416:
+        return f"a file of '{repo}' is shorter than the hub's listing says: it changed; lock the model again"
+    if status == 429:
+        return f"the hub will not be asked for '{repo}' this often (429): wait some minutes, or log in with `hf auth login`"
+    if status is not None:
+        return f"the hub answers {status} for '{repo}': try again later"
+    reason = next(iter(str(error).splitlines()), repr(error))
+    return f"the hub cannot be reached at {constants.ENDPOINT} for '{repo}' ({reason})"

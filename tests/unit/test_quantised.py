@@ -1,0 +1,451 @@
+"""Quantised checkpoints: what the libraries that made the formats write, and what they say it means."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from pathlib import Path
+
+import bitsandbytes
+import gguf
+import numpy as np
+import pytest
+import torch
+from bitsandbytes.functional import QuantState, dequantize_4bit, int8_vectorwise_dequant, int8_vectorwise_quant, quantize_4bit
+from checkpoint_files import config_bytes, llama_tensors
+from compressed_tensors.compressors import BaseCompressor, ModelCompressor
+from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
+from compressed_tensors.entrypoints.convert.converters import AutoAWQConverter, FP8BlockDequantizer
+from compressed_tensors.quantization import QuantizationArgs, QuantizationConfig, QuantizationScheme, apply_quantization_config
+from compressed_tensors.quantization.utils import calculate_qparams, generate_gparam
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from headgram.checkpoints.checkpoint import open_checkpoint
+from headgram.checkpoints.unpacking import fp8_weight
+from headgram.errors import HeadgramError
+
+SIZES = {"hidden_size": 256, "num_attention_heads": 4, "num_key_value_heads": 2}
+Q, K = (f"model.layers.{{}}.self_attn.{kind}_proj" for kind in "qk")
+
+
+def is_attention(name: str) -> bool:
+    return "_proj.weight" in name and "self_attn" in name
+
+
+def quantised(quantise, **sizes: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """A checkpoint whose attention weights went through `quantise(weight) -> (parts, decoded)`, and what they mean."""
+    tensors, meaning = {}, {}
+    for name, tensor in llama_tensors(**(SIZES | sizes)).items():
+        if is_attention(name):
+            parts, meaning[name] = quantise(tensor.float())
+            tensors |= {name.removesuffix("weight") + part: value.contiguous() for part, value in parts.items()}
+        else:
+            tensors[name] = tensor
+    return tensors, meaning
+
+
+def write(folder: Path, tensors: dict[str, Tensor], settings: dict, **changes) -> Path:
+    save_file(tensors, folder / "model.safetensors")
+    (folder / "config.json").write_bytes(config_bytes(quantization_config=settings, **(SIZES | changes)))
+    return folder
+
+
+def assert_means(folder: Path, meaning: dict[str, Tensor], rtol: float = 0.0, word: str | None = None) -> None:
+    with open_checkpoint(folder) as checkpoint:
+        stack = checkpoint.stacks[0]
+        assert word is None or stack.dtype == word
+        for layer in stack.layers:
+            for found, key in zip(checkpoint.qk("self", layer), (Q, K), strict=True):
+                expected = meaning[key.format(layer) + ".weight"]
+                assert found.dtype == torch.float32
+                torch.testing.assert_close(found.flatten(0, 1), expected.float(), rtol=rtol, atol=0.0)
+
+
+def fp8_blocks(weight: Tensor, block: int = 128) -> tuple[dict[str, Tensor], Tensor]:
+    """As DeepSeek stores it, and as compressed-tensors decodes it; block edges may be ragged."""
+    rows, columns = (math.ceil(size / block) for size in weight.shape)
+    scale = torch.rand(rows, columns) + 0.5
+    parts = {"weight": weight.to(torch.float8_e4m3fn), "weight_scale_inv": scale}
+    library = FP8BlockDequantizer(targets=["re:.*"], weight_block_size=(block, block), dtype=torch.float32)
+    return parts, library.process({"m." + name: value for name, value in parts.items()})["m.weight"]
+
+
+@pytest.mark.parametrize("hidden", [256, 320])
+def test_fp8_blocks(tmp_path, hidden):
+    tensors, meaning = quantised(fp8_blocks, hidden_size=hidden)
+    settings = {"quant_method": "fp8", "weight_block_size": [128, 128]}
+    assert_means(write(tmp_path, tensors, settings, hidden_size=hidden), meaning, word="fp8")
+
+
+def test_fp8_of_a_tensor_and_of_rows():
+    weight = torch.randn(6, 5).to(torch.float8_e4m3fn)
+    assert torch.equal(fp8_weight(weight, torch.tensor(2.0), (128, 128)), weight.float() * 2)
+    assert torch.equal(
+        fp8_weight(weight, torch.arange(6.0).unsqueeze(1), (128, 128)), weight.float() * torch.arange(6.0).unsqueeze(1)
+    )
+
+
+COMPRESSED = {
+    "int4 groups": ("pack-quantized", {"num_bits": 4, "strategy": "group", "group_size": 64, "symmetric": True}),
+    "int4 groups with zeros": ("pack-quantized", {"num_bits": 4, "strategy": "group", "group_size": 32, "symmetric": False}),
+    "int3 channels": ("pack-quantized", {"num_bits": 3, "strategy": "channel", "symmetric": True}),
+    "int8 channels": ("int-quantized", {"num_bits": 8, "strategy": "channel", "symmetric": True}),
+    "fp8 channels": ("float-quantized", {"num_bits": 8, "type": "float", "strategy": "channel", "symmetric": True}),
+    "fp8 tensor": ("float-quantized", {"num_bits": 8, "type": "float", "strategy": "tensor", "symmetric": True}),
+    "fp8 blocks": ("float-quantized", {"num_bits": 8, "type": "float", "strategy": "block", "block_structure": [128, 128]}),
+}
+
+
+@pytest.mark.parametrize("kind", COMPRESSED)
+def test_compressed_tensors(tmp_path, kind):
+    format_name, arguments = COMPRESSED[kind]
+    args = QuantizationArgs(**arguments)
+    scheme = QuantizationScheme(targets=["Linear"], weights=args, format=format_name)
+    library = BaseCompressor.get_value_from_registry(format_name)
+
+    def quantise(weight: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+        rows, columns = weight.shape
+        shaped = {
+            "group": weight.reshape(rows, -1, args.group_size or 1),
+            "channel": weight.unsqueeze(1),
+            "tensor": weight.reshape(1, 1, -1),
+            "block": weight.reshape(rows // 128, 128, columns // 128, 128).transpose(1, 2).flatten(2)
+            if rows % 128 == 0
+            else weight,
+        }[args.strategy]
+        scale, zero = calculate_qparams(shaped.amin(-1), shaped.amax(-1), args)
+        if args.strategy == "tensor":
+            scale, zero = scale.reshape(1), zero.reshape(1)
+        state = {"weight": weight, "weight_scale": scale.bfloat16(), "weight_zero_point": zero}
+        parts = library.compress(state, scheme)
+        if arguments.get("symmetric", True):
+            parts.pop("weight_zero_point", None)
+        exact = parts | {"weight_scale": parts["weight_scale"].float()}
+        return parts, library.decompress(exact, scheme)["weight"]
+
+    tensors, meaning = quantised(quantise)
+    settings = QuantizationConfig(config_groups={"group_0": scheme}, format=format_name).model_dump(mode="json")
+    assert settings["quant_method"] == "compressed-tensors"
+    assert_means(write(tmp_path, tensors, settings), meaning, word="compressed-tensors")
+    for weight, original in ((meaning[name], tensor) for name, tensor in llama_tensors(**SIZES).items() if name in meaning):
+        assert (weight - original.float()).norm() < 0.35 * original.float().norm()
+
+
+@pytest.mark.parametrize(("kind", "group"), [("nvfp4-pack-quantized", 16), ("mxfp4-pack-quantized", 32)])
+def test_compressed_tensors_in_4bit_floats(tmp_path, kind, group):
+    strategy = "tensor_group" if group == 16 else "group"
+    args = QuantizationArgs(num_bits=4, type="float", strategy=strategy, group_size=group, symmetric=True)
+    scheme = QuantizationScheme(targets=["Linear"], weights=args, format=kind)
+    library = BaseCompressor.get_value_from_registry(kind)
+
+    def quantise(weight: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+        grouped = weight.unflatten(1, (-1, group))
+        if group == 16:
+            whole = generate_gparam(weight.amin(), weight.amax())
+            scale, _ = calculate_qparams(grouped.amin(-1), grouped.amax(-1), args, global_scale=whole)
+            state = {"weight": weight, "weight_scale": scale, "weight_global_scale": whole}
+        else:
+            scale, _ = calculate_qparams(grouped.amin(-1), grouped.amax(-1), args)
+            state = {"weight": weight, "weight_scale": 2.0 ** scale.log2().ceil()}
+        parts = library.compress(state, scheme)
+        decoded = library.decompress(parts, scheme)["weight"].float()
+        assert (decoded - weight).norm() < 0.2 * weight.norm()
+        return parts, decoded
+
+    tensors, meaning = quantised(quantise)
+    settings = QuantizationConfig(config_groups={"group_0": scheme}, format=kind).model_dump(mode="json")
+    assert_means(write(tmp_path, tensors, settings), meaning)
+
+
+def test_compressed_tensors_as_a_model_is_saved(tmp_path):
+    """A Llama that the library compressed and transformers saved, against what the library makes of the saved model."""
+    torch.manual_seed(0)
+    sizes = {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+    model = LlamaForCausalLM(LlamaConfig(hidden_size=128, intermediate_size=64, vocab_size=16, **sizes))
+    args = QuantizationArgs(num_bits=4, strategy="group", group_size=32, symmetric=True)
+    groups = {"group_0": QuantizationScheme(targets=["Linear"], weights=args)}
+    config = QuantizationConfig(config_groups=groups, ignore=["lm_head"], quantization_status="frozen", format="pack-quantized")
+    apply_quantization_config(model, config)
+    for module in model.model.modules():
+        if hasattr(module, "weight_scale"):
+            grouped = module.weight.data.unflatten(1, (-1, 32))
+            module.weight_scale.data.copy_(calculate_qparams(grouped.amin(-1), grouped.amax(-1), args)[0])
+    compressor = ModelCompressor.from_pretrained_model(model, quantization_format="pack-quantized")
+    compressor.compress_model(model)
+    model.save_pretrained(tmp_path)
+    compressor.update_config(tmp_path)
+    compressor.decompress_model(model)
+    assert_means(tmp_path, {name: tensor for name, tensor in model.state_dict().items() if is_attention(name)})
+
+
+def pack(values: Tensor, bits: int) -> Tensor:
+    """Unsigned integers along the columns into 32 bits, lowest first."""
+    lanes = values.to(torch.int64).unflatten(1, (-1, 32 // bits)) << torch.arange(0, 32, bits)
+    return (lanes.sum(-1) & 0xFFFFFFFF).to(torch.uint32).view(torch.int32)
+
+
+def awq(weight: Tensor, group: int = 64) -> tuple[dict[str, Tensor], Tensor]:
+    """AutoAWQ's format, decoded by compressed-tensors' converter and decompressor."""
+    outputs, inputs = weight.shape
+    order = torch.arange(outputs).view(-1, 8)[:, [0, 2, 4, 6, 1, 3, 5, 7]].flatten()
+    parts = {
+        "qweight": pack(torch.randint(16, (inputs, outputs))[:, order], 4),
+        "qzeros": pack(torch.randint(16, (inputs // group, outputs))[:, order], 4),
+        "scales": (torch.rand(inputs // group, outputs) + 0.5).half(),
+    }
+    converter = AutoAWQConverter(group_size=group)
+    state = {name.removeprefix("m."): value for name, value in converter.process({f"m.{k}": v for k, v in parts.items()}).items()}
+    args = QuantizationArgs(num_bits=4, strategy="group", group_size=group, symmetric=False)
+    scheme = QuantizationScheme(targets=["Linear"], weights=args)
+    state["weight_scale"] = state["weight_scale"].float()
+    return parts, BaseCompressor.get_value_from_registry("pack-quantized").decompress(state, scheme)["weight"]
+
+
+def test_awq(tmp_path):
+    tensors, meaning = quantised(awq)
+    settings = {"quant_method": "awq", "bits": 4, "group_size": 64, "zero_point": True, "version": "gemm"}
+    assert_means(write(tmp_path, tensors, settings), meaning, word="awq")
+
+
+@pytest.mark.parametrize("bits", [2, 4, 8])
+@pytest.mark.parametrize(("version", "offset"), [("gptq", 1), ("gptq_v2", 0)])
+@pytest.mark.parametrize("ordered", [True, False])
+def test_gptq(tmp_path, bits, version, offset, ordered):
+    """The format's definition: the weight is scale · (integer − zero) of the input's group."""
+
+    def quantise(weight: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+        outputs, inputs = weight.shape
+        groups = torch.arange(inputs) // 64 if ordered else torch.randperm(inputs) // 64
+        values, zeros = torch.randint(2**bits, (inputs, outputs)), torch.randint(1, 2**bits, (inputs // 64, outputs))
+        scales = (torch.rand(inputs // 64, outputs) + 0.5).half()
+        parts = {"qweight": pack(values.T, bits).T, "qzeros": pack(zeros - offset, bits), "scales": scales}
+        meaning = torch.stack([scales[g].float() * (value - zeros[g]) for g, value in zip(groups, values, strict=True)], 1)
+        return parts | ({} if ordered else {"g_idx": groups.int()}), meaning
+
+    tensors, meaning = quantised(quantise)
+    settings = {"quant_method": "gptq", "bits": bits, "group_size": 64, "checkpoint_format": version}
+    assert_means(write(tmp_path, tensors, settings), meaning, word="gptq")
+
+
+@pytest.mark.parametrize("kind", ["nf4", "fp4"])
+@pytest.mark.parametrize("nested", [True, False])
+def test_bitsandbytes_4bit(tmp_path, kind, nested):
+    def quantise(weight: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+        packed, state = quantize_4bit(weight.bfloat16(), blocksize=64, compress_statistics=nested, quant_type=kind)
+        parts = {f"weight.{name}": value for name, value in state.as_dict(packed=True).items()}
+        state.dtype = torch.float32
+        return parts | {"weight": packed}, dequantize_4bit(packed, state)
+
+    tensors, meaning = quantised(quantise)
+    assert any("quant_state.bitsandbytes__" + kind in name for name in tensors)
+    settings = {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": kind}
+    assert_means(write(tmp_path, tensors, settings), meaning, word="bitsandbytes")
+
+
+def test_bitsandbytes_module(tmp_path):
+    """What the library's own layer saves."""
+
+    def quantise(weight: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+        layer = bitsandbytes.nn.Linear4bit(weight.shape[1], weight.shape[0], bias=False, quant_type="nf4")
+        layer.load_state_dict({"weight": weight})
+        layer = layer.to("cpu")
+        state = layer.state_dict()
+        return state, dequantize_4bit(layer.weight.data, QuantState.from_dict(
+            {name.removeprefix("weight."): value for name, value in state.items() if name != "weight"}, "cpu"
+        ))  # fmt: skip
+
+    tensors, meaning = quantised(quantise)
+    assert_means(write(tmp_path, tensors, {"quant_method": "bitsandbytes"}), meaning, rtol=1e-6)
+
+
+def test_bitsandbytes_8bit(tmp_path):
+    def quantise(weight: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+        integers, scales, _ = int8_vectorwise_quant(weight.half())
+        return {"weight": integers, "SCB": scales}, int8_vectorwise_dequant(integers, scales)
+
+    tensors, meaning = quantised(quantise)
+    assert_means(write(tmp_path, tensors, {"quant_method": "bitsandbytes", "load_in_8bit": True}), meaning, rtol=1e-6)
+
+
+def test_weights_that_a_method_left_plain_are_read_as_they_are(tmp_path):
+    tensors = llama_tensors(**SIZES)
+    for method in ("mxfp4", "awq", "compressed-tensors"):
+        with open_checkpoint(write(tmp_path, tensors, {"quant_method": method})) as checkpoint:
+            assert checkpoint.stacks[0].dtype == "BF16"
+            assert torch.equal(checkpoint.qk("self", 1)[0].flatten(0, 1), tensors[Q.format(1) + ".weight"])
+
+
+def test_every_part_counts(tmp_path):
+    """Size and digest of a layer cover scales as well as integers."""
+    tensors, _ = quantised(awq)
+    settings = {"quant_method": "awq", "bits": 4}
+    parts = [name for name in tensors if name.startswith((Q.format(0), K.format(0)))]
+    with open_checkpoint(write(tmp_path, tensors, settings)) as checkpoint:
+        first = checkpoint.digest("self", 0)
+        assert checkpoint.stacks[0].qk_bytes == 2 * sum(tensors[name].nbytes for name in parts)
+    for part in ("qweight", "qzeros", "scales"):
+        changed = tensors | {f"{K.format(0)}.{part}": tensors[f"{K.format(0)}.{part}"].flip(0)}
+        with open_checkpoint(write(tmp_path, changed, settings)) as checkpoint:
+            assert checkpoint.digest("self", 0) != first
+
+
+def test_an_unknown_method_is_named(tmp_path):
+    with pytest.raises(HeadgramError, match="quantised by 'hqq'"):
+        open_checkpoint(write(tmp_path, llama_tensors(**SIZES), {"quant_method": "hqq"}))
+
+
+def test_integers_without_a_method_are_refused(tmp_path):
+    tensors = {name: tensor.to(torch.float8_e4m3fn) for name, tensor in llama_tensors(**SIZES).items()}
+    with pytest.raises(HeadgramError, match="stored as F8_E4M3"):
+        open_checkpoint(write(tmp_path, tensors, {}))
+
+
+def test_a_missing_library_is_named(tmp_path, monkeypatch):
+    packed, state = quantize_4bit(torch.randn(64, 64), quant_type="nf4")
+    tensors = llama_tensors(hidden_size=64) | {
+        Q.format(0) + ".weight": packed,
+        **{f"{Q.format(0)}.weight.{name}": value for name, value in state.as_dict(packed=True).items()},
+    }
+    folder = write(tmp_path, tensors, {"quant_method": "bitsandbytes"}, hidden_size=64)
+    monkeypatch.setitem(sys.modules, "bitsandbytes.functional", None)
+    with open_checkpoint(folder) as checkpoint, pytest.raises(HeadgramError, match=r"pip install headgram\[quantised\]"):
+        checkpoint.qk("self", 0)
+
+
+@pytest.mark.parametrize(
+    ("settings", "damage", "sentence"),
+    [
+        ({"quant_method": "awq", "bits": 3}, {}, "bits = 3"),
+        ({"quant_method": "awq", "version": "gemv"}, {}, "version = 'gemv'"),
+        ({"quant_method": "awq"}, {"scales": torch.ones(3, 7)}, "do not fit together"),
+        ({"quant_method": "awq"}, {"qweight": torch.ones(3, dtype=torch.int32)}, "do not fit together"),
+        ({"quant_method": "gptq", "bits": 3}, {}, "bits = 3"),
+        ({"quant_method": "gptq", "bits": 4}, {"g_idx": torch.full((256,), 99, dtype=torch.int32)}, "shape|do not fit together"),
+    ],
+)
+def test_parts_that_do_not_fit(tmp_path, settings, damage, sentence):
+    tensors, _ = quantised(awq)
+    tensors |= {f"{Q.format(0)}.{part}": value for part, value in damage.items()}
+    write(tmp_path, tensors, settings)
+    with pytest.raises(HeadgramError, match=sentence), open_checkpoint(tmp_path) as checkpoint:
+        checkpoint.qk("self", 0)
+
+
+def test_short_4bit_tables_are_refused(tmp_path):
+    packed, state = quantize_4bit(torch.randn(64, 64), quant_type="nf4", blocksize=64)
+    parts = {f"weight.{name}": value for name, value in state.as_dict(packed=True).items()} | {"weight": packed}
+    for part, value in (("weight.absmax", torch.ones(2)), ("weight.quant_map", torch.ones(3)), ("weight", packed[:5])):
+        damaged = {f"{Q.format(0)}.{name}": tensor for name, tensor in (parts | {part: value.contiguous()}).items()}
+        write(tmp_path, llama_tensors(hidden_size=64) | damaged, {"quant_method": "bitsandbytes"}, hidden_size=64)
+        with pytest.raises(HeadgramError, match=r"table is too short|more than the"), open_checkpoint(tmp_path) as checkpoint:
+            checkpoint.qk("self", 0)
+
+
+def test_rotated_and_reordered_weights_are_refused(tmp_path):
+    tensors = llama_tensors(**SIZES) | {f"{Q.format(0)}.weight_scale": torch.ones(1)}
+    for extra, settings in (
+        ({f"{Q.format(0)}.weight_g_idx": torch.ones(1)}, {}),
+        ({}, {"transform_config": {"config_groups": {}}}),
+    ):
+        write(tmp_path, tensors | extra, {"quant_method": "compressed-tensors", **settings})
+        with pytest.raises(HeadgramError, match="rotated"):
+            open_checkpoint(tmp_path)
+
+
+def test_a_claimed_shape_is_bounded_by_what_is_stored(tmp_path):
+    tensors = llama_tensors(**SIZES)
+    tensors.pop(Q.format(0) + ".weight")
+    tensors |= {
+        f"{Q.format(0)}.weight_packed": pack_to_int32(torch.zeros(8, 8, dtype=torch.int8), 4),
+        f"{Q.format(0)}.weight_scale": torch.ones(8, 1),
+        f"{Q.format(0)}.weight_shape": torch.tensor([10**6, 10**6]),
+    }
+    with pytest.raises(HeadgramError, match="more than the"):
+        open_checkpoint(write(tmp_path, tensors, {"quant_method": "compressed-tensors"}))
+
+
+def random_gguf(shape: tuple[int, int], kind: gguf.GGMLQuantizationType) -> np.ndarray:
+    """Weights in a GGUF type: the library's own quantisation, or random blocks where it only decodes."""
+    try:
+        return gguf.quants.quantize(np.random.default_rng(0).standard_normal(shape, np.float32), kind)
+    except NotImplementedError:
+        bytes_per_row = gguf.quants.quant_shape_to_byte_shape(shape, kind)
+        return np.random.default_rng(0).integers(0, 0x3C, bytes_per_row, dtype=np.uint8)  # finite whichever bytes are scales
+
+
+def gguf_types() -> list[str]:
+    """All types that the library decodes."""
+    readable = []
+    for kind in gguf.GGMLQuantizationType:
+        try:
+            gguf.quants.dequantize(random_gguf((1, 256), kind), kind)
+        except (NotImplementedError, KeyError, ValueError):
+            continue
+        readable.append(kind.name)
+    return readable
+
+
+@pytest.mark.parametrize("kind", gguf_types())
+def test_gguf(tmp_path, kind):
+    """The rows that llama.cpp's converter permuted come back in order."""
+    quantisation = gguf.GGMLQuantizationType[kind]
+    writer = gguf.GGUFWriter(tmp_path / "model.gguf", "llama")
+    for key, value in (
+        ("block_count", 2),
+        ("embedding_length", 256),
+        ("attention.head_count", 4),
+        ("attention.head_count_kv", 2),
+    ):
+        writer.add_uint32(f"llama.{key}", value)
+    straight = {}
+    for layer in range(2):
+        for role, heads in (("q", 4), ("k", 2)):
+            stored = random_gguf((heads * 64, 256), quantisation)
+            rows = np.arange(heads * 64).reshape(heads, 2, 32).swapaxes(1, 2).reshape(-1)  # what the converter does to rows
+            writer.add_tensor(f"blk.{layer}.attn_{role}.weight", np.ascontiguousarray(stored[rows]), raw_dtype=quantisation)
+            straight[layer, role] = torch.from_numpy(gguf.quants.dequantize(stored, quantisation)).float()
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    with open_checkpoint(tmp_path / "model.gguf") as checkpoint:
+        assert checkpoint.stacks[0].dtype == kind
+        for layer in range(2):
+            for found, role in zip(checkpoint.qk("self", layer), "qk", strict=True):
+                assert torch.equal(found.flatten(0, 1).float(), straight[layer, role])
+
+
+def test_gguf_covers_the_common_types():
+    common = "F32 F16 BF16 Q4_0 Q4_1 Q5_0 Q5_1 Q8_0 Q2_K Q3_K Q4_K Q5_K Q6_K IQ2_XXS IQ3_XXS IQ3_S IQ4_NL IQ4_XS TQ1_0 MXFP4"
+    assert set(common.split()) <= set(gguf_types())
+
+
+def test_torch_files(tmp_path):
+    tensors = llama_tensors()
+    torch.save(tensors, tmp_path / "pytorch_model.bin")
+    (tmp_path / "config.json").write_bytes(config_bytes())
+    for source in (tmp_path, tmp_path / "pytorch_model.bin"):
+        with open_checkpoint(source) as checkpoint:
+            assert (checkpoint.location.format, checkpoint.stacks[0].dtype) == ("bin", "BF16")
+            assert torch.equal(checkpoint.qk("self", 1)[1].flatten(0, 1), tensors[K.format(1) + ".weight"])
+            torch_digest = checkpoint.digest("self", 0)
+    (tmp_path / "pytorch_model.bin").unlink()
+    save_file(tensors, tmp_path / "model.safetensors")
+    with open_checkpoint(tmp_path) as checkpoint:
+        assert checkpoint.digest("self", 0) == torch_digest
+
+
+def test_sharded_torch_files_with_shared_storage(tmp_path):
+    tensors = llama_tensors()
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"]
+    tensors[Q.format(0) + ".weight"] = tensors[Q.format(0) + ".weight"].T.contiguous().T
+    homes = {name: f"pytorch_model-{i % 2 + 1:05d}-of-00002.bin" for i, name in enumerate(tensors)}
+    for home in set(homes.values()):
+        torch.save({name: tensors[name] for name in tensors if homes[name] == home}, tmp_path / home)
+    (tmp_path / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": homes}))
+    (tmp_path / "config.json").write_bytes(config_bytes())
+    with open_checkpoint(tmp_path) as checkpoint:
+        assert torch.equal(checkpoint.qk("self", 0)[0].flatten(0, 1), tensors[Q.format(0) + ".weight"])

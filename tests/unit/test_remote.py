@@ -1,0 +1,383 @@
+"""Reading at the hub: against a server on this machine that speaks its routes, faults included."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from checkpoint_files import config_bytes, llama_tensors, safetensors_bytes, sharded, single
+from hub_server import Fault, serving
+from huggingface_hub import constants, hf_hub_download
+
+from headgram.artifacts import Identity, Provenance
+from headgram.checkpoints import hub as hub_module
+from headgram.checkpoints import remote
+from headgram.checkpoints.checkpoint import open_checkpoint
+from headgram.errors import HeadgramError
+from headgram.lock import changes, resolve
+from headgram.manifest import Row
+from headgram.stages.extract import extract
+
+REPO = "someone/tiny"
+
+
+@pytest.fixture
+def hub(monkeypatch, tmp_path):
+    with serving() as server:
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr(constants, "ENDPOINT", server.url)
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", server.url + "/{repo_id}/resolve/{revision}/{filename}")
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+        monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "token"))
+        monkeypatch.setattr(constants, "HF_HUB_DOWNLOAD_TIMEOUT", 5)
+        monkeypatch.setenv("HF_TOKEN", "hf_secret")
+        monkeypatch.setattr(hub_module, "_LONGEST_PAUSE", 0.01)
+        yield server
+
+
+def row(**changes) -> Row:
+    return Row(**({"name": "tiny", "source": REPO, "revision": None, "overrides": {}, "line": 2} | changes))
+
+
+def assert_reads(tensors: dict[str, torch.Tensor], **options) -> None:
+    with open_checkpoint(REPO, **options) as checkpoint:
+        for layer in checkpoint.stacks[0].layers:
+            q, k = checkpoint.qk("self", layer)
+            assert torch.equal(q.flatten(0, 1), tensors[f"model.layers.{layer}.self_attn.q_proj.weight"])
+            assert torch.equal(k.flatten(0, 1), tensors[f"model.layers.{layer}.self_attn.k_proj.weight"])
+
+
+def test_reads_what_the_hub_holds_and_leaves_no_weight_in_the_cache(hub, tmp_path):
+    tensors = llama_tensors()
+    hub.add(REPO, {**sharded(tensors, 3), "config.json": config_bytes()})
+    assert_reads(tensors)
+    assert not list((tmp_path / "cache").rglob("*.safetensors"))
+
+
+def test_fetches_little_more_than_queries_and_keys(hub, monkeypatch):
+    monkeypatch.setattr(remote, "_PART_BYTES", 100_000)  # so that tensors come in parts
+    sizes = {"num_hidden_layers": 6, "num_attention_heads": 16, "num_key_value_heads": 4, "hidden_size": 768}
+    tensors = llama_tensors(**sizes)
+    files = sharded(tensors, 4)
+    hub.add(REPO, {**files, "config.json": config_bytes(**sizes)})
+    with open_checkpoint(REPO) as checkpoint:
+        stack = checkpoint.stacks[0]
+        checkpoint.prefetch("self", stack.layers)
+        for layer in stack.layers:
+            assert torch.equal(
+                checkpoint.qk("self", layer)[0].flatten(0, 1), tensors[f"model.layers.{layer}.self_attn.q_proj.weight"]
+            )
+    assert stack.qk_bytes == 6 * (768 + 192) * 768 * 2
+    assert stack.qk_bytes < hub.weight_bytes <= 1.02 * stack.qk_bytes
+    assert hub.weight_bytes < 0.2 * sum(map(len, files.values()))
+
+
+def test_the_token_stays_with_the_hub(hub):
+    hub.add(REPO, single(llama_tensors()))
+    assert_reads(llama_tensors())
+    tokens = {server: {token for where, _, token in hub.requests if where == server} for server in ("hub", "cdn")}
+    assert tokens == {"hub": {"Bearer hf_secret"}, "cdn": {None}}
+
+
+def test_revisions_resolve_to_commits(hub):
+    old, new = (llama_tensors(seed) for seed in (1, 2))
+    first = hub.add(REPO, single(old), revision="step/1000")
+    second = hub.add(REPO, single(new))
+    assert_reads(old, revision="step/1000")
+    assert_reads(new)
+    assert_reads(old, revision=first)
+    assert [resolve(row(revision=revision)).commit for revision in ("step/1000", None)] == [first, second]
+    assert (
+        resolve(row(revision="step/1000")).fingerprint != resolve(row()).fingerprint == resolve(row(revision=second)).fingerprint
+    )
+
+
+def test_locks_without_reading_weights_then_extracts(hub, tmp_path):
+    tensors = llama_tensors()
+    commit = hub.add(REPO, {**sharded(tensors, 2), "config.json": config_bytes()})
+    entry = resolve(row())
+    assert (entry.commit, entry.format) == (commit, "safetensors")
+    assert all(file.sample.startswith("hub:") for file in entry.files)
+    assert changes("tiny", entry) == []
+    hub.add(REPO, single(llama_tensors(9)))  # the branch moves on; the lock does not
+    extract_entry(entry, tmp_path / "out.pt")
+    weights = torch.load(tmp_path / "out.pt", weights_only=True)
+    w_q, w_k = weights["w_q"], weights["w_k"]
+    assert torch.equal(w_q[1].flatten(0, 1), tensors["model.layers.1.self_attn.q_proj.weight"])
+    assert torch.equal(w_k[0].flatten(0, 1), tensors["model.layers.0.self_attn.k_proj.weight"])
+
+
+def extract_entry(entry, output: Path) -> None:
+    source = {"source": entry.source, "revision": entry.commit, "overrides": entry.overrides}
+    provenance = Provenance(Identity("extract", "{}", entry.fingerprint, ""), "tiny", "self")
+    extract(output, source, entry.stacks[0].layers, entry.stacks[0].digests, "stored", provenance)
+
+
+def test_a_lock_made_at_the_hub_holds_for_a_downloaded_copy_and_the_other_way_round(hub, tmp_path):
+    commit = hub.add(REPO, single(llama_tensors()))
+    entry = resolve(row(revision=commit))
+    snapshot = tmp_path / "cache" / "models--someone--tiny" / "snapshots" / commit
+    (snapshot / "model.safetensors").write_bytes(hub.files(REPO, "main")["model.safetensors"])
+    hub.requests.clear()
+    assert changes("tiny", entry) == []
+    extract_entry(entry, tmp_path / "out.pt")
+    local = resolve(row(revision=commit))
+    assert not hub.requests
+    assert not local.stacks[0].digests[0].startswith("hub:")
+    (snapshot / "model.safetensors").unlink()
+    extract_entry(local, tmp_path / "again.pt")
+    assert hub.requests
+
+
+def test_a_downloaded_copy_of_another_size_is_noticed(hub, tmp_path):
+    commit = hub.add(REPO, single(llama_tensors()))
+    entry = resolve(row(revision=commit))
+    snapshot = tmp_path / "cache" / "models--someone--tiny" / "snapshots" / commit
+    (snapshot / "model.safetensors").write_bytes(hub.files(REPO, "main")["model.safetensors"][:-1])
+    assert "model.safetensors of someone/tiny changed" in changes("tiny", entry)[0]
+
+
+def test_a_file_that_is_not_what_was_locked_is_refused(hub, tmp_path):
+    commit = hub.add(REPO, single(llama_tensors()))
+    entry = resolve(row())
+    hub.repos[REPO][commit] = single(llama_tensors(5))
+    with pytest.raises(HeadgramError, match="changed since it was locked"):
+        extract_entry(entry, tmp_path / "out.pt")
+
+
+def test_a_server_that_ignores_ranges_is_refused(hub):
+    hub.add(REPO, single(llama_tensors()))
+    hub.fault = Fault(status=200)
+    with pytest.raises(HeadgramError, match="ignores byte ranges"):
+        open_checkpoint(REPO)
+
+
+def test_a_file_that_shrank_is_refused(hub):
+    hub.add(REPO, single(llama_tensors()))
+    hub.fault = Fault(total=1000)
+    with pytest.raises(HeadgramError, match="changed at the hub"):
+        open_checkpoint(REPO)
+
+
+def test_a_file_with_another_hash_is_refused(hub):
+    hub.add(REPO, single(llama_tensors()))
+    hub.etag = "0" * 64
+    with pytest.raises(HeadgramError, match="changed at the hub"):
+        open_checkpoint(REPO)
+
+
+def test_a_lost_connection_is_taken_up_where_it_broke(hub):
+    tensors = llama_tensors()
+    hub.add(REPO, single(tensors))
+    with open_checkpoint(REPO) as checkpoint:
+        hub.weight_bytes, hub.fault = 0, Fault(times=3, drop_after=100)
+        q, _ = checkpoint.qk("self", 0)
+        assert torch.equal(q.flatten(0, 1), tensors["model.layers.0.self_attn.q_proj.weight"])
+        k_and_q = (32 + 16) * 32 * 2
+        assert hub.weight_bytes == k_and_q  # nothing came twice
+
+
+def test_a_connection_that_stays_lost_is_given_up(hub):
+    hub.add(REPO, single(llama_tensors()))
+    hub.fault = Fault(drop_after=0)
+    with pytest.raises(HeadgramError, match="in a row"):
+        open_checkpoint(REPO)
+
+
+@pytest.mark.parametrize(
+    "target", ["/someone/tiny/resolve/main/model.safetensors", "file:///etc/passwd", "http://[", "gopher://x"]
+)
+def test_redirects_that_lead_nowhere(hub, target):
+    hub.add(REPO, single(llama_tensors()))
+    hub.fault = Fault(status=302, headers={"Location": target})
+    with pytest.raises(HeadgramError, match=r"in a row|changed at the hub"):
+        open_checkpoint(REPO)
+
+
+def test_a_limited_rate_is_waited_for(hub):
+    hub.add(REPO, single(llama_tensors()))
+    hub.listing_fault = Fault(times=1, status=429, headers={"Retry-After": "0"})
+    hub.fault = Fault(times=1, status=429, headers={"Retry-After": "0"})
+    assert_reads(llama_tensors())
+
+
+@pytest.mark.parametrize(
+    ("fault", "sentence"),
+    [
+        (
+            Fault(status=403, headers={"X-Error-Code": "GatedRepo"}),
+            r"is gated: accept its licence at .*someone/tiny.*hf auth login",
+        ),
+        (Fault(status=401), r"refuses|no model '.*hf auth login"),
+        (Fault(status=403), "hf auth login"),
+        (Fault(status=404), "the hub answers 404"),
+        (Fault(status=416), "shorter than the hub's listing says"),
+    ],
+)
+def test_refusals_say_what_to_do(hub, fault, sentence):
+    hub.add(REPO, single(llama_tensors()))
+    hub.listing_fault = fault
+    with pytest.raises(HeadgramError, match=sentence):
+        open_checkpoint(REPO)
+    hub.listing_fault, hub.fault = None, fault
+    with pytest.raises(HeadgramError, match=sentence):
+        open_checkpoint(REPO)
+
+
+def test_unknown_repositories_and_revisions(hub):
+    hub.add(REPO, single(llama_tensors()))
+    with pytest.raises(HeadgramError, match="no model 'someone/else'"):
+        open_checkpoint("someone/else")
+    with pytest.raises(HeadgramError, match="no revision 'step9'"):
+        open_checkpoint(REPO, "step9")
+
+
+@pytest.mark.parametrize(
+    "listing",
+    [
+        b"", b"<html>", b"[]", b"[" * 100_000, b"{}", b'{"sha": "abc", "siblings": 3}', b'{"sha": "abc", "siblings": [{}]}',
+        b'{"sha": "abc", "siblings": [{"rfilename": "model.safetensors"}]}',
+        b'{"sha": "abc", "siblings": [{"rfilename": "model.safetensors", "size": -1, "blobId": "a"}]}',
+        b'{"sha": "abc", "siblings": [{"rfilename": "model.safetensors", "size": 10}]}',
+        b'{"siblings": [{"rfilename": "model.safetensors", "size": 10, "blobId": "a"}]}',
+    ],
+)  # fmt: skip
+def test_listings_that_make_no_sense(hub, listing):
+    hub.listing = listing
+    with pytest.raises(HeadgramError, match=r"does not understand|holds no \.safetensors|names no commit"):
+        open_checkpoint(REPO)
+
+
+def test_offline_mode_asks_nobody(hub, monkeypatch):
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(HeadgramError, match=r"HF_HUB_OFFLINE.*hf download"):
+        open_checkpoint(REPO)
+    assert not hub.requests
+
+
+def test_an_unreachable_hub_is_named(monkeypatch, tmp_path):
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    with pytest.raises(HeadgramError, match=r"neither a path nor in the local .* cannot be reached at http://127"):
+        open_checkpoint(REPO)
+
+
+@pytest.mark.parametrize(
+    ("files", "sentence"),
+    [
+        ({"pytorch_model.bin": b"x"}, "only safetensors can be read at the hub"),
+        ({"model.gguf": b"x"}, "only safetensors can be read at the hub"),
+        ({"README.md": b"x"}, "holds no .safetensors"),
+        ({"model.safetensors": (200_000_000).to_bytes(8, "little") + bytes(100)}, "header claims 200000000 bytes"),
+        ({"model.safetensors": b"abc"}, "not a safetensors file"),
+        ({"model.safetensors": b""}, "not a safetensors file"),
+        ({"model.safetensors": safetensors_bytes(b"[]")}, "no JSON object"),
+        ({"model.safetensors.index.json": b'{"weight_map": {"a": "../../x.safetensors"}}'}, "leads out of"),
+        ({"model.safetensors.index.json": b'{"weight_map": {"a": "absent.safetensors"}}'}, "lacks the file"),
+        ({"model.safetensors.index.json": b'{"weight_map": {"a": "/etc/passwd"}}'}, "leads out of"),
+        ({"model.safetensors.index.json": b"[" * 100_000}, "not valid JSON"),
+    ],
+)
+def test_what_cannot_be_read_at_the_hub(hub, files, sentence):
+    hub.add(REPO, {"config.json": config_bytes(), **files})
+    with pytest.raises(HeadgramError, match=sentence):
+        open_checkpoint(REPO)
+
+
+def test_a_long_header_takes_a_second_request(hub):
+    tensors = llama_tensors() | {f"other.{i:05d}.weight": torch.zeros(1) for i in range(500)}
+    hub.add(REPO, single(tensors))
+    assert_reads(tensors)
+
+
+def test_a_partial_copy_in_the_cache_is_completed_at_the_hub(hub):
+    commit = hub.add(REPO, single(llama_tensors()))
+    hf_hub_download(REPO, "config.json")
+    assert_reads(llama_tensors())
+    assert_reads(llama_tensors(), revision=commit)
+
+
+def test_inspect_prints_a_model_at_the_hub(hub, tmp_path):
+    commit = hub.add(REPO, single(llama_tensors()))
+    environment = {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path), "PYTHONPATH": ":".join(sys.path), "PATH": ""}
+    command = [sys.executable, "-m", "headgram", "inspect", REPO]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, cwd=tmp_path, check=False)
+    assert done.returncode == 0, done.stderr
+    assert commit in done.stdout.replace("\n", "")
+    assert not done.stderr
+
+
+def test_spans_join_neighbours_with_little_between():
+    file = hub_module.HubFile(REPO, "a", "c", 10_000, "e")
+    place = lambda start, stop: (file, remote.TensorPlace("BF16", ((stop - start) // 2,), start, stop))  # noqa: E731
+    spans = remote.plan_spans({"q": place(2010, 3010), "k": place(1000, 2000), "far": place(5000, 5002)})
+    assert [(span.start, span.stop, span.names) for span in spans] == [(1000, 3010, ("k", "q")), (5000, 5002, ("far",))]
+
+
+def test_quantised_weights_at_the_hub(hub):
+    """All parts are fetched together; AWQ's order of columns is tested elsewhere."""
+    tensors = llama_tensors(hidden_size=256)
+    for name in [name for name in tensors if "q_proj" in name or "k_proj" in name]:
+        outputs, inputs = tensors.pop(name).shape
+        stem = name.removesuffix("weight")
+        tensors[stem + "qweight"] = torch.randint(2**31, (inputs, outputs // 8), dtype=torch.int32)
+        tensors[stem + "qzeros"] = torch.zeros(2, outputs // 8, dtype=torch.int32)
+        tensors[stem + "scales"] = torch.ones(2, outputs, dtype=torch.float16)
+    files = single(tensors, hidden_size=256, quantization_config={"quant_method": "awq", "bits": 4})
+    hub.add(REPO, files)
+    with open_checkpoint(REPO) as checkpoint:
+        before, requests = hub.weight_bytes, len(hub.requests)
+        checkpoint.prefetch("self", (0, 1))
+        assert hub.weight_bytes - before <= 1.02 * checkpoint.stacks[0].qk_bytes
+        fetched = len(hub.requests)
+        q, k = checkpoint.qk("self", 1)
+        assert (q.shape, k.shape) == ((4, 64, 256), (2, 64, 256))
+        assert len(hub.requests) == fetched > requests
+
+
+def test_small_parts_are_fetched_once(hub):
+    """The shape of a packed weight is itself a tensor, asked for when the checkpoint is opened and again when it is read."""
+    tensors = llama_tensors(hidden_size=512)
+    scheme = {"targets": ["Linear"], "weights": {"num_bits": 4, "strategy": "channel"}, "format": "pack-quantized"}
+    for name in [name for name in tensors if "q_proj" in name or "k_proj" in name]:
+        outputs, inputs = tensors.pop(name).shape
+        tensors[name + "_packed"] = torch.zeros(outputs, inputs // 8, dtype=torch.int32)
+        tensors[name + "_scale"] = torch.ones(outputs, 1)
+        tensors[name + "_shape"] = torch.tensor([outputs, inputs])
+    settings = {"quant_method": "compressed-tensors", "config_groups": {"group_0": scheme}, "format": "pack-quantized"}
+    hub.add(REPO, single(tensors, hidden_size=512, quantization_config=settings))
+    with open_checkpoint(REPO) as checkpoint:
+        checkpoint.prefetch("self", (0, 1))
+        requests = len(hub.requests)
+        q, _ = checkpoint.qk("self", 1)
+        assert q.unique().tolist() == [-8.0]
+        assert len(hub.requests) == requests
+
+
+def test_many_revisions_leave_only_their_configurations_on_the_disk(hub, tmp_path):
+    for step in range(8):
+        hub.add(REPO, single(llama_tensors(step)), revision=f"step{step}")
+        assert_reads(llama_tensors(step), revision=f"step{step}")
+    stored = [path for path in (tmp_path / "cache").rglob("*") if path.is_file() and not path.is_symlink()]
+    assert sum(path.stat().st_size for path in stored) < 10_000
+
+
+def test_opening_a_checkpoint_imports_no_transformers(hub, tmp_path):
+    hub.add(REPO, single(llama_tensors(), quantization_config={"quant_method": "compressed-tensors"}))
+    code = f"import sys, headgram.checkpoints.checkpoint as c; c.open_checkpoint({REPO!r}); print('transformers' in sys.modules)"
+    environment = {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path), "PYTHONPATH": ":".join(sys.path), "PATH": ""}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=60, check=True)
+    assert done.stdout.strip() == "False"
+
+
+def test_reading_the_plan_imports_nothing_heavy():
+    code = (
+        "import sys, headgram.checkpoints.sources, headgram.lock, headgram.plan;"
+        "print([name for name in ('torch', 'transformers', 'huggingface_hub') if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
+    assert done.stdout.strip() == "[]"
