@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from headgram.config import Config, load_config
@@ -47,6 +47,7 @@ def stack_plan(config=None, **shape):
     return make_plan({"m": entry(**shape)}, config or Config(), SCRIPTS).models["m"].stacks["self"]
 
 
+@settings(max_examples=30)
 @given(
     st.integers(1, 200),
     st.sampled_from([(9, 3, 64, 576), (64, 8, 128, 8192), (128, 8, 128, 16384), (1, 1, 1, 1)]),

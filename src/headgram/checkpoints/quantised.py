@@ -22,8 +22,8 @@ from headgram.errors import HeadgramError
 
 Config = Mapping[str, Any]
 Parts = dict[str, Tensor]
-#: Methods that leave queries and keys as they are.
-_PLAIN_ATTENTION = ("mxfp4",)
+#: Methods that leave queries and keys as they are; transformers saves what it read from GGUF dequantised, and calls it so.
+_PLAIN_ATTENTION = ("mxfp4", "gguf")
 _LARGEST_QUANT_STATE = 2**16
 _MOST_VALUES_PER_BYTE = 8
 
