@@ -40,7 +40,7 @@ def test_sharded_single_file_and_bert_agree(tmp_path):
 
 
 def test_only_q_and_k_are_read(tmp_path, monkeypatch):
-    import headgram.checkpoints.stores as stores
+    import headgram.checkpoints.safetensors_store as stores
 
     read = []
     original = stores.SafetensorsStore.read

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from headgram.checkpoints.sources import LARGEST_JSON
-from headgram.checkpoints.stores import DTYPES, bytes_of, float_dtype
+from headgram.checkpoints.stores import DTYPES, TensorStore, bytes_of, float_dtype
 from headgram.errors import HeadgramError
 
 #: As which torch and zipfile report a file that they cannot read.
@@ -24,8 +24,8 @@ _DAMAGE = (
 _WORDS = {dtype: word for word, dtype in DTYPES.items()}
 
 
-class BinStore:
-    """One or several `.bin` files, mapped into memory; a `TensorStore`."""
+class BinStore(TensorStore):
+    """One or several `.bin` files, mapped into memory."""
 
     def __init__(self, paths: Iterable[Path]) -> None:
         self._tensors: dict[str, Tensor] = {}
@@ -44,12 +44,6 @@ class BinStore:
 
     def nbytes(self, name: str) -> int:
         return self._tensors[name].nbytes
-
-    def prefetch(self, names: Iterable[str]) -> None:
-        pass
-
-    def pin(self, names: Iterable[str]) -> str | None:
-        return None
 
     def raw(self, name: str) -> memoryview:
         return bytes_of(self._tensors[name])

@@ -16,8 +16,9 @@ from headgram.architectures.layouts import LAYOUTS, Dimensions, check_shapes, un
 from headgram.architectures.registry import Family, StackRule, family_of, family_of_gguf
 from headgram.checkpoints.dimensions import find_layers, find_rules
 from headgram.checkpoints.gguf_store import GgufStore
-from headgram.checkpoints.sources import HUB_DIGEST, Location, locate
-from headgram.checkpoints.stores import TensorStore, open_store
+from headgram.checkpoints.opening import locate, open_store
+from headgram.checkpoints.sources import HUB_DIGEST, Location
+from headgram.checkpoints.stores import TensorStore
 from headgram.errors import HeadgramError
 
 if TYPE_CHECKING:

@@ -10,13 +10,14 @@ import torch
 from torch import Tensor
 
 from headgram.checkpoints.gguf_check import check_header
+from headgram.checkpoints.stores import TensorStore
 from headgram.errors import HeadgramError
 
 #: As which the gguf library reports a file that it cannot read.
 _DAMAGE = (ValueError, IndexError, KeyError, TypeError, OSError, ArithmeticError)
 
 
-class GgufStore:
+class GgufStore(TensorStore):
     """One GGUF file, or the parts of a split one. Also holds the metadata, which names the architecture."""
 
     def __init__(self, paths: Iterable[Path]) -> None:
@@ -46,12 +47,6 @@ class GgufStore:
 
     def nbytes(self, name: str) -> int:
         return int(self._tensors[name].n_bytes)
-
-    def prefetch(self, names: Iterable[str]) -> None:
-        pass
-
-    def pin(self, names: Iterable[str]) -> str | None:
-        return None
 
     def raw(self, name: str) -> memoryview:
         return memoryview(self._tensors[name].data.view("uint8").reshape(-1))

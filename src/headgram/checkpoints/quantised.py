@@ -50,7 +50,7 @@ class Scheme:
     decode: Callable[[Parts, Config, str], Tensor]
 
 
-class QuantisedStore:
+class QuantisedStore(TensorStore):
     """A `TensorStore` over another one, with weights in place of what they are quantised to."""
 
     def __init__(self, store: TensorStore, method: str, settings: Config) -> None:

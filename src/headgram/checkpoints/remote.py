@@ -17,7 +17,7 @@ from torch import Tensor
 from headgram.checkpoints.hub import HubFile, RemoteLocation, fetch_into
 from headgram.checkpoints.safetensors_header import PREFIX, TensorPlace, header_length, parse_header
 from headgram.checkpoints.sources import HUB_DIGEST
-from headgram.checkpoints.stores import DTYPES, float_dtype
+from headgram.checkpoints.stores import DTYPES, TensorStore, float_dtype
 from headgram.errors import HeadgramError
 
 _A = TypeVar("_A")
@@ -43,8 +43,8 @@ class Span:
     names: tuple[str, ...]
 
 
-class RemoteSafetensorsStore:
-    """The safetensors files of a repository at a commit; a `TensorStore`.
+class RemoteSafetensorsStore(TensorStore):
+    """The safetensors files of a repository at a commit.
 
     Opening it reads the headers. `prefetch` fetches many tensors in parallel; a large one stays in memory until it is read.
     """

@@ -14,12 +14,9 @@ import re
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from headgram.errors import HeadgramError
-
-if TYPE_CHECKING:
-    from headgram.checkpoints.hub import RemoteLocation
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _PACKAGE = re.compile(r"package:([A-Za-z_]\w*)/(.+)")
@@ -91,24 +88,6 @@ class Location:
         if not (self.folder / "config.json").exists():
             return None
         return read_json(self.path("config.json"))
-
-
-def locate(source: str, revision: str | None = None) -> Location | RemoteLocation:
-    """Find a source on this machine or, if it is a hub id that the local cache does not hold whole, at the hub.
-
-    Raises
-    ------
-    HeadgramError
-        If there is nothing there, or nothing that headgram reads.
-    """
-    try:
-        return locate_here(source, revision)
-    except HeadgramError:
-        if not is_hub_id(source):
-            raise
-        from headgram.checkpoints.hub import locate_at_hub
-
-        return locate_at_hub(source, revision)
 
 
 def is_hub_id(source: str) -> bool:

@@ -2,20 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable
-from contextlib import ExitStack
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, Self
+from typing import Any, Protocol, Self
 
 import torch
 from torch import Tensor
 
-from headgram.checkpoints.sources import Location
 from headgram.errors import HeadgramError
-
-if TYPE_CHECKING:
-    from headgram.checkpoints.hub import RemoteLocation
 
 #: The types of safetensors that torch has, in that format's words.
 DTYPES = {
@@ -52,9 +45,11 @@ class TensorStore(Protocol):
 
     def prefetch(self, names: Iterable[str]) -> None:
         """Prepare to read these tensors soon; does something only where that is quicker than one by one."""
+        return None
 
     def pin(self, names: Iterable[str]) -> str | None:
         """A digest that stands for the bytes of these tensors without reading them; None where only the bytes can tell."""
+        return None
 
     def raw(self, name: str) -> memoryview:
         """The stored bytes."""
@@ -68,57 +63,6 @@ class TensorStore(Protocol):
     def __enter__(self) -> Self: ...
 
     def __exit__(self, *exc: object) -> None: ...
-
-
-class SafetensorsStore:
-    """One or several safetensors files."""
-
-    def __init__(self, paths: Iterable[Path]) -> None:
-        from safetensors import SafetensorError, safe_open
-
-        self._stack = ExitStack()
-        self._home: dict[str, Any] = {}
-        for path in paths:
-            try:
-                file = self._stack.enter_context(safe_open(path, framework="pt"))
-            except (SafetensorError, OSError) as error:
-                raise HeadgramError(f"{path} is not a whole safetensors file ({error}): fetch it again") from None
-            self._home.update(dict.fromkeys(file.keys(), file))
-
-    def __contains__(self, name: str) -> bool:
-        return name in self._home
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        return tuple(self._home[name].get_slice(name).get_shape())
-
-    def dtype(self, name: str) -> str:
-        return float_dtype(name, str(self._home[name].get_slice(name).get_dtype()))
-
-    def nbytes(self, name: str) -> int:
-        return math.prod(self.shape(name)) * _known(name, str(self._home[name].get_slice(name).get_dtype())).itemsize
-
-    def prefetch(self, names: Iterable[str]) -> None:
-        pass
-
-    def pin(self, names: Iterable[str]) -> str | None:
-        return None
-
-    def raw(self, name: str) -> memoryview:
-        return bytes_of(self.part(name))
-
-    def read(self, name: str) -> Tensor:
-        self.dtype(name)
-        return self.part(name)
-
-    def part(self, name: str) -> Tensor:
-        tensor: Tensor = self._home[name].get_tensor(name)
-        return tensor
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        self._stack.close()
 
 
 def float_dtype(name: str, stored: str) -> str:
@@ -140,29 +84,14 @@ def bytes_of(tensor: Tensor) -> memoryview:
     return memoryview(array)
 
 
-def _known(name: str, stored: str) -> torch.dtype:
-    if stored not in DTYPES:
-        raise HeadgramError(f"tensor {name} is stored as {stored}, a type that headgram does not know")
-    return DTYPES[stored]
-
-
-def open_store(location: Location | RemoteLocation) -> TensorStore:
-    """The store of a located source, by its format and whether it is here or at the hub; quantised weights are read as weights.
+def known_dtype(name: str, stored: str) -> torch.dtype:
+    """The type of any tensor.
 
     Raises
     ------
     HeadgramError
-        If a file is not what its format asks for, or the weights are quantised in an unknown way.
+        If torch has no such type.
     """
-    from headgram.checkpoints.bin_store import BinStore
-    from headgram.checkpoints.gguf_store import GgufStore
-    from headgram.checkpoints.quantised import with_plain_weights
-
-    if not isinstance(location, Location):
-        from headgram.checkpoints.remote import RemoteSafetensorsStore
-
-        return with_plain_weights(RemoteSafetensorsStore(location), location.config())
-    paths = [location.path(name) for name in location.weights]
-    if location.format == "gguf":
-        return GgufStore(paths)
-    return with_plain_weights(SafetensorsStore(paths) if location.format == "safetensors" else BinStore(paths), location.config())
+    if stored not in DTYPES:
+        raise HeadgramError(f"tensor {name} is stored as {stored}, a type that headgram does not know")
+    return DTYPES[stored]

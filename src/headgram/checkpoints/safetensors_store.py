@@ -1,0 +1,59 @@
+"""Safetensors files on this machine."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any, Self
+
+from torch import Tensor
+
+from headgram.checkpoints.stores import TensorStore, bytes_of, float_dtype, known_dtype
+from headgram.errors import HeadgramError
+
+
+class SafetensorsStore(TensorStore):
+    """One or several safetensors files, mapped into memory."""
+
+    def __init__(self, paths: Iterable[Path]) -> None:
+        from safetensors import SafetensorError, safe_open
+
+        self._stack = ExitStack()
+        self._home: dict[str, Any] = {}
+        for path in paths:
+            try:
+                file = self._stack.enter_context(safe_open(path, framework="pt"))
+            except (SafetensorError, OSError) as error:
+                raise HeadgramError(f"{path} is not a whole safetensors file ({error}): fetch it again") from None
+            self._home.update(dict.fromkeys(file.keys(), file))
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._home
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return tuple(self._home[name].get_slice(name).get_shape())
+
+    def dtype(self, name: str) -> str:
+        return float_dtype(name, str(self._home[name].get_slice(name).get_dtype()))
+
+    def nbytes(self, name: str) -> int:
+        return math.prod(self.shape(name)) * known_dtype(name, str(self._home[name].get_slice(name).get_dtype())).itemsize
+
+    def raw(self, name: str) -> memoryview:
+        return bytes_of(self.part(name))
+
+    def read(self, name: str) -> Tensor:
+        self.dtype(name)
+        return self.part(name)
+
+    def part(self, name: str) -> Tensor:
+        tensor: Tensor = self._home[name].get_tensor(name)
+        return tensor
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._stack.close()
