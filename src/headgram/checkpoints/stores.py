@@ -45,7 +45,7 @@ class TensorStore(Protocol):
 
     def prefetch(self, names: Iterable[str]) -> None:
         """Prepare to read these tensors soon; does something only where that is quicker than one by one."""
-        return None
+        return
 
     def pin(self, names: Iterable[str]) -> str | None:
         """A digest that stands for the bytes of these tensors without reading them; None where only the bytes can tell."""
