@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 CORES ?= $(shell nproc 2>/dev/null || sysctl -n hw.ncpu)
 
-.PHONY: help run test test-fast test-gpu lint format picture config-docs lock-requirements clean
+.PHONY: help run test test-fast lint format picture config-docs lock-requirements clean
 
 help: ## What each command does
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-18s %s\n", $$1, $$2}'
@@ -20,9 +20,6 @@ test: $(VENV)/installed-dev lint ## Every check: lint, then unit tests, then rea
 
 test-fast: $(VENV)/installed-dev ## Unit tests only
 	$(BIN)/python -m pytest tests/unit
-
-test-gpu: $(VENV)/installed-dev ## Tests that need a CUDA device
-	$(BIN)/python -m pytest -m gpu
 
 lint: $(VENV)/installed-dev ## Style, types, imports and the workflow's own linter
 	$(BIN)/ruff check .

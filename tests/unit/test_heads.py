@@ -154,3 +154,9 @@ def test_heads_do_not_depend_on_their_batch(monkeypatch):
 def test_bad_weights_are_refused(q, k, topk, words):
     with pytest.raises(headgram.HeadgramError, match=words):
         inspect.unwrap(headgram.spectrum)(q, k, topk)  # as users run it: without the tests' own check of shapes
+
+
+def test_parameters_of_a_model_carry_no_graph_into_the_result():
+    q, k = (torch.nn.Parameter(torch.randn(2, 3, 8)) for _ in range(2))
+    assert not headgram.spectrum(q, k).singular_values.requires_grad
+    assert not headgram.gram(q[None], k[None], q[None], k[None]).requires_grad

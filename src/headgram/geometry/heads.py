@@ -79,6 +79,7 @@ class Spectrum:
     residual: Float[Tensor, " heads"]
 
 
+@torch.no_grad()
 def spectrum(w_q: Float[Tensor, "heads rank hidden"], w_k: Float[Tensor, "kv_heads rank hidden"], topk: int = 8) -> Spectrum:
     """Measure every head of one layer.
 

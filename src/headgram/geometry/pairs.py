@@ -19,6 +19,7 @@ from headgram.geometry.grouping import key_head
 BLOCK_BYTES = 128 * 2**20
 
 
+@torch.no_grad()
 def gram(
     w_q_a: Float[Tensor, "layers_a heads rank hidden"],
     w_k_a: Float[Tensor, "layers_a kv_heads rank hidden"],
