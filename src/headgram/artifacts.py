@@ -158,7 +158,13 @@ def seal(record: Path, provenance: Provenance, data: Sequence[Path]) -> None:
         "machine": platform.platform(),
         "files": files,
     }
-    write_text(record, json.dumps(content, indent=1, sort_keys=True, ensure_ascii=False) + "\n")
+    write_text(record, _sealed_text(content))
+
+
+def _sealed_text(content: Mapping[str, Any]) -> str:
+    """A record's text, with a digest of itself."""
+    sealed = {**content, "record": digest(canonical(content))}
+    return json.dumps(sealed, indent=1, sort_keys=True, ensure_ascii=False) + "\n"
 
 
 def _version(package: str) -> str | None:
@@ -171,11 +177,35 @@ def _version(package: str) -> str | None:
 def is_fresh(record: Path, key: str) -> bool:
     """Whether an artifact is there, whole in size, and the one that the plan asks for. Never raises; reads no data."""
     try:
-        content = json.loads(record.read_bytes())
+        content = read_record(record)
         sizes = {name: entry["bytes"] for name, entry in content["files"].items()}
         return content["key"] == key and all((record.parent / name).stat().st_size == size for name, size in sizes.items())
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (HeadgramError, OSError):
         return False
+
+
+def read_record(record: Path) -> dict[str, Any]:
+    """A provenance record, as it was written.
+
+    Raises
+    ------
+    HeadgramError
+        If it is damaged, or of another schema.
+    """
+    try:
+        text = record.read_text(encoding="utf-8")
+        content = json.loads(text)
+        del content["record"]
+        whole = text == _sealed_text(content) and content["schema"] == SCHEMA
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise HeadgramError(f"The provenance record {record} cannot be read ({error}): {_again(record)}.") from None
+    if not whole:
+        raise HeadgramError(f"The provenance record {record} is not what was written: {_again(record)}.")
+    return dict(content)
+
+
+def _again(record: Path) -> str:
+    return f"delete {record} and run again"
 
 
 def check(record: Path, key: str) -> dict[str, Any]:
@@ -191,23 +221,20 @@ def check(record: Path, key: str) -> dict[str, Any]:
     HeadgramError
         Names the file that does not fit, and what to do.
     """
-    again = f"delete {record} and run again"
-    try:
-        content = json.loads(record.read_bytes())
-        found, files = content["key"], content["files"].items()
-        expected = [(record.parent / name, entry["blake2b"]) for name, entry in files]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise HeadgramError(f"The provenance record {record} cannot be read ({error}): {again}.") from None
-    if found != key:
-        raise HeadgramError(f"{record} belongs to another configuration, checkpoint or version than this run's: {again}.")
-    for path, blake2b in expected:
+    content = read_record(record)
+    if content["key"] != key:
+        raise HeadgramError(
+            f"{record} belongs to another configuration, checkpoint or version than this run's: {_again(record)}."
+        )
+    for name, entry in content["files"].items():
+        path = record.parent / name
         try:
-            damaged = checksum(path) != blake2b
+            damaged = checksum(path) != entry["blake2b"]
         except OSError as error:
-            raise HeadgramError(f"{path} cannot be read ({error.strerror}): {again}.") from None
+            raise HeadgramError(f"{path} cannot be read ({error.strerror}): {_again(record)}.") from None
         if damaged:
-            raise HeadgramError(f"{path} is not what was written: its checksum differs; {again}.")
-    return dict(content)
+            raise HeadgramError(f"{path} is not what was written: its checksum differs; {_again(record)}.")
+    return content
 
 
 def checksum(path: Path) -> str:

@@ -89,6 +89,19 @@ def spans(layers: tuple[int, ...]) -> str:
 
 
 @app.command()
+def verify(results: Annotated[Path, typer.Argument(help="The results folder.")] = Path("results")) -> None:
+    """Re-check every artifact: bytes, schemas and identities; name what is wrong."""
+    from headgram.verify import verify as find_problems
+
+    files, problems = find_problems(results)
+    for problem in problems:
+        print(f"headgram: {problem}", file=sys.stderr)
+    if problems:
+        raise HeadgramError(f"{results}: {len(problems)} thing{'s are' if len(problems) > 1 else ' is'} wrong")
+    print(f"{results}: {files} files, all as they were written")
+
+
+@app.command()
 def measure(
     model: Annotated[str, typer.Option(help="A hub id, folder, .safetensors, .gguf or .bin file, or package:NAME/PATH.")],
     out: Annotated[Path, typer.Option(help="The JSON to write; the directions go to NAME-eigdirs.pt beside it.")],

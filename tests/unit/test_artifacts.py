@@ -74,6 +74,16 @@ def test_a_damaged_record_is_neither_fresh_nor_read(tmp_path, text):
         check(record_of(path), IDENTITY.key)
 
 
+def test_a_flipped_byte_of_a_record_is_found(tmp_path):
+    record = record_of(sealed(tmp_path))
+    data = record.read_bytes()
+    for position in range(0, len(data), 7):
+        record.write_bytes(data[:position] + bytes([data[position] ^ 1]) + data[position + 1 :])
+        assert not is_fresh(record, IDENTITY.key)
+        with pytest.raises(HeadgramError, match="delete"):
+            check(record, IDENTITY.key)
+
+
 def test_another_key_or_a_lost_file_is_refused(tmp_path):
     path = sealed(tmp_path)
     assert not is_fresh(record_of(path), "another")
