@@ -13,27 +13,26 @@ from __future__ import annotations
 
 import inspect
 import math
-import re
 import tempfile
 import tomllib
 import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass, field, fields, replace
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, fields, replace
 from functools import cache
 from importlib.resources import files
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
 from headgram.architectures.registry import Family, adopting, families, family_of
 from headgram.checkpoints.checkpoint import Checkpoint, Stack, open_checkpoint
 from headgram.errors import HeadgramError
+from headgram.probe import Call, neutralise, scores_of
 
 #: The columns of a table of proofs, and what `Proof.cells` holds.
 COLUMNS = ("model type", "family", "layout", "stacks", "heads/key heads×rank", "residual", "ok")
@@ -44,8 +43,6 @@ _TOKENS = 7
 _LARGEST_MODEL = 20_000_000
 _SEED = 0
 
-_PRODUCTS = (torch.matmul, torch.bmm, torch.baddbmm, Tensor.matmul, Tensor.__matmul__, Tensor.bmm, Tensor.baddbmm)
-_KEY_INPUTS = ("key_value_states", "encoder_hidden_states")
 _HEADS_ON_TOP = (
     "MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING",
     "MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING",
@@ -91,23 +88,6 @@ class Proof:
         """The proof as a row of a table with the columns `COLUMNS`."""
         lists = (", ".join(values) for values in (self.layouts, self.stacks, self.shapes))
         return (self.model_type, self.family, *lists, f"{self.residual:.0e}", "yes" if self.ok else "no")
-
-
-@dataclass(frozen=True)
-class Call:
-    """One product of queries and keys, `(H, t, r)` and `(H, s, r)`, and the inputs `(t, d)` and `(s, d)` that they come from."""
-
-    module: str
-    query: Float[Tensor, "heads t rank"]
-    key: Float[Tensor, "heads s rank"]
-    x: Float[Tensor, "t hidden"]
-    y: Float[Tensor, "s hidden"]
-
-    @property
-    def layer(self) -> int | None:
-        """The first number in the module's path."""
-        number = re.search(r"\.(\d+)(\.|$)", self.module)
-        return int(number[1]) if number else None
 
 
 def known_types() -> list[str]:
@@ -269,8 +249,8 @@ def _residual(model: nn.Module, checkpoint: Checkpoint, entry: Mapping[str, Any]
     """
     model.double()
     inputs = _inputs(model, entry)
-    _neutralise(model, {call.module for call in _run(model, inputs)})
-    calls = [call for call in _run(model, inputs) if call.layer not in entry.get("left_out", [])]
+    neutralise(model, {call.module for call in scores_of(model, inputs)})
+    calls = [call for call in scores_of(model, inputs) if call.layer not in entry.get("left_out", [])]
     claimed: set[str] = set()
     worst = 0.0
     for stack in checkpoint.stacks:
@@ -327,102 +307,3 @@ def _inputs(model: Any, entry: Mapping[str, Any]) -> dict[str, Tensor]:
     if config.is_encoder_decoder:
         inputs["decoder_input_ids"] = torch.randperm(90, generator=generator)[None, :_TOKENS] + 5
     return {name: value for name, value in inputs.items() if name in accepted}
-
-
-def _run(model: nn.Module, inputs: Mapping[str, Tensor]) -> list[Call]:
-    with torch.no_grad(), _Watch(model) as watch:
-        model(**inputs)
-    return watch.calls
-
-
-def _neutralise(model: nn.Module, attention: set[str]) -> None:
-    """Take out of the model's attention modules what `g` leaves out: biases, and norms of queries and keys."""
-    for path in attention:
-        module = model.get_submodule(path)
-        for name, weight in module.named_parameters():
-            if "bias" in name:
-                weight.data.zero_()
-        for name, norm in module.named_modules():
-            if "norm" in type(norm).__name__.lower() and not list(norm.children()):
-                norm.forward = _gain(norm.weight) if name.endswith("_a_layernorm") else _same
-
-
-def _same(x: Tensor, *_: Any, **__: Any) -> Tensor:
-    return x
-
-
-def _gain(weight: Any) -> Any:
-    return lambda x: x * weight
-
-
-@dataclass
-class _Running:
-    """A module whose `forward` is under way, with what its queries and its keys are made of."""
-
-    module: str
-    x: Tensor | None
-    y: Tensor | None
-    caught: bool = field(default=False)
-
-
-class _Watch(TorchFunctionMode):
-    """Catches, in every module of a model that runs, its first product of shape (tokens, tokens)."""
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.calls: list[Call] = []
-        self._model = model
-        self._running: list[_Running] = []
-        self._hooks = ExitStack()
-
-    def __enter__(self) -> Self:
-        for path, module in self._model.named_modules():
-            for hook in (
-                module.register_forward_pre_hook(self._enters(path), with_kwargs=True),
-                module.register_forward_hook(lambda *_: self._running.pop() and None),
-            ):
-                self._hooks.callback(hook.remove)
-        super().__enter__()  # type: ignore[no-untyped-call]
-        return self
-
-    def __exit__(self, *exc: Any) -> None:
-        super().__exit__(*exc)  # type: ignore[no-untyped-call]
-        self._hooks.close()
-
-    def _enters(self, path: str) -> Any:
-        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            given = inspect.signature(type(module).forward).bind_partial(module, *args, **kwargs).arguments
-            given = {**given, **given.get("kwargs", {})}
-            x = given.get("hidden_states", args[0] if args else None)
-            y = next((given[name] for name in _KEY_INPUTS if isinstance(given.get(name), Tensor)), x)
-            self._running.append(_Running(path, x if isinstance(x, Tensor) else None, y if isinstance(y, Tensor) else None))
-
-        return hook
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        if func in _PRODUCTS and self._running:
-            query, key = (kwargs["batch1"], kwargs["batch2"]) if kwargs and "batch1" in kwargs else args[-2:]
-            self._product(self._running[-1], query, key, result)
-        return result
-
-    def _product(self, running: _Running, query: Tensor, key: Tensor, scores: Tensor) -> None:
-        x, y = running.x, running.y
-        if running.caught or x is None or y is None or x.dim() < 2 or tuple(scores.shape[-2:]) != (x.shape[-2], y.shape[-2]):
-            return
-        running.caught = True
-        heads = scores.reshape(-1, *scores.shape[-2:]).shape[0]
-
-        def per_head(tensor: Tensor) -> Tensor:
-            flat = tensor.reshape(-1, *tensor.shape[-2:]).double()
-            return flat.repeat_interleave(heads // len(flat), 0)
-
-        self.calls.append(
-            Call(
-                running.module,
-                per_head(query),
-                per_head(key).transpose(1, 2),
-                x.double().reshape(-1, x.shape[-1]),
-                y.double().reshape(-1, y.shape[-1]),
-            )
-        )

@@ -70,17 +70,7 @@ def _load(path: Path) -> dict[str, Tensor]:
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except pickle.UnpicklingError:
         raise HeadgramError(f"{path} is a pickle that holds more than tensors, which headgram does not run: {convert}") from None
-    except (
-        RuntimeError,
-        OSError,
-        EOFError,
-        ValueError,
-        TypeError,
-        KeyError,
-        IndexError,
-        AttributeError,
-        RecursionError,
-    ) as error:
+    except _DAMAGE as error:
         reason = next(iter(str(error).splitlines()), repr(error))
         raise HeadgramError(f"{path} is not a whole torch file ({reason}): fetch it again") from None
     if not isinstance(content, Mapping):
