@@ -34,8 +34,9 @@ def lock(
     upgrade: Annotated[Optional[list[str]], typer.Option(help="Resolve this model anew; may be repeated.")] = None,  # noqa: UP045
 ) -> None:
     """Resolve the rows of the manifest that the lock lacks, and pin them."""
-    from headgram.lock import lock_path, missing_rows, read_lock, resolve_all, write_lock
+    from headgram.lock import lock_path, missing_rows, read_lock, write_lock
     from headgram.manifest import read_manifest
+    from headgram.resolve import resolve_all
 
     table = read_manifest(manifest)
     names = [row.name for row in table.rows]
@@ -60,9 +61,10 @@ def inspect(
     from rich.console import Console
     from rich.table import Table
 
-    from headgram.checkpoints.checkpoint import open_checkpoint
+    from headgram.derive import open_or_derive
 
-    with open_checkpoint(source, revision) as checkpoint:
+    checkpoint, derived = open_or_derive(source, revision)
+    with checkpoint:
         location = checkpoint.location
         table = Table("stack", "layers", "heads", "key heads", "rank", "width", "stored as", "q/k bytes")
         for stack in checkpoint.stacks:
@@ -71,8 +73,9 @@ def inspect(
         total = sum(location.size(name) for name in location.weights)
         share = sum(stack.qk_bytes for stack in checkpoint.stacks) / total
     console = Console()
+    how = " (derived: the layout that is proven for its unknown type)" if derived else ""
     commit = f", commit {location.commit}" if location.commit else ""
-    console.print(f"[bold]{source}[/bold]: {checkpoint.architecture}, {location.format}{commit}", highlight=False)
+    console.print(f"[bold]{source}[/bold]: {checkpoint.architecture}{how}, {location.format}{commit}", highlight=False)
     console.print(table)
     console.print(f"{len(location.weights)} weight file(s), {total:,} bytes; q and k are {share:.1%} of them", highlight=False)
 
@@ -122,9 +125,10 @@ def measure(
 def adopt(model_type: Annotated[str, typer.Argument(help="A type that transformers knows and headgram does not.")]) -> None:
     """Find the known types whose layout an unknown one has, proven on tiny random models of it."""
     from headgram.architectures.registry import families
+    from headgram.derive import representative
     from headgram.prove import adopt as prove_in_families
 
-    first = {family.name: family.model_types[0] for family in families()}
+    first = {family.name: representative(family) for family in families()}
     proofs = prove_in_families(model_type)
     for proof in proofs:
         known = first[proof.family]

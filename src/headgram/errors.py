@@ -3,3 +3,11 @@
 
 class HeadgramError(Exception):
     """What is wrong, where (model, layer, tensor), and what to do, in one sentence."""
+
+
+class UnknownTypeError(HeadgramError):
+    """A `model_type` that no family owns."""
+
+    def __init__(self, model_type: str, sentence: str) -> None:
+        super().__init__(sentence)
+        self.model_type = model_type

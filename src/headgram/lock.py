@@ -2,20 +2,20 @@
 
 `models.lock.json` lies beside its manifest. It holds sizes, samples and digests of the content, so that a study can be
 re-run to the byte, the whole plan is known before anything runs, and a checkpoint that changed is noticed. Reading and
-checking a lock needs no torch; only `resolve` opens checkpoints.
+checking a lock needs no torch; only `headgram.resolve` opens checkpoints.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import filelock
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from headgram.artifacts import canonical, digest, write_text
+from headgram.artifacts import write_text
 from headgram.checkpoints.sources import HUB_DIGEST, Location, locate_here
 from headgram.errors import HeadgramError
 from headgram.manifest import Row
@@ -66,7 +66,8 @@ class LockedModel(_Entry):
     overrides: dict[str, str | int]
     commit: str | None
     format: str
-    architecture: str
+    architecture: str  # a known type; if `derived`, one whose layout was proven for the checkpoint's own type
+    derived: bool = False
     files: tuple[LockedFile, ...]
     stacks: tuple[LockedStack, ...]
     fingerprint: str
@@ -124,65 +125,8 @@ def missing_rows(rows: Iterable[Row], lock: Lock) -> list[Row]:
     return [row for row in rows if row.name not in lock.models or not lock.models[row.name].asks_for(row)]
 
 
-def resolve_all(
-    rows: Iterable[Row], progress: Callable[[str], None] = lambda line: None
-) -> tuple[dict[str, LockedModel], list[str]]:
-    """Resolve rows; returns the entries by name, and a sentence about every row that cannot be resolved."""
-    models: dict[str, LockedModel] = {}
-    problems = []
-    for row in rows:
-        try:
-            models[row.name] = resolve(row)
-            progress(f"locked {row.name}: {models[row.name].architecture}, fingerprint {models[row.name].fingerprint[:12]}")
-        except HeadgramError as error:
-            problems.append(f"line {row.line} ({row.name}): {error}")
-    return models, problems
-
-
-def resolve(row: Row) -> LockedModel:
-    """Open a row's checkpoint and pin what it holds; reads its query and key bytes once, or none of them at the hub.
-
-    Raises
-    ------
-    HeadgramError
-        If the checkpoint cannot be opened.
-    """
-    from headgram.checkpoints.checkpoint import open_checkpoint
-
-    with open_checkpoint(row.source, row.revision, row.overrides) as checkpoint:
-        stacks = tuple(
-            LockedStack(
-                **{name: getattr(stack, name) for name in LockedStack.model_fields if name != "digests"},
-                digests=tuple(checkpoint.digest(stack.name, layer) for layer in stack.layers),
-            )
-            for stack in checkpoint.stacks
-        )
-        location = checkpoint.location
-        files = tuple(_locked_file(location, name) for name in _names(location))
-        content = {
-            "architecture": checkpoint.architecture,
-            "overrides": row.overrides,
-            "stacks": [stack.model_dump(mode="json") for stack in stacks],
-        }
-        return LockedModel(
-            source=row.source,
-            revision=row.revision,
-            overrides=row.overrides,
-            commit=location.commit,
-            format=location.format,
-            architecture=checkpoint.architecture,
-            files=files,
-            stacks=stacks,
-            fingerprint=digest(canonical(content)),
-        )
-
-
-def _names(location: Location | RemoteLocation) -> list[str]:
-    has_config = location.format != "gguf" and location.config() is not None
-    return [*location.weights, *(["config.json"] if has_config else [])]
-
-
-def _locked_file(location: Location | RemoteLocation, name: str) -> LockedFile:
+def locked_file(location: Location | RemoteLocation, name: str) -> LockedFile:
+    """What the lock says of a file of a source."""
     return LockedFile(name=name, bytes=location.size(name), sample=location.sample(name))
 
 
@@ -194,7 +138,7 @@ def changes(name: str, entry: LockedModel) -> list[str]:
     """
     try:
         location = locate_here(entry.source, entry.commit)
-        changed = [file.name for file in entry.files if not file.agrees_with(_locked_file(location, file.name))]
+        changed = [file.name for file in entry.files if not file.agrees_with(locked_file(location, file.name))]
     except (HeadgramError, OSError):
         return []
     return [changed_message(name, f"{file} of {entry.source}") for file in changed[:1]]

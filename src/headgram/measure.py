@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from headgram.checkpoints.checkpoint import open_checkpoint
+from headgram.derive import open_or_derive
 from headgram.devices import leased_device, require_device
 from headgram.geometry.heads import spectrum
 from headgram.geometry.original import original_quantities
@@ -24,7 +24,8 @@ def measure_model(model: str, out: Path, topk: int, revision: str | None, stack:
         If the checkpoint cannot be read, or `out` does not end in `.json`.
     """
     directions_path(out)  # refuse a bad name before the work, not after it
-    with open_checkpoint(model, revision) as checkpoint, leased_device(require_device(device)) as where:
+    checkpoint, _ = open_or_derive(model, revision)
+    with checkpoint, leased_device(require_device(device)) as where:
         chosen = checkpoint.stack(stack) if stack else checkpoint.stacks[0]
         w_q, w_k = (weight.to(where) for weight in read_layers(checkpoint, chosen.name, chosen.layers, dtype))
         original = [original_quantities(q, k, topk) for q, k in zip(w_q, w_k, strict=True)]

@@ -43,6 +43,8 @@ _TOKENS = 7
 _LARGEST_MODEL = 20_000_000
 _SEED = 0
 
+NO_FLAGS: Mapping[str, bool] = {}
+
 _HEADS_ON_TOP = (
     "MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING",
     "MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING",
@@ -95,8 +97,10 @@ def known_types() -> list[str]:
     return sorted(name for family in families() for name in family.model_types)
 
 
-def prove(model_type: str) -> Proof:
+def prove(model_type: str, flags: Mapping[str, bool] = NO_FLAGS) -> Proof:
     """Prove one model type: every shape in `proofs.toml`, as base model and with a head on top.
+
+    `flags` are switches of its configuration that the tiny models should have too: they may change the layout.
 
     Raises
     ------
@@ -112,7 +116,7 @@ def prove(model_type: str) -> Proof:
     problem = None
     try:
         with quiet():
-            for model, entry in _models(model_type):
+            for model, entry in _models(model_type, flags):
                 with _saved(model) as folder, open_checkpoint(folder) as checkpoint:
                     for stack in checkpoint.stacks:
                         stacks[stack.name] = layouts[stack._layout] = None
@@ -127,7 +131,7 @@ def prove(model_type: str) -> Proof:
     return Proof(model_type, family.name, tuple(layouts), tuple(stacks), tuple(shapes), worst, problem)
 
 
-def adopt(model_type: str) -> list[Proof]:
+def adopt(model_type: str, flags: Mapping[str, bool] = NO_FLAGS) -> list[Proof]:
     """Prove a type that the registry does not know as if it belonged to each family whose names and shapes fit.
 
     Fitting alone shows nothing, and neither does a single shape, in which a wrong split can look right: two must agree.
@@ -135,7 +139,8 @@ def adopt(model_type: str) -> list[Proof]:
     Raises
     ------
     HeadgramError
-        If transformers does not know the type either, or is not installed; code from a checkpoint is never run.
+        If transformers does not know the type either, cannot build a tiny model of it, or is not installed; code from a
+        checkpoint is never run.
     """
     _need_transformers()
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
@@ -146,9 +151,9 @@ def adopt(model_type: str) -> list[Proof]:
             "describe its layout in src/headgram/architectures/, with a test that compares it with the model's own scores"
         )
     proofs = []
-    for family in _openers(model_type):
+    for family in _openers(model_type, flags):
         with adopting(model_type, family):
-            proof = prove(model_type)
+            proof = prove(model_type, flags)
         if proof.ok and len(proof.shapes) == 1:
             proof = replace(proof, problem="only one shape could be tried")
         proofs.append(proof)
@@ -174,10 +179,16 @@ def _need_transformers() -> None:
         )
 
 
-def _openers(model_type: str) -> list[Family]:
+def _openers(model_type: str, flags: Mapping[str, bool]) -> list[Family]:
     """The families whose names and shapes fit the first tiny model of a type; first those that want attention in every layer."""
     found = []
-    with quiet(), _saved(next(_models(model_type))[0]) as folder:
+    try:
+        with quiet():
+            model, _ = next(_models(model_type, flags))
+    except Exception as error:  # whatever transformers raises
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        raise HeadgramError(f"transformers cannot build a tiny '{model_type}', so that nothing can be proven: {reason}") from None
+    with quiet(), _saved(model) as folder:
         for family in families():
             with suppress(HeadgramError), adopting(model_type, family), open_checkpoint(folder) as checkpoint:
                 if checkpoint.architecture == model_type:  # some types are saved under another one's name
@@ -190,14 +201,14 @@ def _data() -> dict[str, Any]:
     return tomllib.loads((files("headgram") / "proofs.toml").read_text(encoding="utf-8"))
 
 
-def _models(model_type: str) -> Iterator[tuple[nn.Module, dict[str, Any]]]:
+def _models(model_type: str, flags: Mapping[str, bool] = NO_FLAGS) -> Iterator[tuple[nn.Module, dict[str, Any]]]:
     """The tiny models of a type, with random weights and biases, and the type's entry in `proofs.toml`."""
     from transformers import AutoConfig
     from transformers.models.auto import modeling_auto
 
     entry = _data()["types"].get(model_type, {})
     for shape in entry.get("shapes", _data()["shapes"]):
-        config = AutoConfig.for_model(model_type, **_tiny(model_type, shape, entry))
+        config = AutoConfig.for_model(model_type, **_tiny(model_type, {**shape, **flags}, entry))
         config._attn_implementation = config._experts_implementation = "eager"
         mappings = [modeling_auto.MODEL_MAPPING, *(getattr(modeling_auto, name) for name in _HEADS_ON_TOP)]
         classes = [mapping[type(config)] for mapping in mappings if type(config) in mapping][:2]

@@ -1,16 +1,26 @@
-"""`python -m headgram.resolve MANIFEST`: the process in which a run resolves the rows that its lock lacks.
+"""From rows of the manifest to entries of the lock: checkpoints are opened, and what they hold is pinned.
 
-Prints one JSON object, `{"models": entries by name, "problems": sentences}`, and writes nothing.
+`python -m headgram.resolve MANIFEST` is the process in which a run resolves the rows that its lock lacks. It prints one JSON
+object, `{"models": entries by name, "problems": sentences}`, and writes nothing.
 """
 
 from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from headgram.lock import lock_path, missing_rows, read_lock, resolve_all
-from headgram.manifest import read_manifest
+from headgram.artifacts import canonical, digest
+from headgram.checkpoints.sources import Location
+from headgram.derive import open_or_derive
+from headgram.errors import HeadgramError
+from headgram.lock import LockedModel, LockedStack, lock_path, locked_file, missing_rows, read_lock
+from headgram.manifest import Row, read_manifest
+
+if TYPE_CHECKING:
+    from headgram.checkpoints.hub import RemoteLocation
 
 
 def main(manifest: Path) -> None:
@@ -18,6 +28,65 @@ def main(manifest: Path) -> None:
     rows = missing_rows(read_manifest(manifest).rows, read_lock(lock_path(manifest)))
     models, problems = resolve_all(rows, progress=lambda line: print(line, file=sys.stderr))
     print(json.dumps({"models": {name: entry.model_dump(mode="json") for name, entry in models.items()}, "problems": problems}))
+
+
+def resolve_all(
+    rows: Iterable[Row], progress: Callable[[str], None] = lambda line: None
+) -> tuple[dict[str, LockedModel], list[str]]:
+    """Resolve rows; returns the entries by name, and a sentence about every row that cannot be resolved."""
+    models: dict[str, LockedModel] = {}
+    problems = []
+    for row in rows:
+        try:
+            entry = models[row.name] = resolve(row)
+            how = ", derived: the layout that is proven for its unknown type" if entry.derived else ""
+            progress(f"locked {row.name}: {entry.architecture}{how}, fingerprint {entry.fingerprint[:12]}")
+        except HeadgramError as error:
+            problems.append(f"line {row.line} ({row.name}): {error}")
+    return models, problems
+
+
+def resolve(row: Row) -> LockedModel:
+    """Open a row's checkpoint and pin what it holds; reads its query and key bytes once, or none of them at the hub.
+
+    Raises
+    ------
+    HeadgramError
+        If the checkpoint cannot be opened.
+    """
+    checkpoint, derived = open_or_derive(row.source, row.revision, row.overrides)
+    with checkpoint:
+        stacks = tuple(
+            LockedStack(
+                **{name: getattr(stack, name) for name in LockedStack.model_fields if name != "digests"},
+                digests=tuple(checkpoint.digest(stack.name, layer) for layer in stack.layers),
+            )
+            for stack in checkpoint.stacks
+        )
+        location = checkpoint.location
+        files = tuple(locked_file(location, name) for name in _names(location))
+        content = {
+            "architecture": checkpoint.architecture,
+            "overrides": row.overrides,
+            "stacks": [stack.model_dump(mode="json") for stack in stacks],
+        }
+        return LockedModel(
+            source=row.source,
+            revision=row.revision,
+            overrides=row.overrides,
+            commit=location.commit,
+            format=location.format,
+            architecture=checkpoint.architecture,
+            derived=derived is not None,
+            files=files,
+            stacks=stacks,
+            fingerprint=digest(canonical(content)),
+        )
+
+
+def _names(location: Location | RemoteLocation) -> list[str]:
+    has_config = location.format != "gguf" and location.config() is not None
+    return [*location.weights, *(["config.json"] if has_config else [])]
 
 
 if __name__ == "__main__":

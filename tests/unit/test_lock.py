@@ -5,8 +5,9 @@ import json
 import pytest
 
 from headgram.errors import HeadgramError
-from headgram.lock import Lock, changes, lock_path, missing_rows, read_lock, resolve, resolve_all, write_lock
+from headgram.lock import Lock, changes, lock_path, missing_rows, read_lock, write_lock
 from headgram.manifest import read_manifest
+from headgram.resolve import resolve, resolve_all
 from tiny import llama_tensors, write_bert, write_llama, write_manifest
 
 

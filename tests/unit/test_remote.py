@@ -17,8 +17,9 @@ from headgram.checkpoints import hub as hub_module
 from headgram.checkpoints import remote
 from headgram.checkpoints.checkpoint import open_checkpoint
 from headgram.errors import HeadgramError
-from headgram.lock import changes, resolve
+from headgram.lock import changes
 from headgram.manifest import Row
+from headgram.resolve import resolve
 from headgram.stages.extract import extract
 
 REPO = "someone/tiny"

@@ -101,8 +101,11 @@ def extract_input(wildcards):
 
 def extract_source(wildcards):
     entry = PLAN.models[wildcards.model].entry
+    overrides = entry.overrides | (
+        {"model_type": entry.architecture} if entry.derived else {}
+    )
     return canonical(
-        {"source": entry.source, "revision": entry.commit, "overrides": entry.overrides}
+        {"source": entry.source, "revision": entry.commit, "overrides": overrides}
     )
 
 

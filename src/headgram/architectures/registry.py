@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import tomllib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import cache
 from importlib.resources import files
@@ -13,7 +13,7 @@ from typing import Self
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from headgram.architectures.layouts import LAYOUTS
-from headgram.errors import HeadgramError
+from headgram.errors import HeadgramError, UnknownTypeError
 
 _FOLDER = files("headgram.architectures")
 
@@ -114,8 +114,15 @@ def family_of(model_type: str) -> Family:
     HeadgramError
         If no family does.
     """
-    owners = {name: family for family in families() for name in family.model_types}
-    return _find(model_type, owners | _adopted, "model type")
+    owners = {name: family for family in families() for name in family.model_types} | _adopted
+    if model_type in owners:
+        return owners[model_type]
+    raise UnknownTypeError(
+        model_type,
+        f"the model type '{model_type}' is not known{_nearest(model_type, owners)}; add it to a file in "
+        "src/headgram/architectures/ or set `model_type` in the manifest to a known type with the same layout "
+        f"(`headgram adopt {model_type}` looks for one)",
+    )
 
 
 def family_of_gguf(architecture: str) -> Family:
@@ -127,16 +134,14 @@ def family_of_gguf(architecture: str) -> Family:
         If no family does.
     """
     owners = {name: family for family in families() if family.gguf for name in family.gguf.architectures}
-    return _find(architecture, owners, "GGUF architecture")
+    if architecture in owners:
+        return owners[architecture]
+    raise HeadgramError(
+        f"the GGUF architecture '{architecture}' is not known{_nearest(architecture, owners)}; add it to a file in "
+        "src/headgram/architectures/ or set `model_type` in the manifest to a known type with the same layout"
+    )
 
 
-def _find(name: str, owners: dict[str, Family], what: str) -> Family:
-    if name not in owners:
-        near = difflib.get_close_matches(name, owners, n=1)
-        hint = f" (the nearest known one is '{near[0]}')" if near else ""
-        search = f" (`headgram adopt {name}` looks for one)" if what == "model type" else ""
-        raise HeadgramError(
-            f"the {what} '{name}' is not known{hint}; add it to a file in src/headgram/architectures/ "
-            f"or set `model_type` in the manifest to a known type with the same layout{search}"
-        )
-    return owners[name]
+def _nearest(name: str, owners: Iterable[str]) -> str:
+    near = difflib.get_close_matches(name, owners, n=1)
+    return f" (the nearest known one is '{near[0]}')" if near else ""

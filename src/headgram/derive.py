@@ -1,0 +1,60 @@
+"""Checkpoints of types that the registry does not know: opened only if a known layout is proven for them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from headgram.architectures.registry import Family, families
+from headgram.checkpoints.checkpoint import Checkpoint, open_checkpoint
+from headgram.checkpoints.opening import locate
+from headgram.errors import HeadgramError, UnknownTypeError
+
+
+def open_or_derive(
+    source: str, revision: str | None = None, overrides: Mapping[str, Any] | None = None
+) -> tuple[Checkpoint, str | None]:
+    """Open a checkpoint; if its type is unknown, as the known type whose layout is proven for it.
+
+    Returns
+    -------
+    (Checkpoint, str or None)
+        The second is the known type, or None if the checkpoint's own is known.
+
+    Raises
+    ------
+    HeadgramError
+        As `open_checkpoint`, or if no layout is proven.
+    """
+    try:
+        return open_checkpoint(source, revision, overrides), None
+    except UnknownTypeError as error:
+        known = derive(error.model_type, locate(source, revision).config() or {})
+        return open_checkpoint(source, revision, {**(overrides or {}), "model_type": known}), known
+
+
+def derive(model_type: str, config: Mapping[str, Any]) -> str:
+    """The known type whose layout an unknown one is proven to have, on tiny random models with the switches of `config`.
+
+    Raises
+    ------
+    HeadgramError
+        If transformers does not know the type, or no layout, or more than one, is proven.
+    """
+    from headgram.prove import adopt  # imports transformers
+
+    flags = {key: value for key, value in config.items() if isinstance(value, bool)}
+    proofs = [proof for proof in adopt(model_type, flags) if proof.ok]
+    if len({(proof.layouts, proof.stacks) for proof in proofs}) != 1:
+        count = "more than one known layout is" if proofs else "no known layout is"
+        raise HeadgramError(
+            f"the model type '{model_type}' is not known, and {count} proven for it: describe its own in "
+            "src/headgram/architectures/, and its tiny configuration in src/headgram/proofs.toml, until `headgram prove` agrees"
+        )
+    return representative(next(family for family in families() if family.name == proofs[0].family))
+
+
+def representative(family: Family) -> str:
+    """A type that stands for its family: one that lends no defaults to what a configuration leaves out."""
+    lending = {name for rule in family.stacks for name in rule.defaults}
+    return next((name for name in family.model_types if name not in lending), family.model_types[0])
