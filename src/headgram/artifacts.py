@@ -16,7 +16,7 @@ import os
 import platform
 import re
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -134,6 +134,36 @@ def _reason(error: OSError) -> str:
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return "the disk is full; free some space and run again"
     return error.strerror or str(error)
+
+
+@contextlib.contextmanager
+def scratch(beside: Path) -> Iterator[Callable[[str, int], Path]]:
+    """Yield a function that reserves a file, by name and bytes, in the folder of `beside`; all vanish when the block ends.
+
+    Raises
+    ------
+    HeadgramError
+        If the disk has no room for them.
+    """
+    made: list[Path] = []
+
+    def reserve(name: str, size: int) -> Path:
+        path = beside.with_name(f".{beside.name}-{name}.{os.getpid()}.tmp")
+        made.append(path)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with path.open("wb") as file:
+                # Really allocated, where the system can: a mapped file that finds no room later kills the process.
+                getattr(os, "posix_fallocate", lambda number, _, length: os.ftruncate(number, length))(file.fileno(), 0, size)
+        except OSError as error:
+            raise HeadgramError(f"{path} cannot be written: {_reason(error)}.") from error
+        return path
+
+    try:
+        yield reserve
+    finally:
+        for path in made:
+            path.unlink(missing_ok=True)
 
 
 def write_text(path: Path, text: str) -> None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import numpy as np
 import pyarrow as pa
 import torch
 
-from headgram.artifacts import Provenance, check, record_of, seal, written_whole
+from headgram.artifacts import Provenance, check, record_of, scratch, seal, written_whole
 from headgram.errors import HeadgramError
 from headgram.seed_format import directions_path, write_seed_files
 from headgram.tables import GRAM, HEADS, SPECTRA, read_table, write_table
@@ -59,23 +60,23 @@ def merge(parts: Mapping[str, StackParts], atlas: Atlas, config: Mapping[str, An
 
     shards = {name: pa.concat_tables([read_table(path) for path in stack.shards]) for name, stack in parts.items()}
     rows = {name: _gram_table(name, shards[name], stack.rows) for name, stack in parts.items()}
-    directions = {name: _directions(stack.shards) for name, stack in parts.items()}
 
     compression = config["export"]["compression"]
     write_table(atlas.heads, pa.concat_tables([_heads_table(*item) for item in shards.items()]), provenance, compression)
     write_table(atlas.spectra, pa.concat_tables([_spectra_table(*item) for item in shards.items()]), provenance, compression)
     write_table(atlas.gram, pa.concat_tables(rows.values()), provenance, compression)
-    with written_whole(atlas.directions) as file:
-        torch.save({name: _public(tensors) for name, tensors in directions.items()}, file)
-
-    written = [atlas.heads, atlas.spectra, atlas.gram, atlas.directions]
-    if config["original"]["enabled"]:
-        main = next(iter(parts))  # the script knows one stack per model: the first
-        _write_seed(atlas.seed, provenance.model, shards[main], rows[main], directions[main])
-        written += [atlas.seed, directions_path(atlas.seed)]
-    else:
-        for path in (atlas.seed, directions_path(atlas.seed)):
-            path.unlink(missing_ok=True)
+    with scratch(atlas.directions) as reserve:
+        directions = {name: _directions(stack.shards, name, reserve) for name, stack in parts.items()}
+        with written_whole(atlas.directions) as file:
+            torch.save({name: _public(tensors) for name, tensors in directions.items()}, file)
+        written = [atlas.heads, atlas.spectra, atlas.gram, atlas.directions]
+        if config["original"]["enabled"]:
+            main = next(iter(parts))  # the script knows one stack per model: the first
+            _write_seed(atlas.seed, provenance.model, shards[main], rows[main], directions[main])
+            written += [atlas.seed, directions_path(atlas.seed)]
+        else:
+            for path in (atlas.seed, directions_path(atlas.seed)):
+                path.unlink(missing_ok=True)
     seal(atlas.record, provenance, written)
 
 
@@ -138,11 +139,25 @@ def _by_layer(shards: pa.Table, values: np.ndarray) -> tuple[np.ndarray, np.ndar
     return values.reshape(len(unique), -1), positions
 
 
-def _directions(shards: Sequence[Path]) -> dict[str, torch.Tensor]:
+def _directions(shards: Sequence[Path], stack: str, reserve: Callable[[str, int], Path]) -> dict[str, torch.Tensor]:
+    """The shards' tensors, joined along the layers. They may exceed the memory of a job, so they are mapped, not loaded."""
     loaded = [torch.load(path.with_suffix(".pt"), mmap=True, weights_only=True) for path in shards]
-    joined = {name: torch.cat([part[name] for part in loaded]) for name in loaded[0] if name != "layers"}
     layers = torch.tensor([layer for part in loaded for layer in part["layers"]])
-    return {"layers": layers} | joined
+    names = [name for name in loaded[0] if name != "layers"]
+    return {"layers": layers} | {name: _joined([part[name] for part in loaded], f"{stack}-{name}", reserve) for name in names}
+
+
+def _joined(parts: Sequence[torch.Tensor], name: str, reserve: Callable[[str, int], Path]) -> torch.Tensor:
+    if len(parts) == 1:
+        return parts[0]
+    shape = (sum(map(len, parts)), *parts[0].shape[1:])
+    path = reserve(name, math.prod(shape) * parts[0].element_size())
+    whole = torch.from_file(str(path), shared=True, size=math.prod(shape), dtype=parts[0].dtype).view(shape)
+    position = 0
+    for part in parts:
+        whole[position : position + len(part)] = part
+        position += len(part)
+    return whole
 
 
 def _public(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
