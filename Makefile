@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 CORES ?= $(shell nproc 2>/dev/null || sysctl -n hw.ncpu)
 
-.PHONY: help run test test-fast lint format picture config-docs lock-requirements clean
+.PHONY: help run test test-fast lint format picture families bytes config-docs lock-requirements clean
 
 help: ## What each command does
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-18s %s\n", $$1, $$2}'
@@ -36,6 +36,12 @@ format: $(VENV)/installed-dev ## Format everything
 
 picture: $(VENV)/installed-dev ## Draw the README's picture from results/
 	$(BIN)/python docs/picture.py
+
+families: $(VENV)/installed-dev ## Prove every model type, and renew docs/families.md
+	$(BIN)/python docs/families.py
+
+bytes: $(VENV)/installed-dev ## Count what reading takes, and renew the table in docs/checkpoints.md
+	$(BIN)/python docs/bytes_read.py
 
 config-docs: $(VENV)/installed ## Generate the JSON schema and the table of options
 	$(BIN)/python -m headgram.config_docs

@@ -146,10 +146,10 @@ def adopt(model_type: Annotated[str, typer.Argument(help="A type that transforme
 @app.command()
 def prove(
     model_types: Annotated[Optional[list[str]], typer.Argument(help="Model types; all that are known if none is given.")] = None,  # noqa: UP045
-    markdown: Annotated[bool, typer.Option("--markdown", help="Print the table as Markdown.")] = False,
+    as_markdown: Annotated[bool, typer.Option("--markdown", help="Print the table as Markdown.")] = False,
 ) -> None:
     """Prove the registry: compare headgram's weights with the scores of tiny random models, built by transformers."""
-    from headgram.prove import COLUMNS, known_types
+    from headgram.prove import COLUMNS, known_types, markdown
     from headgram.prove import prove as prove_type
 
     proofs = []
@@ -157,9 +157,8 @@ def prove(
         proofs.append(prove_type(model_type))
         if problem := proofs[-1].problem:
             print(f"headgram: {model_type}: {problem}", file=sys.stderr)
-    if markdown:
-        for cells in (COLUMNS, ("---",) * len(COLUMNS), *(proof.cells for proof in proofs)):
-            print("| " + " | ".join(cells) + " |")
+    if as_markdown:
+        print("\n".join(markdown(proofs)))
     else:
         from rich.console import Console
         from rich.table import Table

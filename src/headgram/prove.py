@@ -16,7 +16,7 @@ import math
 import tempfile
 import tomllib
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, fields, replace
 from functools import cache
@@ -40,6 +40,8 @@ COLUMNS = ("model type", "family", "layout", "stacks", "heads/key heads×rank", 
 TOLERANCE = 1e-5
 #: Tokens per sequence: unlike any size of the tiny models, so that a product of this shape can only be the scores.
 _TOKENS = 7
+#: Frames and their width, where a model hears features instead of sound.
+_FEATURES = (18, 8)
 _LARGEST_MODEL = 20_000_000
 _SEED = 0
 
@@ -131,6 +133,12 @@ def prove(model_type: str, flags: Mapping[str, bool] = NO_FLAGS) -> Proof:
     return Proof(model_type, family.name, tuple(layouts), tuple(stacks), tuple(shapes), worst, problem)
 
 
+def markdown(proofs: Iterable[Proof]) -> list[str]:
+    """The lines of a table of proofs."""
+    rows = (COLUMNS, ("---",) * len(COLUMNS), *(proof.cells for proof in proofs))
+    return ["| " + " | ".join(cells) + " |" for cells in rows]
+
+
 def adopt(model_type: str, flags: Mapping[str, bool] = NO_FLAGS) -> list[Proof]:
     """Prove a type that the registry does not know as if it belonged to each family whose names and shapes fit.
 
@@ -211,8 +219,8 @@ def _models(model_type: str, flags: Mapping[str, bool] = NO_FLAGS) -> Iterator[t
         config = AutoConfig.for_model(model_type, **_tiny(model_type, {**shape, **flags}, entry))
         config._attn_implementation = config._experts_implementation = "eager"
         mappings = [modeling_auto.MODEL_MAPPING, *(getattr(modeling_auto, name) for name in _HEADS_ON_TOP)]
-        classes = [mapping[type(config)] for mapping in mappings if type(config) in mapping][:2]
-        for chosen in classes:
+        classes = [mapping[type(config)] for mapping in mappings if type(config) in mapping]
+        for chosen in classes[0 if entry.get("base", True) else 1 : 2]:
             cls = chosen[0] if isinstance(chosen, tuple) else chosen
             with torch.device("meta"):
                 size = sum(weight.numel() for weight in cls(config).parameters())
@@ -314,7 +322,7 @@ def _inputs(model: Any, entry: Mapping[str, Any]) -> dict[str, Tensor]:
     if "input_values" in names:
         inputs["input_values"] = noise(1, 200)
     if "input_features" in names:
-        inputs["input_features"] = noise(1, config.num_mel_bins, 2 * config.max_source_positions)
+        inputs["input_features"] = noise(1, *entry.get("features", _FEATURES))
     if config.is_encoder_decoder:
         inputs["decoder_input_ids"] = torch.randperm(90, generator=generator)[None, :_TOKENS] + 5
     return {name: value for name, value in inputs.items() if name in accepted}

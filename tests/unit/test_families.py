@@ -83,6 +83,16 @@ def test_weights_give_the_models_own_scores(model_type: str, followed: set[tuple
     assert len(proof.shapes) >= 2
 
 
+def test_the_page_of_families_is_about_the_registry() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "families.md").read_text(encoding="utf-8")
+    proofs, paper = (page.split(f"<!-- {name}: ")[1].split(f"<!-- end of {name} -->")[0] for name in ("proofs", "paper"))
+    rows = [line.strip("| ").split(" | ") for line in proofs.splitlines() if line.startswith("| ")]
+    assert [row[0] for row in rows[2:]] == known_types(), "run `make families`"
+    marks = re.findall(r"`([\w-]+)` \| (yes|no) \|", paper)
+    assert marks
+    assert all((mark == "yes") == (name in known_types()) for name, mark in marks), "run `make families`"
+
+
 def test_every_rule_and_every_prefix_is_proven(followed: set[tuple[str, int, str]]) -> None:
     """Nothing is in the data that no checkpoint saved by transformers exercises."""
     for model_type in known_types():
