@@ -194,7 +194,7 @@ def _openers(model_type: str, flags: Mapping[str, bool]) -> list[Family]:
         with quiet():
             model, _ = next(_models(model_type, flags))
     except Exception as error:  # whatever transformers raises
-        reason = f"{type(error).__name__} {str(error):.200}".splitlines()[0].strip()
+        reason = f"{type(error).__name__} {error!s:.200}".splitlines()[0].strip()
         raise HeadgramError(f"transformers cannot build a tiny '{model_type}', so that nothing can be proven: {reason}") from None
     with quiet(), _saved(model) as folder:
         for family in families():

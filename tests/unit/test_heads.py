@@ -101,6 +101,36 @@ def test_scalars_are_finite_and_in_range(layer):
     assert (result.nuclear_norm >= result.spectral_norm).all()
 
 
+@given(st.integers(0, 2**31), st.sampled_from([3, 6, 12]), st.sampled_from(list(TOLERANCE)))
+def test_rows_of_opposite_scales(seed, decades, dtype):
+    """`g` only sees products of a query row and its key row; the rows themselves may differ by any factor."""
+    generator = torch.Generator().manual_seed(seed)
+    q, k = (torch.randn(2, 8, 32, generator=generator, dtype=torch.float64) for _ in range(2))
+    scales = 10.0 ** torch.linspace(-decades, decades, 8, dtype=torch.float64)[:, None]
+    test_values_agree_with_the_definition.hypothesis.inner_test(((q * scales).to(dtype), (k / scales).to(dtype)))
+
+
+@given(st.integers(0, 2**31))
+def test_forms_much_smaller_than_their_weights(seed):
+    """Queries and keys nearly orthogonal in the space of the rank: what is left of `g` is exact all the same."""
+    generator = torch.Generator().manual_seed(seed)
+    basis = torch.linalg.qr(torch.randn(16, 16, generator=generator, dtype=torch.float64)).Q
+    q, k = (half @ torch.randn(8, 64, generator=generator, dtype=torch.float64) for half in (basis[:, :8], basis[:, 8:]))
+    q, k = q.float()[None], k.float()[None]
+    test_values_agree_with_the_definition.hypothesis.inner_test((q, k))
+    g = form(q, k, 0)
+    gram = headgram.gram(q[None], k[None], q[None], k[None])
+    np.testing.assert_allclose(gram.item(), (g**2).sum(), rtol=1e-6)
+
+
+def test_tiny_weights_are_not_zero():
+    q, k = (torch.randn(1, 4, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(i)) for i in range(2))
+    small, usual = headgram.spectrum(q * 1e-120, k * 1e-120), headgram.spectrum(q, k)
+    np.testing.assert_allclose(small.singular_values * 1e240, usual.singular_values, rtol=1e-12)
+    np.testing.assert_allclose(small.symmetry, usual.symmetry, rtol=1e-12)
+    assert float(small.stable_rank) == pytest.approx(float(usual.stable_rank))
+
+
 @given(layers())
 def test_order_and_signs_are_fixed(layer):
     result = headgram.spectrum(*layer)
@@ -123,7 +153,7 @@ def test_known_symmetric_and_antisymmetric_forms():
     q = torch.eye(2, dtype=torch.float64)[None].repeat(2, 1, 1)
     k = torch.stack([torch.eye(2, dtype=torch.float64), torch.tensor([[0.0, 1.0], [-1.0, 0.0]], dtype=torch.float64)])
     result = headgram.spectrum(q, k)
-    assert result.symmetry.tolist() == [1.0, 0.0]
+    assert result.symmetry.tolist() == pytest.approx([1.0, 0.0])
     assert result.positive_energy.tolist() == [1.0, 0.0]
     assert result.stable_rank.tolist() == pytest.approx([2.0, 2.0])
     assert result.effective_rank.tolist() == pytest.approx([2.0, 2.0])

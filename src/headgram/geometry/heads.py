@@ -7,7 +7,8 @@ factorisation `[W_Q; W_K]^T = Q [R_q | R_k]`, all of `g` lives in the small core
     (g + g^T)/2 = Q ½(R_k R_q^T + R_q R_k^T) Q^T          signed spectrum: always a symmetric problem
 
 Householder QR is backward stable, so values are accurate to a few units of rounding of `‖W_Q‖ ‖W_K‖`, also where
-`2r > d`, where rows repeat and where a head is zero (Golub & Van Loan, Matrix Computations, 5.2 and 8.6).
+`2r > d`, where rows repeat and where a head is zero (Golub & Van Loan, Matrix Computations, 5.2 and 8.6). Rows are
+balanced before: `g` does not change if a query row is multiplied by what its key row is divided by, rounding does.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from headgram.errors import HeadgramError
+from headgram.geometry.checks import check_weights
 from headgram.geometry.grouping import key_head
 from headgram.geometry.residuals import Residuals, direction_residuals, identity_residuals
 
@@ -120,17 +122,15 @@ def _check_weights(w_q: Tensor, w_k: Tensor, topk: int) -> None:
         raise HeadgramError(f"There are more key heads ({len(w_k)}) than query heads ({len(w_q)}).")
     if topk < 1:
         raise HeadgramError(f"topk is {topk}, but at least one direction must be kept.")
-    for name, weight in (("query", w_q), ("key", w_k)):
-        if not weight.is_floating_point():
-            raise HeadgramError(f"The {name} weights are {weight.dtype}, not floating point.")
-        if not bool(torch.isfinite(weight).all()):
-            raise HeadgramError(f"The {name} weights hold a NaN or an infinity.")
+    check_weights("query", w_q)
+    check_weights("key", w_k)
 
 
 def _measure(q: Float[Tensor, "heads rank hidden"], k: Float[Tensor, "heads rank hidden"], topk: int) -> Spectrum:
     """Everything of a batch of heads whose key weights are already repeated; float64."""
     rank = q.shape[1]
     kept = min(topk, rank)
+    q, k, unit = _balanced(q, k)
 
     basis, r = torch.linalg.qr(torch.cat([q, k], dim=1).mT)  # (H, d, m), (H, m, 2r), m = min(d, 2r)
     r_q, r_k = r[..., :rank], r[..., rank:]
@@ -157,36 +157,46 @@ def _measure(q: Float[Tensor, "heads rank hidden"], k: Float[Tensor, "heads rank
     s, right, left = _pad(s, rank), _pad_rows(right, kept), _pad_rows(left, kept)
     eigenvalues, signed = _pad(eigenvalues, 2 * rank), _pad_rows(signed, kept)
 
-    qq, kk, qk = q @ q.mT, k @ k.mT, q @ k.mT
-    energy = s.square().sum(-1)
-    alive = energy > 0
-    fro_sq = (qq * kk).sum((-1, -2)).clamp_min(0) * alive
-    trace = (q * k).sum((-1, -2))
-    self_overlap = (qk * qk.mT).sum((-1, -2))
+    # What is reported follows from the spectra, which stay accurate where products of weights cancel; the products check it.
+    energy, power = s.square().sum(-1), eigenvalues.square().sum(-1)
     share = _ratio(s.square(), energy[:, None])
-    power = eigenvalues.square()
-
     residuals = Residuals(
-        *identity_residuals(s, eigenvalues, fro_sq, trace, self_overlap, scale=_norm(q) * _norm(k)),
+        *identity_residuals(q, k, s, eigenvalues),
         *direction_residuals(q, k, s, right, left, eigenvalues, signed),
     )
     return Spectrum(
-        singular_values=s,
+        singular_values=s * unit[:, None],
         right=right,
         left=left,
-        symmetric_eigenvalues=eigenvalues,
+        symmetric_eigenvalues=eigenvalues * unit[:, None],
         signed=signed,
-        fro_sq=fro_sq,
-        trace=trace,
-        self_overlap=self_overlap,
-        spectral_norm=s[:, 0],
-        nuclear_norm=s.sum(-1),
-        stable_rank=_ratio(fro_sq, s[:, 0].square()),
-        effective_rank=torch.exp(-torch.special.xlogy(share, share).sum(-1)) * alive,
-        symmetry=_ratio(fro_sq + self_overlap, 2 * fro_sq).clamp(0, 1),
-        positive_energy=_ratio((power * (eigenvalues > 0)).sum(-1), power.sum(-1)),
+        fro_sq=energy * unit.square(),
+        trace=(q * k).sum((-1, -2)) * (energy > 0) * unit,
+        self_overlap=(2 * power - energy) * unit.square(),
+        spectral_norm=s[:, 0] * unit,
+        nuclear_norm=s.sum(-1) * unit,
+        stable_rank=_ratio(energy, s[:, 0].square()),
+        effective_rank=torch.exp(-torch.special.xlogy(share, share).sum(-1)) * (energy > 0),
+        symmetry=_ratio(power, energy).clamp(0, 1),
+        positive_energy=_ratio(eigenvalues.clamp_min(0).square().sum(-1), power),
         residual=residuals.largest(),
     )
+
+
+def _balanced(
+    q: Float[Tensor, "heads rank hidden"], k: Float[Tensor, "heads rank hidden"]
+) -> tuple[Float[Tensor, "heads rank hidden"], Float[Tensor, "heads rank hidden"], Float[Tensor, " heads"]]:
+    """Weights of a form whose rows come in pairs of equal size and are at most about 1, and the factor to the given form.
+
+    All factors are powers of two, so nothing is rounded. A row whose partner is zero adds nothing to the form.
+    """
+    size_q, size_k = (weight.abs().amax(-1, keepdim=True) for weight in (q, k))
+    alive = (size_q > 0) & (size_k > 0)
+    shift = ((size_k.log2() - size_q.log2()) / 2).round().where(alive, 0)
+    q, k = torch.ldexp(q, shift).where(alive, 0), torch.ldexp(k, -shift).where(alive, 0)
+    largest = torch.maximum(q.abs(), k.abs()).amax((-1, -2), keepdim=True)
+    exponent = largest.log2().floor().where(largest > 0, 0)
+    return torch.ldexp(q, -exponent), torch.ldexp(k, -exponent), torch.exp2(2 * exponent.flatten())
 
 
 def _norm(matrix: Float[Tensor, "heads rows columns"]) -> Float[Tensor, " heads"]:

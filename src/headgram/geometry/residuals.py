@@ -28,19 +28,23 @@ class Residuals(NamedTuple):
 
 
 def identity_residuals(
+    q: Float[Tensor, "heads rank hidden"],
+    k: Float[Tensor, "heads rank hidden"],
     s: Float[Tensor, "heads rank"],
     eigenvalues: Float[Tensor, "heads 2*rank"],
-    fro_sq: Float[Tensor, " heads"],
-    trace: Float[Tensor, " heads"],
-    self_overlap: Float[Tensor, " heads"],
-    scale: Float[Tensor, " heads"],
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """How far the spectra are from what the weights' own products say."""
-    unit = scale.where(scale > 0, 1)
+    """How far the spectra are from what products of the weights themselves say.
+
+    `‖g‖_F² = sum((W_K W_K^T) * (W_Q W_Q^T))`, `tr g = sum(W_Q * W_K)`, `<g, g^T> = tr((W_Q W_K^T)²)`.
+    """
+    unit = _scale(q, k)
+    crossed = q @ k.mT
+    fro_sq = ((q @ q.mT) * (k @ k.mT)).sum((-1, -2))
+    self_overlap = (crossed * crossed.mT).sum((-1, -2))
     energy = (s.square().sum(-1) - fro_sq).abs() / unit.square()
-    trace_ = (eigenvalues.sum(-1) - trace).abs() / unit
+    trace = (eigenvalues.sum(-1) - (q * k).sum((-1, -2))).abs() / unit
     symmetric_energy = (eigenvalues.square().sum(-1) - (fro_sq + self_overlap) / 2).abs() / unit.square()
-    return energy, trace_, symmetric_energy
+    return energy, trace, symmetric_energy
 
 
 def direction_residuals(
@@ -54,14 +58,18 @@ def direction_residuals(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """How far the directions are from orthonormal, and from what `g` does to them."""
     kept = right.shape[1]
-    scale = torch.linalg.matrix_norm(q) * torch.linalg.matrix_norm(k)
-    unit = scale.where(scale > 0, 1)
+    unit = _scale(q, k)
     orthogonality = torch.stack([_off_identity(rows) for rows in (right, left, signed)]).amax(0)
     g_right = (right @ q.mT) @ k
     singular = (g_right - s[:, :kept, None] * left).norm(dim=-1).amax(-1) / unit
     g_signed = ((signed @ q.mT) @ k + (signed @ k.mT) @ q) / 2
     eigen = (g_signed - eigenvalues[:, :kept, None] * signed).norm(dim=-1).amax(-1) / unit
     return orthogonality, singular, eigen
+
+
+def _scale(q: Float[Tensor, "heads rank hidden"], k: Float[Tensor, "heads rank hidden"]) -> Float[Tensor, " heads"]:
+    scale = (q.square().sum((-1, -2)) * k.square().sum((-1, -2))).sqrt()
+    return scale.where(scale > 0, 1)
 
 
 def _off_identity(rows: Float[Tensor, "heads k hidden"]) -> Float[Tensor, " heads"]:
