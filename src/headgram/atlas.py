@@ -22,7 +22,7 @@ class Atlas:
     @property
     def models(self) -> list[str]:
         """Names of the measured models, sorted."""
-        return sorted(path.name.removeprefix("model=") for path in (self._results / "atlas" / "heads").glob("model=*"))
+        return sorted(path.stem for path in (self._results / "provenance").glob("*.json"))
 
     def heads(self) -> pd.DataFrame:
         """One row per head: the scalars of `headgram.Spectrum`, keyed by model, stack, layer, head."""
@@ -96,7 +96,11 @@ class Atlas:
             self._require(model)
         tables = []
         for each in [model] if model else self.models:
-            table = read_table(self._results / "atlas" / name / f"model={each}" / f"{name}.parquet").to_pandas()
+            path = self._results / "atlas" / name / f"model={each}" / f"{name}.parquet"
+            try:
+                table = read_table(path).to_pandas()
+            except OSError as error:
+                raise HeadgramError(f"{path} cannot be read ({error}): run `snakemake` again") from None
             table.insert(0, "model", each)
             tables.append(table)
         joined: pd.DataFrame = pd.concat(tables, ignore_index=True)

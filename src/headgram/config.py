@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import difflib
 import re
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import (
@@ -28,7 +29,7 @@ def _parse_bytes(value: Any) -> int:
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", str(value))
     if isinstance(value, bool) or not match or match[2].lower() not in _UNITS:
         raise ValueError("a size is a number with a unit, such as '2 GiB' or '512 MiB'")
-    return int(float(match[1]) * _UNITS[match[2].lower()])
+    return int(min(float(match[1]), 2**60) * _UNITS[match[2].lower()])
 
 
 def _at_least_64_mib(value: int) -> int:
@@ -43,7 +44,23 @@ Bytes = Annotated[
     AfterValidator(_at_least_64_mib),
     WithJsonSchema({"anyOf": [{"type": "string"}, {"type": "integer"}]}),
 ]
-LayerCount = Annotated[int, Field(ge=1)] | Literal["auto"]
+
+
+def _no_truth_value(value: Any) -> Any:
+    if isinstance(value, bool):
+        raise ValueError("a number is needed, not true or false")
+    return value
+
+
+def _plain_folder(value: str) -> str:
+    if not value or {"{", "}", "\0"} & set(value):
+        raise ValueError("a folder's name without braces is needed")
+    return str(Path(value).expanduser())
+
+
+_NUMBER = BeforeValidator(_no_truth_value)
+LayerCount = Annotated[Annotated[int, Field(ge=1)] | Literal["auto"], _NUMBER]
+Folder = Annotated[str, AfterValidator(_plain_folder)]
 
 
 class _Section(BaseModel):
@@ -63,14 +80,15 @@ class Weights(_Section):
 class Eigen(_Section):
     """The spectrum of every head."""
 
-    topk: int = Field(
+    topk: Annotated[int, _NUMBER] = Field(
         8,
         ge=1,
         description="Directions kept per head: right, left and signed. At most the head's rank.",
     )
-    tolerance: float = Field(
+    tolerance: Annotated[float, _NUMBER] = Field(
         1e-9,
         gt=0,
+        allow_inf_nan=False,
         description="Largest residual of the identities that a result may show; above it the job stops "
         "and names model, layer and head. Residuals are relative to `‖W_Q‖ ‖W_K‖` and are near 1e-14.",
     )
@@ -112,7 +130,7 @@ class Config(_Section):
         description="The table of models. Its lock, `models.lock.json`, lies beside it.",
         min_length=1,
     )
-    results: str = Field("results", description="The folder that receives every artifact.", min_length=1)
+    results: Folder = Field("results", description="The folder that receives every artifact.")
     device: Literal["auto", "cpu", "cuda"] = Field(
         "auto",
         description="Where eigen and Gram jobs compute. `auto` takes a GPU where one is visible.",
@@ -137,7 +155,8 @@ def load_config(raw: dict[str, Any]) -> Config:
         One sentence that names every unknown key (with the nearest known one) and every bad value.
     """
     try:
-        return Config.model_validate(raw)
+        # A section whose keys are all commented out is YAML's null.
+        return Config.model_validate({key: value for key, value in raw.items() if value is not None})
     except ValidationError as error:
         problems = "; ".join(_describe(problem) for problem in error.errors())
         raise HeadgramError(f"The configuration is not valid: {problems}.") from None

@@ -10,10 +10,10 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated, Any
 
 import filelock
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from headgram.artifacts import write_text
 from headgram.checkpoints.sources import HUB_DIGEST, Location, locate_here
@@ -26,6 +26,9 @@ if TYPE_CHECKING:
 
 class _Entry(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+_Count = Annotated[int, Field(ge=1)]
 
 
 class LockedFile(_Entry):
@@ -49,10 +52,10 @@ class LockedStack(_Entry):
 
     name: str
     layers: tuple[int, ...]
-    heads: int
-    kv_heads: int
-    rank: int
-    hidden: int
+    heads: _Count
+    kv_heads: _Count
+    rank: _Count
+    hidden: _Count
     dtype: str
     qk_bytes: int
     digests: tuple[str, ...]
@@ -71,6 +74,11 @@ class LockedModel(_Entry):
     files: tuple[LockedFile, ...]
     stacks: tuple[LockedStack, ...]
     fingerprint: str
+
+    def how_to_open(self) -> dict[str, Any]:
+        """The arguments of `open_checkpoint` that give what was locked."""
+        derived: dict[str, str | int] = {"model_type": self.architecture} if self.derived else {}
+        return {"source": self.source, "revision": self.commit, "overrides": self.overrides | derived}
 
     def asks_for(self, row: Row) -> bool:
         """Whether this entry resolves exactly what the row says."""
@@ -142,6 +150,16 @@ def changes(name: str, entry: LockedModel) -> list[str]:
     except (HeadgramError, OSError):
         return []
     return [changed_message(name, f"{file} of {entry.source}") for file in changed[:1]]
+
+
+def file_times(entry: LockedModel) -> dict[str, tuple[int, int]]:
+    """Size and time of change of a source's files, by name; empty if the source is gone."""
+    try:
+        location = locate_here(entry.source, entry.commit)
+        states = {file.name: location.path(file.name).stat() for file in entry.files}
+    except (HeadgramError, OSError):
+        return {}
+    return {name: (state.st_size, state.st_mtime_ns) for name, state in states.items()}
 
 
 def changed_message(name: str, what: str) -> str:

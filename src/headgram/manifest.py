@@ -119,6 +119,8 @@ def _problems_of(values: dict[str, str], cells: int, columns: int) -> list[str]:
 
 def _is_number(name: str) -> bool:
     """Names that readers of partitioned tables would take for a number or a date."""
+    if re.fullmatch(r"0[xX][0-9a-fA-F]+", name):
+        return True
     try:
         float(name)
     except ValueError:

@@ -1,32 +1,35 @@
 """From rows of the manifest to entries of the lock: checkpoints are opened, and what they hold is pinned.
 
-`python -m headgram.resolve MANIFEST` is the process in which a run resolves the rows that its lock lacks. It prints one JSON
-object, `{"models": entries by name, "problems": sentences}`, and writes nothing.
+`python -m headgram.resolve MANIFEST [NAME…]` is the process in which a run resolves the rows that its lock lacks, and compares
+the named ones with it. It prints one JSON object, `{"models": entries by name, "problems": sentences}`, and writes nothing.
 """
 
 from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from headgram.artifacts import canonical, digest
+from headgram.checkpoints.checkpoint import open_checkpoint
 from headgram.checkpoints.sources import Location
 from headgram.derive import open_or_derive
 from headgram.errors import HeadgramError
-from headgram.lock import LockedModel, LockedStack, lock_path, locked_file, missing_rows, read_lock
+from headgram.lock import LockedModel, LockedStack, changed_message, lock_path, locked_file, missing_rows, read_lock
 from headgram.manifest import Row, read_manifest
 
 if TYPE_CHECKING:
     from headgram.checkpoints.hub import RemoteLocation
 
 
-def main(manifest: Path) -> None:
-    """Resolve the missing rows of a manifest."""
-    rows = missing_rows(read_manifest(manifest).rows, read_lock(lock_path(manifest)))
+def main(manifest: Path, doubtful: Sequence[str]) -> None:
+    """Resolve the missing rows of a manifest, and compare others with the lock."""
+    lock = read_lock(lock_path(manifest))
+    rows = missing_rows(read_manifest(manifest).rows, lock)
     models, problems = resolve_all(rows, progress=lambda line: print(line, file=sys.stderr))
+    problems += [sentence for name in doubtful for sentence in compare(name, lock.models[name])]
     print(json.dumps({"models": {name: entry.model_dump(mode="json") for name, entry in models.items()}, "problems": problems}))
 
 
@@ -41,9 +44,22 @@ def resolve_all(
             entry = models[row.name] = resolve(row)
             how = ", derived: the layout that is proven for its unknown type" if entry.derived else ""
             progress(f"locked {row.name}: {entry.architecture}{how}, fingerprint {entry.fingerprint[:12]}")
-        except HeadgramError as error:
+        except (HeadgramError, OSError) as error:
             problems.append(f"line {row.line} ({row.name}): {error}")
     return models, problems
+
+
+def compare(name: str, entry: LockedModel) -> list[str]:
+    """A sentence if any layer's query and key bytes are not what was locked; else nothing."""
+    try:
+        with open_checkpoint(**entry.how_to_open()) as checkpoint:
+            for stack in entry.stacks:
+                for layer, locked in zip(stack.layers, stack.digests, strict=True):
+                    if not checkpoint.holds(stack.name, layer, locked):
+                        return [changed_message(name, f"stack '{stack.name}', layer {layer} of {entry.source}")]
+    except HeadgramError as error:
+        return [f"{name}: {error}"]
+    return []
 
 
 def resolve(row: Row) -> LockedModel:
@@ -90,4 +106,4 @@ def _names(location: Location | RemoteLocation) -> list[str]:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]), sys.argv[2:])

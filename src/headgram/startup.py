@@ -5,17 +5,21 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import filelock
 
-from headgram.artifacts import remove_temporaries
+from headgram.artifacts import remove_temporaries, write_text
 from headgram.config import load_config
 from headgram.errors import HeadgramError
-from headgram.lock import Lock, LockedModel, changes, lock_path, missing_rows, read_lock, write_lock
+from headgram.lock import Lock, LockedModel, changes, file_times, lock_path, missing_rows, read_lock, write_lock
 from headgram.manifest import read_manifest
 from headgram.plan import Plan, make_plan
+
+#: Remembers, in the results folder, the files that were found to be what was locked.
+_SEEN = ".sources.json"
 
 
 class Run:
@@ -28,15 +32,32 @@ class Run:
         config = load_config(raw_config)
         self._manifest = Path(config.manifest)
         self._results = Path(config.results)
+        if self._results.exists() and not self._results.is_dir():
+            raise HeadgramError(f"The results folder {self._results} is a file: give another one (--config results=…).")
         manifest = read_manifest(self._manifest)
         lock = read_lock(lock_path(self._manifest))
         missing = missing_rows(manifest.rows, lock)
         known = {row.name: lock.models[row.name] for row in manifest.rows if row not in missing}
         changed = [sentence for name, entry in known.items() for sentence in changes(name, entry)]
-        self._new, unresolved = _resolve_elsewhere(self._manifest) if missing else ({}, [])
-        manifest.check(*changed, *unresolved)
+        doubtful = self._doubtful(known)
+        self._new, problems = _resolve_elsewhere(self._manifest, doubtful) if missing or doubtful else ({}, [])
+        manifest.check(*changed, *problems)
         self.plan: Plan = make_plan({**known, **self._new}, config, scripts)
         self._held: filelock.BaseFileLock | None = None
+
+    def _doubtful(self, known: Mapping[str, LockedModel]) -> list[str]:
+        """Models whose files are younger than the lock, and not those that an earlier run found to be what was locked."""
+        try:
+            seen = json.loads((self._results / _SEEN).read_bytes())
+        except (OSError, ValueError):
+            seen = {}
+        locked_at = lock_path(self._manifest).stat().st_mtime_ns if known else 0
+        found = {name: file_times(entry) for name, entry in known.items() if entry.commit is None}
+        return [
+            name
+            for name, times in found.items()
+            if any(time > locked_at for _, time in times.values()) and seen.get(name) != _sighting(known[name])
+        ]
 
     def begin(self) -> None:
         """Take the results folder, remove what killed jobs left behind, and write the lock.
@@ -51,6 +72,8 @@ class Run:
             self._held = filelock.FileLock(self._results / ".lock", timeout=0)
             self._held.acquire()
             remove_temporaries(self._results)
+            sightings = {name: _sighting(model.entry) for name, model in self.plan.models.items()}
+            write_text(self._results / _SEEN, json.dumps(sightings, indent=1) + "\n")
         except filelock.Timeout:
             raise HeadgramError(
                 f"Another run works on {self._results}: wait for it, or give this one another folder (--config results=…)."
@@ -61,9 +84,18 @@ class Run:
             write_lock(lock_path(self._manifest), self._new)
 
 
-def _resolve_elsewhere(manifest: Path) -> tuple[dict[str, LockedModel], list[str]]:
-    """Resolve the missing rows in a process of their own: opening checkpoints imports torch, this process must not."""
-    done = subprocess.run([sys.executable, "-m", "headgram.resolve", str(manifest)], stdout=subprocess.PIPE, text=True)
+def _sighting(entry: LockedModel) -> list[Any]:
+    """What is remembered of a source whose content was compared with its lock."""
+    return [entry.fingerprint, {name: list(times) for name, times in file_times(entry).items()}]
+
+
+def _resolve_elsewhere(manifest: Path, doubtful: Sequence[str]) -> tuple[dict[str, LockedModel], list[str]]:
+    """Resolve the missing rows, and compare doubtful ones with the lock, in a process of their own.
+
+    Opening checkpoints imports torch, which this process must not.
+    """
+    command = [sys.executable, "-m", "headgram.resolve", str(manifest), *doubtful]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
     if done.returncode:
         raise HeadgramError(f"The models of {manifest} could not be resolved: see the error above.")
     answer = json.loads(done.stdout)

@@ -74,7 +74,7 @@ def test_several_bad_rows_are_reported_at_once(project):
     assert done.returncode != 0
     for words in (
         "line 3 (../x)",
-        "line 4 (gone): 'models/none' is neither a path nor",
+        "line 4 (gone): there is no file or folder 'models/none'",
         "line 5 (Good): the name 'Good' is taken by line 2",
     ):
         assert words in done.stderr

@@ -3,9 +3,10 @@
 import shutil
 
 import pytest
+import torch
 
 from pipeline.conftest import Project, edit
-from tiny import write_llama
+from tiny import llama_tensors, write_llama
 
 MODELS = {"tiny-llama": (3, ((0, 1), (2, 3))), "tiny-bert": (2, ((0, 1), (2, 2)))}
 
@@ -155,6 +156,28 @@ def test_another_checkpoint_under_a_locked_name(finished, tmp_path):
     assert "headgram lock --upgrade tiny-llama" in refused.stderr
     assert project.headgram("lock", "--upgrade", "tiny-llama").returncode == 0
     assert project.planned() == jobs(*ALL, models=["tiny-llama"])
+
+
+def test_a_changed_head_of_a_large_checkpoint_is_noticed(project):
+    """A sample of the file misses it; its date says where to look, and the digest of the layer finds it."""
+    folder = project.folder / "models" / "llama"
+    tensors = llama_tensors(4, 4, 2, 8, 32, seed=0) | {"model.embed_tokens.weight": torch.zeros(60000, 32)}
+    write_llama(folder, tensors=tensors)
+    project.run()
+    assert project.planned() == set()
+    tensors["model.layers.2.self_attn.q_proj.weight"][8:16] = 0
+    write_llama(folder, tensors=tensors)
+    refused = project.snakemake("--cores", "1")
+    assert refused.returncode != 0
+    assert "tiny-llama: " in refused.stderr
+    assert "changed since it was locked" in refused.stderr
+
+
+def test_the_same_content_elsewhere_is_the_same(finished, tmp_path):
+    project = finished.copy(tmp_path / "project")
+    (project.folder / "models" / "llama").rename(project.folder / "models" / "moved")
+    edit(project.folder / "config" / "models.tsv", "models/llama", "models/moved")
+    assert project.planned() == set()
 
 
 def test_dates_of_files_mean_nothing(finished, tmp_path):

@@ -23,6 +23,9 @@ ROOT = Path(__file__).parents[2]
         ({"device": "gpu"}, "device = 'gpu'"),
         ({"eigen": {"topk": 0}}, r"eigen\.topk = 0"),
         ({"eigen": {"topk": "many"}}, r"eigen\.topk = 'many'"),
+        ({"eigen": {"topk": True}}, r"eigen\.topk = True"),
+        ({"eigen": {"tolerance": float("inf")}}, r"eigen\.tolerance = inf"),
+        ({"results": "a{b}"}, r"results = 'a\{b\}'"),
         ({"eigen": {"tolerance": -1}}, r"eigen\.tolerance = -1"),
         ({"gram": {"layers_per_tile": 0}}, r"gram\.layers_per_tile = 0"),
         ({"memory_budget": "plenty"}, "memory_budget = 'plenty'.*2 GiB"),
@@ -45,6 +48,12 @@ def test_every_problem_is_named_at_once():
 @pytest.mark.parametrize(("text", "size"), [("2 GiB", 2 * 2**30), ("512MiB", 512 * 2**20), (2**30, 2**30), ("1.5 GB", 1.5e9)])
 def test_sizes_have_units(text, size):
     assert load_config({"memory_budget": text}).memory_budget == size
+
+
+def test_empty_sections_and_trailing_slashes_are_forgiven():
+    config = load_config({"eigen": None, "results": "out/"})
+    assert config.eigen == Config().eigen
+    assert config.results == "out"
 
 
 def test_the_shipped_configuration_holds_every_default():

@@ -3,6 +3,7 @@
 import json
 
 import pytest
+import torch
 
 from headgram.errors import HeadgramError
 from headgram.lock import Lock, changes, lock_path, missing_rows, read_lock, write_lock
@@ -138,6 +139,7 @@ def test_a_table_that_is_no_manifest(tmp_path, text, words):
         ("1.5\ts", "the name"),
         ("nan\ts", "the name"),
         ("2024-01-01\ts", "the name"),
+        ("0x1F\ts", "the name"),
         ("a" * 101 + "\ts", "the name"),
         ("a\t", "source is missing"),
         ("a\ts\t\textra", "4 cells"),
@@ -154,3 +156,19 @@ def test_good_rows_with_overrides(tmp_path):
     first, second = read_manifest(tmp_path / "m.tsv").rows
     assert (first.name, first.source, first.overrides) == ("1b-base", "/x y/z", {"heads": 4, "model_type": "llama"})
     assert (second.source, second.revision, second.overrides) == ("s", None, {})
+
+
+def test_layers_of_several_precisions_keep_them(tmp_path):
+    from headgram.checkpoints.checkpoint import open_checkpoint
+    from headgram.stages.extract import read_layers
+
+    tensors = llama_tensors(3, 4, 2, 8, 32, seed=0)
+    name = "model.layers.0.self_attn.q_proj.weight"
+    tensors[name] = tensors[name].half()
+    tensors["model.layers.2.self_attn.q_proj.weight"] *= 1e6
+    checkpoint = open_checkpoint(write_llama(tmp_path / "m", layers=3, tensors=tensors))
+    w_q, w_k = read_layers(checkpoint, "self", (0, 1, 2), "stored")
+    for layer in range(3):
+        q, k = checkpoint.qk("self", layer)
+        assert torch.equal(w_q[layer], q.float())
+        assert torch.equal(w_k[layer], k)

@@ -3,6 +3,8 @@ import contextlib
 import sys
 from pathlib import Path
 
+from snakemake.exceptions import WorkflowError
+
 from headgram.artifacts import canonical, is_fresh
 from headgram.devices import require_device
 from headgram.errors import HeadgramError
@@ -38,8 +40,21 @@ wildcard_constraints:
     row=r"row-\d+",
 
 
+def model_of(wildcards):
+    if wildcards.model not in PLAN.models:
+        raise WorkflowError(
+            f"The manifest has no model '{wildcards.model}'; there are: {', '.join(PLAN.models)}."
+        )
+    return PLAN.models[wildcards.model]
+
+
 def stack_of(wildcards):
-    return PLAN.models[wildcards.model].stacks[wildcards.stack]
+    stacks = model_of(wildcards).stacks
+    if wildcards.stack not in stacks:
+        raise WorkflowError(
+            f"The model {wildcards.model} has no stack '{wildcards.stack}'; there are: {', '.join(stacks)}."
+        )
+    return stacks[wildcards.stack]
 
 
 def stack_folder(wildcards):
@@ -50,7 +65,7 @@ def identity_of(stage, field):
     """A param of a rule: one field of the identity of its artifacts. Together they decide what is stale."""
 
     def param(wildcards):
-        value = getattr(PLAN.models[wildcards.model].identities[stage], field)
+        value = getattr(model_of(wildcards).identities[stage], field)
         return value if isinstance(value, str) else canonical(value)
 
     return param
@@ -99,14 +114,10 @@ def extract_input(wildcards):
     return []
 
 
-def extract_source(wildcards):
-    entry = PLAN.models[wildcards.model].entry
-    overrides = entry.overrides | (
-        {"model_type": entry.architecture} if entry.derived else {}
-    )
-    return canonical(
-        {"source": entry.source, "revision": entry.commit, "overrides": overrides}
-    )
+def extract_entry(wildcards):
+    """The lock's entry. Snakemake does not compare such objects: what a source holds is in the fingerprint, where it lies
+    decides nothing."""
+    return model_of(wildcards).entry
 
 
 def extract_layers(wildcards):
@@ -138,30 +149,25 @@ def gram_input(wildcards):
 
 
 def merge_parts(wildcards):
-    """Tables of the eigen shards and of the Gram rows, by stack."""
-    return {
-        name: {
-            "shards": [
-                f"{RESULTS}/models/{wildcards.model}/{name}/eigen/{shard}.parquet"
-                for shard in stack.shards
-            ],
-            "rows": [
-                f"{RESULTS}/models/{wildcards.model}/{name}/gram/{row}.parquet"
-                for row in stack.rows
-            ],
-        }
-        for name, stack in PLAN.models[wildcards.model].stacks.items()
-    }
+    """Of every stack, in the model's order: its name, and the tables of its eigen shards and of its Gram rows."""
+    folder = f"{RESULTS}/models/{wildcards.model}"
+    return [
+        [
+            name,
+            [f"{folder}/{name}/eigen/{shard}.parquet" for shard in stack.shards],
+            [f"{folder}/{name}/gram/{row}.parquet" for row in stack.rows],
+        ]
+        for name, stack in model_of(wildcards).stacks.items()
+    ]
 
 
 def merge_input(wildcards):
     run_if_stale(
         "merge", wildcards.model, f"{RESULTS}/provenance/{wildcards.model}.json"
     )
-    shards = [
-        path for part in merge_parts(wildcards).values() for path in part["shards"]
-    ]
-    rows = [path for part in merge_parts(wildcards).values() for path in part["rows"]]
+    parts = merge_parts(wildcards)
+    shards = [path for _, tables, _ in parts for path in tables]
+    rows = [path for _, _, tables in parts for path in tables]
     return {
         "tables": shards + rows,
         "directions": [str(Path(path).with_suffix(".pt")) for path in shards],

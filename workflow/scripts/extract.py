@@ -10,5 +10,5 @@ with running(snakemake) as provenance:
 
     layers, digests = zip(*json.loads(snakemake.params.layers), strict=True)
     config = json.loads(snakemake.params.config)
-    source = json.loads(snakemake.params.source)
+    source = snakemake.params.entry.how_to_open()
     extract(Path(snakemake.output.weights), source, layers, digests, config["weights"]["dtype"], provenance)

@@ -9,8 +9,8 @@ with running(snakemake) as provenance:
     from headgram.stages.merge import Atlas, StackParts, merge
 
     parts = {
-        name: StackParts(*([Path(path) for path in part[kind]] for kind in ("shards", "rows")))
-        for name, part in json.loads(snakemake.params.parts).items()
+        stack: StackParts(*([Path(path) for path in tables] for tables in (shards, rows)))
+        for stack, shards, rows in json.loads(snakemake.params.parts)
     }
     record = Path(snakemake.output.record)
     atlas = Atlas(

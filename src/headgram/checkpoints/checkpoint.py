@@ -195,6 +195,9 @@ def open_checkpoint(
     given = {key: value for key, value in (overrides or {}).items() if value is not None}
     if unknown := set(given) - set(OVERRIDES):
         raise HeadgramError(f"unknown override '{sorted(unknown)[0]}'; there are: {', '.join(OVERRIDES)}")
+    for key, value in given.items():
+        if key != "model_type" and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+            raise HeadgramError(f"the override {key} is {value!r:.60}, which should be a positive whole number")
     if isinstance(store, GgufStore):
         architecture, family, stacks = _read_gguf(store, given)
     else:

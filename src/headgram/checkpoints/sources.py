@@ -91,8 +91,9 @@ class Location:
 
 
 def is_hub_id(source: str) -> bool:
-    """Whether a source can only be a hub id: it looks like one, and is no path."""
-    return bool(_HUB_ID.fullmatch(source)) and not Path(source).exists()
+    """Whether a source can only be a hub id: it looks like one, and neither it nor the folder that it would be in exists."""
+    looks_like_one = bool(_HUB_ID.fullmatch(source)) and PurePosixPath(source).suffix not in _FORMATS
+    return looks_like_one and not Path(source).parent.exists()
 
 
 def locate_here(source: str, revision: str | None = None) -> Location:
@@ -108,14 +109,20 @@ def locate_here(source: str, revision: str | None = None) -> Location:
     elif source.startswith("package:"):
         raise HeadgramError(f"'{source}' is not a package source: write package:NAME/PATH")
     else:
-        path = Path(source).expanduser()
-        boundary = path if path.is_dir() else path.parent
+        try:
+            path = Path(source).expanduser()
+            boundary = path if path.is_dir() else path.parent
+        except (OSError, RuntimeError, ValueError) as error:
+            raise HeadgramError(f"{source!r:.200} is no path that this system knows ({error})") from None
         if is_hub_id(source):
             return _locate_in_cache(source, revision)
     if revision is not None:
         raise HeadgramError(f"revision '{revision}' is given, but '{source}' is not a hub id")
     if not path.exists():
-        raise HeadgramError(f"there is no file or folder '{source}'")
+        not_asked = (
+            f"; the folder '{path.parent}' is here, so it is not looked for at the hub" if _HUB_ID.fullmatch(source) else ""
+        )
+        raise HeadgramError(f"there is no file or folder '{source}'{not_asked}")
     if path.is_dir():
         return Location(path, _weights_in(path, boundary), None, boundary)
     if path.suffix not in _FORMATS:
@@ -145,10 +152,10 @@ def read_json(path: Path) -> dict[str, Any]:
 def _inside(boundary: Path, folder: Path, name: str) -> Path:
     relative = PurePosixPath(name)
     path = folder / relative
+    if not _leads_out(relative) and not path.is_file():
+        raise HeadgramError(f"{folder} lacks the file '{name}'")
     if _leads_out(relative) or not path.resolve().is_relative_to(boundary.resolve()):
         raise HeadgramError(f"the file name '{name}' leads out of {boundary}: a checkpoint may only name its own files")
-    if not path.is_file():
-        raise HeadgramError(f"{folder} lacks the file '{name}'")
     return path
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -62,16 +63,15 @@ def read_layers(checkpoint: Checkpoint, stack: str, layers: Sequence[int], dtype
         If a weight is not finite, before or after rounding.
     """
     checkpoint.prefetch(stack, layers)
-    w_q: Tensor | None = None
-    w_k: Tensor | None = None
-    for i, layer in enumerate(layers):
-        q, k = (_rounded(weight, dtype, layer) for weight in checkpoint.qk(stack, layer))
-        if w_q is None or w_k is None:
-            w_q, w_k = q.new_empty(len(layers), *q.shape), k.new_empty(len(layers), *k.shape)
-        w_q[i], w_k[i] = q, k
-    assert w_q is not None
-    assert w_k is not None
+    pairs = [[_rounded(weight, dtype, layer) for weight in checkpoint.qk(stack, layer)] for layer in layers]
+    w_q, w_k = (_stacked(list(weights)) for weights in zip(*pairs, strict=True))
     return w_q, w_k
+
+
+def _stacked(weights: list[Tensor]) -> Tensor:
+    """One tensor in the widest precision among the layers: a checkpoint may store them in several."""
+    widest = functools.reduce(torch.promote_types, (weight.dtype for weight in weights))
+    return torch.stack([weight.to(widest) for weight in weights])
 
 
 def _rounded(weight: Tensor, dtype: str, layer: int) -> Tensor:

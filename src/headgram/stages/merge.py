@@ -123,8 +123,10 @@ def _gram_table(stack: str, shards: pa.Table, paths: Sequence[Path]) -> pa.Table
     a, b = (norms[positions[table[name].to_numpy()], head] for name in ("layer_a", "layer_b"))
     gram = table["gram"].to_numpy()
     alive = (a > 0) & (b > 0)
+    gram = np.where(alive, gram, 0.0)  # where a form is zero but its weights are not, products leave a trace of rounding
     # Divide in two steps: the product of two tiny norms may underflow.
     cosine = np.where(alive, gram / np.where(alive, a, 1) / np.where(alive, b, 1), 0.0).clip(-1, 1)
+    table = table.set_column(table.schema.get_field_index("gram"), "gram", pa.array(gram))
     return _with_stack(stack, table.append_column("cosine", pa.array(cosine)), GRAM)
 
 
