@@ -71,13 +71,13 @@ def identity_of(stage, field):
     return param
 
 
-def run_if_stale(stage, model, record):
+def run_if_stale(stage, wildcards, record):
     """Have Snakemake run a job whose artifact is there but belongs to another identity.
 
     Snakemake compares params with what it remembers in `.snakemake`; the artifact's own record also holds where that
     memory is lost. Called by input functions, which see every job of the DAG before it is decided which must run.
     """
-    key = PLAN.models[model].identities[stage].key
+    key = model_of(wildcards).identities[stage].key
     if Path(record).exists() and not is_fresh(Path(record), key):
         workflow.dag.forcefiles.add(record)
 
@@ -108,7 +108,7 @@ def final_files(model):
 def extract_input(wildcards):
     run_if_stale(
         "extract",
-        wildcards.model,
+        wildcards,
         f"{stack_folder(wildcards)}/weights/{wildcards.layers}.json",
     )
     return []
@@ -135,7 +135,7 @@ def eigen_layers(wildcards):
 def eigen_input(wildcards):
     run_if_stale(
         "eigen",
-        wildcards.model,
+        wildcards,
         f"{stack_folder(wildcards)}/eigen/{wildcards.layers}.json",
     )
     return weights_of(wildcards, eigen_layers(wildcards))
@@ -143,7 +143,7 @@ def eigen_input(wildcards):
 
 def gram_input(wildcards):
     run_if_stale(
-        "gram", wildcards.model, f"{stack_folder(wildcards)}/gram/{wildcards.row}.json"
+        "gram", wildcards, f"{stack_folder(wildcards)}/gram/{wildcards.row}.json"
     )
     return weights_of(wildcards, stack_of(wildcards).row_layers(wildcards.row))
 
@@ -162,9 +162,7 @@ def merge_parts(wildcards):
 
 
 def merge_input(wildcards):
-    run_if_stale(
-        "merge", wildcards.model, f"{RESULTS}/provenance/{wildcards.model}.json"
-    )
+    run_if_stale("merge", wildcards, f"{RESULTS}/provenance/{wildcards.model}.json")
     parts = merge_parts(wildcards)
     shards = [path for _, tables, _ in parts for path in tables]
     rows = [path for _, _, tables in parts for path in tables]
