@@ -37,7 +37,9 @@ def main() -> None:
         style = {"color": "#b2182b" if chosen else "#bbbbbb", "lw": 1.6 if chosen else 0.8, "zorder": 2 if chosen else 1}
         right.plot(np.sort(rows["symmetric_eigenvalue"])[::-1], label=f"head {head}" if chosen else None, **style)
     right.axhline(0, color="#444444", lw=0.6)
-    right.set(title=f"Signed spectra, layer {layer}", xlabel="index", ylabel="eigenvalue of the symmetric part")
+    right.set(
+        title=f"Signed spectra, layer {layer}", xlabel="eigenvalues, largest first", ylabel="eigenvalue of the symmetric part"
+    )
     right.legend(frameon=False)
     for axes in (left, middle, right):
         axes.spines[["top", "right"]].set_visible(False)

@@ -257,7 +257,7 @@ def check(record: Path, key: str) -> dict[str, Any]:
             f"{record} belongs to another configuration, checkpoint or version than this run's: {_again(record)}."
         )
     for name, entry in content["files"].items():
-        path = record.parent / name
+        path = Path(os.path.normpath(record.parent / name))
         try:
             damaged = checksum(path) != entry["blake2b"]
         except OSError as error:

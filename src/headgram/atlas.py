@@ -53,7 +53,8 @@ class Atlas:
         table = self._table("gram", model)
         table = table[table["stack"] == stack]
         if table.empty:
-            raise HeadgramError(f"the model '{model}' has no stack '{stack}'")
+            stacks = dict.fromkeys(self._table("heads", model)["stack"])
+            raise HeadgramError(f"the model '{model}' has no stack '{stack}'; there are: {', '.join(stacks)}")
         layers = np.unique(table["layer_a"])
         heads = np.unique(table["head"])
         a, b = (np.searchsorted(layers, table[name]) for name in ("layer_a", "layer_b"))
@@ -116,6 +117,8 @@ def open_atlas(results: str | os.PathLike[str] = "results") -> Atlas:
         If it holds no finished model.
     """
     atlas = Atlas(Path(results))
+    if not Path(results).is_dir():
+        raise HeadgramError(f"there is no folder '{Path(results)}'")
     if not atlas.models:
         raise HeadgramError(f"{Path(results)} holds no finished model: run `snakemake` first")
     return atlas

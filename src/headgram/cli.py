@@ -49,7 +49,7 @@ def lock(
     table.check(*problems)
     if chosen:
         write_lock(lock_path(manifest), resolved)
-    print(f"{lock_path(manifest)}: {len(chosen)} locked, {len(names) - len(chosen)} unchanged")
+    print(f"{lock_path(manifest)}: {len(chosen)} locked, {len(names) - len(chosen)} already locked")
 
 
 @app.command()

@@ -127,7 +127,7 @@ class Config(_Section):
 
     manifest: str = Field(
         "config/models.tsv",
-        description="The table of models. Its lock, `models.lock.json`, lies beside it.",
+        description="The table of models. Its lock lies beside it: `models.tsv` has `models.lock.json`.",
         min_length=1,
     )
     results: Folder = Field("results", description="The folder that receives every artifact.")

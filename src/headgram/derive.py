@@ -44,12 +44,15 @@ def derive(model_type: str, config: Mapping[str, Any]) -> str:
     from headgram.prove import adopt  # imports transformers
 
     flags = {key: value for key, value in config.items() if isinstance(value, bool)}
-    proofs = [proof for proof in adopt(model_type, flags) if proof.ok]
+    tried = adopt(model_type, flags)
+    proofs = [proof for proof in tried if proof.ok]
     if len({(proof.layouts, proof.stacks) for proof in proofs}) != 1:
         count = "more than one known layout is" if proofs else "no known layout is"
+        reasons = "; ".join(f"as {proof.family}: {proof.problem:.200}" for proof in tried if proof.problem)
         raise HeadgramError(
-            f"the model type '{model_type}' is not known, and {count} proven for it: describe its own in "
-            "src/headgram/architectures/, and its tiny configuration in src/headgram/proofs.toml, until `headgram prove` agrees"
+            f"the model type '{model_type}' is not known, and {count} proven for it ({reasons or 'none has its tensors'}): set "
+            "`model_type` in the manifest to a known type with the same layout if you know one, or describe its own in "
+            "src/headgram/architectures/"
         )
     return representative(next(family for family in families() if family.name == proofs[0].family))
 

@@ -101,6 +101,8 @@ def _check_header(path: Path, header: list[str]) -> None:
 
 def _problems_of(values: dict[str, str], cells: int, columns: int) -> list[str]:
     problems = []
+    if cells == 1 and columns > 1:
+        return ["the line has no tab: columns are separated by tabs, not by spaces"]
     if cells > columns:
         problems.append(f"{cells} cells, but only {columns} columns")
     name = values.get("name", "")

@@ -263,7 +263,7 @@ def test_an_unreachable_hub_is_named(monkeypatch, tmp_path):
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
-    with pytest.raises(HeadgramError, match=r"neither a path nor in the local .* cannot be reached at http://127"):
+    with pytest.raises(HeadgramError, match=r"neither a path .* nor in the local .* cannot be reached at http://127"):
         open_checkpoint(REPO)
 
 

@@ -144,7 +144,7 @@ def locate_at_hub(repo: str, revision: str | None) -> RemoteLocation:
     HeadgramError
         If the hub cannot be reached, refuses, or has no such repository or revision.
     """
-    elsewhere = f"'{repo}' is neither a path nor in the local Hugging Face cache, and"
+    elsewhere = f"'{repo}' is neither a path (seen from {Path.cwd()}) nor in the local Hugging Face cache, and"
     if constants.is_offline_mode():
         fetch = f"hf download {repo}{f' --revision {revision}' if revision else ''}"
         raise HeadgramError(f"{elsewhere} HF_HUB_OFFLINE forbids to ask the hub: unset it, or fetch the model with `{fetch}`")
