@@ -47,10 +47,7 @@ class Run:
 
     def _doubtful(self, known: Mapping[str, LockedModel]) -> list[str]:
         """Models whose files are younger than the lock, and not those that an earlier run found to be what was locked."""
-        try:
-            seen = json.loads((self._results / _SEEN).read_bytes())
-        except (OSError, ValueError):
-            seen = {}
+        seen = _read_sightings(self._results / _SEEN)
         locked_at = lock_path(self._manifest).stat().st_mtime_ns if known else 0
         found = {name: file_times(entry) for name, entry in known.items() if entry.commit is None}
         return [
@@ -82,6 +79,15 @@ class Run:
             raise HeadgramError(f"The results folder {self._results} cannot be written ({error.strerror or error}).") from None
         if self._new:
             write_lock(lock_path(self._manifest), self._new)
+
+
+def _read_sightings(path: Path) -> dict[str, Any]:
+    """What earlier runs remember; nothing if that is lost or damaged, for it can be found again."""
+    try:
+        content = json.loads(path.read_bytes())
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}
 
 
 def _sighting(entry: LockedModel) -> list[Any]:
