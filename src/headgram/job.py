@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from headgram.artifacts import Identity, Provenance
-from headgram.devices import leased_device
+from headgram.devices import leased_device, usable
 from headgram.errors import HeadgramError
 
 
@@ -26,7 +26,7 @@ def running(snakemake: Any) -> Iterator[Provenance]:
     try:
         with _output_to(log), leased_device(bool(snakemake.resources.get("gpu", 0))) as device:
             _limit_threads(snakemake.threads)
-            yield _provenance(snakemake, device)
+            yield _provenance(snakemake, usable(device))
     except HeadgramError as error:
         sentence = f"headgram: {error}"
         print(sentence, file=sys.stderr)

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from headgram.derive import open_or_derive
-from headgram.devices import leased_device, require_device
+from headgram.devices import leased_device, require_device, usable
 from headgram.geometry.heads import spectrum
 from headgram.geometry.original import original_quantities
 from headgram.geometry.pairs import gram
@@ -26,6 +26,7 @@ def measure_model(model: str, out: Path, topk: int, revision: str | None, stack:
     directions_path(out)  # refuse a bad name before the work, not after it
     checkpoint, _ = open_or_derive(model, revision)
     with checkpoint, leased_device(require_device(device)) as where:
+        where = usable(where)
         chosen = checkpoint.stack(stack) if stack else checkpoint.stacks[0]
         w_q, w_k = (weight.to(where) for weight in read_layers(checkpoint, chosen.name, chosen.layers, dtype))
         original = [original_quantities(q, k, topk) for q, k in zip(w_q, w_k, strict=True)]
