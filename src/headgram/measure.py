@@ -25,8 +25,8 @@ def measure_model(model: str, out: Path, topk: int, revision: str | None, stack:
     """
     directions_path(out)  # refuse a bad name before the work, not after it
     checkpoint, _ = open_or_derive(model, revision)
-    with checkpoint, leased_device(require_device(device)) as where:
-        where = usable(where)
+    with checkpoint, leased_device(require_device(device)) as leased:
+        where = usable(leased)
         chosen = checkpoint.stack(stack) if stack else checkpoint.stacks[0]
         w_q, w_k = (weight.to(where) for weight in read_layers(checkpoint, chosen.name, chosen.layers, dtype))
         original = [original_quantities(q, k, topk) for q, k in zip(w_q, w_k, strict=True)]
