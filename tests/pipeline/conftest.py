@@ -62,8 +62,9 @@ class Project:
 
     def records(self) -> dict[Path, tuple[int, int]]:
         """Every finished artifact's record: inode and time, which change if it is made again."""
-        found = (self.folder / "results").rglob("*.json")
-        return {path: (path.stat().st_ino, path.stat().st_mtime_ns) for path in found if "seed" not in path.parts}
+        results = self.folder / "results"
+        found = [path for part in ("models", "provenance") for path in (results / part).rglob("*.json")]
+        return {path: (path.stat().st_ino, path.stat().st_mtime_ns) for path in found}
 
 
 def new_project(folder: Path) -> Project:
