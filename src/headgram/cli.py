@@ -116,9 +116,10 @@ def measure(
 ) -> None:
     """Measure one model in one process, and write the original script's two files."""
     from headgram.measure import measure_model
+    from headgram.seed_format import directions_path
 
     measure_model(model, out, topk, revision, stack, dtype, device)
-    print(f"wrote {out} and {out.with_name(out.stem + '-eigdirs.pt')}")
+    print(f"wrote {out} and {directions_path(out)}")
 
 
 @app.command()

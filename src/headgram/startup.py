@@ -53,7 +53,7 @@ class Run:
         return [
             name
             for name, times in found.items()
-            if any(time > locked_at for _, time in times.values()) and seen.get(name) != _sighting(known[name])
+            if any(time > locked_at for _, time in times.values()) and seen.get(name) != _sighting(known[name], times)
         ]
 
     def begin(self) -> None:
@@ -69,7 +69,7 @@ class Run:
             self._held = filelock.FileLock(self._results / ".lock", timeout=0)
             self._held.acquire()
             remove_temporaries(self._results)
-            sightings = {name: _sighting(model.entry) for name, model in self.plan.models.items()}
+            sightings = {name: _sighting(model.entry, file_times(model.entry)) for name, model in self.plan.models.items()}
             write_text(self._results / _SEEN, json.dumps(sightings, indent=1) + "\n")
         except filelock.Timeout:
             raise HeadgramError(
@@ -90,9 +90,9 @@ def _read_sightings(path: Path) -> dict[str, Any]:
     return content if isinstance(content, dict) else {}
 
 
-def _sighting(entry: LockedModel) -> list[Any]:
-    """What is remembered of a source whose content was compared with its lock."""
-    return [entry.fingerprint, {name: list(times) for name, times in file_times(entry).items()}]
+def _sighting(entry: LockedModel, times: Mapping[str, tuple[int, int]]) -> list[Any]:
+    """What is remembered of a source whose content was compared with its lock, in JSON's terms."""
+    return [entry.fingerprint, {name: list(state) for name, state in times.items()}]
 
 
 def _resolve_elsewhere(manifest: Path, doubtful: Sequence[str]) -> tuple[dict[str, LockedModel], list[str]]:
