@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 CORES ?= $(shell nproc 2>/dev/null || sysctl -n hw.ncpu)
 
-.PHONY: help run test test-fast lint format picture families bytes config-docs lock-requirements clean
+.PHONY: help run test test-fast lint format docs notebook pictures families bytes config-docs lock-requirements clean
 
 help: ## What each command does
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-18s %s\n", $$1, $$2}'
@@ -34,8 +34,16 @@ format: $(VENV)/installed-dev ## Format everything
 	$(BIN)/ruff format .
 	$(BIN)/snakefmt Snakefile workflow
 
-picture: $(VENV)/installed-dev ## Draw the README's picture from results/
-	$(BIN)/python docs/picture.py
+docs: $(VENV)/installed-dev ## Build the site of the documentation: build/site/index.html
+	$(BIN)/python docs/gather.py
+	$(BIN)/zensical build --clean --strict
+
+notebook: $(VENV)/installed-dev ## Execute docs/questions.ipynb on results/
+	$(BIN)/jupyter nbconvert --to notebook --execute --inplace \
+		--ExecutePreprocessor.record_timing=False --ExecutePreprocessor.startup_timeout=300 docs/questions.ipynb
+
+pictures: $(VENV)/installed-dev ## Draw the pictures of README and docs from results/
+	$(BIN)/python docs/pictures.py
 
 families: $(VENV)/installed-dev ## Prove every model type, and renew docs/families.md
 	$(BIN)/python docs/families.py

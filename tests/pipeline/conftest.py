@@ -105,3 +105,15 @@ def finished(tmp_path_factory) -> Project:
     project = tiny_project(tmp_path_factory.mktemp("finished") / "project")
     project.run()
     return project
+
+
+@pytest.fixture(scope="session")
+def measured(tmp_path_factory):
+    """Results of the default manifest, from its committed lock."""
+    project = new_project(tmp_path_factory.mktemp("real") / "project")
+    for name in ("models.tsv", "models.lock.json"):
+        shutil.copy(ROOT / "config" / name, project.folder / "config" / name)
+    assert len(project.planned()) == 8
+    project.run()
+    assert (project.folder / "config" / "models.lock.json").read_bytes() == (ROOT / "config" / "models.lock.json").read_bytes()
+    return project.folder / "results"

