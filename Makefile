@@ -3,9 +3,11 @@ SHELL := /bin/bash -eu -o pipefail
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+KILLS ?= 51
+SEED ?= 0
 CORES ?= $(shell nproc 2>/dev/null || sysctl -n hw.ncpu)
 
-.PHONY: help run test test-fast lint format docs notebook pictures families bytes config-docs lock-requirements clean
+.PHONY: help run test test-fast lint format docs notebook pictures chaos families bytes config-docs lock-requirements clean
 
 help: ## What each command does
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-18s %s\n", $$1, $$2}'
@@ -44,6 +46,9 @@ notebook: $(VENV)/installed-dev ## Execute docs/questions.ipynb on results/
 
 pictures: $(VENV)/installed-dev ## Draw the pictures of README and docs from results/
 	$(BIN)/python docs/pictures.py
+
+chaos: $(VENV)/installed-dev ## Faults in real runs, with at least fifty kills; prints what was survived (KILLS=51 SEED=0)
+	PYTHONPATH=src:tests $(BIN)/python -m pipeline.chaos --kills $(KILLS) --seed $(SEED)
 
 families: $(VENV)/installed-dev ## Prove every model type, and renew docs/families.md
 	$(BIN)/python docs/families.py

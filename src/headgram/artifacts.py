@@ -241,6 +241,8 @@ def _again(record: Path) -> str:
 def check(record: Path, key: str) -> dict[str, Any]:
     """Verify an artifact before its data are read: its key, and the checksum of every file.
 
+    A damaged artifact loses its record: it is no longer fresh, so that the same command makes it anew.
+
     Returns
     -------
     dict
@@ -256,15 +258,22 @@ def check(record: Path, key: str) -> dict[str, Any]:
         raise HeadgramError(
             f"{record} belongs to another configuration, checkpoint or version than this run's: {_again(record)}."
         )
+    for damage in damages(record, content):
+        with contextlib.suppress(OSError):
+            record.unlink()
+        raise HeadgramError(f"{damage}; its record was removed, so that the same command makes it anew.")
+    return content
+
+
+def damages(record: Path, content: Mapping[str, Any]) -> Iterator[str]:
+    """What is wrong with the data files of a record, file by file: half a sentence each."""
     for name, entry in content["files"].items():
         path = Path(os.path.normpath(record.parent / name))
         try:
-            damaged = checksum(path) != entry["blake2b"]
+            if checksum(path) != entry["blake2b"]:
+                yield f"{path} is not what was written: its checksum differs"
         except OSError as error:
-            raise HeadgramError(f"{path} cannot be read ({error.strerror}): {_again(record)}.") from None
-        if damaged:
-            raise HeadgramError(f"{path} is not what was written: its checksum differs; {_again(record)}.")
-    return content
+            yield f"{path} cannot be read ({error.strerror})"
 
 
 def checksum(path: Path) -> str:

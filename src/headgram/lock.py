@@ -156,10 +156,9 @@ def file_times(entry: LockedModel) -> dict[str, tuple[int, int]]:
     """Size and time of change of a source's files, by name; empty if the source is gone."""
     try:
         location = locate_here(entry.source, entry.commit)
-        states = {file.name: location.path(file.name).stat() for file in entry.files}
+        return {file.name: location.state(file.name) for file in entry.files}
     except (HeadgramError, OSError):
         return {}
-    return {name: (state.st_size, state.st_mtime_ns) for name, state in states.items()}
 
 
 def changed_message(name: str, what: str) -> str:

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from headgram.artifacts import check, read_record
+from headgram.artifacts import damages, read_record
 from headgram.errors import HeadgramError
 from headgram.tables import GRAM, HEADS, SPECTRA, read_table
 
@@ -44,7 +44,7 @@ def verify(results: Path) -> tuple[int, list[str]]:
             content = read_record(record)
             files = {(record.parent / name).resolve() for name in content["files"]}
             sealed |= files
-            check(record, content["key"])
+            problems += [f"{damage}: delete {record} and run again" for damage in damages(record, content)]
             problems += [f"{path}: {problem}" for path in sorted(files) for problem in _table_problems(path, content["key"])]
             if content["stage"] == "merge":
                 problems += [f"{record}: {problem}" for problem in _identity_problems({path.name: path for path in files})]

@@ -52,6 +52,25 @@ def test_finished_tiles_are_kept(tmp_path, weights, monkeypatch):
     assert sorted(file.name for file in row.parent.iterdir()) == ["row-000.json", "row-000.parquet"]
 
 
+def test_the_same_job_of_a_killed_run_may_end_meanwhile(tmp_path, weights, monkeypatch):
+    """It removes the tiles that both wrote, when its row is whole."""
+    path, provenance = weights
+    row = tmp_path / "row-000.parquet"
+    compute = stage.gram
+
+    def the_other_ends(*arguments):
+        for tile in tmp_path.glob("tile-*"):
+            tile.unlink()
+        return compute(*arguments)
+
+    stage.measure_row(row, [path], TILES, provenance)
+    expected = row.read_bytes()
+    monkeypatch.setattr(stage, "gram", the_other_ends)
+    stage.measure_row(row, [path], TILES, provenance)
+    assert row.read_bytes() == expected
+    assert not list(tmp_path.glob("tile-*"))
+
+
 def test_upper_triangle_only(tmp_path, weights):
     path, provenance = weights
     row = tmp_path / "row-001.parquet"

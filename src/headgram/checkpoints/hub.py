@@ -110,6 +110,10 @@ class RemoteLocation:
             raise HeadgramError(f"{self.where} lacks the file '{name}'")
         return self.files[name]
 
+    def state(self, name: str) -> tuple[int, int]:
+        """As of a `Location`; under a commit no file changes."""
+        return self.size(name), 0
+
     def size(self, name: str) -> int:
         """Bytes of a file."""
         return self.file(name).size

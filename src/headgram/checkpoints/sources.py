@@ -73,6 +73,11 @@ class Location:
         """Bytes of a file of the source."""
         return self.path(name).stat().st_size
 
+    def state(self, name: str) -> tuple[int, int]:
+        """Size and time of change of a file of the source: what tells that it was replaced meanwhile."""
+        state = self.path(name).stat()
+        return state.st_size, state.st_mtime_ns
+
     def sample(self, name: str) -> str:
         """Digest of up to 64 blocks spread evenly over a file: notices another checkpoint in milliseconds, whatever its size."""
         last = max(0, self.size(name) - _SAMPLE_BYTES)

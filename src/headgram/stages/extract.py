@@ -41,17 +41,27 @@ def extract(
     try:
         with open_checkpoint(**source) as checkpoint:
             checkpoint.prefetch(provenance.stack, layers)
+            before = _states(checkpoint)
             for layer, digest in zip(layers, digests, strict=True):
                 if not checkpoint.holds(provenance.stack, layer, digest):
-                    raise HeadgramError(
-                        f"layer {layer} changed since it was locked; if that is meant, run "
-                        f"`headgram lock --upgrade {provenance.model}` and measure it anew, else restore it"
-                    )
+                    raise HeadgramError(_changed(f"layer {layer} changed since it was locked", provenance.model))
             w_q, w_k = read_layers(checkpoint, provenance.stack, layers, dtype)
+            for name, state in _states(checkpoint).items():
+                if state != before[name]:
+                    raise HeadgramError(_changed(f"{name} changed while it was read", provenance.model))
     except HeadgramError as error:
         raise HeadgramError(f"model {provenance.model}, stack {provenance.stack}: {error}") from None
     write_weights(output, layers, w_q, w_k)
     seal(record_of(output), provenance, [output])
+
+
+def _states(checkpoint: Checkpoint) -> dict[str, tuple[int, int]]:
+    location = checkpoint.location
+    return {name: location.state(name) for name in location.weights}
+
+
+def _changed(what: str, model: str) -> str:
+    return f"{what}; if that is meant, run `headgram lock --upgrade {model}` and measure it anew, else restore it"
 
 
 def read_layers(checkpoint: Checkpoint, stack: str, layers: Sequence[int], dtype: str) -> tuple[Tensor, Tensor]:

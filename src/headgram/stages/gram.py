@@ -36,30 +36,34 @@ def measure_row(output: Path, weights: Sequence[Path], tiles: Sequence[Sequence[
     source = Weights(weights, provenance.identity.upstream[0])
     own = tiles[0]
     rows_a = None
+    tables = []
     paths = [_tile_path(output, own, other) for other in tiles]
     for other, path in zip(tiles, paths, strict=True):
-        if _is_finished(path, provenance):
-            continue
-        rows_a = rows_a or source.run(own, provenance.device)
-        rows_b = rows_a if other == own else source.run(other, provenance.device)
-        write_table(path, _tile_table(gram(*rows_a, *rows_b), own, other), provenance)
-    write_table(output, pa.concat_tables([read_table(path) for path in paths]), provenance)
+        table = _finished(path, provenance)
+        if table is None:
+            rows_a = rows_a or source.run(own, provenance.device)
+            rows_b = rows_a if other == own else source.run(other, provenance.device)
+            table = _tile_table(gram(*rows_a, *rows_b), own, other)
+            write_table(path, table, provenance)
+        tables.append(table)
+    write_table(output, pa.concat_tables(tables), provenance)
     seal(record_of(output), provenance, [output])
     for path in paths:
-        path.unlink()
+        path.unlink(missing_ok=True)  # the same job of a killed run may still be at work beside this one
 
 
 def _tile_path(output: Path, own: Sequence[int], other: Sequence[int]) -> Path:
     return output.with_name(f"tile-{own[0]:03d}-{own[-1]:03d}-{other[0]:03d}-{other[-1]:03d}.parquet")
 
 
-def _is_finished(path: Path, provenance: Provenance) -> bool:
-    """Whether an earlier run of this very job left this tile whole."""
+def _finished(path: Path, provenance: Provenance) -> pa.Table | None:
+    """A tile that an earlier run of this very job left whole."""
     try:
         table = read_table(path)
-        return bool(json.loads(table.schema.metadata[b"headgram"])["key"] == provenance.identity.key)
+        mine = json.loads(table.schema.metadata[b"headgram"])["key"] == provenance.identity.key
     except (OSError, pa.ArrowException, ValueError, KeyError, TypeError):
-        return False
+        return None
+    return table.replace_schema_metadata(None) if mine else None
 
 
 def _tile_table(values: torch.Tensor, own: Sequence[int], other: Sequence[int]) -> pa.Table:
