@@ -16,6 +16,7 @@ include: "workflow/rules/extract.smk"
 include: "workflow/rules/eigen.smk"
 include: "workflow/rules/gram.smk"
 include: "workflow/rules/merge.smk"
+include: "workflow/rules/derive.smk"
 
 
 rule all:

@@ -48,7 +48,7 @@ class Identity:
     Attributes
     ----------
     stage
-        `extract`, `eigen`, `gram` or `merge`.
+        `extract`, `eigen`, `gram`, `merge` or `derive`.
     config
         Canonical JSON of exactly the options that the stage reads.
     fingerprint

@@ -32,6 +32,14 @@ class Atlas:
         """One row per head and index: singular value and signed eigenvalue of the symmetric part."""
         return self._table("spectra")
 
+    def layers(self) -> pd.DataFrame:
+        """One row per layer: quartiles over its heads, mean cosines to other layers, scores of the layer's whole form."""
+        return self._table("layers")
+
+    def summary(self) -> pd.DataFrame:
+        """One row per model and stack, the table `models`: what the model is, and medians over its heads."""
+        return self._table("models")
+
     def gram(self, model: str, stack: str = "self", value: Literal["gram", "cosine"] = "gram") -> xr.DataArray:
         """Inner products of every layer pair's heads.
 
@@ -45,23 +53,26 @@ class Atlas:
         HeadgramError
             If the model or the stack was not measured.
         """
-        import numpy as np
-        import xarray as xr
-
         if value not in ("gram", "cosine"):
             raise HeadgramError(f"the Gram table has no column '{value}': ask for 'gram' or 'cosine'")
-        table = self._table("gram", model)
-        table = table[table["stack"] == stack]
-        if table.empty:
-            stacks = dict.fromkeys(self._table("heads", model)["stack"])
-            raise HeadgramError(f"the model '{model}' has no stack '{stack}'; there are: {', '.join(stacks)}")
-        layers = np.unique(table["layer_a"])
-        heads = np.unique(table["head"])
-        a, b = (np.searchsorted(layers, table[name]) for name in ("layer_a", "layer_b"))
-        data = np.zeros((len(layers), len(layers), len(heads)))
-        data[a, b, table["head"]] = data[b, a, table["head"]] = table[value]
-        coordinates = {"layer_a": layers, "layer_b": layers, "head": heads}
-        return xr.DataArray(data, coords=coordinates, dims=list(coordinates), name=value, attrs={"model": model, "stack": stack})
+        return self._square("gram", model, stack, value)
+
+    def overlap(self, model: str, stack: str = "self", side: Literal["right", "left", "signed"] = "right") -> xr.DataArray:
+        """Overlaps of every layer pair's directions: the mean squared cosine of the angles between their subspaces.
+
+        Returns
+        -------
+        xarray.DataArray, (L, L, H) float64
+            As `gram`; the attribute `expected` is the mean overlap of random subspaces.
+
+        Raises
+        ------
+        HeadgramError
+            If the model or the stack was not measured.
+        """
+        if side not in ("right", "left", "signed"):
+            raise HeadgramError(f"there are no '{side}' directions: ask for 'right', 'left' or 'signed'")
+        return self._square("overlap", model, stack, side, keep="expected")
 
     def directions(self, model: str) -> dict[str, dict[str, Any]]:
         """Directions of one model, by stack.
@@ -83,6 +94,25 @@ class Atlas:
             self._results / "atlas" / "directions" / f"{model}.pt", mmap=True, weights_only=True
         )
         return loaded
+
+    def _square(self, name: str, model: str, stack: str, value: str, keep: str | None = None) -> xr.DataArray:
+        """A column of a table of layer pairs, as layers by layers by heads; `keep` is a constant column for the attributes."""
+        import numpy as np
+        import xarray as xr
+
+        table = self._table(name, model)
+        table = table[table["stack"] == stack]
+        if table.empty:
+            stacks = dict.fromkeys(self._table("heads", model)["stack"])
+            raise HeadgramError(f"the model '{model}' has no stack '{stack}'; there are: {', '.join(stacks)}")
+        layers = np.unique(table["layer_a"])
+        heads = np.unique(table["head"])
+        a, b = (np.searchsorted(layers, table[name]) for name in ("layer_a", "layer_b"))
+        data = np.zeros((len(layers), len(layers), len(heads)))
+        data[a, b, table["head"]] = data[b, a, table["head"]] = table[value]
+        coordinates = {"layer_a": layers, "layer_b": layers, "head": heads}
+        attributes = {"model": model, "stack": stack} | ({keep: float(table[keep].iloc[0])} if keep else {})
+        return xr.DataArray(data, coords=coordinates, dims=list(coordinates), name=value, attrs=attributes)
 
     def _require(self, model: str) -> None:
         if model not in self.models:

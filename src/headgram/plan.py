@@ -108,12 +108,13 @@ def stage_config(stage: str, config: Config) -> str:
         "eigen": {"eigen": config.eigen, "original": config.original},
         "gram": {"gram": config.gram},
         "merge": {"export": config.export, "original": config.original},
+        "derive": {"export": config.export},
     }
     return canonical({name: section.model_dump(mode="json") for name, section in sections[stage].items()})
 
 
 def _identities(entry: LockedModel, config: Config, scripts: Path) -> dict[str, Identity]:
-    code = {stage: code_digest(stage, scripts / f"{stage}.py") for stage in ("extract", "eigen", "gram", "merge")}
+    code = {stage: code_digest(stage, scripts / f"{stage}.py") for stage in ("extract", "eigen", "gram", "merge", "derive")}
     find = family_of_gguf if entry.format == "gguf" and "model_type" not in entry.overrides else family_of
     reads_weights = digest(code["extract"], family_text(find(entry.architecture).name))
     extract = Identity("extract", stage_config("extract", config), entry.fingerprint, reads_weights)
@@ -123,7 +124,8 @@ def _identities(entry: LockedModel, config: Config, scripts: Path) -> dict[str, 
         return Identity(stage, stage_config(stage, config), entry.fingerprint, code[stage], upstream)
 
     eigen, gram = after("eigen", extract), after("gram", extract)
-    return {"extract": extract, "eigen": eigen, "gram": gram, "merge": after("merge", eigen, gram)}
+    merge = after("merge", eigen, gram)
+    return {"extract": extract, "eigen": eigen, "gram": gram, "merge": merge, "derive": after("derive", merge, eigen)}
 
 
 def _plan_stack(stack: LockedStack, config: Config) -> StackPlan:
@@ -131,8 +133,10 @@ def _plan_stack(stack: LockedStack, config: Config) -> StackPlan:
     stored = {"stored": _STORED_BYTES.get(stack.dtype, 4), "bfloat16": 2, "float32": 4}[config.weights.dtype]
     layer_bytes = (heads + stack.kv_heads) * rank * width * stored
 
-    # Householder QR of (d, 2r) with its Q, one symmetric 2r and one r problem, and the products, for every head.
-    eigen_seconds = heads * (8 * width * (2 * rank) ** 2 + 30 * (2 * rank) ** 3) / _FLOPS_PER_SECOND
+    # Householder QR of (d, 2r) with its Q, one symmetric 2r and one r problem, and the products, for every head; then the
+    # scores: triangles and products of every head, and the form of the layer.
+    per_head = 8 * width * (2 * rank) ** 2 + 30 * (2 * rank) ** 3 + 8 * width * rank**2
+    eigen_seconds = (heads * per_head + stack.kv_heads * rank * width**2) / _FLOPS_PER_SECOND
     directions = 4 * 4 * heads * min(config.eigen.topk, rank) * width
     pair_seconds = (heads + stack.kv_heads) * 2 * rank**2 * width / _FLOPS_PER_SECOND
 

@@ -23,6 +23,16 @@ SCALARS = (
     "residual",
 )
 
+#: The scores of `headgram.geometry.scores`: of heads, in `heads`, and with the prefix `layer_` of whole layers, in `layers`.
+SCORES = ("symmetry_score", "directionality")
+LAYER_SCORES = tuple(f"layer_{name}" for name in SCORES)
+#: All that is measured of a head in numbers.
+HEAD_NUMBERS = (*SCALARS, *SCORES)
+#: Sides of a head's directions.
+SIDES = ("right", "left", "signed")
+#: What `layers` says of each number of its heads.
+QUARTILES = {"q25": 0.25, "median": 0.5, "q75": 0.75}
+
 
 def _schema(*columns: tuple[str, pa.DataType]) -> pa.Schema:
     return pa.schema([pa.field(name, kind, nullable=False) for name, kind in columns])
@@ -32,7 +42,7 @@ def _schema(*columns: tuple[str, pa.DataType]) -> pa.Schema:
 HEADS = _schema(
     ("stack", pa.string()),
     *((name, pa.int32()) for name in ("layer", "head", "kv_head", "rank", "hidden")),
-    *((name, pa.float64()) for name in SCALARS),
+    *((name, pa.float64()) for name in HEAD_NUMBERS),
 )
 SPECTRA = _schema(
     ("stack", pa.string()),
@@ -46,6 +56,26 @@ GRAM = _schema(
     ("gram", pa.float64()),
     ("cosine", pa.float64()),
 )
+OVERLAP = _schema(
+    ("stack", pa.string()),
+    *((name, pa.int32()) for name in ("layer_a", "layer_b", "head")),
+    *((name, pa.float64()) for name in (*SIDES, "expected")),
+)
+LAYERS = _schema(
+    ("stack", pa.string()),
+    ("layer", pa.int32()),
+    *((f"{name}_{label}", pa.float64()) for name in HEAD_NUMBERS for label in QUARTILES),
+    *((name, pa.float64()) for name in ("cosine_previous", "cosine_next", "cosine_all", *LAYER_SCORES)),
+)
+MODELS = _schema(
+    *((name, pa.string()) for name in ("stack", "architecture", "stored_dtype")),
+    *((name, pa.int32()) for name in ("layers", "heads", "kv_heads", "rank", "hidden", "directions")),
+    *((f"{name}_median", pa.float64()) for name in (*HEAD_NUMBERS, *LAYER_SCORES)),
+    *((name, pa.float64()) for name in ("cosine_adjacent", "cosine_all")),
+    *((f"overlap_{name}", pa.float64()) for name in (*(f"{side}_adjacent" for side in SIDES), "expected")),
+)
+#: Every table of the atlas, by name.
+TABLES = {"heads": HEADS, "spectra": SPECTRA, "gram": GRAM, "overlap": OVERLAP, "layers": LAYERS, "models": MODELS}
 
 
 def write_table(path: Path, table: pa.Table, provenance: Provenance, compression: str = "zstd") -> None:

@@ -11,13 +11,14 @@ import pandas as pd
 
 from headgram.artifacts import damages, read_record
 from headgram.errors import HeadgramError
-from headgram.tables import GRAM, HEADS, SPECTRA, read_table
+from headgram.tables import HEAD_NUMBERS, QUARTILES, SIDES, TABLES, read_table
 
 #: Where artifacts are, below the results folder; logs and benchmarks are nobody's results.
 _FOLDERS = ("atlas", "models", "provenance", "seed")
-_SCHEMAS = {"heads.parquet": HEADS, "spectra.parquet": SPECTRA, "gram.parquet": GRAM}
 #: What held when it was written still holds, up to the rounding of forms that are much smaller than their weights.
 _TOLERANCE = 1e-6
+#: Directions are kept in float32.
+_OVERLAP_TOLERANCE = 1e-5
 
 
 def verify(results: Path) -> tuple[int, list[str]]:
@@ -46,8 +47,8 @@ def verify(results: Path) -> tuple[int, list[str]]:
             sealed |= files
             problems += [f"{damage}: delete {record} and run again" for damage in damages(record, content)]
             problems += [f"{path}: {problem}" for path in sorted(files) for problem in _table_problems(path, content["key"])]
-            if content["stage"] == "merge":
-                problems += [f"{record}: {problem}" for problem in _identity_problems({path.name: path for path in files})]
+            if find := _IDENTITIES.get(content["stage"]):
+                problems += [f"{record}: {problem}" for problem in find({path.stem: path for path in files})]
         except HeadgramError as error:
             problems.append(str(error))
     problems += [f"{path} belongs to no finished artifact" for path in sorted(present - sealed)]
@@ -61,13 +62,13 @@ def _table_problems(path: Path, key: str) -> Iterator[str]:
     schema = read_table(path).schema
     if json.loads(schema.metadata[b"headgram"])["key"] != key:
         yield "its metadata name another artifact than its record"
-    if path.name in _SCHEMAS and not schema.equals(_SCHEMAS[path.name]):
+    if path.stem in TABLES and not schema.equals(TABLES[path.stem]):
         yield f"its columns are not those of the {path.stem} table"
 
 
 def _identity_problems(files: dict[str, Path]) -> Iterator[str]:
-    """The identities between the tables of one model; each difference is relative to the sizes that enter it."""
-    heads, spectra, gram = (read_table(files[name]).to_pandas() for name in _SCHEMAS)
+    """The identities between the merged tables of one model; each difference is relative to the sizes that enter it."""
+    heads, spectra, gram = (read_table(files[name]).to_pandas() for name in ("heads", "spectra", "gram"))
     place = ["stack", "layer", "head"]
     squares = spectra.assign(
         energy=spectra["singular_value"] ** 2, power=spectra["symmetric_eigenvalue"] ** 2, trace=spectra["symmetric_eigenvalue"]
@@ -88,9 +89,34 @@ def _identity_problems(files: dict[str, Path]) -> Iterator[str]:
         yield "a cosine lies outside [-1, 1]"
 
 
+def _derived_problems(files: dict[str, Path]) -> Iterator[str]:
+    """What the derived tables of one model say against each other, and against the merged table that they summarise."""
+    layers, models, overlap = (read_table(files[name]).to_pandas() for name in ("layers", "models", "overlap"))
+    model = files["layers"].parent.name
+    try:
+        heads = read_table(files["layers"].parents[2] / "heads" / model / "heads.parquet").to_pandas()
+    except OSError:
+        return  # its own record says so
+    summaries = layers.set_index(["stack", "layer"]).sort_index()
+    for name in HEAD_NUMBERS:
+        size = heads[name].abs().max() or 1.0
+        for label, share in QUARTILES.items():
+            quartile = heads.groupby(["stack", "layer"])[name].quantile(share)
+            yield from _exceptions(f"{name}_{label}", (summaries[f"{name}_{label}"] - quartile) / size)
+        medians = models.set_index("stack")[f"{name}_median"] - heads.groupby("stack")[name].median()
+        yield from _exceptions(f"{name}_median of the model", medians / size)
+    for side in SIDES:
+        if not overlap[side].between(0, 1 + _OVERLAP_TOLERANCE).all():
+            yield f"an overlap of {side} directions lies outside [0, 1]"
+
+
 def _exceptions(name: str, difference: pd.Series) -> Iterator[str]:
     worst = difference.abs()
     if worst.isna().any():
         yield f"{name} cannot be formed for every head: rows are missing"
     elif (worst > _TOLERANCE).any():
-        yield f"{name} fails by {worst.max():.1e} at stack, layer, head {worst.idxmax()}"
+        yield f"{name} fails by {worst.max():.1e} at {', '.join(map(str, worst.index.names))} {worst.idxmax()}"
+
+
+#: By stage: what must hold among the tables of one artifact, given as name -> path.
+_IDENTITIES = {"merge": _identity_problems, "derive": _derived_problems}

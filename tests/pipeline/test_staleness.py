@@ -26,17 +26,19 @@ def jobs(*stages: str, models=("tiny-llama", "tiny-bert")) -> set[str]:
             found |= {f"Gram matrix of {of}, row-{i:03d}" for i in range(len(runs))}
         if "merge" in stages:
             found.add(f"Merging {model}")
+        if "derive" in stages:
+            found.add(f"Deriving the tables of {model}")
     return found
 
 
-ALL = ("extract", "eigen", "gram", "merge")
+ALL = ("extract", "eigen", "gram", "merge", "derive")
 
 CHANGES = [
-    ("topk: 8", "topk: 4", ("eigen", "merge")),
-    ("tolerance: 1.0e-9", "tolerance: 1.0e-8", ("eigen", "merge")),
-    ("enabled: true", "enabled: false", ("eigen", "merge")),
+    ("topk: 8", "topk: 4", ("eigen", "merge", "derive")),
+    ("tolerance: 1.0e-9", "tolerance: 1.0e-8", ("eigen", "merge", "derive")),
+    ("enabled: true", "enabled: false", ("eigen", "merge", "derive")),
     ("dtype: stored", "dtype: bfloat16", ALL),
-    ("compression: zstd", "compression: none", ("merge",)),
+    ("compression: zstd", "compression: none", ("merge", "derive")),
     ("device: auto", "device: cpu", ()),
     ("manifest: config/models.tsv\nresults: results", "results: results\nmanifest: config/models.tsv", ()),
     ("results: results", "results: results # a comment", ()),
@@ -72,7 +74,7 @@ def test_other_tiles_make_only_gram_stale(finished, tmp_path):
     project = finished.copy(tmp_path / "project")
     edit(project.folder / "config" / "config.yaml", "layers_per_tile: 2", "layers_per_tile: 4")
     rows = {f"Gram matrix of {model}, stack self, row-000" for model in MODELS}
-    assert project.planned() == rows | jobs("merge")
+    assert project.planned() == rows | jobs("merge", "derive")
 
 
 def test_swapped_values_are_noticed(finished, tmp_path):
@@ -82,7 +84,7 @@ def test_swapped_values_are_noticed(finished, tmp_path):
     config.write_text(original.replace("topk: 8", "topk: 1").replace("tolerance: 1.0e-9", "tolerance: 2"))
     project.run()
     config.write_text(original.replace("topk: 8", "topk: 2").replace("tolerance: 1.0e-9", "tolerance: 1"))
-    assert project.planned() == jobs("eigen", "merge")
+    assert project.planned() == jobs("eigen", "merge", "derive")
 
 
 def test_jobs_of_an_earlier_cut_are_not_made_again(finished, tmp_path):
@@ -90,22 +92,25 @@ def test_jobs_of_an_earlier_cut_are_not_made_again(finished, tmp_path):
     edit(project.folder / "config" / "config.yaml", "layers_per_job: 2", "layers_per_job: 4")
     project.run()
     edit(project.folder / "config" / "config.yaml", "layers_per_job: 4", "layers_per_job: 2")
-    assert project.planned() == jobs("merge")
+    assert project.planned() == jobs("merge", "derive")
 
 
 @pytest.mark.parametrize(
     ("module", "stages"),
     [
-        ("geometry/grouping.py", ("eigen", "gram", "merge")),
-        ("geometry/heads.py", ("eigen", "merge")),
-        ("geometry/residuals.py", ("eigen", "merge")),
-        ("geometry/pairs.py", ("gram", "merge")),
-        ("geometry/original.py", ("eigen", "merge")),
+        ("geometry/grouping.py", ("eigen", "gram", "merge", "derive")),
+        ("geometry/heads.py", ("eigen", "merge", "derive")),
+        ("geometry/residuals.py", ("eigen", "merge", "derive")),
+        ("geometry/pairs.py", ("gram", "merge", "derive")),
+        ("geometry/scores.py", ("eigen", "merge", "derive")),
+        ("geometry/overlaps.py", ("derive",)),
+        ("geometry/original.py", ("eigen", "merge", "derive")),
         ("stages/extract.py", ALL),
-        ("stages/eigen.py", ("eigen", "merge")),
-        ("stages/gram.py", ("gram", "merge")),
-        ("stages/merge.py", ("merge",)),
-        ("seed_format.py", ("merge",)),
+        ("stages/eigen.py", ("eigen", "merge", "derive")),
+        ("stages/gram.py", ("gram", "merge", "derive")),
+        ("stages/merge.py", ("merge", "derive")),
+        ("stages/derive.py", ("derive",)),
+        ("seed_format.py", ("merge", "derive")),
         ("checkpoints/stores.py", ALL),
         ("artifacts.py", ALL),
         ("atlas.py", ()),
@@ -124,7 +129,7 @@ def test_one_byte_of_a_script(finished, tmp_path):
     project = finished.copy(tmp_path / "project")
     with (project.folder / "workflow" / "scripts" / "gram.py").open("a") as file:
         file.write("#\n")
-    assert project.planned() == jobs("gram", "merge")
+    assert project.planned() == jobs("gram", "merge", "derive")
 
 
 def test_one_byte_of_a_family_file_concerns_its_models(finished, tmp_path):
@@ -144,6 +149,7 @@ def test_a_new_model_runs_alone(finished, tmp_path):
         "Spectra of new, stack self, layers-000-000",
         "Gram matrix of new, stack self, row-000",
         "Merging new",
+        "Deriving the tables of new",
     }
 
 
@@ -192,9 +198,11 @@ def test_dates_of_files_mean_nothing(finished, tmp_path):
 def test_a_lost_file_is_made_again(finished, tmp_path):
     project = finished.copy(tmp_path / "project")
     (project.folder / "results" / "atlas" / "heads" / "model=tiny-bert" / "heads.parquet").unlink()
-    assert project.planned() == jobs("merge", models=["tiny-bert"])
+    assert project.planned() == jobs("merge", "derive", models=["tiny-bert"])
     (project.folder / "results" / "models" / "tiny-bert" / "self" / "eigen" / "layers-000-001.pt").write_bytes(b"cut")
-    assert project.planned() == {"Spectra of tiny-bert, stack self, layers-000-001"} | jobs("merge", models=["tiny-bert"])
+    assert project.planned() == {"Spectra of tiny-bert, stack self, layers-000-001"} | jobs(
+        "merge", "derive", models=["tiny-bert"]
+    )
 
 
 def test_going_back_after_losing_the_memory(finished, tmp_path):
@@ -206,6 +214,6 @@ def test_going_back_after_losing_the_memory(finished, tmp_path):
     assert project.tables() != before
     shutil.rmtree(project.folder / ".snakemake")
     edit(config, "topk: 4", "topk: 8")
-    assert project.planned() == jobs("eigen", "merge")
+    assert project.planned() == jobs("eigen", "merge", "derive")
     project.run()
     assert project.tables() == before

@@ -42,17 +42,34 @@ def test_tables_that_contradict_each_other_are_named(finished, tmp_path):
     from headgram.verify import _identity_problems
 
     folder = finished.copy(tmp_path / "project").folder / "results" / "atlas"
-    files = {f"{name}.parquet": folder / name / "model=tiny-llama" / f"{name}.parquet" for name in ("heads", "spectra", "gram")}
+    files = {name: folder / name / "model=tiny-llama" / f"{name}.parquet" for name in ("heads", "spectra", "gram")}
     assert list(_identity_problems(files)) == []
-    table = pq.read_table(files["heads.parquet"].open("rb"))
+    table = pq.read_table(files["heads"].open("rb"))
     changed = table.set_column(
         table.schema.get_field_index("fro_sq"), table.schema.field("fro_sq"), [table["fro_sq"].to_numpy() * 1.01]
     )
-    pq.write_table(changed, files["heads.parquet"])
+    pq.write_table(changed, files["heads"])
     assert [problem.split(" fails")[0] for problem in _identity_problems(files)] == [
         "sum(s²) = fro_sq",
         "sum(λ²) = (fro_sq + self_overlap) / 2",
         "gram[a, a] = fro_sq",
+    ]
+
+
+def test_derived_tables_that_contradict_the_merged_ones_are_named(finished, tmp_path):
+    from headgram.verify import _derived_problems
+
+    folder = finished.copy(tmp_path / "project").folder / "results" / "atlas"
+    files = {name: folder / name / "model=tiny-llama" / f"{name}.parquet" for name in ("overlap", "layers", "models")}
+    assert list(_derived_problems(files)) == []
+    for name, column in (("layers", "trace_q25"), ("models", "directionality_median"), ("overlap", "signed")):
+        table = pq.read_table(files[name].open("rb"))
+        place = table.schema.get_field_index(column)
+        pq.write_table(table.set_column(place, table.schema.field(place), [table[column].to_numpy() + 2]), files[name])
+    assert [problem.split(" fails")[0] for problem in _derived_problems(files)] == [
+        "trace_q25",
+        "directionality_median of the model",
+        "an overlap of signed directions lies outside [0, 1]",
     ]
 
 

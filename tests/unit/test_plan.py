@@ -88,11 +88,11 @@ def test_given_sizes_are_kept():
 @pytest.mark.parametrize(
     ("change", "stages"),
     [
-        ({"eigen": {"topk": 4}}, {"eigen", "merge"}),
-        ({"gram": {"layers_per_tile": 4}}, {"gram", "merge"}),
-        ({"original": {"enabled": False}}, {"eigen", "merge"}),
-        ({"weights": {"dtype": "float32"}}, {"extract", "eigen", "gram", "merge"}),
-        ({"export": {"compression": "none"}}, {"merge"}),
+        ({"eigen": {"topk": 4}}, {"eigen", "merge", "derive"}),
+        ({"gram": {"layers_per_tile": 4}}, {"gram", "merge", "derive"}),
+        ({"original": {"enabled": False}}, {"eigen", "merge", "derive"}),
+        ({"weights": {"dtype": "float32"}}, {"extract", "eigen", "gram", "merge", "derive"}),
+        ({"export": {"compression": "none"}}, {"merge", "derive"}),
         ({"device": "cpu", "memory_budget": "1 GiB", "results": "r", "manifest": "m.tsv"}, set()),
     ],
 )
@@ -102,13 +102,14 @@ def test_keys_follow_the_contract(change, stages):
 
 
 def test_a_stage_depends_on_what_it_imports():
-    names = {
-        stage: {path.name for path in modules_of(f"headgram.stages.{stage}")} for stage in ("extract", "eigen", "gram", "merge")
-    }
+    stages = ("extract", "eigen", "gram", "merge", "derive")
+    names = {stage: {path.name for path in modules_of(f"headgram.stages.{stage}")} for stage in stages}
     assert {"heads.py", "residuals.py", "original.py", "tables.py"} <= names["eigen"]
     assert "pairs.py" not in names["eigen"]
     assert "heads.py" not in names["gram"]
     assert not {"heads.py", "pairs.py", "checkpoint.py"} & names["merge"]
+    assert "overlaps.py" in names["derive"]
+    assert not {"heads.py", "pairs.py", "merge.py", "checkpoint.py"} & names["derive"]
     assert {"checkpoint.py", "layouts.py", "registry.py"} <= names["extract"]
     assert all("plan.py" not in found and "cli.py" not in found for found in names.values())
 

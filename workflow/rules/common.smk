@@ -93,13 +93,14 @@ def weights_of(wildcards, layers):
 
 
 def final_files(model):
-    """All files that a merge writes for a model."""
+    """All files that a merge and a derivation write for a model."""
     atlas = f"{RESULTS}/atlas"
     files = [
         f"{atlas}/{table}/model={model}/{table}.parquet"
-        for table in ("heads", "spectra", "gram")
+        for table in ("heads", "spectra", "gram", "overlap", "layers", "models")
     ]
-    files += [f"{atlas}/directions/{model}.pt", f"{RESULTS}/provenance/{model}.json"]
+    files += [f"{atlas}/directions/{model}.pt"]
+    files += [f"{RESULTS}/provenance/{of}{model}.json" for of in ("", "derived/")]
     if PLAN.config.original.enabled:
         files += [f"{RESULTS}/seed/{model}.json", f"{RESULTS}/seed/{model}-eigdirs.pt"]
     return files
@@ -170,4 +171,36 @@ def merge_input(wildcards):
         "tables": shards + rows,
         "directions": [str(Path(path).with_suffix(".pt")) for path in shards],
         "records": [str(Path(path).with_suffix(".json")) for path in shards + rows],
+    }
+
+
+def derive_shards(wildcards):
+    """Of every stack, in the model's order: its name, and the tables of its eigen shards."""
+    return [[name, shards] for name, shards, _ in merge_parts(wildcards)]
+
+
+def derive_facts(wildcards):
+    """What the lock says of a model. Its fingerprint covers all of it."""
+    entry = model_of(wildcards).entry
+    dtypes = {stack.name: stack.dtype for stack in entry.stacks}
+    return canonical({"architecture": entry.architecture, "stored_dtype": dtypes})
+
+
+def derive_input(wildcards):
+    run_if_stale(
+        "derive", wildcards, f"{RESULTS}/provenance/derived/{wildcards.model}.json"
+    )
+    model = wildcards.model
+    shards = [path for _, tables in derive_shards(wildcards) for path in tables]
+    return {
+        "heads": f"{RESULTS}/atlas/heads/model={model}/heads.parquet",
+        "gram": f"{RESULTS}/atlas/gram/model={model}/gram.parquet",
+        "directions": f"{RESULTS}/atlas/directions/{model}.pt",
+        "record": f"{RESULTS}/provenance/{model}.json",
+        "shards": shards,
+        "shard_files": [
+            str(Path(path).with_suffix(suffix))
+            for path in shards
+            for suffix in (".pt", ".json")
+        ],
     }

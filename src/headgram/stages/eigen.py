@@ -15,11 +15,13 @@ from headgram.errors import HeadgramError
 from headgram.geometry.grouping import key_head
 from headgram.geometry.heads import Spectrum, spectrum
 from headgram.geometry.original import original_quantities
-from headgram.tables import HEADS, SCALARS, write_table
+from headgram.geometry.scores import directionality, layer_scores, symmetry_score
+from headgram.tables import HEADS, LAYER_SCORES, SCALARS, write_table
 from headgram.weights_file import Weights
 
 _SHARD = pa.schema(
     [field for field in HEADS if field.name != "stack"]
+    + [(name, pa.float64()) for name in LAYER_SCORES]  # the same for every head of a layer
     + [("singular_values", pa.list_(pa.float64())), ("symmetric_eigenvalues", pa.list_(pa.float64()))]
 )
 
@@ -52,10 +54,12 @@ def measure_shard(
         where = f"model {provenance.model}, stack {provenance.stack}, layer {layer}"
         try:
             result = spectrum(w_q, w_k, config["eigen"]["topk"])
+            scores = _scores(result, w_q, w_k)
         except HeadgramError as error:
             raise HeadgramError(f"{where}: {error}") from None
         worst = max(worst, _largest_residual(result, config["eigen"]["tolerance"], where))
-        rows += _rows(result, layer, key_head(len(w_q), len(w_k)).tolist(), rank=w_q.shape[1], hidden=w_q.shape[2])
+        reads = key_head(len(w_q), len(w_k)).tolist()
+        rows += _rows(result, scores, layer=layer, reads=reads, rank=w_q.shape[1], hidden=w_q.shape[2])
         tensors_of_layer = _directions(result)
         if config["original"]["enabled"]:
             fro_sq, eig_dirs = original_quantities(w_q, w_k, config["eigen"]["topk"])
@@ -78,8 +82,21 @@ def _largest_residual(result: Spectrum, tolerance: float, where: str) -> float:
     return float(worst)
 
 
-def _rows(result: Spectrum, layer: int, reads: Sequence[int], rank: int, hidden: int) -> list[dict[str, Any]]:
-    scalars = {name: getattr(result, name).tolist() for name in SCALARS}
+def _scores(result: Spectrum, w_q: torch.Tensor, w_k: torch.Tensor) -> dict[str, list[float]]:
+    """The scores of every head, and those of the whole layer once per head."""
+    of_layer = layer_scores(w_q, w_k)
+    return {
+        "symmetry_score": symmetry_score(result.fro_sq, result.self_overlap).tolist(),
+        "directionality": directionality(w_q, w_k).tolist(),
+        "layer_symmetry_score": [of_layer.symmetry_score] * len(w_q),
+        "layer_directionality": [of_layer.directionality] * len(w_q),
+    }
+
+
+def _rows(
+    result: Spectrum, scores: Mapping[str, Sequence[float]], layer: int, reads: Sequence[int], rank: int, hidden: int
+) -> list[dict[str, Any]]:
+    scalars = {name: getattr(result, name).tolist() for name in SCALARS} | dict(scores)
     singular, symmetric = result.singular_values.tolist(), result.symmetric_eigenvalues.tolist()
     return [
         {"layer": layer, "head": head, "kv_head": reads[head], "rank": rank, "hidden": hidden}

@@ -1,0 +1,218 @@
+"""Derivation: what follows from one model's part of the atlas, about its layer pairs, its layers, and the model as a whole."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import torch
+
+from headgram.artifacts import Provenance, check, record_of, seal
+from headgram.geometry.overlaps import overlaps
+from headgram.tables import (
+    HEAD_NUMBERS,
+    LAYER_SCORES,
+    LAYERS,
+    MODELS,
+    OVERLAP,
+    QUARTILES,
+    SIDES,
+    read_table,
+    write_table,
+)
+
+
+@dataclass(frozen=True)
+class Merged:
+    """What a merge wrote of a model, and by stack the tables of the eigen shards, which also hold the scores of layers."""
+
+    heads: Path
+    gram: Path
+    directions: Path
+    record: Path
+    shards: Mapping[str, Sequence[Path]]
+
+
+@dataclass(frozen=True)
+class Derived:
+    """The files that a derivation writes."""
+
+    overlap: Path
+    layers: Path
+    models: Path
+    record: Path
+
+
+@dataclass(frozen=True)
+class _Stack:
+    """What was measured of one stack, as arrays: `L` layers, `H` heads."""
+
+    name: str
+    layers: np.ndarray  # (L,) true indices
+    facts: dict[str, int]  # layers, heads, kv_heads, rank, hidden, directions
+    numbers: dict[str, np.ndarray]  # of heads (L, H)
+    layer_scores: dict[str, np.ndarray]  # (L,)
+    cosine: np.ndarray  # (L, L, H)
+    overlap: dict[str, np.ndarray]  # by side (L, L, H)
+
+
+def derive(merged: Merged, derived: Derived, facts: Mapping[str, Any], config: Mapping[str, Any], provenance: Provenance) -> None:
+    """Derive one model's tables.
+
+    Parameters
+    ----------
+    facts
+        `{"architecture": name, "stored_dtype": {stack: name}}`, as locked.
+    config
+        `{"export": {"compression"}}`.
+
+    Raises
+    ------
+    HeadgramError
+        If an artifact is damaged or belongs to another run.
+    """
+    merge_key, eigen_key = provenance.identity.upstream
+    check(merged.record, merge_key)
+    for path in [path for paths in merged.shards.values() for path in paths]:
+        check(record_of(path), eigen_key)
+    heads, gram = read_table(merged.heads), read_table(merged.gram)
+    directions = torch.load(merged.directions, mmap=True, weights_only=True)
+    stacks = [
+        _stack(name, _of(heads, name), _of(gram, name), directions[name], shards, provenance.device)
+        for name, shards in merged.shards.items()
+    ]
+    compression = config["export"]["compression"]
+    write_table(derived.overlap, pa.concat_tables([_overlap_table(stack) for stack in stacks]), provenance, compression)
+    write_table(derived.layers, pa.concat_tables([_layers_table(stack) for stack in stacks]), provenance, compression)
+    write_table(derived.models, pa.concat_tables([_models_table(stack, facts) for stack in stacks]), provenance, compression)
+    seal(derived.record, provenance, [derived.overlap, derived.layers, derived.models])
+
+
+def _of(table: pa.Table, stack: str) -> pa.Table:
+    return table.filter(pc.equal(table["stack"], stack))
+
+
+def _stack(
+    name: str, heads: pa.Table, gram: pa.Table, directions: Mapping[str, torch.Tensor], shards: Sequence[Path], device: str
+) -> _Stack:
+    layers = directions["layers"].numpy()
+    count, per_layer, kept, hidden = directions["right"].shape
+    scores = pa.concat_tables([read_table(path).select(LAYER_SCORES) for path in shards])
+    return _Stack(
+        name=name,
+        layers=layers,
+        facts={
+            "layers": count,
+            "heads": per_layer,
+            "kv_heads": pc.max(heads["kv_head"]).as_py() + 1,
+            "rank": heads["rank"][0].as_py(),
+            "hidden": hidden,
+            "directions": kept,
+        },
+        numbers={column: _by_layer(heads, column, count) for column in HEAD_NUMBERS},
+        layer_scores={column: _by_layer(scores, column, count)[:, 0] for column in LAYER_SCORES},
+        cosine=_square(gram, "cosine", layers, per_layer),
+        overlap={side: _overlaps(directions[side], device) for side in SIDES},
+    )
+
+
+def _by_layer(table: pa.Table, column: str, layers: int) -> np.ndarray:
+    """A column of heads, which lie layer by layer, as (L, H)."""
+    values: np.ndarray = table[column].to_numpy().reshape(layers, -1)
+    return values
+
+
+def _square(gram: pa.Table, column: str, layers: np.ndarray, heads: int) -> np.ndarray:
+    """A column of the Gram table as (L, L, H), both triangles."""
+    square = np.zeros((len(layers), len(layers), heads))
+    a, b = (np.searchsorted(layers, gram[name].to_numpy()) for name in ("layer_a", "layer_b"))
+    head = gram["head"].to_numpy()
+    square[a, b, head] = square[b, a, head] = gram[column].to_numpy()
+    return square
+
+
+def _overlaps(directions: torch.Tensor, device: str) -> np.ndarray:
+    """Head by head, (L, L, H): the directions may exceed the memory of a job."""
+    heads = range(directions.shape[1])
+    stacked: np.ndarray = np.stack([overlaps(directions[:, head], device).numpy() for head in heads], axis=-1)
+    return stacked
+
+
+def _overlap_table(stack: _Stack) -> pa.Table:
+    """A row per layer pair with `layer_a <= layer_b` and head."""
+    a, b = np.triu_indices(len(stack.layers))
+    heads = stack.facts["heads"]
+    columns = {
+        "layer_a": np.repeat(stack.layers[a], heads),
+        "layer_b": np.repeat(stack.layers[b], heads),
+        "head": np.tile(np.arange(heads), len(a)),
+        **{side: values[a, b].ravel() for side, values in stack.overlap.items()},
+        "expected": np.full(len(a) * heads, _expected_overlap(stack)),
+    }
+    return _table(stack, columns, OVERLAP)
+
+
+def _layers_table(stack: _Stack) -> pa.Table:
+    count = len(stack.layers)
+    columns: dict[str, np.ndarray] = {"layer": stack.layers}
+    for name, values in stack.numbers.items():
+        quartiles = np.quantile(values, list(QUARTILES.values()), axis=1)
+        columns |= {f"{name}_{label}": quartile for label, quartile in zip(QUARTILES, quartiles, strict=True)}
+    adjacent = _adjacent(stack.cosine).mean(-1)  # (L - 1,)
+    columns |= {
+        "cosine_previous": np.concatenate([np.zeros(1), adjacent]),
+        "cosine_next": np.concatenate([adjacent, np.zeros(1)]),
+        "cosine_all": _to_others(stack.cosine) if count > 1 else np.zeros(1),
+        **stack.layer_scores,
+    }
+    return _table(stack, columns, LAYERS)
+
+
+def _models_table(stack: _Stack, facts: Mapping[str, Any]) -> pa.Table:
+    columns = {
+        "architecture": facts["architecture"],
+        "stored_dtype": facts["stored_dtype"][stack.name],
+        **stack.facts,
+        **{f"{name}_median": np.median(values) for name, values in stack.numbers.items()},
+        **{f"{name}_median": np.median(values) for name, values in stack.layer_scores.items()},
+        "cosine_adjacent": _mean(_adjacent(stack.cosine)),
+        "cosine_all": _mean(_to_others(stack.cosine)) if len(stack.layers) > 1 else 0.0,
+        **{f"overlap_{side}_adjacent": _mean(_adjacent(values)) for side, values in stack.overlap.items()},
+        "overlap_expected": _expected_overlap(stack),
+    }
+    return _table(stack, {name: [value] for name, value in columns.items()}, MODELS)
+
+
+def _table(stack: _Stack, columns: Mapping[str, Any], schema: pa.Schema) -> pa.Table:
+    length = len(next(iter(columns.values())))
+    names = pa.array([stack.name]).take(pa.array(np.zeros(length, dtype=np.int32)))
+    return pa.table({"stack": names, **columns}).select(schema.names).cast(schema)
+
+
+def _expected_overlap(stack: _Stack) -> float:
+    """The mean overlap of two random subspaces of this many directions."""
+    return stack.facts["directions"] / stack.facts["hidden"]
+
+
+def _adjacent(square: np.ndarray) -> np.ndarray:
+    """Values of each layer and the next, (L - 1, H)."""
+    first = np.arange(len(square) - 1)
+    values: np.ndarray = square[first, first + 1]
+    return values
+
+
+def _to_others(square: np.ndarray) -> np.ndarray:
+    """The mean over heads and all other layers, (L,)."""
+    others = ~np.eye(len(square), dtype=bool)
+    values: np.ndarray = square.mean(-1)[others].reshape(len(square), -1).mean(1)
+    return values
+
+
+def _mean(values: np.ndarray) -> float:
+    """The mean, 0 where there is nothing."""
+    return float(values.mean()) if values.size else 0.0
