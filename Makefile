@@ -16,7 +16,7 @@ run: $(VENV)/installed ## Install what is missing, then measure the models of co
 	$(BIN)/snakemake --cores $(CORES)
 	@echo "Results: results/atlas (tables, directions) and results/seed; read them with headgram.open_atlas('results')."
 
-test: $(VENV)/installed-dev lint ## Every check: lint, then unit tests, then real pipeline runs
+test: $(VENV)/installed-dev lint docs ## Every check: lint, the site, unit tests, then real pipeline runs
 	$(BIN)/python -m pytest tests/unit
 	$(BIN)/python -m pytest tests/pipeline
 
