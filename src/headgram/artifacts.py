@@ -18,6 +18,7 @@ import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import IO, Any
@@ -69,6 +70,17 @@ class Identity:
     def key(self) -> str:
         return digest(str(SCHEMA), self.stage, self.config, self.fingerprint, self.code, *self.upstream)
 
+    def described(self) -> dict[str, Any]:
+        """As JSON, with the key."""
+        config, upstream = json.loads(self.config), list(self.upstream)
+        return {"key": self.key, **asdict(self), "config": config, "upstream": upstream}
+
+    @classmethod
+    def read(cls, described: Mapping[str, Any]) -> Identity:
+        """The identity that `described` gave."""
+        fields = {name: described[name] for name in ("stage", "fingerprint", "code")}
+        return cls(**fields, config=canonical(described["config"]), upstream=tuple(described["upstream"]))
+
 
 @dataclass(frozen=True)
 class Provenance:
@@ -78,7 +90,8 @@ class Provenance:
     model: str
     stack: str | None
     device: str = "cpu"
-    residual: float | None = None  # the largest residual of the identities, where the stage checks any
+    residual: float | None = None  # the largest residual of the identities, where any are checked
+    origin: Mapping[str, Any] = field(default_factory=dict)  # what the identity's digests stand for, spelled out
     started: float = field(default_factory=time.time, compare=False)
 
     def metadata(self) -> dict[str, Any]:
@@ -86,14 +99,13 @@ class Provenance:
         return {
             "schema": SCHEMA,
             "headgram": headgram.__version__,
-            "key": self.identity.key,
-            **asdict(self.identity),
-            "config": json.loads(self.identity.config),
-            "upstream": list(self.identity.upstream),
+            **self.identity.described(),
             "model": self.model,
             "stack": self.stack,
             "precision": "float64",
             "device": self.device,
+            "versions": library_versions(),
+            **self.origin,
         }
 
 
@@ -177,15 +189,18 @@ def record_of(path: Path) -> Path:
     return path.with_suffix(".json")
 
 
-def seal(record: Path, provenance: Provenance, data: Sequence[Path]) -> None:
-    """Write the provenance record of finished data files; the last act of a job."""
+def seal(record: Path, provenance: Provenance, data: Sequence[Path], measured: Mapping[str, Any] | None = None) -> None:
+    """Write the provenance record of finished data files; the last act of a job.
+
+    `measured` is what else this very run found, and another one need not.
+    """
     files = {os.path.relpath(path, record.parent): {"bytes": path.stat().st_size, "blake2b": checksum(path)} for path in data}
     content = {
         **provenance.metadata(),
         "residual": provenance.residual,
         "seconds": round(time.time() - provenance.started, 3),
-        "versions": {"python": platform.python_version(), **{name: _version(name) for name in _LIBRARIES}},
         "machine": platform.platform(),
+        **(measured or {}),
         "files": files,
     }
     write_text(record, _sealed_text(content))
@@ -197,11 +212,16 @@ def _sealed_text(content: Mapping[str, Any]) -> str:
     return json.dumps(sealed, indent=1, sort_keys=True, ensure_ascii=False) + "\n"
 
 
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
+@cache
+def library_versions() -> dict[str, str | None]:
+    """Versions of Python and of the libraries that results may depend on; None of what is not installed."""
+    versions: dict[str, str | None] = {"python": platform.python_version()}
+    for name in _LIBRARIES:
+        try:
+            versions[name] = version(name)
+        except PackageNotFoundError:
+            versions[name] = None
+    return versions
 
 
 def is_fresh(record: Path, key: str) -> bool:

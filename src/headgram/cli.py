@@ -92,11 +92,15 @@ def spans(layers: tuple[int, ...]) -> str:
 
 
 @app.command()
-def verify(results: Annotated[Path, typer.Argument(help="The results folder.")] = Path("results")) -> None:
-    """Re-check every artifact: bytes, schemas and identities; name what is wrong."""
+def verify(
+    results: Annotated[Path, typer.Argument(help="The results folder.")] = Path("results"),
+    manifest: Annotated[Path, typer.Option(help="Its lock says which checkpoints are meant; may be absent.")] = _MANIFEST,
+) -> None:
+    """Re-check every artifact: bytes, schemas, identities, and the checkpoint it is of; name what is wrong."""
+    from headgram.lock import lock_path, read_lock
     from headgram.verify import verify as find_problems
 
-    files, problems = find_problems(results)
+    files, problems = find_problems(results, read_lock(lock_path(manifest)))
     for problem in problems:
         print(f"headgram: {problem}", file=sys.stderr)
     if problems:

@@ -62,7 +62,10 @@ def _provenance(snakemake: Any, device: str) -> Provenance:
         code=snakemake.params.code,
         upstream=tuple(json.loads(snakemake.params.upstream)),
     )
-    return Provenance(identity, snakemake.wildcards.model, snakemake.wildcards.get("stack"), device)
+    origin = {}
+    if "stages" in snakemake.params.keys():  # noqa: SIM118  (Snakemake's params are a list with names)
+        origin = {"lock": snakemake.params.entry.model_dump(mode="json"), "stages": json.loads(snakemake.params.stages)}
+    return Provenance(identity, snakemake.wildcards.model, snakemake.wildcards.get("stack"), device, origin=origin)
 
 
 def _limit_threads(threads: int) -> None:

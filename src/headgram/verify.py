@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+import os
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
 
-from headgram.artifacts import damages, read_record
+from headgram.artifacts import Identity, damages, read_record
 from headgram.errors import HeadgramError
+from headgram.lock import Lock
 from headgram.tables import HEAD_NUMBERS, QUARTILES, SIDES, TABLES, read_table
 
 #: Where artifacts are, below the results folder; logs and benchmarks are nobody's results.
@@ -21,8 +25,8 @@ _TOLERANCE = 1e-6
 _OVERLAP_TOLERANCE = 1e-5
 
 
-def verify(results: Path) -> tuple[int, list[str]]:
-    """Check every artifact of a results folder.
+def verify(results: Path, lock: Lock | None = None) -> tuple[int, list[str]]:
+    """Check every artifact of a results folder, and that it is of the checkpoint that the lock pins.
 
     Returns
     -------
@@ -34,34 +38,63 @@ def verify(results: Path) -> tuple[int, list[str]]:
     HeadgramError
         If there is nothing to check.
     """
-    records = sorted(path for folder in ("models", "provenance") for path in (results / folder).rglob("*.json"))
-    if not records:
+    paths = sorted(path for folder in ("models", "provenance") for path in (results / folder).rglob("*.json"))
+    if not paths:
         raise HeadgramError(f"{results} holds no artifact to verify")
-    present = {path.resolve() for folder in _FOLDERS for path in (results / folder).rglob("*") if path.is_file()}
-    sealed = {record.resolve() for record in records}
+    present = {_place(path) for folder in _FOLDERS for path in (results / folder).rglob("*") if not path.is_dir()}
+    sealed = {_place(path) for path in paths}
+    records: dict[Path, dict[str, Any]] = {}
+    unreadable: set[str] = set()  # models
     problems = []
-    for record in records:
+    for path in paths:
         try:
-            content = read_record(record)
-            files = {(record.parent / name).resolve() for name in content["files"]}
-            sealed |= files
-            problems += [f"{damage}: delete {record} and run again" for damage in damages(record, content)]
-            problems += [f"{path}: {problem}" for path in sorted(files) for problem in _table_problems(path, content["key"])]
-            if find := _IDENTITIES.get(content["stage"]):
-                problems += [f"{record}: {problem}" for problem in find({path.stem: path for path in files})]
+            records[path] = read_record(path)
         except HeadgramError as error:
             problems.append(str(error))
+    for path, record in records.items():
+        files = {name: _place(path.parent / name) for name in record["files"]}
+        sealed |= set(files.values())
+        damaged = [f"{damage}: delete {path} and run again" for damage in damages(path, record)]
+        problems += damaged or [f"{file}: {problem}" for file in files.values() for problem in _table_problems(file, record)]
+        problems += [f"{path}: {problem}" for problem in _origin_problems(record, lock)]
+        if damaged:
+            unreadable.add(record["model"])
+    for path, record in records.items():
+        if record["model"] not in unreadable and (find := _IDENTITIES.get(record["stage"])):
+            tables = {file.stem: file for file in (_place(path.parent / name) for name in record["files"])}
+            problems += [f"{path}: {problem}" for problem in find(tables)]
     problems += [f"{path} belongs to no finished artifact" for path in sorted(present - sealed)]
     return len(present), problems
 
 
-def _table_problems(path: Path, key: str) -> Iterator[str]:
+def _place(path: Path) -> Path:
+    """A path without `..`; links are left as they are."""
+    return Path(os.path.normpath(path.absolute()))
+
+
+def _origin_problems(record: Mapping[str, Any], lock: Lock | None) -> Iterator[str]:
+    """Whether the record's key is that of what it says it comes from, and its checkpoint the locked one."""
+    stages = record.get("stages", {})
+    if any(Identity.read(described).key != described["key"] for described in (record, *stages.values())):
+        yield "its key is not that of its stage, configuration, fingerprint, code and inputs"
+    if stages and not set(record["upstream"]) <= {described["key"] for described in stages.values()}:
+        yield "its inputs are not those of the stages that it names"
+    entry = lock.models.get(record["model"]) if lock else None
+    if entry and entry.fingerprint != record["fingerprint"]:
+        yield (
+            f"it was measured from a checkpoint with fingerprint {record['fingerprint'][:12]}, but the lock pins "
+            f"{entry.fingerprint[:12]}: run again"
+        )
+
+
+def _table_problems(path: Path, record: Mapping[str, Any]) -> Iterator[str]:
     """What a Parquet file says of itself against its record, and its columns against their schema."""
     if path.suffix != ".parquet":
         return
     schema = read_table(path).schema
-    if json.loads(schema.metadata[b"headgram"])["key"] != key:
-        yield "its metadata name another artifact than its record"
+    said = json.loads(schema.metadata[b"headgram"])
+    if differing := sorted(name for name in said if said[name] != record.get(name)):
+        yield f"its metadata and its record name another {', '.join(differing)}"
     if path.stem in TABLES and not schema.equals(TABLES[path.stem]):
         yield f"its columns are not those of the {path.stem} table"
 
@@ -95,7 +128,7 @@ def _derived_problems(files: dict[str, Path]) -> Iterator[str]:
     model = files["layers"].parent.name
     try:
         heads = read_table(files["layers"].parents[2] / "heads" / model / "heads.parquet").to_pandas()
-    except OSError:
+    except (OSError, pa.ArrowException):
         return  # its own record says so
     summaries = layers.set_index(["stack", "layer"]).sort_index()
     for name in HEAD_NUMBERS:

@@ -1,8 +1,19 @@
 """`headgram verify` finds whatever was touched."""
 
+import json
 import random
+from importlib.metadata import version
+from pathlib import Path
 
 import pyarrow.parquet as pq
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+import headgram
+from headgram.artifacts import _sealed_text
+from headgram.verify import verify
+from pipeline.conftest import edit
 
 
 def test_a_finished_run_is_whole(finished):
@@ -11,20 +22,89 @@ def test_a_finished_run_is_whole(finished):
     assert "all as they were written" in done.stdout
 
 
-def test_a_flipped_byte_in_any_file_is_found(finished, tmp_path):
-    from headgram.verify import verify
+def artifacts_of(results: Path) -> list[Path]:
+    parts = ("atlas", "models", "seed", "provenance")
+    return sorted(path for part in parts for path in (results / part).rglob("*") if path.is_file())
 
-    results = finished.copy(tmp_path / "project").folder / "results"
-    chance = random.Random(0)
-    files = [path for part in ("atlas", "models", "seed", "provenance") for path in (results / part).rglob("*") if path.is_file()]
-    assert len(files) > 30
-    for path in files:
-        data = path.read_bytes()
-        position = chance.randrange(len(data))
-        path.write_bytes(data[:position] + bytes([data[position] ^ (1 << chance.randrange(8))]) + data[position + 1 :])
-        assert any(path.name in problem for problem in verify(results)[1]), path
+
+@pytest.fixture(scope="module")
+def scratch(finished, tmp_path_factory):
+    """Finished results that each test leaves as it found them."""
+    return finished.copy(tmp_path_factory.mktemp("verify") / "project").folder / "results"
+
+
+def with_bit_flipped(path: Path, position: int, bit: int) -> list[str]:
+    """What verify says of results in which one bit of one file differs."""
+    data = path.read_bytes()
+    path.write_bytes(data[:position] + bytes([data[position] ^ (1 << bit)]) + data[position + 1 :])
+    try:
+        return verify(path.parents[[parent.name for parent in path.parents].index("results")])[1]
+    finally:
         path.write_bytes(data)
-    assert verify(results)[1] == []
+
+
+def test_a_flipped_bit_in_any_file_is_found(scratch):
+    chance = random.Random(0)
+    kinds = {path.parent.name if "models" in path.parts else path.relative_to(scratch).parts[0] for path in artifacts_of(scratch)}
+    assert kinds == {"weights", "eigen", "gram", "atlas", "seed", "provenance"}
+    for path in artifacts_of(scratch):
+        problems = with_bit_flipped(path, chance.randrange(path.stat().st_size), chance.randrange(8))
+        assert any(path.name in problem for problem in problems), path
+    assert verify(scratch)[1] == []
+
+
+@given(st.data())
+@settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_a_flipped_bit_anywhere_is_found(scratch, data):
+    path = data.draw(st.sampled_from(artifacts_of(scratch)), label="file")
+    position = data.draw(st.integers(0, path.stat().st_size - 1), label="position")
+    assert any(path.name in problem for problem in with_bit_flipped(path, position, data.draw(st.integers(0, 7), label="bit")))
+
+
+def resealed(record: Path, **changes) -> None:
+    """A record that was changed by someone who knows how to seal it."""
+    content = json.loads(record.read_text()) | changes
+    del content["record"]
+    record.write_text(_sealed_text(content))
+
+
+def test_a_record_that_contradicts_itself_is_named(finished, tmp_path):
+    results = finished.copy(tmp_path / "project").folder / "results"
+    resealed(results / "provenance" / "tiny-bert.json", config={"export": {"compression": "none"}})
+    problems = verify(results)[1]
+    assert any("its key is not that of its stage, configuration" in problem for problem in problems)
+    assert any("heads.parquet: its metadata and its record name another config" in problem for problem in problems)
+
+
+def test_another_checkpoint_than_the_locked_one_is_named(finished, tmp_path):
+    project = finished.copy(tmp_path / "project")
+    edit(project.folder / "config" / "models.lock.json", '"fingerprint": "', '"fingerprint": "0')
+    done = project.headgram("verify")
+    assert done.returncode == 1
+    assert "tiny-bert.json: it was measured from a checkpoint with fingerprint" in done.stderr
+    assert "tiny-llama" not in done.stderr
+
+
+def test_what_a_record_says(finished):
+    """Everything that the numbers come from, spelled out."""
+    lock = json.loads((finished.folder / "config" / "models.lock.json").read_text())["models"]["tiny-llama"]
+    record = json.loads((finished.folder / "results" / "provenance" / "tiny-llama.json").read_text())
+    assert record["lock"] == lock
+    assert record["headgram"] == headgram.__version__
+    assert record["stages"]["eigen"]["config"]["eigen"]["topk"] == 8
+    assert record["stages"]["extract"]["config"] == {"weights": {"dtype": "stored"}}
+    assert all(len(record["stages"][stage]["code"]) == 32 for stage in ("extract", "eigen", "gram"))
+    assert record["upstream"] == [record["stages"][stage]["key"] for stage in ("eigen", "gram")]
+    assert record["precision"] == "float64"
+    assert record["versions"]["torch"] == version("torch")
+    assert 0 < record["residual"] < 1e-12
+    assert record["jobs"]["eigen"]["count"] == record["jobs"]["gram"]["count"] == 2
+    assert record["jobs"]["eigen"]["devices"] == ["cpu"]
+    assert record["jobs"]["eigen"]["seconds"] > 0
+    heads = finished.folder / "results" / "atlas" / "heads" / "model=tiny-llama" / "heads.parquet"
+    said = json.loads(pq.read_schema(heads).metadata[b"headgram"])
+    assert said.items() <= record.items()
+    assert {"lock", "stages", "config", "code", "device", "precision", "versions", "headgram"} <= said.keys()
 
 
 def test_missing_and_foreign_files_are_named(finished, tmp_path):

@@ -71,6 +71,16 @@ def identity_of(stage, field):
     return param
 
 
+def stages_before(*stages):
+    """A param of a rule: the identities of earlier stages, for its record to spell out what their keys stand for."""
+
+    def param(wildcards):
+        identities = model_of(wildcards).identities
+        return canonical({stage: identities[stage].described() for stage in stages})
+
+    return param
+
+
 def run_if_stale(stage, wildcards, record):
     """Have Snakemake run a job whose artifact is there but belongs to another identity.
 
@@ -115,8 +125,8 @@ def extract_input(wildcards):
     return []
 
 
-def extract_entry(wildcards):
-    """The lock's entry. Snakemake does not compare such objects: what a source holds is in the fingerprint, where it lies
+def locked_entry(wildcards):
+    """A param of a rule: the lock's entry. Snakemake does not compare such objects: what a source holds is in the fingerprint, where it lies
     decides nothing."""
     return model_of(wildcards).entry
 

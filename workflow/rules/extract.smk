@@ -19,7 +19,7 @@ rule extract:
         fingerprint=identity_of("extract", "fingerprint"),
         code=identity_of("extract", "code"),
         upstream=identity_of("extract", "upstream"),
-        entry=extract_entry,
+        entry=locked_entry,
         layers=extract_layers,
     message:
         "Extracting {wildcards.model}, stack {wildcards.stack}, {wildcards.layers}"

@@ -28,6 +28,8 @@ rule merge:
         code=identity_of("merge", "code"),
         upstream=identity_of("merge", "upstream"),
         parts=lambda wildcards: canonical(merge_parts(wildcards)),
+        entry=locked_entry,
+        stages=stages_before("extract", "eigen", "gram"),
     message:
         "Merging {wildcards.model}"
     script:

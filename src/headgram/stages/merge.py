@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +41,8 @@ class Atlas:
 def merge(parts: Mapping[str, StackParts], atlas: Atlas, config: Mapping[str, Any], provenance: Provenance) -> None:
     """Merge one model.
 
+    The record also says how long its parts took, and where.
+
     Parameters
     ----------
     parts
@@ -54,9 +56,10 @@ def merge(parts: Mapping[str, StackParts], atlas: Atlas, config: Mapping[str, An
         If an artifact is damaged or belongs to another run.
     """
     eigen_key, gram_key = provenance.identity.upstream
-    for stack in parts.values():
-        for path, key in [(path, eigen_key) for path in stack.shards] + [(path, gram_key) for path in stack.rows]:
-            check(record_of(path), key)
+    records = {
+        "eigen": [check(record_of(path), eigen_key) for stack in parts.values() for path in stack.shards],
+        "gram": [check(record_of(path), gram_key) for stack in parts.values() for path in stack.rows],
+    }
 
     shards = {name: pa.concat_tables([read_table(path) for path in stack.shards]) for name, stack in parts.items()}
     rows = {name: _gram_table(name, shards[name], stack.rows) for name, stack in parts.items()}
@@ -77,7 +80,16 @@ def merge(parts: Mapping[str, StackParts], atlas: Atlas, config: Mapping[str, An
         else:
             for path in (atlas.seed, directions_path(atlas.seed)):
                 path.unlink(missing_ok=True)
-    seal(atlas.record, provenance, written)
+    worst = max(record["residual"] for record in records["eigen"])
+    jobs = {stage: _summary(found) for stage, found in records.items()}
+    seal(atlas.record, replace(provenance, residual=worst), written, {"jobs": jobs})
+
+
+def _summary(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """How many jobs a stage took, where they ran and how long."""
+    seconds = round(sum(record["seconds"] for record in records), 3)
+    devices, machines = (sorted({record[name] for record in records}) for name in ("device", "machine"))
+    return {"count": len(records), "seconds": seconds, "devices": devices, "machines": machines}
 
 
 def _heads_table(stack: str, shards: pa.Table) -> pa.Table:
