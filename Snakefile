@@ -27,4 +27,12 @@ rule all:
 
 onstart:
     with headgram_errors():
-        RUN.begin()
+        RUN.begin(workflow)
+
+
+onsuccess:
+    RUN.end()
+
+
+onerror:
+    RUN.end()

@@ -7,7 +7,7 @@ import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import filelock
 
@@ -17,6 +17,9 @@ from headgram.errors import HeadgramError
 from headgram.lock import Lock, LockedModel, changes, file_times, lock_path, missing_rows, read_lock, write_lock
 from headgram.manifest import read_manifest
 from headgram.plan import Plan, make_plan
+
+if TYPE_CHECKING:
+    from headgram.progress import ProgressHandler
 
 #: Remembers, in the results folder, the files that were found to be what was locked.
 _SEEN = ".sources.json"
@@ -44,6 +47,7 @@ class Run:
         manifest.check(*changed, *problems)
         self.plan: Plan = make_plan({**known, **self._new}, config, scripts)
         self._held: filelock.BaseFileLock | None = None
+        self._progress: ProgressHandler | None = None
 
     def _doubtful(self, known: Mapping[str, LockedModel]) -> list[str]:
         """Models whose files are younger than the lock, and not those that an earlier run found to be what was locked."""
@@ -56,8 +60,13 @@ class Run:
             if any(time > locked_at for _, time in times.values()) and seen.get(name) != _sighting(known[name], times)
         ]
 
-    def begin(self) -> None:
-        """Take the results folder, remove what killed jobs left behind, and write the lock.
+    def begin(self, workflow: Any) -> None:
+        """Take the results folder, remove what killed jobs left behind, write the lock, and show the run's progress.
+
+        Parameters
+        ----------
+        workflow
+            Snakemake's, as the Snakefile knows it.
 
         Raises
         ------
@@ -79,6 +88,15 @@ class Run:
             raise HeadgramError(f"The results folder {self._results} cannot be written ({error.strerror or error}).") from None
         if self._new:
             write_lock(lock_path(self._manifest), self._new)
+
+        from headgram.progress import show_progress  # costs time that a dry run need not spend
+
+        self._progress = show_progress(workflow)
+
+    def end(self) -> None:
+        """Say how far the run came."""
+        if self._progress:
+            self._progress.stop(last_line=True)
 
 
 def _read_sightings(path: Path) -> dict[str, Any]:
