@@ -90,6 +90,7 @@ class Provenance:
     model: str
     stack: str | None
     device: str = "cpu"
+    precision: str = "float64"  # of the arithmetic
     residual: float | None = None  # the largest residual of the identities, where any are checked
     origin: Mapping[str, Any] = field(default_factory=dict)  # what the identity's digests stand for, spelled out
     started: float = field(default_factory=time.time, compare=False)
@@ -102,7 +103,7 @@ class Provenance:
             **self.identity.described(),
             "model": self.model,
             "stack": self.stack,
-            "precision": "float64",
+            "precision": self.precision,
             "device": self.device,
             "versions": library_versions(),
             **self.origin,

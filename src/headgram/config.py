@@ -105,6 +105,11 @@ class Gram(_Section):
         "auto",
         description="Layers along one side of a tile. One job computes one row of tiles and resumes tile by tile.",
     )
+    precision: Literal["auto", "float64"] = Field(
+        "auto",
+        description="Precision of the products. `auto` takes float32 for weights that are no wider, where no form is too small "
+        "for it (errors below `1e-6 ‖g_a‖ ‖g_b‖`, near 1e-8 in practice), else float64.",
+    )
 
 
 class Original(_Section):

@@ -53,8 +53,7 @@ SPECTRA = _schema(
 GRAM = _schema(
     ("stack", pa.string()),
     *((name, pa.int32()) for name in ("layer_a", "layer_b", "head")),
-    ("gram", pa.float64()),
-    ("cosine", pa.float64()),
+    *((name, pa.float64()) for name in ("gram", "cosine", "transposed", "symmetric", "antisymmetric", "z")),
 )
 OVERLAP = _schema(
     ("stack", pa.string()),

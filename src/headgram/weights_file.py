@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -24,23 +26,42 @@ def write_weights(
 
 
 class Weights:
-    """Query and key weights of some layers, mapped from checked files; pages are read on use."""
+    """Query and key weights of some layers, in checked files.
+
+    A file is mapped for as long as something is read of it, no longer: pages once read would count as memory of the job.
+    """
 
     def __init__(self, paths: Sequence[Path], key: str) -> None:
-        self._home: dict[int, tuple[dict[str, Tensor], int]] = {}
+        self._home: dict[int, tuple[Path, int]] = {}
         for path in paths:
             check(record_of(path), key)
-            group = torch.load(path, mmap=True, weights_only=True)
-            self._home.update({layer: (group, i) for i, layer in enumerate(group["layers"])})
+            self._home.update({layer: (path, i) for i, layer in enumerate(_mapped(path)["layers"])})
 
     def layer(self, layer: int) -> tuple[Float[Tensor, "heads rank hidden"], Float[Tensor, "kv_heads rank hidden"]]:
         """`W_Q (H, r, d)` and `W_K (K, r, d)` of one layer."""
-        group, i = self._home[layer]
-        return group["w_q"][i], group["w_k"][i]
+        path, i = self._home[layer]
+        group = _mapped(path)
+        return group["w_q"][i].clone(), group["w_k"][i].clone()
+
+    @property
+    def heads(self) -> tuple[int, int]:
+        """`H` and `K`."""
+        group = _mapped(next(path for path, _ in self._home.values()))
+        return group["w_q"].shape[1], group["w_k"].shape[1]
 
     def run(
-        self, layers: Sequence[int], device: str
-    ) -> tuple[Float[Tensor, "layers heads rank hidden"], Float[Tensor, "layers kv_heads rank hidden"]]:
-        """The weights of several layers, stacked, on a device."""
-        pairs = [self.layer(layer) for layer in layers]
-        return torch.stack([q for q, _ in pairs]).to(device), torch.stack([k for _, k in pairs]).to(device)
+        self, layers: Sequence[int], kv: int, members: Sequence[int]
+    ) -> tuple[Float[Tensor, "layers members rank hidden"], Float[Tensor, "layers 1 rank hidden"]]:
+        """The weights of one key head and of some query heads in several layers."""
+        queries, keys = [], []
+        for path, places in itertools.groupby((self._home[layer] for layer in layers), key=lambda home: home[0]):
+            group = _mapped(path)
+            for _, i in places:
+                queries.append(group["w_q"][i, members])
+                keys.append(group["w_k"][i, kv : kv + 1].clone())
+        return torch.stack(queries), torch.stack(keys)
+
+
+def _mapped(path: Path) -> dict[str, Any]:
+    group: dict[str, Any] = torch.load(path, mmap=True, weights_only=True)
+    return group

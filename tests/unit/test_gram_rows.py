@@ -8,6 +8,7 @@ from headgram.artifacts import Identity, Provenance, record_of, seal
 from headgram.tables import read_table
 from headgram.weights_file import write_weights
 
+CONFIG = {"gram": {"precision": "auto"}}
 TILES = [[0, 1], [2, 3], [4, 5]]
 
 
@@ -23,11 +24,11 @@ def weights(tmp_path):
 
 def test_finished_tiles_are_kept(tmp_path, weights, monkeypatch):
     path, provenance = weights
-    stage.measure_row(tmp_path / "whole" / "row-000.parquet", [path], TILES, provenance)
+    stage.measure_row(tmp_path / "whole" / "row-000.parquet", [path], TILES, CONFIG, provenance)
     expected = (tmp_path / "whole" / "row-000.parquet").read_bytes()
 
     calls = []
-    compute = stage.gram
+    compute = stage._tile
 
     def dies_at_the_third(*arguments):
         calls.append(1)
@@ -36,17 +37,17 @@ def test_finished_tiles_are_kept(tmp_path, weights, monkeypatch):
         return compute(*arguments)
 
     row = tmp_path / "killed" / "row-000.parquet"
-    monkeypatch.setattr(stage, "gram", dies_at_the_third)
+    monkeypatch.setattr(stage, "_tile", dies_at_the_third)
     with pytest.raises(KeyboardInterrupt):
-        stage.measure_row(row, [path], TILES, provenance)
+        stage.measure_row(row, [path], TILES, CONFIG, provenance)
     assert sorted(file.name for file in row.parent.iterdir()) == ["tile-000-001-000-001.parquet", "tile-000-001-002-003.parquet"]
 
     damaged = bytearray((row.parent / "tile-000-001-002-003.parquet").read_bytes())
     damaged[40] ^= 1
     (row.parent / "tile-000-001-002-003.parquet").write_bytes(damaged)
     calls.clear()
-    monkeypatch.setattr(stage, "gram", lambda *arguments: calls.append(1) or compute(*arguments))
-    stage.measure_row(row, [path], TILES, provenance)
+    monkeypatch.setattr(stage, "_tile", lambda *arguments: calls.append(1) or compute(*arguments))
+    stage.measure_row(row, [path], TILES, CONFIG, provenance)
     assert len(calls) == 2  # the damaged tile and the missing one, not the finished one
     assert row.read_bytes() == expected
     assert sorted(file.name for file in row.parent.iterdir()) == ["row-000.json", "row-000.parquet"]
@@ -56,17 +57,17 @@ def test_the_same_job_of_a_killed_run_may_end_meanwhile(tmp_path, weights, monke
     """It removes the tiles that both wrote, when its row is whole."""
     path, provenance = weights
     row = tmp_path / "row-000.parquet"
-    compute = stage.gram
+    compute = stage._tile
 
     def the_other_ends(*arguments):
         for tile in tmp_path.glob("tile-*"):
             tile.unlink()
         return compute(*arguments)
 
-    stage.measure_row(row, [path], TILES, provenance)
+    stage.measure_row(row, [path], TILES, CONFIG, provenance)
     expected = row.read_bytes()
-    monkeypatch.setattr(stage, "gram", the_other_ends)
-    stage.measure_row(row, [path], TILES, provenance)
+    monkeypatch.setattr(stage, "_tile", the_other_ends)
+    stage.measure_row(row, [path], TILES, CONFIG, provenance)
     assert row.read_bytes() == expected
     assert not list(tmp_path.glob("tile-*"))
 
@@ -74,7 +75,7 @@ def test_the_same_job_of_a_killed_run_may_end_meanwhile(tmp_path, weights, monke
 def test_upper_triangle_only(tmp_path, weights):
     path, provenance = weights
     row = tmp_path / "row-001.parquet"
-    stage.measure_row(row, [path], TILES[1:], provenance)
+    stage.measure_row(row, [path], TILES[1:], CONFIG, provenance)
     pairs = {(a, b) for a, b in zip(*(read_table(row)[name].to_pylist() for name in ("layer_a", "layer_b")), strict=True)}
     assert pairs == {(2, 2), (2, 3), (3, 3), (2, 4), (2, 5), (3, 4), (3, 5)}
 
@@ -85,10 +86,10 @@ def test_tiles_of_another_configuration_are_not_taken(tmp_path, weights, monkeyp
     row = tmp_path / "row-000.parquet"
     monkeypatch.setattr(stage, "seal", lambda *arguments: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
-        stage.measure_row(row, [path], TILES, other)
+        stage.measure_row(row, [path], TILES, CONFIG, other)
     monkeypatch.undo()
     calls = []
-    compute = stage.gram
-    monkeypatch.setattr(stage, "gram", lambda *arguments: calls.append(1) or compute(*arguments))
-    stage.measure_row(row, [path], TILES, provenance)
+    compute = stage._tile
+    monkeypatch.setattr(stage, "_tile", lambda *arguments: calls.append(1) or compute(*arguments))
+    stage.measure_row(row, [path], TILES, CONFIG, provenance)
     assert len(calls) == 3

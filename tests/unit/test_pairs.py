@@ -9,26 +9,28 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import headgram
+from headgram.geometry import pairs, routes
 
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-6, torch.bfloat16: 1e-6}
+ROUTES = ("products", "strips")
 
 
 @st.composite
 def runs(draw):
-    """Two runs of layers."""
+    """Two runs of layers; the second may be the first."""
     kv_heads = draw(st.sampled_from([1, 2, 4]))
-    rank, hidden = draw(st.integers(1, 8)), draw(st.integers(2, 24))
+    rank, hidden = draw(st.integers(1, 8)), draw(st.sampled_from([2, 3, 8, 17, 24, 40]))
     dtype = draw(st.sampled_from(list(TOLERANCE)))
     generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
     weights = []
-    for n in (draw(st.integers(1, 4)), draw(st.integers(1, 4))):
+    for n in (draw(st.integers(1, 5)), draw(st.integers(1, 4))):
         scale = 10.0 ** draw(st.integers(-12, 12))
         for count in (4, kv_heads):
             weight = torch.randn(n, count, rank, hidden, generator=generator, dtype=torch.float64) * scale
             if draw(st.booleans()):
                 weight[0, 0] = 0
             weights.append(weight.to(dtype))
-    return weights
+    return weights[:2] * 2 if draw(st.booleans()) else weights
 
 
 def forms(w_q, w_k):
@@ -36,29 +38,63 @@ def forms(w_q, w_k):
     return np.einsum("lhrx,lhry->lhxy", w_k, w_q.double().numpy())
 
 
-@given(runs())
-def test_gram_agrees_with_the_definition(weights):
+@given(runs(), st.sampled_from(["auto", "float64"]), st.sampled_from(ROUTES), st.sampled_from([1, 2**30]))
+def test_products_agree_with_the_definition(weights, precision, route, block_bytes):
     g_a, g_b = forms(*weights[:2]), forms(*weights[2:])
-    expected = np.einsum("ahxy,bhxy->abh", g_a, g_b)
     bound = np.einsum("ah,bh->abh", *(np.sqrt((g**2).sum((2, 3))) for g in (g_a, g_b)))
-    measured = headgram.gram(*weights)
-    assert measured.dtype == torch.float64
-    assert (np.abs(measured.numpy() - expected) <= TOLERANCE[weights[0].dtype] * bound).all()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pairs, "cheapest", lambda *_: route)
+        patch.setattr(routes, "PRODUCT_BYTES", block_bytes)
+        patch.setattr(routes, "STRIP_BYTES", {"cpu": block_bytes})
+        measured = pairs.pair_products(*weights, precision)
+    expected = np.einsum("ahxy,bhxy->abh", g_a, g_b), np.einsum("ahxy,bhyx->abh", g_a, g_b)
+    for value, truth in zip((measured.gram, measured.transposed), expected, strict=True):
+        assert value.dtype == torch.float64
+        assert (np.abs(value.numpy() - truth) <= TOLERANCE[weights[0].dtype] * bound).all()
+    assert measured.route == route
+    assert measured.exact.all() or precision == "auto"
 
 
-def test_diagonal_is_fro_sq_and_blocks_do_not_matter(monkeypatch):
+def test_the_public_door_is_exact():
     generator = torch.Generator().manual_seed(1)
     w_q, w_k = torch.randn(5, 6, 8, 32, generator=generator), torch.randn(5, 3, 8, 32, generator=generator)
     gram = headgram.gram(w_q, w_k, w_q, w_k)
     for layer in range(5):
         np.testing.assert_allclose(gram[layer, layer], headgram.spectrum(w_q[layer], w_k[layer]).fro_sq, rtol=1e-13)
     torch.testing.assert_close(gram, gram.transpose(0, 1), rtol=1e-13, atol=1e-10)
-    monkeypatch.setattr("headgram.geometry.pairs.BLOCK_BYTES", 1)
-    torch.testing.assert_close(headgram.gram(w_q, w_k, w_q, w_k), gram, rtol=1e-13, atol=1e-10)
+
+
+@pytest.mark.parametrize("route", ROUTES)
+@pytest.mark.parametrize("same", [True, False])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_float32_is_taken_where_it_is_accurate_and_only_there(monkeypatch, route, same, dtype):
+    monkeypatch.setattr(pairs, "cheapest", lambda *_: route)
+    generator = torch.Generator().manual_seed(2)
+    w_q, w_k = (torch.randn(6, 2, 16, 64, generator=generator).to(dtype) for _ in range(2))
+    # Head 1 of layer 3: rows that cancel each other but for a small rest.
+    w_q[3, 1, 1::2] = w_q[3, 1, ::2]
+    w_k[3, 1, 1::2] = -w_k[3, 1, ::2]
+    small = (torch.randn(8, 64, generator=generator) * 2.0**-6).to(dtype)
+    w_q[3, 1, 1], w_k[3, 1, 1] = small[0], small[1]
+    w_q[3, 1, 0] = 0
+    other = (w_q, w_k) if same else (w_q.clone(), w_k.clone())
+    measured = pairs.pair_products(w_q, w_k, *other, "auto")
+    assert measured.exact.tolist() == [False, True]
+    g = forms(w_q, w_k)
+    norms = np.sqrt((g**2).sum((2, 3)))
+    expected = np.einsum("ahxy,bhxy->abh", g, g)
+    assert (np.abs(measured.gram.numpy() - expected) <= 1e-6 * norms[:, None] * norms[None]).all()
+
+
+@pytest.mark.parametrize("shape", [(30, 64, 576), (28, 128, 1024), (36, 128, 2560), (4, 64, 4096), (1, 8, 8)])
+def test_the_chosen_route_is_the_one_with_fewer_operations(shape):
+    counted = {route: routes.flops(route, shape[0], *shape, same=True) for route in ROUTES}
+    assert counted[routes.cheapest(shape[0], *shape, same=True)] == min(counted.values())
 
 
 @pytest.mark.parametrize("shape", [(2, 4, 3, 6), (2, 4, 3), (2, 3, 3, 5), (0, 4, 3, 5)])
 def test_shapes_must_fit(shape):
     good_q, good_k = torch.zeros(2, 4, 3, 5), torch.zeros(2, 2, 3, 5)
     with pytest.raises(headgram.HeadgramError):
-        inspect.unwrap(headgram.gram)(torch.zeros(shape), good_k, good_q, good_k)  # without the tests' own check of shapes
+        # without the tests' own check of shapes
+        inspect.unwrap(pairs.pair_products)(torch.zeros(shape), good_k, good_q, good_k)

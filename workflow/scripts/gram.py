@@ -12,5 +12,6 @@ with running(snakemake) as provenance:
         output=Path(snakemake.output.table),
         weights=[Path(path) for path in snakemake.input.weights],
         tiles=json.loads(snakemake.params.tiles),
+        config=json.loads(snakemake.params.config),
         provenance=provenance,
     )

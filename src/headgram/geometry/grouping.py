@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from jaxtyping import Int
 from torch import Tensor
@@ -10,3 +12,10 @@ from torch import Tensor
 def key_head(heads: int, kv_heads: int) -> Int[Tensor, " heads"]:
     """The key head of each of `H` query heads, of `K`: `h * K // H`."""
     return torch.arange(heads) * kv_heads // heads
+
+
+def groups(heads: int, kv_heads: int) -> Iterator[tuple[int, list[int]]]:
+    """Every key head with the query heads that read it, in order."""
+    reads = key_head(heads, kv_heads).tolist()
+    for kv in range(kv_heads):
+        yield kv, [head for head in range(heads) if reads[head] == kv]

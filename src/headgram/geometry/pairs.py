@@ -1,47 +1,85 @@
-"""The Frobenius inner product of every layer pair's heads.
+"""The Frobenius inner products of every layer pair's heads, `<g_a, g_b>` and `<g_a, g_b^T>`.
 
-    <g_a, g_b> = tr(g_a^T g_b) = sum((W_K,a W_K,b^T) * (W_Q,a W_Q,b^T))
-
-so two `r × r` products replace the `d × d` forms, and the key product is shared by all query heads of a group. The keys are
-made orthonormal before, `W_K^T = U R` and `g = U (R W_Q)`: then no product is larger than the forms themselves, and nothing
-cancels where a form is much smaller than its weights.
+How they are formed is said in `headgram.geometry.routes`. In float64 the keys are made orthonormal before, `W_K^T = U R` and
+`g = U (R W_Q)`: then no product is larger than the forms themselves, and nothing cancels where a form is much smaller than its
+weights. Weights of at most 32 bits may be multiplied in float32, which is several times faster. The error is then a few units
+of rounding of `‖W_Q‖ ‖W_K‖ / √r`, the size of the form of random weights; so each form's norm is looked at, and a head with a
+form that is much smaller than that is measured again in float64.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from headgram.errors import HeadgramError
 from headgram.geometry.checks import check_weights
-from headgram.geometry.grouping import key_head
+from headgram.geometry.grouping import groups
+from headgram.geometry.routes import Inner, Route, Side, by_products, by_strips, cheapest
 
-#: Bytes of float64 working memory of one side of a block; a constant, so that the blocking, and with it the last bit of the
-#: result, does not depend on the machine.
-BLOCK_BYTES = 256 * 2**20
+#: In float32, forms may be this much smaller than those of random weights of the same norms.
+_SMALL = 0.1
+
+Precision = Literal["auto", "float64"]
 
 
-@torch.no_grad()
+@dataclass(frozen=True)
+class PairProducts:
+    """Inner products of the heads of two runs of layers; float64, on the device of the weights.
+
+    Attributes
+    ----------
+    gram : (n_a, n_b, H)
+        `[i, j, h] = <g_i^h, g_j^h> = tr(g_i^T g_j)`.
+    transposed : (n_a, n_b, H)
+        `[i, j, h] = <g_i^h, (g_j^h)^T> = tr(g_i g_j)`. With `gram` it gives the inner products of the symmetric parts,
+        `(gram + transposed) / 2`, and of the antisymmetric parts, `(gram - transposed) / 2`.
+    exact : (H,)
+        Which heads were measured in float64.
+    route
+        How: `products` or `strips`, see `headgram.geometry.routes`.
+    """
+
+    gram: Float[Tensor, "layers_a layers_b heads"]
+    transposed: Float[Tensor, "layers_a layers_b heads"]
+    exact: Bool[Tensor, " heads"]
+    route: Route
+
+
 def gram(
     w_q_a: Float[Tensor, "layers_a heads rank hidden"],
     w_k_a: Float[Tensor, "layers_a kv_heads rank hidden"],
     w_q_b: Float[Tensor, "layers_b heads rank hidden"],
     w_k_b: Float[Tensor, "layers_b kv_heads rank hidden"],
 ) -> Float[Tensor, "layers_a layers_b heads"]:
+    """`PairProducts.gram` in float64: `[i, j, h] = <g_i^h, g_j^h>`. Arguments and errors as for `pair_products`."""
+    return pair_products(w_q_a, w_k_a, w_q_b, w_k_b).gram
+
+
+@torch.no_grad()
+def pair_products(
+    w_q_a: Float[Tensor, "layers_a heads rank hidden"],
+    w_k_a: Float[Tensor, "layers_a kv_heads rank hidden"],
+    w_q_b: Float[Tensor, "layers_b heads rank hidden"],
+    w_k_b: Float[Tensor, "layers_b kv_heads rank hidden"],
+    precision: Precision = "float64",
+) -> PairProducts:
     """Inner products of the heads of two runs of layers.
 
     Parameters
     ----------
     w_q_a, w_q_b : (n_a, H, r, d), (n_b, H, r, d)
-        Query weights, leading axis: layers. Any floating dtype; products are taken in float64.
+        Query weights, leading axis: layers. Any floating dtype, any device.
     w_k_a, w_k_b : (n_a, K, r, d), (n_b, K, r, d)
         Key weights; query head `h` reads key head `h * K // H`.
-
-    Returns
-    -------
-    (n_a, n_b, H) float64
-        `[i, j, h] = <g_i^h, g_j^h>`.
+    precision
+        `float64`, or `auto`: float32 where weights are no wider and no form is too small for it. The error is then
+        below `1e-6 ‖g_a‖ ‖g_b‖`.
 
     Raises
     ------
@@ -49,38 +87,71 @@ def gram(
         If the shapes do not fit together, a weight is not finite, or a product overflows float64.
     """
     _check(w_q_a, w_k_a, w_q_b, w_k_b)
+    same = w_q_a is w_q_b and w_k_a is w_k_b
     n_a, heads, rank, hidden = w_q_a.shape
-    n_b, kv_heads = len(w_q_b), w_k_a.shape[1]
-    result = torch.zeros(n_a, n_b, heads, dtype=torch.float64, device=w_q_a.device)
-    groups = key_head(heads, kv_heads)
-    for kv in range(kv_heads):
-        members = torch.nonzero(groups == kv).flatten().tolist()
-        step = max(1, BLOCK_BYTES // (16 * (1 + len(members)) * rank * hidden))
-        for i in range(0, n_a, step):
-            side_a = _orthonormal_keys(w_q_a[i : i + step, members], w_k_a[i : i + step, kv])
-            for j in range(0, n_b, step):
-                side_b = _orthonormal_keys(w_q_b[j : j + step, members], w_k_b[j : j + step, kv])
-                keys = _products(side_a[1], side_b[1])
-                for place, head in enumerate(members):
-                    queries = _products(side_a[0][:, place], side_b[0][:, place])
-                    result[i : i + step, j : j + step, head] = (queries * keys).sum((1, 3))
-    if not bool(torch.isfinite(result).all()):
+    route = cheapest(n_a, len(w_q_b), min(rank, hidden), hidden, same)
+    narrow = precision == "auto" and max(weights.element_size() for weights in (w_q_a, w_k_a, w_q_b, w_k_b)) <= 4
+    results: list[Inner] = []
+    exact: list[bool] = []
+    for kv, members in groups(heads, w_k_a.shape[1]):
+        keys = [weights[:, kv] for weights in (w_k_a, w_k_b)][: 1 if same else 2]
+        scaled_keys = [_scaled(weights) for weights in keys] if narrow else []
+        for head in members:
+            queries = [weights[:, head] for weights in (w_q_a, w_q_b)][: len(keys)]
+            inner = _in_float32([_scaled(weights) for weights in queries], scaled_keys, route) if narrow else None
+            exact.append(inner is None)
+            results.append(inner or _multiply([_orthonormal_keys(*pair) for pair in zip(queries, keys, strict=True)], route))
+    products, transposed = (torch.cat(values).movedim(0, 2) for values in zip(*results, strict=True))
+    if not bool((torch.isfinite(products) & torch.isfinite(transposed)).all()):
+        for name, weights in (("query", w_q_a), ("key", w_k_a), ("query", w_q_b), ("key", w_k_b)):
+            check_weights(name, weights)
         raise HeadgramError("An inner product overflows float64: rescale the weights.")
-    return result
+    return PairProducts(products, transposed, torch.tensor(exact), route)
 
 
-def _orthonormal_keys(
-    w_q: Float[Tensor, "n members rank hidden"], w_k: Float[Tensor, "n rank hidden"]
-) -> tuple[Float[Tensor, "n members m hidden"], Float[Tensor, "n m hidden"]]:
+def _multiply(sides: Sequence[Side], route: Route) -> Inner:
+    """Inner products of two sides, or of one with itself."""
+    return (by_strips if route == "strips" else by_products)(sides[0], sides[-1])
+
+
+def _orthonormal_keys(w_q: Float[Tensor, "layers rank hidden"], w_k: Float[Tensor, "layers rank hidden"]) -> Side:
     """Weights of the same forms in float64, with orthonormal keys; `m = min(r, d)`."""
     basis, upper = torch.linalg.qr(w_k.double().mT)
-    return upper[:, None] @ w_q.double(), basis.mT
+    return Side(basis.mT[None], (upper @ w_q.double())[None])
 
 
-def _products(a: Float[Tensor, "n_a m hidden"], b: Float[Tensor, "n_b m hidden"]) -> Float[Tensor, "n_a m n_b m"]:
-    """`W_a W_b^T` of every pair of layers: one large matrix product."""
-    rows = a.flatten(0, 1) @ b.flatten(0, 1).T
-    return rows.view(*a.shape[:2], *b.shape[:2])
+class _Scaled(NamedTuple):
+    """Weights of one head in float32, each layer divided by the power of two below its Frobenius norm."""
+
+    weights: Float[Tensor, "layers rank hidden"]
+    unit: Float[Tensor, " layers"]  # that power, float64
+    norm: Float[Tensor, " layers"]  # between 1 and 2, or 0; float64
+
+
+def _scaled(weights: Float[Tensor, "layers rank hidden"]) -> _Scaled:
+    norm = torch.linalg.vector_norm(weights, dim=(-1, -2), dtype=torch.float64)
+    unit = torch.ldexp(torch.ones_like(norm), norm.log2().floor().where(norm > 0, 0))
+    return _Scaled(weights * (1 / unit).float()[:, None, None], unit, norm / unit)
+
+
+def _in_float32(queries: Sequence[_Scaled], keys: Sequence[_Scaled], route: Route) -> Inner | None:
+    """Products in float32; nothing if those would not be accurate."""
+    sides = [Side(k.weights[None], q.weights[None]) for q, k in zip(queries, keys, strict=True)]
+    inner = _multiply(sides, route)
+    norms_sq = [inner.gram[0].diagonal()] if len(sides) == 1 else [_norms_sq(side) for side in sides]
+    for q, k, norm_sq in zip(queries, keys, norms_sq, strict=True):
+        expected = (q.norm * k.norm).square() / q.weights.shape[1]
+        if not bool((norm_sq >= _SMALL**2 * expected).all()):  # also where one is not finite
+            return None
+    units = [q.unit * k.unit for q, k in zip(queries, keys, strict=True)]
+    unit = units[0][:, None] * units[-1]
+    return Inner(inner.gram * unit, inner.transposed * unit)
+
+
+def _norms_sq(side: Side) -> Float[Tensor, " layers"]:
+    """`‖g‖²` of every form."""
+    k, q = side.k[0], side.q[0]
+    return ((k @ k.mT) * (q @ q.mT)).sum((-1, -2), dtype=torch.float64)
 
 
 def _check(w_q_a: Tensor, w_k_a: Tensor, w_q_b: Tensor, w_k_b: Tensor) -> None:
@@ -91,7 +162,6 @@ def _check(w_q_a: Tensor, w_k_a: Tensor, w_q_b: Tensor, w_k_b: Tensor) -> None:
     (_, heads, *inner), (_, kv_heads, *inner_k), (_, heads_b, *inner_b), (_, kv_heads_b, *inner_kb) = shapes
     if not (inner == inner_k == inner_b == inner_kb and heads == heads_b and kv_heads == kv_heads_b and kv_heads <= heads):
         raise HeadgramError(f"The two runs of layers differ in heads, key heads, rank or width: {shapes}.")
-    for weights in (w_q_a, w_q_b):
-        check_weights("query", weights)
-    for weights in (w_k_a, w_k_b):
-        check_weights("key", weights)
+    for weights in (w_q_a, w_k_a, w_q_b, w_k_b):
+        if not weights.is_floating_point():
+            raise HeadgramError(f"Weights must be floating point, not {weights.dtype}.")

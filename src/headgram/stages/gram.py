@@ -3,22 +3,27 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import torch
 
 from headgram.artifacts import Provenance, record_of, seal
-from headgram.geometry.pairs import gram
+from headgram.geometry.grouping import groups
+from headgram.geometry.pairs import Precision, pair_products
 from headgram.tables import GRAM, read_table, write_table
 from headgram.weights_file import Weights
 
-_TILE = pa.schema([field for field in GRAM if field.name in ("layer_a", "layer_b", "head", "gram")])
+_TILE = pa.schema([field for field in GRAM if field.name in ("layer_a", "layer_b", "head", "gram", "transposed")])
 
 
-def measure_row(output: Path, weights: Sequence[Path], tiles: Sequence[Sequence[int]], provenance: Provenance) -> None:
+def measure_row(
+    output: Path, weights: Sequence[Path], tiles: Sequence[Sequence[int]], config: Mapping[str, Any], provenance: Provenance
+) -> None:
     """Measure a row of tiles, upper triangle only.
 
     Each finished tile is kept beside the row until the row is whole, so that an interrupted job resumes at the tile
@@ -27,29 +32,44 @@ def measure_row(output: Path, weights: Sequence[Path], tiles: Sequence[Sequence[
     Parameters
     ----------
     output
-        The row's Parquet file: layer_a, layer_b, head, gram.
+        The row's Parquet file: layer_a, layer_b, head, gram, transposed.
     weights
         Extracted weights that hold all the layers.
     tiles
         The layers of the row's own tile, then those of every later tile.
+    config
+        `{"gram": {"precision", …}}`.
     """
+    precision = config["gram"]["precision"]
+    provenance = replace(provenance, precision="float32 where accurate" if precision == "auto" else precision)
     source = Weights(weights, provenance.identity.upstream[0])
     own = tiles[0]
-    rows_a = None
     tables = []
     paths = [_tile_path(output, own, other) for other in tiles]
     for other, path in zip(tiles, paths, strict=True):
         table = _finished(path, provenance)
         if table is None:
-            rows_a = rows_a or source.run(own, provenance.device)
-            rows_b = rows_a if other == own else source.run(other, provenance.device)
-            table = _tile_table(gram(*rows_a, *rows_b), own, other)
+            table = _tile(source, own, other, precision, provenance.device)
             write_table(path, table, provenance)
         tables.append(table)
     write_table(output, pa.concat_tables(tables), provenance)
     seal(record_of(output), provenance, [output])
     for path in paths:
         path.unlink(missing_ok=True)  # the same job of a killed run may still be at work beside this one
+
+
+def _tile(source: Weights, own: Sequence[int], other: Sequence[int], precision: Precision, device: str) -> pa.Table:
+    """One key head at a time: so much of the weights is in memory."""
+    products, transposed, exact = [], [], 0
+    for kv, members in groups(*source.heads):
+        side_a = [weights.to(device) for weights in source.run(own, kv, members)]
+        side_b = side_a if other == own else [weights.to(device) for weights in source.run(other, kv, members)]
+        result = pair_products(*side_a, *side_b, precision)
+        products.append(result.gram.cpu())
+        transposed.append(result.transposed.cpu())
+        exact += int(result.exact.sum())
+    print(f"layers {own[0]}-{own[-1]} with {other[0]}-{other[-1]}: by {result.route}; {exact} heads in float64", flush=True)
+    return _tile_table(torch.cat(products, 2), torch.cat(transposed, 2), own, other)
 
 
 def _tile_path(output: Path, own: Sequence[int], other: Sequence[int]) -> Path:
@@ -66,8 +86,9 @@ def _finished(path: Path, provenance: Provenance) -> pa.Table | None:
     return table.replace_schema_metadata(None) if mine else None
 
 
-def _tile_table(values: torch.Tensor, own: Sequence[int], other: Sequence[int]) -> pa.Table:
+def _tile_table(products: torch.Tensor, transposed: torch.Tensor, own: Sequence[int], other: Sequence[int]) -> pa.Table:
     """A row per layer pair with `layer_a <= layer_b` and head."""
-    a, b, head = np.meshgrid(own, other, np.arange(values.shape[2]), indexing="ij")
+    a, b, head = np.meshgrid(own, other, np.arange(products.shape[2]), indexing="ij")
     upper = a <= b
-    return pa.table([a[upper], b[upper], head[upper], values.cpu().numpy()[upper]], names=_TILE.names).cast(_TILE)
+    values = [values.numpy()[upper] for values in (products, transposed)]
+    return pa.table([a[upper], b[upper], head[upper], *values], names=_TILE.names).cast(_TILE)

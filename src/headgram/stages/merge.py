@@ -127,19 +127,29 @@ def _matrix(shards: pa.Table, column: str) -> np.ndarray:
 
 
 def _gram_table(stack: str, shards: pa.Table, paths: Sequence[Path]) -> pa.Table:
-    """The rows in order, with the cosine of each pair; 0 where a head is zero."""
+    """The rows in order, with what follows from the two inner products of each pair; all 0 where a head is zero."""
     table = pa.concat_tables([read_table(path) for path in paths])
     table = table.sort_by([("layer_a", "ascending"), ("layer_b", "ascending"), ("head", "ascending")])
     norms, positions = _by_layer(shards, np.sqrt(shards["fro_sq"].to_numpy()))
     head = table["head"].to_numpy()
     a, b = (norms[positions[table[name].to_numpy()], head] for name in ("layer_a", "layer_b"))
-    gram = table["gram"].to_numpy()
     alive = (a > 0) & (b > 0)
-    gram = np.where(alive, gram, 0.0)  # where a form is zero but its weights are not, products leave a trace of rounding
+    # Where a form is zero but its weights are not, products leave a trace of rounding.
+    gram, transposed = (np.where(alive, table[name].to_numpy(), 0.0) for name in ("gram", "transposed"))
     # Divide in two steps: the product of two tiny norms may underflow.
     cosine = np.where(alive, gram / np.where(alive, a, 1) / np.where(alive, b, 1), 0.0).clip(-1, 1)
-    table = table.set_column(table.schema.get_field_index("gram"), "gram", pa.array(gram))
-    return _with_stack(stack, table.append_column("cosine", pa.array(cosine)), GRAM)
+    columns = {
+        "layer_a": table["layer_a"],
+        "layer_b": table["layer_b"],
+        "head": table["head"],
+        "gram": gram,
+        "cosine": cosine,
+        "transposed": transposed,
+        "symmetric": (gram + transposed) / 2,
+        "antisymmetric": (gram - transposed) / 2,
+        "z": cosine * shards["hidden"][0].as_py(),
+    }
+    return _with_stack(stack, pa.table(columns), GRAM)
 
 
 def _by_layer(shards: pa.Table, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -1,0 +1,164 @@
+"""Two exact routes to the inner products of forms `g_i = K_i^T Q_i`, and the count that chooses between them.
+
+*Products*: all that is needed is in `m × m` matrices,
+
+    <g_a, g_b>   = sum((K_a K_b^T) * (Q_a Q_b^T))
+    <g_a, g_b^T> = sum((Q_a K_b^T) * (K_a Q_b^T))
+
+which costs four products per pair of layers. *Strips*: form each `g`, block by block, and take inner products of vectors. Of a
+block `X = g[I, J]` and its mirror `Y = g[J, I]^T`, the sum and the difference are blocks of twice the symmetric and twice the
+antisymmetric part, so both inner products follow from one pass: `<g_a, g_b> = <S_a, S_b> + <A_a, A_b>`, and with a minus
+`<g_a, g_b^T>`. Forming costs every layer once, not every pair: it wins where there are many layers for the width.
+
+A leading axis of all arguments is a batch of heads. Results are float64; products are taken in the precision of the sides.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Literal, NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+#: Bytes of the four products of a block of layers, and of one block of all forms. Constants, so that the blocking, and with it
+#: the last bit of the result, does not depend on the machine. A block of forms should lie in a core's cache.
+PRODUCT_BYTES = 256 * 2**20
+STRIP_BYTES = {"cpu": 4 * 2**20, "cuda": 512 * 2**20}
+
+Route = Literal["products", "strips"]
+
+
+class Side(NamedTuple):
+    """The forms of some heads in some layers."""
+
+    k: Float[Tensor, "heads layers m hidden"]
+    q: Float[Tensor, "heads layers m hidden"]
+
+
+class Inner(NamedTuple):
+    """`<g_a, g_b>` and `<g_a, g_b^T>`."""
+
+    gram: Float[Tensor, "heads layers_a layers_b"]
+    transposed: Float[Tensor, "heads layers_a layers_b"]
+
+
+def flops(route: Route, layers_a: int, layers_b: int, rank: int, hidden: int, same: bool) -> int:
+    """Floating-point operations of one head; `same` where both sides are one run of layers."""
+    if route == "products":
+        return 4 * 2 * layers_a * layers_b * rank**2 * hidden
+    forming = 2 * (layers_a if same else layers_a + layers_b) * rank * hidden**2
+    return forming + 2 * layers_a * layers_b * hidden**2
+
+
+def cheapest(layers_a: int, layers_b: int, rank: int, hidden: int, same: bool) -> Route:
+    """The route with fewer operations."""
+    routes: tuple[Route, Route] = ("products", "strips")
+    return min(routes, key=lambda route: flops(route, layers_a, layers_b, rank, hidden, same))
+
+
+def by_products(a: Side, b: Side) -> Inner:
+    """Inner products of every layer of `a` with every layer of `b`, from products of their weights."""
+    heads, n_a, rank, _ = a.k.shape
+    n_b = b.k.shape[1]
+    wide = _accumulated(a.k.dtype).itemsize
+    step = max(1, math.isqrt(PRODUCT_BYTES // (4 * wide * heads * rank**2)))
+    gram = torch.zeros(heads, n_a, n_b, dtype=torch.float64, device=a.k.device)
+    transposed = torch.zeros_like(gram)
+    for i in range(0, n_a, step):
+        k_a, q_a = a.k[:, i : i + step], a.q[:, i : i + step]
+        for j in range(0, n_b, step):
+            k_b, q_b = b.k[:, j : j + step], b.q[:, j : j + step]
+            gram[:, i : i + step, j : j + step] = _contracted(_products(k_a, k_b), _products(q_a, q_b))
+            transposed[:, i : i + step, j : j + step] = _contracted(_products(q_a, k_b), _products(k_a, q_b))
+    return Inner(gram, transposed)
+
+
+def _products(
+    a: Float[Tensor, "heads layers_a m hidden"], b: Float[Tensor, "heads layers_b m hidden"]
+) -> Float[Tensor, "heads layers_a m layers_b m"]:
+    """`W_a W_b^T` of every pair of layers: one large matrix product."""
+    rows = _matmul(a.flatten(1, 2), b.flatten(1, 2).mT)
+    return rows.view(*a.shape[:3], *b.shape[1:3])
+
+
+def _contracted(x: Float[Tensor, "heads a m b m"], y: Float[Tensor, "heads a m b m"]) -> Float[Tensor, "heads a b"]:
+    return x.mul_(y).sum((2, 4), dtype=torch.float64)
+
+
+def by_strips(a: Side, b: Side) -> Inner:
+    """The same, from blocks of the forms themselves."""
+    heads, n_a, _, hidden = a.k.shape
+    n_b = b.k.shape[1]
+    same = a is b
+    device, dtype = a.k.device, _accumulated(a.k.dtype)
+    rows = _padded(n_a) if same else _padded(n_a) + _padded(n_b)
+    size = _block(STRIP_BYTES[device.type] // (2 * heads * rows * dtype.itemsize), hidden)
+    forms_a = _Blocks(a, size, dtype)
+    forms_b = forms_a if same else _Blocks(b, size, dtype)
+    symmetric = torch.zeros(heads, _padded(n_a), _padded(n_b), dtype=torch.float64, device=device)
+    antisymmetric = torch.zeros_like(symmetric)
+    for i in range(0, hidden, size):
+        for j in range(i, hidden, size):
+            s_a, a_a = forms_a.parts(i, j)
+            s_b, a_b = (s_a, a_a) if same else forms_b.parts(i, j)
+            share = 0.25 if i == j else 0.5  # a block off the diagonal stands for its mirror too; both parts are twice theirs
+            symmetric.add_(s_a @ s_b.mT, alpha=share)
+            antisymmetric.add_(a_a @ a_b.mT, alpha=share)
+    inside = slice(None), slice(n_a), slice(n_b)
+    return Inner((symmetric + antisymmetric)[inside], (symmetric - antisymmetric)[inside])
+
+
+class _Blocks:
+    """Blocks of the forms of one side, in memory that is used again."""
+
+    def __init__(self, side: Side, size: int, dtype: torch.dtype) -> None:
+        self._side, self._size = side, size
+        heads, layers, _, hidden = side.k.shape
+        last = hidden % size or size
+        self._memory = {
+            (rows, columns): side.k.new_zeros(2, heads, _padded(layers), rows * columns, dtype=dtype)
+            for rows in {min(size, hidden), last}
+            for columns in {min(size, hidden), last}
+        }
+
+    def parts(self, i: int, j: int) -> tuple[Float[Tensor, "heads padded block"], Float[Tensor, "heads padded block"]]:
+        """Twice the symmetric and (up to sign) twice the antisymmetric part at rows `i…`, columns `j…`, flattened."""
+        k, q = self._side
+        heads, layers, _, hidden = k.shape
+        rows, columns = min(self._size, hidden - i), min(self._size, hidden - j)
+        x, y = self._memory[rows, columns]
+        block, mirror = (half[:, :layers].unflatten(2, (rows, columns)) for half in (x, y))
+        for head in range(heads):  # the layers are the batch; `out` must be contiguous there
+            _matmul(k[head, :, :, i : i + rows].mT, q[head, :, :, j : j + columns], out=block[head])
+            if i == j:
+                mirror[head].copy_(block[head].mT)
+            else:
+                _matmul(q[head, :, :, i : i + rows].mT, k[head, :, :, j : j + columns], out=mirror[head])
+        x.add_(y)
+        torch.sub(x, y, alpha=2, out=y)
+        return x, y
+
+
+def _block(elements: int, hidden: int) -> int:
+    """The side of a square block of at most about so many elements; the width is cut into nearly equal blocks."""
+    count = math.ceil(hidden / max(16, math.isqrt(elements)))
+    return min(hidden, 16 * math.ceil(hidden / count / 16))
+
+
+def _padded(layers: int) -> int:
+    """Zero forms fill up to a multiple of four: matrix products of 30 rows run at half the speed of 32."""
+    return 4 * math.ceil(layers / 4)
+
+
+def _accumulated(dtype: torch.dtype) -> torch.dtype:
+    """The precision that products of two such weights have: those of half-width weights are exact in float32."""
+    return torch.float32 if dtype.itemsize == 2 else dtype
+
+
+def _matmul(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
+    if a.dtype.itemsize > 2:
+        return torch.bmm(a, b, out=out) if out is not None else torch.bmm(a, b)
+    product = torch.bmm(a, b, out_dtype=torch.float32)  # on tensor cores; torch has it for CUDA only
+    return out.copy_(product) if out is not None else product
