@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from headgram.errors import HeadgramError
 
 if TYPE_CHECKING:
     import pandas as pd
     import xarray as xr
+
+PairColumn = Literal["gram", "cosine", "transposed", "symmetric", "antisymmetric", "z"]
 
 
 class Atlas:
@@ -40,8 +42,8 @@ class Atlas:
         """One row per model and stack, the table `models`: what the model is, and medians over its heads."""
         return self._table("models")
 
-    def gram(self, model: str, stack: str = "self", value: Literal["gram", "cosine"] = "gram") -> xr.DataArray:
-        """Inner products of every layer pair's heads.
+    def gram(self, model: str, stack: str = "self", value: PairColumn = "gram") -> xr.DataArray:
+        """Inner products of every layer pair's heads, or another column of the `gram` table.
 
         Returns
         -------
@@ -53,8 +55,8 @@ class Atlas:
         HeadgramError
             If the model or the stack was not measured.
         """
-        if value not in ("gram", "cosine"):
-            raise HeadgramError(f"the Gram table has no column '{value}': ask for 'gram' or 'cosine'")
+        if value not in get_args(PairColumn):
+            raise HeadgramError(f"the Gram table has no column '{value}'; there are: {', '.join(get_args(PairColumn))}")
         return self._square("gram", model, stack, value)
 
     def overlap(self, model: str, stack: str = "self", side: Literal["right", "left", "signed"] = "right") -> xr.DataArray:

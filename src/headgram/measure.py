@@ -10,7 +10,7 @@ from headgram.derive import open_or_derive
 from headgram.devices import leased_device, require_device, usable
 from headgram.geometry.heads import spectrum
 from headgram.geometry.original import original_quantities
-from headgram.geometry.pairs import gram
+from headgram.geometry.pairs import pair_products
 from headgram.seed_format import directions_path, write_seed_files
 from headgram.stages.extract import read_layers
 
@@ -35,7 +35,7 @@ def measure_model(model: str, out: Path, topk: int, revision: str | None, stack:
             out,
             model,
             head_dim=chosen.rank,
-            gram=gram(w_q, w_k, w_q, w_k).cpu(),
+            gram=pair_products(w_q, w_k, w_q, w_k, "auto").gram.cpu(),
             fro_sq=torch.stack([fro_sq for fro_sq, _ in original]).cpu(),
             eig_dirs=torch.stack([directions for _, directions in original]).cpu(),
             symmetric_eigenvalues=torch.stack(eigenvalues).cpu(),

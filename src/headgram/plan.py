@@ -17,6 +17,7 @@ from pydantic import BaseModel
 from headgram.architectures.registry import family_of, family_of_gguf, family_text
 from headgram.artifacts import Identity, canonical, digest
 from headgram.config import Config
+from headgram.geometry.costs import cheapest, flops
 from headgram.lock import LockedModel, LockedStack
 from headgram.staleness import code_digest
 
@@ -24,6 +25,9 @@ from headgram.staleness import code_digest
 _FLOPS_PER_SECOND = 10e9
 #: A job should take about this long, so that starting it (3 s, most of it importing torch) is noise.
 _JOB_SECONDS = 20.0
+#: The same of products in float32. Fewer and larger tiles cost fewer operations; a tile is also what a crash can lose.
+_PRODUCTS_PER_SECOND = 40e9
+_TILE_SECONDS = 300.0
 _STORED_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
 
 Layers = tuple[int, ...]
@@ -138,11 +142,12 @@ def _plan_stack(stack: LockedStack, config: Config) -> StackPlan:
     per_head = 8 * width * (2 * rank) ** 2 + 30 * (2 * rank) ** 3 + 8 * width * rank**2
     eigen_seconds = (heads * per_head + stack.kv_heads * rank * width**2) / _FLOPS_PER_SECOND
     directions = 4 * 4 * heads * min(config.eigen.topk, rank) * width
-    pair_seconds = (heads + stack.kv_heads) * 2 * rank**2 * width / _FLOPS_PER_SECOND
-
     group = budget // 4 // layer_bytes
     shard = min(_JOB_SECONDS / eigen_seconds, budget // 4 // directions)
-    tile = min(math.sqrt(_JOB_SECONDS / pair_seconds), budget // 8 // layer_bytes)
+    # A head's weights of the layers of both sides of a tile, as stored and in float32, beside products of a constant size.
+    affordable = _TILE_SECONDS * _PRODUCTS_PER_SECOND / heads
+    lasting = [n for n in range(1, len(stack.layers) + 1) if _tile_flops(n, rank, width) <= affordable]
+    tile = min(max(lasting, default=1), budget // 2 // (2 * 2 * rank * width * (stored + 4)))
     if config.eigen.layers_per_job != "auto":
         shard = config.eigen.layers_per_job
     if config.gram.layers_per_tile != "auto":
@@ -153,6 +158,12 @@ def _plan_stack(stack: LockedStack, config: Config) -> StackPlan:
         shards=_named(_cut(stack.layers, shard)),
         tiles=tuple(_cut(stack.layers, tile)),
     )
+
+
+def _tile_flops(layers: int, rank: int, width: int) -> int:
+    """Operations of one head in a tile of a run of layers with itself."""
+    shape = (layers, layers, rank, width, True)
+    return flops(cheapest(*shape), *shape)
 
 
 def _cut(layers: Layers, size: float) -> list[Layers]:

@@ -108,13 +108,14 @@ def _identity_problems(files: dict[str, Path]) -> Iterator[str]:
     )
     sums = squares.groupby(place)[["energy", "power", "trace"]].sum()
     table = heads.set_index(place).sort_index()
-    diagonal = gram[gram["layer_a"] == gram["layer_b"]].rename(columns={"layer_a": "layer"}).set_index(place)["gram"]
+    diagonal = gram[gram["layer_a"] == gram["layer_b"]].rename(columns={"layer_a": "layer"}).set_index(place)
     size = table["fro_sq"].clip(lower=np.finfo(float).tiny)
     differences = {
         "sum(s²) = fro_sq": (sums["energy"] - table["fro_sq"]) / size,
         "sum(λ) = trace": (sums["trace"] - table["trace"]) / (table["rank"] * np.sqrt(size)),
         "sum(λ²) = (fro_sq + self_overlap) / 2": (sums["power"] - (table["fro_sq"] + table["self_overlap"]) / 2) / size,
-        "gram[a, a] = fro_sq": (diagonal - table["fro_sq"]) / size,
+        "gram[a, a] = fro_sq": (diagonal["gram"] - table["fro_sq"]) / size,
+        "transposed[a, a] = self_overlap": (diagonal["transposed"] - table["self_overlap"]) / size,
     }
     for name, difference in differences.items():
         yield from _exceptions(name, difference)

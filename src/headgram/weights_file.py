@@ -12,6 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from headgram.artifacts import check, record_of, written_whole
+from headgram.geometry.grouping import key_head
 
 
 def write_weights(
@@ -44,22 +45,23 @@ class Weights:
         return group["w_q"][i].clone(), group["w_k"][i].clone()
 
     @property
-    def heads(self) -> tuple[int, int]:
-        """`H` and `K`."""
+    def heads(self) -> int:
+        """The number of query heads."""
         group = _mapped(next(path for path, _ in self._home.values()))
-        return group["w_q"].shape[1], group["w_k"].shape[1]
+        return len(group["w_q"][0])
 
-    def run(
-        self, layers: Sequence[int], kv: int, members: Sequence[int]
-    ) -> tuple[Float[Tensor, "layers members rank hidden"], Float[Tensor, "layers 1 rank hidden"]]:
-        """The weights of one key head and of some query heads in several layers."""
+    def head(
+        self, layers: Sequence[int], head: int
+    ) -> tuple[Float[Tensor, "layers 1 rank hidden"], Float[Tensor, "layers 1 rank hidden"]]:
+        """The query weights of one head and the key weights that it reads, in several layers."""
         queries, keys = [], []
         for path, places in itertools.groupby((self._home[layer] for layer in layers), key=lambda home: home[0]):
             group = _mapped(path)
+            kv = int(key_head(group["w_q"].shape[1], group["w_k"].shape[1])[head])
             for _, i in places:
-                queries.append(group["w_q"][i, members])
-                keys.append(group["w_k"][i, kv : kv + 1].clone())
-        return torch.stack(queries), torch.stack(keys)
+                queries.append(group["w_q"][i, head].clone())
+                keys.append(group["w_k"][i, kv].clone())
+        return torch.stack(queries)[:, None], torch.stack(keys)[:, None]
 
 
 def _mapped(path: Path) -> dict[str, Any]:

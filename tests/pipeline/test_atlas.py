@@ -5,6 +5,7 @@ import pytest
 import torch
 
 import headgram
+from headgram.geometry.pairs import pair_products
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +40,19 @@ def test_tables_hold_what_the_functions_return(atlas, finished, model, source, l
             assert torch.equal(directions[name][layer], getattr(result, name).float())
     gram = atlas.gram(model)
     assert gram.dims == ("layer_a", "layer_b", "head")
-    np.testing.assert_allclose(gram, headgram.gram(w_q, w_k, w_q, w_k), rtol=1e-12, atol=1e-9)
+    exact = pair_products(w_q, w_k, w_q, w_k)
+    norms = np.sqrt(np.einsum("aah->ah", exact.gram))
+    bound = 1e-6 * norms[:, None] * norms[None]
+    z = exact.gram.numpy() / norms[:, None] / norms[None] * w_q.shape[-1]
+    expected = {
+        "gram": exact.gram,
+        "transposed": exact.transposed,
+        "symmetric": (exact.gram + exact.transposed) / 2,
+        "antisymmetric": (exact.gram - exact.transposed) / 2,
+    }
+    for name, values in expected.items():
+        assert (np.abs(atlas.gram(model, value=name).to_numpy() - values.numpy()) <= bound).all()
+    np.testing.assert_allclose(atlas.gram(model, value="z"), z, atol=1e-6 * w_q.shape[-1])
     np.testing.assert_array_equal(gram, gram.transpose("layer_b", "layer_a", "head"))
 
 

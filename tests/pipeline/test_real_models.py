@@ -75,7 +75,7 @@ def test_tables_agree_with_an_independent_path(measured, name):
     assert (np.abs(gram.to_numpy() - expected) <= 1e-5 * bound).all()  # the judge itself is float32 here
     cosine = atlas.gram(name, value="cosine")
     assert float(np.abs(cosine).max()) <= 1
-    np.testing.assert_allclose(np.einsum("aah->ah", cosine.to_numpy()), 1, rtol=1e-12)
+    np.testing.assert_allclose(np.einsum("aah->ah", cosine.to_numpy()), 1, rtol=1e-6)
 
 
 @pytest.mark.parametrize("name", [MINILM, SMOLLM2])

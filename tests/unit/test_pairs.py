@@ -4,12 +4,13 @@ import inspect
 
 import numpy as np
 import pytest
+import scipy.stats
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 import headgram
-from headgram.geometry import pairs, routes
+from headgram.geometry import costs, pairs, routes
 
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-6, torch.bfloat16: 1e-6}
 ROUTES = ("products", "strips")
@@ -45,6 +46,7 @@ def test_products_agree_with_the_definition(weights, precision, route, block_byt
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(pairs, "cheapest", lambda *_: route)
         patch.setattr(routes, "PRODUCT_BYTES", block_bytes)
+        patch.setattr(pairs, "EXACT_BYTES", block_bytes)
         patch.setattr(routes, "STRIP_BYTES", {"cpu": block_bytes})
         measured = pairs.pair_products(*weights, precision)
     expected = np.einsum("ahxy,bhxy->abh", g_a, g_b), np.einsum("ahxy,bhyx->abh", g_a, g_b)
@@ -88,8 +90,8 @@ def test_float32_is_taken_where_it_is_accurate_and_only_there(monkeypatch, route
 
 @pytest.mark.parametrize("shape", [(30, 64, 576), (28, 128, 1024), (36, 128, 2560), (4, 64, 4096), (1, 8, 8)])
 def test_the_chosen_route_is_the_one_with_fewer_operations(shape):
-    counted = {route: routes.flops(route, shape[0], *shape, same=True) for route in ROUTES}
-    assert counted[routes.cheapest(shape[0], *shape, same=True)] == min(counted.values())
+    counted = {route: costs.flops(route, shape[0], *shape, same=True) for route in ROUTES}
+    assert counted[costs.cheapest(shape[0], *shape, same=True)] == min(counted.values())
 
 
 @pytest.mark.parametrize("shape", [(2, 4, 3, 6), (2, 4, 3), (2, 3, 3, 5), (0, 4, 3, 5)])
@@ -98,3 +100,13 @@ def test_shapes_must_fit(shape):
     with pytest.raises(headgram.HeadgramError):
         # without the tests' own check of shapes
         inspect.unwrap(pairs.pair_products)(torch.zeros(shape), good_k, good_q, good_k)
+
+
+def test_the_z_score_is_that_of_randomly_rotated_forms():
+    """`cosine · d` has mean 0 and variance 1 if one form is turned by random rotations of both its sides."""
+    random = np.random.default_rng(3)
+    g_a, g_b = (random.normal(size=(2, 7)).T @ random.normal(size=(2, 7)) for _ in range(2))
+    turned = [u @ g_b @ v.T for u, v in scipy.stats.ortho_group.rvs(7, size=8000, random_state=4).reshape(4000, 2, 7, 7)]
+    z = 7 * np.array([(g_a * g).sum() for g in turned]) / np.linalg.norm(g_a) / np.linalg.norm(g_b)
+    assert abs(z.mean()) < 5 / np.sqrt(4000)
+    assert abs(z.var() - 1) < 0.2

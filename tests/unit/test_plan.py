@@ -73,8 +73,8 @@ def test_small_models_take_one_job_per_stage_and_large_ones_fit_the_budget():
     small = stack_plan()
     assert (len(small.groups), len(small.shards), len(small.tiles)) == (1, 1, 1)
     large = stack_plan(layers=126, heads=128, kv_heads=8, rank=128, hidden=16384)
-    layer_bytes = (128 + 8) * 128 * 16384 * 2
-    assert max(len(tile) for tile in large.tiles) * layer_bytes * 2 <= 2 * 2**30 + 2 * layer_bytes
+    head_bytes = 2 * 128 * 16384 * (2 + 4)  # W_Q and W_K of one head and layer, as stored and in float32
+    assert max(len(tile) for tile in large.tiles) * head_bytes * 2 <= 2**30 + 2 * head_bytes
     assert len(large.shards) == 126
 
 
@@ -90,6 +90,7 @@ def test_given_sizes_are_kept():
     [
         ({"eigen": {"topk": 4}}, {"eigen", "merge", "derive"}),
         ({"gram": {"layers_per_tile": 4}}, {"gram", "merge", "derive"}),
+        ({"gram": {"precision": "float64"}}, {"gram", "merge", "derive"}),
         ({"original": {"enabled": False}}, {"eigen", "merge", "derive"}),
         ({"weights": {"dtype": "float32"}}, {"extract", "eigen", "gram", "merge", "derive"}),
         ({"export": {"compression": "none"}}, {"merge", "derive"}),

@@ -19,11 +19,15 @@ from torch import Tensor
 
 from headgram.errors import HeadgramError
 from headgram.geometry.checks import check_weights
+from headgram.geometry.costs import Route, cheapest
 from headgram.geometry.grouping import groups
-from headgram.geometry.routes import Inner, Route, Side, by_products, by_strips, cheapest
+from headgram.geometry.routes import Inner, Side, by_products, by_strips
 
 #: In float32, forms may be this much smaller than those of random weights of the same norms.
 _SMALL = 0.1
+
+#: Bytes of float64 working memory; a constant, so that the blocking does not depend on the machine.
+EXACT_BYTES = 512 * 2**20
 
 Precision = Literal["auto", "float64"]
 
@@ -100,7 +104,7 @@ def pair_products(
             queries = [weights[:, head] for weights in (w_q_a, w_q_b)][: len(keys)]
             inner = _in_float32([_scaled(weights) for weights in queries], scaled_keys, route) if narrow else None
             exact.append(inner is None)
-            results.append(inner or _multiply([_orthonormal_keys(*pair) for pair in zip(queries, keys, strict=True)], route))
+            results.append(inner or _in_float64(queries, keys, route))
     products, transposed = (torch.cat(values).movedim(0, 2) for values in zip(*results, strict=True))
     if not bool((torch.isfinite(products) & torch.isfinite(transposed)).all()):
         for name, weights in (("query", w_q_a), ("key", w_k_a), ("query", w_q_b), ("key", w_k_b)):
@@ -112,6 +116,22 @@ def pair_products(
 def _multiply(sides: Sequence[Side], route: Route) -> Inner:
     """Inner products of two sides, or of one with itself."""
     return (by_strips if route == "strips" else by_products)(sides[0], sides[-1])
+
+
+def _in_float64(queries: Sequence[Tensor], keys: Sequence[Tensor], route: Route) -> Inner:
+    """Products in float64, a block of layers at a time."""
+    (n_a, rank, hidden), n_b = queries[0].shape, len(queries[-1])
+    step = max(1, EXACT_BYTES // (128 * rank * hidden))
+    gram = torch.zeros(1, n_a, n_b, dtype=torch.float64, device=queries[0].device)
+    inner = Inner(gram, torch.zeros_like(gram))
+    for i in range(0, n_a, step):
+        side_a = _orthonormal_keys(queries[0][i : i + step], keys[0][i : i + step])
+        for j in range(0, n_b, step):
+            same = len(queries) == 1 and i == j
+            side_b = side_a if same else _orthonormal_keys(queries[-1][j : j + step], keys[-1][j : j + step])
+            for whole, part in zip(inner, _multiply([side_a, side_b], route), strict=True):
+                whole[:, i : i + step, j : j + step] = part
+    return inner
 
 
 def _orthonormal_keys(w_q: Float[Tensor, "layers rank hidden"], w_k: Float[Tensor, "layers rank hidden"]) -> Side:

@@ -1,4 +1,4 @@
-"""Two exact routes to the inner products of forms `g_i = K_i^T Q_i`, and the count that chooses between them.
+"""Two exact routes to the inner products of forms `g_i = K_i^T Q_i`; `headgram.geometry.costs` chooses between them.
 
 *Products*: all that is needed is in `m × m` matrices,
 
@@ -16,7 +16,7 @@ A leading axis of all arguments is a batch of heads. Results are float64; produc
 from __future__ import annotations
 
 import math
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -26,8 +26,6 @@ from torch import Tensor
 #: the last bit of the result, does not depend on the machine. A block of forms should lie in a core's cache.
 PRODUCT_BYTES = 256 * 2**20
 STRIP_BYTES = {"cpu": 4 * 2**20, "cuda": 512 * 2**20}
-
-Route = Literal["products", "strips"]
 
 
 class Side(NamedTuple):
@@ -42,20 +40,6 @@ class Inner(NamedTuple):
 
     gram: Float[Tensor, "heads layers_a layers_b"]
     transposed: Float[Tensor, "heads layers_a layers_b"]
-
-
-def flops(route: Route, layers_a: int, layers_b: int, rank: int, hidden: int, same: bool) -> int:
-    """Floating-point operations of one head; `same` where both sides are one run of layers."""
-    if route == "products":
-        return 4 * 2 * layers_a * layers_b * rank**2 * hidden
-    forming = 2 * (layers_a if same else layers_a + layers_b) * rank * hidden**2
-    return forming + 2 * layers_a * layers_b * hidden**2
-
-
-def cheapest(layers_a: int, layers_b: int, rank: int, hidden: int, same: bool) -> Route:
-    """The route with fewer operations."""
-    routes: tuple[Route, Route] = ("products", "strips")
-    return min(routes, key=lambda route: flops(route, layers_a, layers_b, rank, hidden, same))
 
 
 def by_products(a: Side, b: Side) -> Inner:

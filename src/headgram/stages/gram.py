@@ -13,7 +13,6 @@ import pyarrow as pa
 import torch
 
 from headgram.artifacts import Provenance, record_of, seal
-from headgram.geometry.grouping import groups
 from headgram.geometry.pairs import Precision, pair_products
 from headgram.tables import GRAM, read_table, write_table
 from headgram.weights_file import Weights
@@ -59,12 +58,12 @@ def measure_row(
 
 
 def _tile(source: Weights, own: Sequence[int], other: Sequence[int], precision: Precision, device: str) -> pa.Table:
-    """One key head at a time: so much of the weights is in memory."""
+    """One head at a time: so much of the weights is in memory."""
     products, transposed, exact = [], [], 0
-    for kv, members in groups(*source.heads):
-        side_a = [weights.to(device) for weights in source.run(own, kv, members)]
-        side_b = side_a if other == own else [weights.to(device) for weights in source.run(other, kv, members)]
-        result = pair_products(*side_a, *side_b, precision)
+    for head in range(source.heads):
+        q_a, k_a = (weights.to(device) for weights in source.head(own, head))
+        q_b, k_b = (q_a, k_a) if other == own else (weights.to(device) for weights in source.head(other, head))
+        result = pair_products(q_a, k_a, q_b, k_b, precision)
         products.append(result.gram.cpu())
         transposed.append(result.transposed.cpu())
         exact += int(result.exact.sum())
