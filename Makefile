@@ -5,9 +5,10 @@ VENV := .venv
 BIN := $(VENV)/bin
 KILLS ?= 51
 SEED ?= 0
+NUMPY = $(shell sed -n 's/^numpy==//p' envs/requirements.txt)
 CORES ?= $(shell nproc 2>/dev/null || sysctl -n hw.ncpu)
 
-.PHONY: help run test test-fast lint format docs notebook pictures chaos families bytes config-docs lock-requirements clean
+.PHONY: help run test test-fast lint format docs notebook pictures chaos audit families bytes config-docs lock-requirements clean
 
 help: ## What each command does
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-18s %s\n", $$1, $$2}'
@@ -49,6 +50,14 @@ pictures: $(VENV)/installed-dev ## Draw the pictures of README and docs from res
 
 chaos: $(VENV)/installed-dev ## Faults in real runs, with at least fifty kills; prints what was survived (KILLS=51 SEED=0)
 	PYTHONPATH=src:tests $(BIN)/python -m pipeline.chaos --kills $(KILLS) --seed $(SEED)
+
+audit: ## Known vulnerabilities of every pinned package; asks PyPI's advisory service
+	test -x build/audit/bin/python || $(PYTHON) -m venv build/audit
+	build/audit/bin/pip install --quiet --disable-pip-version-check -r envs/requirements-audit.txt
+	@build/audit/bin/python -c 'import requests; requests.get("https://pypi.org/pypi/numpy/$(NUMPY)/json", timeout=20).raise_for_status()' \
+		2> /dev/null || { echo "audit: PyPI's advisory service is out of reach, so nothing was audited" >&2; exit 1; }
+	build/audit/bin/pip-audit --strict --no-deps --disable-pip --progress-spinner off \
+		-r envs/requirements-dev.txt -r envs/requirements-models.txt -r envs/requirements-audit.txt
 
 families: $(VENV)/installed-dev ## Prove every model type, and renew docs/families.md
 	$(BIN)/python docs/families.py

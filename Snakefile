@@ -1,14 +1,7 @@
 # headgram: query and key weights -> spectra and Gram matrices of attention heads.
-from pathlib import Path
-
 from snakemake.utils import min_version
 
 min_version("9.0")
-
-
-if Path("config/config.yaml").exists():  # every option has a default
-
-    configfile: "config/config.yaml"
 
 
 include: "workflow/rules/common.smk"

@@ -15,6 +15,7 @@ import json
 import os
 import platform
 import re
+import stat
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -247,12 +248,24 @@ def read_record(record: Path) -> dict[str, Any]:
         text = record.read_text(encoding="utf-8")
         content = json.loads(text)
         del content["record"]
-        whole = text == _sealed_text(content) and content["schema"] == SCHEMA
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        whole = text == _sealed_text(content) and content["schema"] == SCHEMA and _is_record(content)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise HeadgramError(f"The provenance record {record} cannot be read ({error}): {_again(record)}.") from None
     if not whole:
         raise HeadgramError(f"The provenance record {record} is not what was written: {_again(record)}.")
     return dict(content)
+
+
+def _is_record(content: Mapping[str, Any]) -> bool:
+    """Whether a record has what is read of it, of the right types."""
+    texts = [content[name] for name in ("stage", "model", "key", "fingerprint", "code")]
+    sums = [(name, entry["bytes"], entry["blake2b"]) for name, entry in content["files"].items()]
+    return (
+        all(isinstance(text, str) for text in (*texts, *content["upstream"]))
+        and isinstance(content["config"], dict)
+        and all(isinstance(size, int) and isinstance(text, str) for _, size, text in sums)
+        and not any(Path(name).is_absolute() or "\0" in name for name, _, _ in sums)
+    )
 
 
 def _again(record: Path) -> str:
@@ -291,7 +304,11 @@ def damages(record: Path, content: Mapping[str, Any]) -> Iterator[str]:
     for name, entry in content["files"].items():
         path = Path(os.path.normpath(record.parent / name))
         try:
-            if checksum(path) != entry["blake2b"]:
+            state = path.stat()
+            # Only a file of the right size is opened: a device or a pipe might never end.
+            if not stat.S_ISREG(state.st_mode) or state.st_size != entry["bytes"]:
+                yield f"{path} is not what was written: its size differs"
+            elif checksum(path) != entry["blake2b"]:
                 yield f"{path} is not what was written: its checksum differs"
         except OSError as error:
             yield f"{path} cannot be read ({error.strerror})"

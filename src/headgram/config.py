@@ -7,9 +7,12 @@ from __future__ import annotations
 
 import difflib
 import re
+import reprlib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import yaml
 from pydantic import (
     AfterValidator,
     BaseModel,
@@ -22,12 +25,16 @@ from pydantic import (
 
 from headgram.errors import HeadgramError
 
+#: Says what a bad value is; a nested one may be far larger than its text, by aliases.
+_BRIEF = reprlib.Repr()
+_BRIEF.maxlevel = 2
 _UNITS = {"": 1, "b": 1, "kib": 2**10, "mib": 2**20, "gib": 2**30, "kb": 10**3, "mb": 10**6, "gb": 10**9}
 
 
 def _parse_bytes(value: Any) -> int:
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", str(value))
-    if isinstance(value, bool) or not match or match[2].lower() not in _UNITS:
+    is_size = isinstance(value, str | int | float) and not isinstance(value, bool)
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", str(value)) if is_size else None
+    if not match or match[2].lower() not in _UNITS:
         raise ValueError("a size is a number with a unit, such as '2 GiB' or '512 MiB'")
     return int(min(float(match[1]), 2**60) * _UNITS[match[2].lower()])
 
@@ -151,6 +158,35 @@ class Config(_Section):
     export: Export = Field(default_factory=Export, description=Export.__doc__)
 
 
+def read_options(path: Path, given: Mapping[str, Any]) -> dict[str, Any]:
+    """The options of a YAML file, if it is there, overruled by those that were given otherwise.
+
+    Plain data: Snakemake's own reader would evaluate templates in the file, which are code.
+
+    Raises
+    ------
+    HeadgramError
+        If the file is not plain YAML with keys at its top level.
+    """
+    try:
+        content = yaml.safe_load(path.read_bytes()) if path.exists() else None
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
+        reason = " ".join(str(error).split())
+        raise HeadgramError(f"{path} cannot be read as plain YAML ({reason:.300}).") from None
+    if not isinstance(content, Mapping | None):
+        raise HeadgramError(f"{path} holds no options: write `key: value` lines.")
+    return _overruled(content or {}, given)
+
+
+def _overruled(options: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+    """Both, the given ones first; sections are joined key by key."""
+    joined = {**options, **given}
+    for key in options.keys() & given.keys():
+        if isinstance(options[key], Mapping) and isinstance(given[key], Mapping):
+            joined[key] = _overruled(options[key], given[key])
+    return joined
+
+
 def load_config(raw: dict[str, Any]) -> Config:
     """Validate a configuration as Snakemake hands it over.
 
@@ -172,7 +208,7 @@ def _describe(problem: Any) -> str:
     path = [str(part) for part in problem["loc"] if str(part) in known_keys() or problem["type"] == "extra_forbidden"]
     key = ".".join(path)
     if problem["type"] != "extra_forbidden":
-        return f"{key} = {problem['input']!r}: {problem['msg'].removeprefix('Value error, ')}"
+        return f"{key} = {_BRIEF.repr(problem['input']):.200}: {problem['msg'].removeprefix('Value error, ')}"
     near = difflib.get_close_matches(path[-1], known_keys(), n=1, cutoff=0.5)
     full = [name for name in option_paths() if near and name.split(".")[-1] == near[0]]
     hint = f" (did you mean '{full[0]}'?)" if full else ""

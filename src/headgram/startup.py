@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import filelock
 
 from headgram.artifacts import remove_temporaries, write_text
-from headgram.config import load_config
+from headgram.config import load_config, read_options
 from headgram.errors import HeadgramError
 from headgram.lock import Lock, LockedModel, changes, file_times, lock_path, missing_rows, read_lock, write_lock
 from headgram.manifest import read_manifest
@@ -31,8 +31,8 @@ class Run:
     Reading writes nothing, so a dry run leaves no trace; `begin` does, once jobs are about to run.
     """
 
-    def __init__(self, raw_config: dict[str, Any], scripts: Path) -> None:
-        config = load_config(raw_config)
+    def __init__(self, options: Path, given: Mapping[str, Any], scripts: Path) -> None:
+        config = load_config(read_options(options, given))
         self._manifest = Path(config.manifest)
         self._results = Path(config.results)
         if self._results.exists() and not self._results.is_dir():

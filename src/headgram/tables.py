@@ -8,6 +8,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from headgram.artifacts import Provenance, parquet_metadata, written_whole
+from headgram.errors import HeadgramError
 
 #: The measured scalars of a head: fields of `headgram.Spectrum`, columns of `heads`.
 SCALARS = (
@@ -32,6 +33,10 @@ HEAD_NUMBERS = (*SCALARS, *SCORES)
 SIDES = ("right", "left", "signed")
 #: What `layers` says of each number of its heads.
 QUARTILES = {"q25": 0.25, "median": 0.5, "q75": 0.75}
+
+#: A table of measured numbers has no more values than this for every byte on disk; equal values, as of a model of zeros, have.
+_VALUES_PER_BYTE = 64
+_FEW_VALUES = 2**26
 
 
 def _schema(*columns: tuple[str, pa.DataType]) -> pa.Schema:
@@ -85,6 +90,17 @@ def write_table(path: Path, table: pa.Table, provenance: Provenance, compression
 
 
 def read_table(path: Path) -> pa.Table:
-    """Read one Parquet file and verify its pages; the names of its folders add no columns."""
+    """Read one Parquet file and verify its pages; the names of its folders add no columns.
+
+    Raises
+    ------
+    HeadgramError
+        If it claims many more values than its bytes can hold: a few bytes may stand for billions of equal ones.
+    """
     with path.open("rb") as file:
+        metadata = pq.read_metadata(file)
+        groups = [metadata.row_group(i) for i in range(metadata.num_row_groups)]
+        values = sum(group.column(j).num_values for group in groups for j in range(group.num_columns))
+        if max(values, metadata.num_rows) > max(_FEW_VALUES, _VALUES_PER_BYTE * path.stat().st_size):
+            raise HeadgramError(f"{path} claims {values} values, which no table of its size holds: delete it and run again")
         return pq.read_table(file, page_checksum_verification=True)

@@ -27,7 +27,7 @@ from headgram.errors import HeadgramError
 from pipeline.conftest import Project, edit, new_project
 from tiny import write_llama, write_manifest
 
-STAGES = ("extract", "eigen", "gram", "merge")
+STAGES = ("extract", "eigen", "gram", "merge", "derive")
 MODEL = "tiny-llama"
 #: In the environment of a run: the name of a file whose reading fails, as on a failing disk.
 _UNREADABLE = "CHAOS_UNREADABLE"
@@ -92,6 +92,11 @@ class Arena:
         run = self.start(*arguments, limit=limit, **environment)
         output, _ = run.communicate()
         return run.returncode, output
+
+    def advance(self, *arguments: str) -> None:
+        """A run that no fault disturbs."""
+        code, output = self.run(*arguments)
+        assert code == 0, output
 
     def sealed(self) -> Sealed:
         """Every finished artifact that no job can write again: none that is still at work is older than its record."""
@@ -272,7 +277,7 @@ def full_disk(arena: Arena, stages: tuple[str, ...] = STAGES) -> None:
     with small_disk(arena.results) as mounted:
         for stage in stages if mounted else set(stages) - {"gram"}:  # a Gram row of so small a model is below any limit
             if earlier := STAGES[: STAGES.index(stage)]:
-                assert arena.run("--until", *earlier)[0] == 0
+                arena.advance("--until", *earlier)
             with filled(arena.results) if mounted else contextlib.nullcontext():
                 arena.figures.faults += 1
                 code, output = arena.run(limit=None if mounted else 16384)
@@ -313,7 +318,7 @@ def filled(disk: Path) -> Iterator[None]:
 def read_only_results(arena: Arena) -> None:
     """The folder may not be written; root, too, is held to that."""
     arena.renew()
-    assert arena.run("--until", "extract")[0] == 0
+    arena.advance("--until", "extract")
     folders = [arena.results, *(path for path in arena.results.rglob("*") if path.is_dir())]
     modes = {folder: folder.stat().st_mode for folder in folders}
     before = arena.sealed()
@@ -357,11 +362,13 @@ CACHE = (("weights", "*.pt"), ("eigen", "*.pt"), ("eigen", "*.parquet"), ("gram"
 def damaged_cache(arena: Arena, files: tuple[tuple[str, str], ...] = CACHE) -> None:
     """A cached file is cut short, has a bit flipped, or cannot be read, when the next stage needs it."""
     if not arena.sealed():
-        arena.run()
+        arena.advance()
     for stage, pattern in files:
         for damage in (truncate, flip, None):
             victim = arena.chance.choice(sorted((arena.results / "models" / MODEL / "self" / stage).glob(pattern)))
-            later = ["provenance/*.json"] + (["models/*/*/eigen/*.json", "models/*/*/gram/*.json"] if stage == "weights" else [])
+            later = ["provenance/**/*.json"] + (
+                ["models/*/*/eigen/*.json", "models/*/*/gram/*.json"] if stage == "weights" else []
+            )
             for record in (record for pattern in later for record in arena.results.glob(pattern)):
                 record.unlink()
             arena.figures.faults += 1
@@ -400,7 +407,7 @@ def clock_set_back(arena: Arena) -> None:
     """Whatever a stage finished is dated a year ahead, so that all later files are older than what they were made from."""
     arena.renew()
     for stage in STAGES[:-1]:
-        assert arena.run("--until", stage)[0] == 0
+        arena.advance("--until", stage)
         for path in (arena.results / "models").rglob("*"):
             os.utime(path, (time.time() + 365 * 86400,) * 2)
         arena.figures.faults += 1
@@ -411,7 +418,7 @@ def lost_memory(arena: Arena) -> None:
     """`.snakemake` is lost after each stage, and after the last."""
     arena.renew()
     for stage in STAGES:
-        assert arena.run("--until", stage)[0] == 0
+        arena.advance("--until", stage)
         shutil.rmtree(arena.project.folder / ".snakemake")
         arena.figures.faults += 1
     arena.recover()

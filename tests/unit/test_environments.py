@@ -1,5 +1,8 @@
 """The same pins everywhere, for every Python that is promised."""
 
+import ast
+import re
+import sys
 from importlib.metadata import metadata
 from pathlib import Path
 
@@ -18,6 +21,34 @@ def pins(path: Path) -> set[str]:
 def test_every_direct_pin_is_in_the_full_list():
     assert pins(ENVS / "requirements.in") <= pins(ENVS / "requirements.txt")
     assert pins(ENVS / "requirements-dev.in") | pins(ENVS / "requirements.txt") <= pins(ENVS / "requirements-dev.txt")
+
+
+@pytest.mark.parametrize("name", ["requirements.in", "requirements-dev.in"])
+def test_every_direct_dependency_is_pinned_and_justified(name):
+    lines = [line for line in (ENVS / name).read_text().splitlines() if line and not line.startswith("#")]
+    assert lines
+    for line in lines:
+        assert re.fullmatch(r"[A-Za-z0-9_.-]+==[0-9][A-Za-z0-9.]* *# \S.{4,}", line), line
+
+
+@pytest.mark.parametrize("path", sorted(ENVS.glob("requirements*.txt")), ids=lambda path: path.name)
+def test_everything_that_follows_is_pinned(path):
+    lines = [line for line in path.read_text().splitlines() if line and not line.startswith("#")]
+    assert lines
+    for line in lines:
+        assert re.fullmatch(r"[A-Za-z0-9_.\[\]-]+==[0-9][A-Za-z0-9.+!-]*", line), line
+
+
+def test_what_the_package_imports_is_a_direct_dependency():
+    source = ENVS.parent / "src" / "headgram"
+    trees = [ast.parse(path.read_bytes()) for path in source.rglob("*.py")]
+    nodes = [node for tree in trees for node in ast.walk(tree)]
+    names = [alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names]
+    names += [node.module for node in nodes if isinstance(node, ast.ImportFrom) and node.module and not node.level]
+    imported = {name.split(".")[0] for name in names} - set(sys.stdlib_module_names) - {"headgram"}
+    direct = {line.split("==")[0] for name in ("requirements.in", "requirements-dev.in") for line in pins(ENVS / name)}
+    called = {"yaml": "pyyaml", "pydantic_core": "pydantic"}
+    assert {called.get(name, name).lower().replace("_", "-") for name in imported} <= direct
 
 
 @pytest.mark.parametrize("name", ["cpu", "cuda"])

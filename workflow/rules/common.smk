@@ -21,7 +21,12 @@ def headgram_errors():
 
 
 with headgram_errors():
-    RUN = Run(config, scripts=Path(workflow.basedir) / "workflow" / "scripts")
+    # Not by `configfile:`, which evaluates templates, code, in the file.
+    RUN = Run(
+        Path("config/config.yaml"),
+        given=config,
+        scripts=Path(workflow.basedir) / "workflow" / "scripts",
+    )
     GPUS = int(require_device(RUN.plan.config.device))
 
 PLAN = RUN.plan
