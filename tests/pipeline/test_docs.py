@@ -64,6 +64,7 @@ def test_sessions_give_what_they_show(page, beside_results):
 def test_every_public_name_is_on_the_page():
     page = (ROOT / "docs" / "python.md").read_text()
     assert not [name for name in headgram.__all__ if f"`{name}" not in page and f".{name}" not in page]
+    assert not [name for name in vars(headgram.Atlas) if not name.startswith("_") and f"atlas.{name}" not in page]
 
 
 def test_commands_exist():
@@ -108,6 +109,6 @@ def test_the_notebook_says_what_it_finds(measured, tmp_path):
 
 
 def shown(cell) -> list[str]:
-    """The texts that a cell shows; of pictures, that they are there."""
-    outputs = cell.get("outputs", [])
+    """The texts that a cell shows; of pictures, that they are there. Not what libraries say when they are new here."""
+    outputs = [output for output in cell.get("outputs", []) if output.get("name") != "stderr"]
     return [output.get("text") or output["data"]["text/plain"] for output in outputs]
