@@ -19,28 +19,82 @@ class Atlas:
     """Tables and directions of all models of a results folder; made by `open_atlas`."""
 
     def __init__(self, results: Path) -> None:
-        self._results = results
+        self.results = results  #: the folder
 
     @property
     def models(self) -> list[str]:
         """Names of the measured models, sorted."""
-        return sorted(path.stem for path in (self._results / "provenance").glob("*.json"))
+        return sorted(path.stem for path in (self.results / "provenance").glob("*.json"))
 
     def heads(self) -> pd.DataFrame:
         """One row per head: the scalars of `headgram.Spectrum`, keyed by model, stack, layer, head."""
-        return self._table("heads")
+        return self.table("heads")
 
     def spectra(self) -> pd.DataFrame:
         """One row per head and index: singular value and signed eigenvalue of the symmetric part."""
-        return self._table("spectra")
+        return self.table("spectra")
 
     def layers(self) -> pd.DataFrame:
         """One row per layer: quartiles over its heads, mean cosines to other layers, scores of the layer's whole form."""
-        return self._table("layers")
+        return self.table("layers")
 
     def summary(self) -> pd.DataFrame:
         """One row per model and stack, the table `models`: what the model is, and medians over its heads."""
-        return self._table("models")
+        return self.table("models")
+
+    def table(self, name: str, model: str | None = None) -> pd.DataFrame:
+        """A table by its name, of one model or of all; the first column is the model.
+
+        Raises
+        ------
+        HeadgramError
+            If there is no such table, the model was not measured, or a file cannot be read.
+        """
+        import pandas as pd
+
+        from headgram.tables import TABLES, read_table
+
+        if name not in TABLES:
+            raise HeadgramError(f"the atlas has no table '{name}'; there are: {', '.join(TABLES)}")
+        if model is not None:
+            self._require(model)
+        tables = []
+        for each in [model] if model else self.models:
+            path = self.results / "atlas" / name / f"model={each}" / f"{name}.parquet"
+            try:
+                table = read_table(path).to_pandas()
+            except OSError as error:
+                raise HeadgramError(f"{path} cannot be read ({error}): run `snakemake` again") from None
+            table.insert(0, "model", each)
+            tables.append(table)
+        joined: pd.DataFrame = pd.concat(tables, ignore_index=True)
+        return joined
+
+    def stacks(self, model: str) -> list[str]:
+        """Names of a model's stacks, in its order."""
+        return list(dict.fromkeys(self.table("models", model)["stack"]))
+
+    def dataset(self, model: str, stack: str = "self") -> xr.Dataset:
+        """All tables of one stack with named dimensions: `layer`, `head`, `index`, and `layer_a`, `layer_b` for pairs.
+
+        The row of the table `models` is in the attributes.
+
+        Raises
+        ------
+        HeadgramError
+            If the model or the stack was not measured.
+        """
+        import xarray as xr
+
+        pairs = {"gram": [*get_args(PairColumn)], "overlap": ["right", "left", "signed"]}
+        arrays = {name: self._square(table, model, stack, name) for table, names in pairs.items() for name in names}
+        for name, keys in (("heads", ["layer", "head"]), ("spectra", ["layer", "head", "index"]), ("layers", ["layer"])):
+            table = self.table(name, model)
+            table = table[table["stack"] == stack].drop(columns=["model", "stack"]).set_index(keys)
+            arrays |= dict(table.drop(columns=["rank", "hidden"], errors="ignore").to_xarray().data_vars)
+        facts = self.table("models", model).set_index("stack").loc[stack]
+        attributes = {name: value.item() if hasattr(value, "item") else value for name, value in facts.items()}
+        return xr.Dataset({name: array.drop_attrs() for name, array in arrays.items()}, attrs={**attributes, "stack": stack})
 
     def gram(self, model: str, stack: str = "self", value: PairColumn = "gram") -> xr.DataArray:
         """Inner products of every layer pair's heads, or another column of the `gram` table.
@@ -93,7 +147,7 @@ class Atlas:
 
         self._require(model)
         loaded: dict[str, dict[str, Any]] = torch.load(
-            self._results / "atlas" / "directions" / f"{model}.pt", mmap=True, weights_only=True
+            self.results / "atlas" / "directions" / f"{model}.pt", mmap=True, weights_only=True
         )
         return loaded
 
@@ -102,10 +156,10 @@ class Atlas:
         import numpy as np
         import xarray as xr
 
-        table = self._table(name, model)
+        table = self.table(name, model)
         table = table[table["stack"] == stack]
         if table.empty:
-            stacks = dict.fromkeys(self._table("heads", model)["stack"])
+            stacks = dict.fromkeys(self.table("heads", model)["stack"])
             raise HeadgramError(f"the model '{model}' has no stack '{stack}'; there are: {', '.join(stacks)}")
         layers = np.unique(table["layer_a"])
         heads = np.unique(table["head"])
@@ -118,26 +172,7 @@ class Atlas:
 
     def _require(self, model: str) -> None:
         if model not in self.models:
-            raise HeadgramError(f"the model '{model}' is not in {self._results}; there are: {', '.join(self.models)}")
-
-    def _table(self, name: str, model: str | None = None) -> pd.DataFrame:
-        import pandas as pd
-
-        from headgram.tables import read_table
-
-        if model is not None:
-            self._require(model)
-        tables = []
-        for each in [model] if model else self.models:
-            path = self._results / "atlas" / name / f"model={each}" / f"{name}.parquet"
-            try:
-                table = read_table(path).to_pandas()
-            except OSError as error:
-                raise HeadgramError(f"{path} cannot be read ({error}): run `snakemake` again") from None
-            table.insert(0, "model", each)
-            tables.append(table)
-        joined: pd.DataFrame = pd.concat(tables, ignore_index=True)
-        return joined
+            raise HeadgramError(f"the model '{model}' is not in {self.results}; there are: {', '.join(self.models)}")
 
 
 def open_atlas(results: str | os.PathLike[str] = "results") -> Atlas:

@@ -91,6 +91,69 @@ def spans(layers: tuple[int, ...]) -> str:
     return ", ".join(str(run[0]) if len(run) == 1 else f"{run[0]}–{run[-1]}" for run in runs)
 
 
+_Results = Annotated[Path, typer.Option(help="The results folder.")]
+_Stack = Annotated[Optional[str], typer.Option(help="Which stack; see the command's description if not given.")]  # noqa: UP045
+_Top = Annotated[int, typer.Option(min=1, help="Rows of each list of heads.")]
+
+
+@app.command()
+def show(
+    model: Annotated[Optional[str], typer.Argument(help="A measured model; a line for each if none is given.")] = None,  # noqa: UP045
+    results: _Results = Path("results"),
+    stack: _Stack = None,
+    top: _Top = 5,
+) -> None:
+    """Show a measured model: its layers, its most and least symmetric heads, its strongest couplings; of all stacks."""
+    from headgram.atlas import open_atlas
+    from headgram.display import console, show_model, show_models
+
+    atlas = open_atlas(results)
+    if model is None:
+        show_models(atlas, console())
+    else:
+        show_model(atlas, model, stack, top, console())
+
+
+@app.command()
+def compare(
+    before: Annotated[str, typer.Argument(help="A measured model.")],
+    after: Annotated[str, typer.Argument(help="Another one with the same layers and heads, such as another revision.")],
+    results: _Results = Path("results"),
+    stack: _Stack = None,
+    top: _Top = 10,
+    out: Annotated[Optional[Path], typer.Option(help="Also write a row per head to this CSV file.")] = None,  # noqa: UP045
+) -> None:
+    """Show which heads moved between two measured models: cosines, overlaps, numbers; of the first stack."""
+    from headgram.artifacts import write_text
+    from headgram.atlas import open_atlas
+    from headgram.compare import compare as compare_models
+    from headgram.display import console, show_comparison
+
+    comparison = compare_models(open_atlas(results), before, after, stack)
+    show_comparison(comparison, top, console())
+    if out:
+        write_text(out, comparison.heads.to_csv(index=False))
+        print(f"wrote {out}")
+
+
+@app.command()
+def export(
+    models: Annotated[Optional[list[str]], typer.Argument(help="Measured models; all if none is given.")] = None,  # noqa: UP045
+    to: Annotated[Path, typer.Option(help="The folder to write to.")] = Path("export"),
+    format: Annotated[Literal["csv", "netcdf"], typer.Option(help="A CSV file per table, or a NetCDF file per model.")] = "csv",
+    results: _Results = Path("results"),
+) -> None:
+    """Write all tables of the atlas as CSV or NetCDF."""
+    from headgram.atlas import open_atlas
+    from headgram.export import export_csv, export_netcdf
+
+    atlas = open_atlas(results)
+    for model in models or []:
+        atlas.stacks(model)  # refuse an unknown name before anything is written
+    paths = {"csv": export_csv, "netcdf": export_netcdf}[format](atlas, list(dict.fromkeys(models or atlas.models)), to)
+    print(f"wrote {', '.join(str(path) for path in paths)}")
+
+
 @app.command()
 def verify(
     results: Annotated[Path, typer.Argument(help="The results folder.")] = Path("results"),

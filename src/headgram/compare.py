@@ -1,0 +1,142 @@
+"""Two models of one shape, head by head: how far each head moved."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from headgram.artifacts import read_record
+from headgram.atlas import Atlas
+from headgram.errors import HeadgramError
+from headgram.geometry.pairs import gram
+from headgram.tables import HEAD_NUMBERS, SIDES
+from headgram.weights_file import Weights
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+#: What two stacks must agree in, so that their heads' forms can be multiplied.
+_SHAPE = {"kv_heads": "key heads", "rank": "rank", "hidden": "width"}
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What `compare` found.
+
+    Attributes
+    ----------
+    a, b, stack
+        The two models, and the stack of theirs.
+    heads
+        A row per layer and head: every number of the table `heads` as `{number}_a` and `{number}_b`; `right`, `left`, `signed`,
+        the overlaps of the two heads' directions, if both have one width; and `cosine`, of the two heads' forms.
+    expected
+        The overlap that random subspaces have on average; None if the widths differ.
+    why_no_cosine
+        A sentence if there is no column `cosine`.
+    """
+
+    a: str
+    b: str
+    stack: str
+    heads: pd.DataFrame
+    expected: float | None
+    why_no_cosine: str | None
+
+
+def compare(atlas: Atlas, a: str, b: str, stack: str | None = None) -> Comparison:
+    """Compare the heads of two measured models, or of two revisions of one.
+
+    Cosines are exact: they are taken of the extracted weights that the results folder still holds.
+
+    Parameters
+    ----------
+    stack
+        Which stack of both; the first of `a` if not given.
+
+    Raises
+    ------
+    HeadgramError
+        If a model or its stack was not measured, or the two differ in layers or heads.
+    """
+    stack = stack or atlas.stacks(a)[0]
+    tables = {model: _heads(atlas, model, stack) for model in (a, b)}
+    if not tables[a].index.equals(tables[b].index):
+        sizes = [f"{model} has {_size(table)}" for model, table in tables.items()]
+        raise HeadgramError(f"only models with the same layers and heads can be compared head by head: {', '.join(sizes)}")
+    numbers = [tables[model][list(HEAD_NUMBERS)].add_suffix(suffix) for model, suffix in ((a, "_a"), (b, "_b"))]
+    heads = numbers[0].join(numbers[1])
+
+    shapes = [_shape(tables[model]) for model in (a, b)]
+    expected = None
+    if shapes[0]["hidden"] == shapes[1]["hidden"]:
+        directions = [atlas.directions(model)[stack] for model in (a, b)]
+        for side in SIDES:
+            heads[side] = _overlaps(directions[0][side], directions[1][side])
+        expected = max(part["right"].shape[2] for part in directions) / shapes[0]["hidden"]
+    different = [
+        f"{words} {shapes[0][name]} and {shapes[1][name]}" for name, words in _SHAPE.items() if shapes[0][name] != shapes[1][name]
+    ]
+    why_not = f"the forms differ in shape ({', '.join(different)}), so they have no cosine" if different else None
+    if not why_not:
+        try:
+            heads.insert(0, "cosine", _cosines(heads, _weights(atlas, a, stack), _weights(atlas, b, stack)))
+        except HeadgramError as error:
+            why_not = str(error)
+    return Comparison(a, b, stack, heads.reset_index(), expected, why_not)
+
+
+def _heads(atlas: Atlas, model: str, stack: str) -> pd.DataFrame:
+    table = atlas.table("heads", model)
+    if stack not in set(table["stack"]):
+        raise HeadgramError(f"the model '{model}' has no stack '{stack}'; there are: {', '.join(atlas.stacks(model))}")
+    return table[table["stack"] == stack].set_index(["layer", "head"]).sort_index()
+
+
+def _size(table: pd.DataFrame) -> str:
+    layers, heads = (table.index.get_level_values(name).nunique() for name in ("layer", "head"))
+    return f"{layers} layers of {heads} heads"
+
+
+def _shape(table: pd.DataFrame) -> Mapping[str, int]:
+    first = table.iloc[0]
+    return {"kv_heads": int(table["kv_head"].max()) + 1, "rank": int(first["rank"]), "hidden": int(first["hidden"])}
+
+
+def _overlaps(a: torch.Tensor, b: torch.Tensor) -> np.ndarray:
+    """`‖V_a V_b^T‖_F² / k` of every layer and head, `k` the smaller number of directions; layer by layer, for both are mapped."""
+    fewer = min(a.shape[2], b.shape[2])
+    pairs = zip(a, b, strict=True)
+    found = [(one.double() @ other.double().mT).square().sum((1, 2)) / fewer for one, other in pairs]
+    return torch.cat(found).numpy()
+
+
+def _weights(atlas: Atlas, model: str, stack: str) -> Weights:
+    """The extracted weights from which a model was measured."""
+    record: dict[str, Any] = read_record(atlas.results / "provenance" / f"{model}.json")
+    key = record["stages"]["extract"]["key"]
+    folder = atlas.results / "models" / model / stack / "weights"
+    current = [path for path in sorted(folder.glob("*.json")) if read_record(path)["key"] == key]
+    if not current:
+        raise HeadgramError(f"the extracted weights of {model} are no longer in {folder}, so there are no cosines")
+    return Weights([path.with_suffix(".pt") for path in current], key)
+
+
+def _cosines(heads: pd.DataFrame, a: Weights, b: Weights) -> np.ndarray:
+    """Cosines of every layer and head, 0 where a form is zero. Weights are mapped: a layer of both is read at a time."""
+    layers = dict.fromkeys(heads.index.get_level_values("layer"))
+    try:
+        pairs = [[weight[None] for weights in (a, b) for weight in weights.layer(layer)] for layer in layers]
+    except KeyError as error:
+        raise HeadgramError(f"the extracted weights of layer {error} are incomplete, so there are no cosines") from None
+    products = torch.cat([gram(*weights).flatten() for weights in pairs]).numpy()
+    norms = np.sqrt(heads["fro_sq_a"].to_numpy()), np.sqrt(heads["fro_sq_b"].to_numpy())
+    alive = (norms[0] > 0) & (norms[1] > 0)
+    one, other = (np.where(alive, norm, 1) for norm in norms)
+    # Divided in two steps: the product of two tiny norms may underflow.
+    cosines: np.ndarray = np.where(alive, products / one / other, 0.0).clip(-1, 1)
+    return cosines

@@ -1,0 +1,219 @@
+"""What the command line shows of an atlas: tables with small bars."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from headgram.atlas import Atlas
+    from headgram.compare import Comparison
+
+#: Characters of a line at least: what every table fits into. On a narrower terminal lines go on below; no number is cut.
+_WIDTH = 104
+#: And where there is no terminal: names of models need not be folded.
+_WIDE = 160
+_EIGHTHS = " ▏▎▍▌▋▊▉█"
+
+
+def console() -> Console:
+    """Standard output: as wide as the terminal, and at least wide enough for every table."""
+    terminal = Console()
+    return Console(width=max(terminal.width, _WIDTH) if terminal.is_terminal else _WIDE)
+
+
+def bar(share: float, width: int = 6) -> str:
+    """A share between 0 and 1 as a bar, in eighths of a character."""
+    eighths = round(8 * width * min(max(share, 0.0), 1.0))
+    whole, rest = divmod(eighths, 8)
+    return (_EIGHTHS[8] * whole + (_EIGHTHS[rest] if rest else "")).ljust(width)
+
+
+def _number(value: float) -> str:
+    return f"{value:.3g}"
+
+
+def _signed(value: float) -> str:
+    return f"{value:+.3f}"
+
+
+def _with_bar(value: float) -> str:
+    """A number between -1 and 1, and its magnitude as a bar."""
+    return f"{value:+.3f} [cyan]{bar(abs(value))}[/cyan]"
+
+
+#: How each column of the tables is headed and written; what is not here is a whole number.
+_COLUMNS: Mapping[str, tuple[str, Callable[[Any], str]]] = {
+    "symmetry": ("symmetry", lambda value: f"{value:.3f} [cyan]{bar(value)}[/cyan]"),
+    "symmetry_median": ("symmetry", lambda value: f"{value:.3f} [cyan]{bar(value)}[/cyan]"),
+    "symmetry_score_median": ("symmetry score", _signed),
+    "layer_symmetry_score": ("layer's\nscore", _signed),
+    "directionality": ("direction-\nality", _signed),
+    "directionality_median": ("direction-\nality", _signed),
+    "layer_directionality": ("layer's\nscore", _signed),
+    "positive_energy": ("positive\nenergy", lambda value: f"{value:.3f}"),
+    "positive_energy_median": ("positive\nenergy", lambda value: f"{value:.3f}"),
+    "stable_rank": ("stable\nrank", _number),
+    "stable_rank_median": ("stable\nrank", _number),
+    "effective_rank": ("effective\nrank", _number),
+    "effective_rank_median": ("effective\nrank", _number),
+    "norm": ("norm", _number),
+    "cosine": ("cosine", _with_bar),
+    "cosine_next": ("to the\nnext", _with_bar),
+    "cosine_all": ("to\nall", _signed),
+    "cosine_adjacent": ("to the\nnext", _signed),
+    "z": ("z", lambda value: f"{value:+.1f}"),
+    "right": ("query\noverlap", lambda value: f"{value:.3f}"),
+    "left": ("key\noverlap", lambda value: f"{value:.3f}"),
+    "signed": ("signed\noverlap", lambda value: f"{value:.3f}"),
+    "layer_a": ("layer", str),
+    "layer_b": ("layer", str),
+    "kv_heads": ("key\nheads", str),
+    "hidden": ("width", str),
+    "stored_dtype": ("stored\nas", str),
+    "lowest_cosine": ("lowest", _signed),
+    "symmetry_a": ("symmetry\nbefore", lambda value: f"{value:.3f}"),
+    "symmetry_b": ("after", lambda value: f"{value:.3f}"),
+    "norm_ratio": ("norm\nafter / before", _number),
+}
+
+
+def show_models(atlas: Atlas, out: Console) -> None:
+    """A line per measured model and stack."""
+    columns = ["model", "stack", "architecture", "layers", "heads", "kv_heads", "rank", "hidden", "stored_dtype"]
+    columns += ["symmetry_median", "directionality_median", "cosine_adjacent"]
+    out.print(
+        _table(
+            "Models: medians over heads, mean cosine to the next layer",
+            atlas.summary(),
+            columns,
+        )
+    )
+
+
+def show_model(atlas: Atlas, model: str, stack: str | None, top: int, out: Console) -> None:
+    """The layers of a model, its most and least symmetric heads, and the strongest couplings between layers.
+
+    Parameters
+    ----------
+    stack
+        Which stack; all if not given.
+    top
+        Rows of each list of heads.
+
+    Raises
+    ------
+    HeadgramError
+        If the model or the stack was not measured.
+    """
+    for name in [stack] if stack else atlas.stacks(model):
+        couplings = _couplings(atlas, model, name)  # refuses an unknown stack
+        facts, layers, heads = (_of_stack(atlas.table(table, model), name) for table in ("models", "layers", "heads"))
+        _show_facts(model, facts.iloc[0], out)
+        columns = ["layer", "symmetry_median", "layer_symmetry_score", "directionality_median", "layer_directionality"]
+        columns += ["positive_energy_median", "stable_rank_median", "effective_rank_median", "cosine_next", "cosine_all"]
+        out.print(
+            _table(
+                "Layers: medians over heads, and scores of the layer's whole form; mean cosine to the next and to all",
+                layers,
+                columns,
+            )
+        )
+        heads = heads.assign(norm=heads["fro_sq"] ** 0.5)
+        columns = ["layer", "head", "symmetry", "positive_energy", "directionality", "stable_rank", "effective_rank", "norm"]
+        out.print(_table("Most symmetric heads", heads.nlargest(top, "symmetry"), columns))
+        out.print(_table("Least symmetric heads", heads.nsmallest(top, "symmetry"), columns))
+        if len(couplings):
+            strongest = couplings.loc[couplings["cosine"].abs().nlargest(top).index]
+            columns = ["layer_a", "layer_b", "head", "cosine", "z", "right", "left", "signed"]
+            title = f"Strongest couplings between layers (random subspaces overlap by {facts['overlap_expected'].iloc[0]:.3f})"
+            out.print(_table(title, strongest, columns))
+
+
+def show_comparison(comparison: Comparison, top: int, out: Console) -> None:
+    """What moved between two models: the numbers' medians, the layers, and the heads that moved most."""
+    heads = comparison.heads
+    heads = heads.assign(norm_ratio=_ratios(heads["fro_sq_b"] ** 0.5, heads["fro_sq_a"] ** 0.5))
+    measures = [name for name in ("cosine", "right", "left", "signed") if name in heads]
+    out.print(f"[bold]{comparison.b}[/bold] (after) against [bold]{comparison.a}[/bold] (before), stack {comparison.stack}")
+    if comparison.why_no_cosine:
+        out.print(f"No cosines: {comparison.why_no_cosine}.", highlight=False, soft_wrap=True)
+    if comparison.expected is not None:
+        out.print(f"Random subspaces overlap by {comparison.expected:.3f} on average.", highlight=False)
+    out.print(_numbers(heads))
+    if measures:
+        layers = heads.groupby("layer")[measures].median()
+        if "cosine" in measures:
+            layers.insert(1, "lowest_cosine", heads.groupby("layer")["cosine"].min())
+        out.print(_table("Layers (medians over heads)", layers.reset_index(), ["layer", *layers.columns]))
+    first = measures[0] if measures else "norm_ratio"
+    moved = heads.nsmallest(top, first)
+    columns = ["layer", "head", *measures, "symmetry_a", "symmetry_b", "norm_ratio"]
+    out.print(_table("Heads that moved most", moved, columns))
+
+
+def _show_facts(model: str, facts: pd.Series, out: Console) -> None:
+    out.print(
+        f"[bold]{model}[/bold], stack {facts['stack']}: {facts['architecture']}, {facts['layers']} layers of {facts['heads']} "
+        f"heads ({facts['kv_heads']} of keys), rank {facts['rank']}, width {facts['hidden']}, stored as {facts['stored_dtype']}",
+        highlight=False,
+        soft_wrap=True,
+    )
+
+
+def _of_stack(table: pd.DataFrame, stack: str) -> pd.DataFrame:
+    return table[table["stack"] == stack]
+
+
+def _couplings(atlas: Atlas, model: str, stack: str) -> pd.DataFrame:
+    """A row per pair of different layers and head: cosine, z, and overlaps."""
+    arrays = [atlas.gram(model, stack, name) for name in ("cosine", "z")]
+    arrays += [atlas.overlap(model, stack, side) for side in ("right", "left", "signed")]
+    frame = arrays[0].to_dataframe()[[]]
+    for array in arrays:
+        frame[array.name] = array.to_series()
+    frame = frame.reset_index()
+    return frame[frame["layer_a"] < frame["layer_b"]]
+
+
+def _numbers(heads: pd.DataFrame) -> Table:
+    """The median of every number of the heads, before and after."""
+    from headgram.tables import HEAD_NUMBERS
+
+    table = _empty("Medians over heads")
+    table.add_column("number")
+    for heading in ("before", "after", "median change"):
+        table.add_column(heading, justify="right")
+    for name in HEAD_NUMBERS:
+        before, after = heads[f"{name}_a"], heads[f"{name}_b"]
+        values = (before.median(), after.median(), (after - before).median())
+        table.add_row(name, *map(_number, values))
+    return table
+
+
+def _ratios(numerator: pd.Series, denominator: pd.Series) -> pd.Series:
+    return (numerator / denominator.where(denominator > 0, 1)).where(denominator > 0, 0)
+
+
+def _table(title: str, rows: pd.DataFrame, columns: Sequence[str]) -> Table:
+    """Some columns of a frame."""
+    table = _empty(title)
+    cells = []
+    for name in columns:
+        heading, write = _COLUMNS.get(name, (name, str))
+        words = rows[name].dtype.kind not in "if"
+        table.add_column(heading, justify="left" if words else "right", no_wrap=not words, overflow="fold")
+        cells.append([write(value) for value in rows[name]])
+    for row in zip(*cells, strict=True):
+        table.add_row(*row)
+    return table
+
+
+def _empty(title: str) -> Table:
+    return Table(title=title, title_justify="left", title_style="bold", box=SIMPLE_HEAD, pad_edge=False, collapse_padding=True)

@@ -1,0 +1,37 @@
+"""The atlas in other formats: CSV for spreadsheets and R, NetCDF for labelled arrays."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from pathlib import Path
+
+from headgram.artifacts import written_whole
+from headgram.atlas import Atlas
+from headgram.tables import TABLES
+
+
+def export_csv(atlas: Atlas, models: Sequence[str], folder: Path) -> list[Path]:
+    """Write every table of some models as `{table}.csv`, models below one another; numbers round-trip exactly."""
+    paths = [folder / f"{name}.csv" for name in TABLES]
+    for name, path in zip(TABLES, paths, strict=True):
+        with written_whole(path) as file:
+            for model in models:
+                atlas.table(name, model).to_csv(file, mode="wb", index=False, header=model == models[0])
+    return paths
+
+
+def export_netcdf(atlas: Atlas, models: Sequence[str], folder: Path) -> list[Path]:
+    """Write every model as `{model}.nc`, NetCDF 4 with a group per stack, see `Atlas.dataset`."""
+    import xarray as xr
+
+    paths = [folder / f"{model}.nc" for model in models]
+    for model, path in zip(models, paths, strict=True):
+        stacks = {stack: atlas.dataset(model, stack) for stack in atlas.stacks(model)}
+        tree = xr.DataTree.from_dict({"/": xr.Dataset(attrs={"model": model}), **stacks})
+        content = io.BytesIO()
+        packed = {f"/{stack}": {name: {"zlib": True} for name in data.data_vars} for stack, data in stacks.items()}
+        tree.to_netcdf(content, engine="h5netcdf", encoding=packed)
+        with written_whole(path) as file:
+            file.write(content.getbuffer())
+    return paths
