@@ -97,7 +97,7 @@ class Eigen(_Section):
         gt=0,
         allow_inf_nan=False,
         description="Largest residual of the identities that a result may show; above it the job stops "
-        "and names model, layer and head. Residuals are relative to `‖W_Q‖ ‖W_K‖` and are near 1e-14.",
+        "and names model, layer and head. Residuals are relative to `sum ‖q_i‖ ‖k_i‖` over the rows and are near 1e-14.",
     )
     layers_per_job: LayerCount = Field(
         "auto",

@@ -22,7 +22,7 @@ from headgram.lock import LockedModel, LockedStack
 from headgram.staleness import code_digest
 
 #: What one core does in float64, roughly; only the sizes of jobs follow from it.
-_FLOPS_PER_SECOND = 10e9
+_FLOPS_PER_SECOND = 20e9
 #: A job should take about this long, so that starting it (3 s, most of it importing torch) is noise.
 _JOB_SECONDS = 20.0
 #: The same of products in float32. Fewer and larger tiles cost fewer operations; a tile is also what a crash can lose.
@@ -137,9 +137,9 @@ def _plan_stack(stack: LockedStack, config: Config) -> StackPlan:
     stored = {"stored": _STORED_BYTES.get(stack.dtype, 4), "bfloat16": 2, "float32": 4}[config.weights.dtype]
     layer_bytes = (heads + stack.kv_heads) * rank * width * stored
 
-    # Householder QR of (d, 2r) with its Q, one symmetric 2r and one r problem, and the products, for every head; then the
-    # scores: triangles and products of every head, and the form of the layer.
-    per_head = 8 * width * (2 * rank) ** 2 + 30 * (2 * rank) ** 3 + 8 * width * rank**2
+    # Products of width d, one symmetric 2r and one r problem for every head, these at a third of the speed of products; then
+    # the scores: triangles and products of every head, and the form of the layer.
+    per_head = 6 * width * rank**2 + 30 * (2 * rank) ** 3 + 8 * width * rank**2
     eigen_seconds = (heads * per_head + stack.kv_heads * rank * width**2) / _FLOPS_PER_SECOND
     directions = 4 * 4 * heads * min(config.eigen.topk, rank) * width
     group = budget // 4 // layer_bytes

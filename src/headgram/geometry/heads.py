@@ -1,19 +1,16 @@
 """The spectrum of every head of one layer.
 
-A head's metric is `g = W_K^T W_Q`, of size `(d, d)` and of rank at most `r`. It is never formed. With the thin QR
-factorisation `[W_Q; W_K]^T = Q [R_q | R_k]`, all of `g` lives in the small core `R_k R_q^T`:
-
-    g           = Q (R_k R_q^T) Q^T                       singular values and directions
-    (g + g^T)/2 = Q ½(R_k R_q^T + R_q R_k^T) Q^T          signed spectrum: always a symmetric problem
-
-Householder QR is backward stable, so values are accurate to a few units of rounding of `‖W_Q‖ ‖W_K‖`, also where
-`2r > d`, where rows repeat and where a head is zero (Golub & Van Loan, Matrix Computations, 5.2 and 8.6). Rows are
-balanced before: `g` does not change if a query row is multiplied by what its key row is divided by, rounding does.
+A head's metric is `g = W_K^T W_Q`, of size `(d, d)` and of rank at most `r`. It is never formed: everything follows from the
+small matrices of `headgram.geometry.factors`. Products of the weights are factored where that is accurate, to a few units of
+rounding of `sum_i ‖q_i‖ ‖k_i‖` over the rows; the weights themselves elsewhere: where `2r > d`, where rows are nearly dependent
+and where one is zero. Rows are balanced before: `g` does not change if a query row is multiplied by what its key row is divided
+by, rounding does.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, fields, replace
 
 import torch
 from jaxtyping import Float, Int
@@ -21,13 +18,14 @@ from torch import Tensor
 
 from headgram.errors import HeadgramError
 from headgram.geometry.checks import check_weights
-from headgram.geometry.grouping import key_head
+from headgram.geometry.factors import Factors, Products, by_cholesky, by_householder, products
+from headgram.geometry.grouping import groups
 from headgram.geometry.residuals import Residuals, direction_residuals, identity_residuals
 
 #: Bytes of float64 working memory that one batch of heads may take; bounds the peak, never the result.
 BATCH_BYTES = 256 * 2**20
 
-#: Singular values below this many units of rounding of `‖W_Q‖ ‖W_K‖` cannot be told from zero.
+#: Singular values below this many units of rounding of `sum_i ‖q_i‖ ‖k_i‖` cannot be told from zero.
 _ZERO = 16 * torch.finfo(torch.float64).eps
 
 
@@ -100,17 +98,28 @@ def spectrum(w_q: Float[Tensor, "heads rank hidden"], w_k: Float[Tensor, "kv_hea
         If the shapes do not fit together, a weight is not finite, or a norm overflows float64.
     """
     _check_weights(w_q, w_k, topk)
-    heads, rank, hidden = w_q.shape
-    reads = key_head(heads, len(w_k))
-    # Working memory per head: X and Q (2r · d each), both sides' directions, and small change.
-    per_head = 8 * hidden * (4 * rank + 6 * min(topk, rank)) + 8 * 16 * rank * rank
-    size = max(1, BATCH_BYTES // per_head)
-    batches = [_measure(w_q[i : i + size].double(), w_k[reads[i : i + size]].double(), topk) for i in range(0, heads, size)]
-    joined = {field.name: torch.cat([getattr(batch, field.name) for batch in batches]) for field in fields(Spectrum)}
-    result = Spectrum(**joined)
-    if not all(bool(torch.isfinite(value).all()) for value in joined.values()):
+    batches = [_measure_batch(q, k, topk) for q, k in _batches(w_q, w_k, topk)]
+    result = _joined(batches)
+    if not all(bool(torch.isfinite(getattr(result, field.name)).all()) for field in fields(Spectrum)):
         raise HeadgramError("A head's norm overflows float64: rescale its weights.")
     return result
+
+
+def _batches(w_q: Tensor, w_k: Tensor, topk: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Query heads that read one key head, and that key head, in float64; as many as fit."""
+    heads, rank, hidden = w_q.shape
+    # Working memory per head: q and Q (2r · d each), both sides' directions, and small change.
+    per_head = 8 * hidden * (4 * rank + 6 * min(topk, rank)) + 8 * 32 * rank * rank
+    size = max(1, BATCH_BYTES // per_head)
+    for kv, members in groups(heads, len(w_k)):
+        key = w_k[kv : kv + 1].double()
+        for i in range(0, len(members), size):
+            batch = members[i : i + size]
+            yield w_q[batch].double(), key
+
+
+def _joined(batches: Sequence[Spectrum]) -> Spectrum:
+    return Spectrum(**{field.name: torch.cat([getattr(batch, field.name) for batch in batches]) for field in fields(Spectrum)})
 
 
 def _check_weights(w_q: Tensor, w_k: Tensor, topk: int) -> None:
@@ -126,32 +135,55 @@ def _check_weights(w_q: Tensor, w_k: Tensor, topk: int) -> None:
     check_weights("key", w_k)
 
 
-def _measure(q: Float[Tensor, "heads rank hidden"], k: Float[Tensor, "heads rank hidden"], topk: int) -> Spectrum:
-    """Everything of a batch of heads whose key weights are already repeated; float64."""
+def _measure_batch(q: Float[Tensor, "heads rank hidden"], k: Float[Tensor, "#heads rank hidden"], topk: int) -> Spectrum:
+    """Everything of a batch of heads and of the key head that they read; float64."""
+    if 2 * q.shape[1] > q.shape[2]:
+        return _balanced_spectrum(q, k, topk)
+    of = products(q, k)
+    factors, trusted = by_cholesky(q, k, of)
+    if bool(trusted.all()):
+        return _from_factors(factors, of, q, k, topk)
+    results = []
+    for head in range(len(q)):
+        one = slice(head, head + 1)
+        if trusted[head]:
+            part = Products(of.qq[one], of.qk[one], of.kk)
+            results.append(_from_factors(by_cholesky(q[one], k, part)[0], part, q[one], k, topk))
+        else:
+            results.append(_balanced_spectrum(q[one], k, topk))
+    return _joined(results)
+
+
+def _balanced_spectrum(q: Float[Tensor, "heads rank hidden"], k: Float[Tensor, "#heads rank hidden"], topk: int) -> Spectrum:
+    q, k, unit = _balanced(q, k)
+    result = _from_factors(by_householder(q, k), products(q, k), q, k, topk)
+    powers = {"singular_values": 1, "symmetric_eigenvalues": 1, "trace": 1, "spectral_norm": 1, "nuclear_norm": 1}
+    powers |= {"fro_sq": 2, "self_overlap": 2}
+    scaled = {name: getattr(result, name) for name in powers}
+    scaled = {name: value * (unit ** powers[name]).view(-1, *[1] * (value.ndim - 1)) for name, value in scaled.items()}
+    return replace(result, **scaled)
+
+
+def _from_factors(
+    factors: Factors, of: Products, q: Float[Tensor, "heads rank hidden"], k: Float[Tensor, "#heads rank hidden"], topk: int
+) -> Spectrum:
     rank = q.shape[1]
     kept = min(topk, rank)
-    q, k, unit = _balanced(q, k)
+    lengths = [product.diagonal(dim1=1, dim2=2).sqrt() for product in (of.qq, of.kk)]
+    unit = (lengths[0] * lengths[1]).sum(1)  # (H,): at most ‖W_Q‖ ‖W_K‖, and the same however rows are balanced
+    zero = _ZERO * unit
 
-    basis, r = torch.linalg.qr(torch.cat([q, k], dim=1).mT)  # (H, d, m), (H, m, 2r), m = min(d, 2r)
-    r_q, r_k = r[..., :rank], r[..., rank:]
-    zero = _ZERO * _norm(r_q) * _norm(r_k)  # (H,)
-
-    # R_q is upper triangular: its rows below n are zero, so W_Q^T = basis[:, :, :n] R_q[:n] is a thin QR as it stands.
-    n = min(rank, r.shape[-2])
-    basis_k, core_k = torch.linalg.qr(r_k)  # (H, m, n), (H, n, r)
-    u, s, vh = torch.linalg.svd(core_k @ r_q[:, :n].mT)
+    u, s, vh = torch.linalg.svd(factors.core)
     s = s.where(s > zero[:, None], 0)
-    right = vh[:, :kept] @ basis[..., :n].mT
-    left = u[..., :kept].mT @ basis_k.mT @ basis.mT
+    right, left = factors.lift_right(vh[:, :kept]), factors.lift_left(u[..., :kept].mT)
     sign = _sign(right) * (s[:, :kept, None] > 0)
     right, left = right * sign, left * sign
 
-    core = r_k @ r_q.mT
-    eigenvalues, vectors = torch.linalg.eigh((core + core.mT) / 2)
+    eigenvalues, vectors = torch.linalg.eigh(factors.symmetric)
     eigenvalues = eigenvalues.where(eigenvalues.abs() > zero[:, None], 0)
     order = _by_magnitude(eigenvalues)
     eigenvalues = eigenvalues.gather(-1, order)
-    signed = vectors.gather(-1, order[:, None, :kept].expand(-1, vectors.shape[-2], -1)).mT @ basis.mT
+    signed = factors.lift_signed(vectors.gather(-1, order[:, None, :kept].expand(-1, vectors.shape[-2], -1)).mT)
     signed = signed * _sign(signed) * (eigenvalues[:, : signed.shape[1], None] != 0)
 
     s, right, left = _pad(s, rank), _pad_rows(right, kept), _pad_rows(left, kept)
@@ -160,21 +192,22 @@ def _measure(q: Float[Tensor, "heads rank hidden"], k: Float[Tensor, "heads rank
     # What is reported follows from the spectra, which stay accurate where products of weights cancel; the products check it.
     energy, power = s.square().sum(-1), eigenvalues.square().sum(-1)
     share = _ratio(s.square(), energy[:, None])
+    unit = unit.where(unit > 0, 1)
     residuals = Residuals(
-        *identity_residuals(q, k, s, eigenvalues),
-        *direction_residuals(q, k, s, right, left, eigenvalues, signed),
+        *identity_residuals(of, s, eigenvalues, unit),
+        *direction_residuals(q, k, s, right, left, eigenvalues, signed, unit),
     )
     return Spectrum(
-        singular_values=s * unit[:, None],
+        singular_values=s,
         right=right,
         left=left,
-        symmetric_eigenvalues=eigenvalues * unit[:, None],
+        symmetric_eigenvalues=eigenvalues,
         signed=signed,
-        fro_sq=energy * unit.square(),
-        trace=(q * k).sum((-1, -2)) * (energy > 0) * unit,
-        self_overlap=(2 * power - energy) * unit.square(),
-        spectral_norm=s[:, 0] * unit,
-        nuclear_norm=s.sum(-1) * unit,
+        fro_sq=energy,
+        trace=of.qk.diagonal(dim1=1, dim2=2).sum(1) * (energy > 0),
+        self_overlap=2 * power - energy,
+        spectral_norm=s[:, 0],
+        nuclear_norm=s.sum(-1),
         stable_rank=_ratio(energy, s[:, 0].square()),
         effective_rank=torch.exp(-torch.special.xlogy(share, share).sum(-1)) * (energy > 0),
         symmetry=_ratio(power, energy).clamp(0, 1),
@@ -184,7 +217,7 @@ def _measure(q: Float[Tensor, "heads rank hidden"], k: Float[Tensor, "heads rank
 
 
 def _balanced(
-    q: Float[Tensor, "heads rank hidden"], k: Float[Tensor, "heads rank hidden"]
+    q: Float[Tensor, "heads rank hidden"], k: Float[Tensor, "#heads rank hidden"]
 ) -> tuple[Float[Tensor, "heads rank hidden"], Float[Tensor, "heads rank hidden"], Float[Tensor, " heads"]]:
     """Weights of a form whose rows come in pairs of equal size and are at most about 1, and the factor to the given form.
 
@@ -197,10 +230,6 @@ def _balanced(
     largest = torch.maximum(q.abs(), k.abs()).amax((-1, -2), keepdim=True)
     exponent = largest.log2().floor().where(largest > 0, 0)
     return torch.ldexp(q, -exponent), torch.ldexp(k, -exponent), torch.exp2(2 * exponent.flatten())
-
-
-def _norm(matrix: Float[Tensor, "heads rows columns"]) -> Float[Tensor, " heads"]:
-    return matrix.square().sum((-1, -2)).sqrt()
 
 
 def _ratio(numerator: Tensor, denominator: Tensor) -> Tensor:

@@ -1,6 +1,6 @@
 """The identities that every result must satisfy, as relative residuals.
 
-All are relative to the product `‖W_Q‖_F ‖W_K‖_F` (or its square), the size at which rounding enters: a healthy result
+All are relative to `sum_i ‖q_i‖ ‖k_i‖` over the rows (or its square), the size at which rounding enters: a healthy result
 shows about 1e-14, a wrong layout, sign or scale shows 1e-3 and more.
 """
 
@@ -11,6 +11,8 @@ from typing import NamedTuple
 import torch
 from jaxtyping import Float
 from torch import Tensor
+
+from headgram.geometry.factors import Products
 
 
 class Residuals(NamedTuple):
@@ -28,48 +30,41 @@ class Residuals(NamedTuple):
 
 
 def identity_residuals(
-    q: Float[Tensor, "heads rank hidden"],
-    k: Float[Tensor, "heads rank hidden"],
+    of: Products,
     s: Float[Tensor, "heads rank"],
     eigenvalues: Float[Tensor, "heads 2*rank"],
+    unit: Float[Tensor, " heads"],
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """How far the spectra are from what products of the weights themselves say.
+    """How far the spectra are from what products of the weights themselves say; `unit` is `sum_i ‖q_i‖ ‖k_i‖`.
 
     `‖g‖_F² = sum((W_K W_K^T) * (W_Q W_Q^T))`, `tr g = sum(W_Q * W_K)`, `<g, g^T> = tr((W_Q W_K^T)²)`.
     """
-    unit = _scale(q, k)
-    crossed = q @ k.mT
-    fro_sq = ((q @ q.mT) * (k @ k.mT)).sum((-1, -2))
-    self_overlap = (crossed * crossed.mT).sum((-1, -2))
+    fro_sq = (of.qq * of.kk).sum((-1, -2))
+    self_overlap = (of.qk * of.qk.mT).sum((-1, -2))
     energy = (s.square().sum(-1) - fro_sq).abs() / unit.square()
-    trace = (eigenvalues.sum(-1) - (q * k).sum((-1, -2))).abs() / unit
+    trace = (eigenvalues.sum(-1) - of.qk.diagonal(dim1=1, dim2=2).sum(-1)).abs() / unit
     symmetric_energy = (eigenvalues.square().sum(-1) - (fro_sq + self_overlap) / 2).abs() / unit.square()
     return energy, trace, symmetric_energy
 
 
 def direction_residuals(
     q: Float[Tensor, "heads rank hidden"],
-    k: Float[Tensor, "heads rank hidden"],
+    k: Float[Tensor, "#heads rank hidden"],
     s: Float[Tensor, "heads rank"],
     right: Float[Tensor, "heads k hidden"],
     left: Float[Tensor, "heads k hidden"],
     eigenvalues: Float[Tensor, "heads 2*rank"],
     signed: Float[Tensor, "heads k hidden"],
+    unit: Float[Tensor, " heads"],
 ) -> tuple[Tensor, Tensor, Tensor]:
     """How far the directions are from orthonormal, and from what `g` does to them."""
     kept = right.shape[1]
-    unit = _scale(q, k)
     orthogonality = torch.stack([_off_identity(rows) for rows in (right, left, signed)]).amax(0)
     g_right = (right @ q.mT) @ k
     singular = (g_right - s[:, :kept, None] * left).norm(dim=-1).amax(-1) / unit
     g_signed = ((signed @ q.mT) @ k + (signed @ k.mT) @ q) / 2
     eigen = (g_signed - eigenvalues[:, :kept, None] * signed).norm(dim=-1).amax(-1) / unit
     return orthogonality, singular, eigen
-
-
-def _scale(q: Float[Tensor, "heads rank hidden"], k: Float[Tensor, "heads rank hidden"]) -> Float[Tensor, " heads"]:
-    scale = (q.square().sum((-1, -2)) * k.square().sum((-1, -2))).sqrt()
-    return scale.where(scale > 0, 1)
 
 
 def _off_identity(rows: Float[Tensor, "heads k hidden"]) -> Float[Tensor, " heads"]:
