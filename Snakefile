@@ -20,6 +20,8 @@ rule all:
 
 onstart:
     with headgram_errors():
+        if workflow.local_exec:
+            require_device(PLAN.config.device)
         RUN.begin(workflow)
 
 

@@ -19,6 +19,7 @@ import stat
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -200,12 +201,20 @@ def seal(record: Path, provenance: Provenance, data: Sequence[Path], measured: M
     content = {
         **provenance.metadata(),
         "residual": provenance.residual,
+        "started": datetime.fromtimestamp(provenance.started, UTC).isoformat(timespec="milliseconds"),
         "seconds": round(time.time() - provenance.started, 3),
         "machine": platform.platform(),
         **(measured or {}),
+        **_whereabouts(),
         "files": files,
     }
     write_text(record, _sealed_text(content))
+
+
+def _whereabouts() -> dict[str, str | None]:
+    """Where a job ran: the host, the GPU that it held, and what Slurm calls it."""
+    held = {"gpu": os.environ.get("CUDA_VISIBLE_DEVICES"), "slurm_job": os.environ.get("SLURM_JOB_ID")}
+    return {"host": platform.node(), **{name: value or None for name, value in held.items()}}
 
 
 def _sealed_text(content: Mapping[str, Any]) -> str:
@@ -228,11 +237,20 @@ def library_versions() -> dict[str, str | None]:
 
 def is_fresh(record: Path, key: str) -> bool:
     """Whether an artifact is there, whole in size, and the one that the plan asks for. Never raises; reads no data."""
+    if not has_key(record, key):
+        return False
+    sizes = {name: entry["bytes"] for name, entry in read_record(record)["files"].items()}
     try:
-        content = read_record(record)
-        sizes = {name: entry["bytes"] for name, entry in content["files"].items()}
-        return content["key"] == key and all((record.parent / name).stat().st_size == size for name, size in sizes.items())
-    except (HeadgramError, OSError):
+        return all((record.parent / name).stat().st_size == size for name, size in sizes.items())
+    except OSError:
+        return False
+
+
+def has_key(record: Path, key: str) -> bool:
+    """Whether a record is whole and belongs to what the plan asks for. Never raises."""
+    try:
+        return bool(read_record(record)["key"] == key)
+    except HeadgramError:
         return False
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import platform
 import tempfile
 import time
 from collections.abc import Iterator
@@ -26,6 +27,11 @@ def visible_gpus() -> list[str]:
     return [str(i) for i in range(len(list(Path("/dev").glob("nvidia[0-9]*"))))]
 
 
+def wants_gpu(device: str) -> bool:
+    """Whether `auto`, `cpu` or `cuda` means a GPU. `cuda` does even where none is visible, as on a cluster's login node."""
+    return device == "cuda" or (device == "auto" and bool(visible_gpus()))
+
+
 def require_device(device: str) -> bool:
     """Whether `auto`, `cpu` or `cuda` means a GPU here.
 
@@ -34,22 +40,29 @@ def require_device(device: str) -> bool:
     HeadgramError
         If a GPU is asked for and none is visible.
     """
-    if device == "cuda" and not visible_gpus():
+    if wants_gpu(device) and not visible_gpus():
         raise HeadgramError("device is 'cuda', but no GPU is visible here: use 'auto' or 'cpu', or check CUDA_VISIBLE_DEVICES")
-    return device != "cpu" and bool(visible_gpus())
+    return wants_gpu(device)
 
 
 @contextlib.contextmanager
-def leased_device(wants_gpu: bool) -> Iterator[str]:
+def leased_device(on_gpu: bool) -> Iterator[str]:
     """Yield `cpu`, or `cuda` with one device held for the length of the block.
 
     Must be entered before the first CUDA call of the process: it narrows `CUDA_VISIBLE_DEVICES` to the device.
+
+    Raises
+    ------
+    HeadgramError
+        If a GPU is asked for and none is visible, as on a cluster's node without one.
     """
-    gpus = visible_gpus() if wants_gpu else []
-    if not gpus:
+    if not on_gpu:
         os.environ["CUDA_VISIBLE_DEVICES"] = ""  # a CPU job never touches CUDA
         yield "cpu"
         return
+    gpus = visible_gpus()
+    if not gpus:
+        raise HeadgramError(f"this job asks for a GPU, but none is visible on {platform.node()}: check where it was sent")
     folder = Path(tempfile.gettempdir(), f"headgram-{os.getuid()}", os.environ.get("SLURM_JOB_ID", "local"))
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     with _first_free([filelock.FileLock(folder / f"gpu-{device}.lock") for device in gpus]) as index:

@@ -28,13 +28,27 @@ _SEEN = ".sources.json"
 class Run:
     """One reading of the Snakefile: the plan, and what starting it for real must do first.
 
-    Reading writes nothing, so a dry run leaves no trace; `begin` does, once jobs are about to run.
+    Reading writes nothing, so a dry run leaves no trace; `begin` does, once jobs are about to run. A job that was sent to
+    another machine reads the Snakefile again, there: it plans from the lock alone (`is_job`), which the run that sent it
+    has compared with the manifest and with the sources. So it looks at no source but its own, and the manifest may be
+    edited meanwhile.
     """
 
-    def __init__(self, options: Path, given: Mapping[str, Any], scripts: Path) -> None:
+    def __init__(self, options: Path, given: Mapping[str, Any], scripts: Path, is_job: bool = False) -> None:
         config = load_config(read_options(options, given))
         self._manifest = Path(config.manifest)
         self._results = Path(config.results)
+        self._new: dict[str, LockedModel] = {}
+        self._held: filelock.BaseFileLock | None = None
+        self._progress: ProgressHandler | None = None
+        self.plan: Plan = make_plan(self._locked() if is_job else self._checked(), config, scripts)
+
+    def _locked(self) -> dict[str, LockedModel]:
+        """Every entry of the lock, as it is."""
+        return dict(read_lock(lock_path(self._manifest)).models)
+
+    def _checked(self) -> dict[str, LockedModel]:
+        """The entries of the manifest's models, new ones resolved, old ones compared with their sources."""
         if self._results.exists() and not self._results.is_dir():
             raise HeadgramError(f"The results folder {self._results} is a file: give another one (--config results=…).")
         manifest = read_manifest(self._manifest)
@@ -45,9 +59,7 @@ class Run:
         doubtful = self._doubtful(known)
         self._new, problems = _resolve_elsewhere(self._manifest, doubtful) if missing or doubtful else ({}, [])
         manifest.check(*changed, *problems)
-        self.plan: Plan = make_plan({**known, **self._new}, config, scripts)
-        self._held: filelock.BaseFileLock | None = None
-        self._progress: ProgressHandler | None = None
+        return {**known, **self._new}
 
     def _doubtful(self, known: Mapping[str, LockedModel]) -> list[str]:
         """Models whose files are younger than the lock, and not those that an earlier run found to be what was locked."""

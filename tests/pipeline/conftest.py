@@ -107,12 +107,18 @@ def finished(tmp_path_factory) -> Project:
     return project
 
 
-@pytest.fixture(scope="session")
-def measured(tmp_path_factory):
-    """Results of the default manifest, from its committed lock."""
-    project = new_project(tmp_path_factory.mktemp("real") / "project")
+def default_project(folder: Path) -> Project:
+    """The default manifest, with its committed lock."""
+    project = new_project(folder)
     for name in ("models.tsv", "models.lock.json"):
-        shutil.copy(ROOT / "config" / name, project.folder / "config" / name)
+        shutil.copy(ROOT / "config" / name, folder / "config" / name)
+    return project
+
+
+@pytest.fixture(scope="session")
+def measured(tmp_path_factory) -> Path:
+    """Results of the default manifest, from its committed lock. Not to be changed."""
+    project = default_project(tmp_path_factory.mktemp("real") / "project")
     assert len(project.planned()) == 8
     project.run()
     assert (project.folder / "config" / "models.lock.json").read_bytes() == (ROOT / "config" / "models.lock.json").read_bytes()

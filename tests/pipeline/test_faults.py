@@ -105,3 +105,23 @@ def test_a_write_that_fails_leaves_nothing(project):
     assert not list((project.folder / "results" / "models" / "tiny-llama").rglob("*.pt"))
     assert_nothing_half_written(project)
     project.run()
+
+
+def test_a_gpu_that_is_asked_for_and_missing(project, monkeypatch):
+    """A run that computes here is refused; a plan made elsewhere, such as on a login node, is not."""
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    done = project.snakemake("--cores", "1", "--config", "device=cuda")
+    assert done.returncode != 0
+    assert "no GPU is visible here" in done.stderr
+    assert not (project.folder / "results").exists()
+    assert project.planned("--config", "device=cuda")
+
+
+def test_a_job_on_a_node_plans_from_the_lock_alone(project):
+    """The manifest may be edited while jobs wait in a queue."""
+    assert project.headgram("lock").returncode == 0
+    (project.folder / "config" / "models.tsv").unlink()
+    record = "results/models/tiny-bert/self/weights/layers-000-002.json"
+    done = project.snakemake("--mode", "remote", "--cores", "1", "--force", "--allowed-rules", "extract", "--", record)
+    assert done.returncode == 0, done.stderr
+    assert (project.folder / record).exists()

@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-from headgram.devices import leased_device, require_device, visible_gpus
+from headgram.devices import leased_device, require_device, visible_gpus, wants_gpu
 from headgram.errors import HeadgramError
 
 HOLDER = """
@@ -49,10 +49,17 @@ def test_a_cpu_job_sees_no_device(monkeypatch):
         assert os.environ["CUDA_VISIBLE_DEVICES"] == ""
 
 
+def test_a_gpu_job_on_a_node_without_gpus_is_refused(monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    with pytest.raises(HeadgramError, match="none is visible"), leased_device(True):
+        pass
+
+
 def test_what_auto_and_cuda_mean(monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     assert visible_gpus() == []
     assert not require_device("auto")
+    assert wants_gpu("cuda")
     with pytest.raises(HeadgramError, match="no GPU is visible"):
         require_device("cuda")
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "GPU-abc, 1")

@@ -6,7 +6,7 @@ from pathlib import Path
 from snakemake.exceptions import WorkflowError
 
 from headgram.artifacts import canonical, is_fresh
-from headgram.devices import require_device
+from headgram.devices import require_device, wants_gpu
 from headgram.errors import HeadgramError
 from headgram.startup import Run
 
@@ -26,15 +26,15 @@ with headgram_errors():
         Path("config/config.yaml"),
         given=config,
         scripts=Path(workflow.basedir) / "workflow" / "scripts",
+        is_job=workflow.remote_exec,
     )
-    GPUS = int(require_device(RUN.plan.config.device))
 
 PLAN = RUN.plan
+GPUS = int(wants_gpu(PLAN.config.device))
 RESULTS = PLAN.config.results
 STACK = f"{RESULTS}/models/{{model}}/{{stack}}"
 JOB_LOGS = f"{RESULTS}/logs"
 JOB_BENCHMARKS = f"{RESULTS}/benchmarks"
-MEMORY_MB = PLAN.config.memory_budget >> 20
 ENVIRONMENT = "../../envs/cuda.yaml" if GPUS else "../../envs/cpu.yaml"
 
 
@@ -43,6 +43,11 @@ wildcard_constraints:
     stack=r"[a-z][a-z0-9_-]*",
     layers=r"layers-\d+-\d+",
     row=r"row-\d+",
+
+
+def memory_mb(wildcards, attempt):
+    """What a job asks for: its budget, and what its own Snakemake takes on a node; more when it is sent again."""
+    return attempt * (PLAN.config.memory_budget >> 20) + 512
 
 
 def model_of(wildcards):
@@ -92,9 +97,16 @@ def run_if_stale(stage, wildcards, record):
     Snakemake compares params with what it remembers in `.snakemake`; the artifact's own record also holds where that
     memory is lost. Called by input functions, which see every job of the DAG before it is decided which must run.
     """
-    key = model_of(wildcards).identities[stage].key
-    if Path(record).exists() and not is_fresh(Path(record), key):
-        workflow.dag.forcefiles.add(record)
+    model = model_of(wildcards)
+    if workflow.remote_exec:
+        return  # on a node: whoever sent this job has decided
+    if STORAGE is None:
+        path, key = Path(record), model.identities[stage].key
+        if path.exists() and not is_fresh(path, key):
+            workflow.dag.forcefiles.add(record)
+    elif stage in AFTER_MERGE or state_in_storage("merge", model.name) != "fresh":
+        # Every record takes requests of its own; what only a finished merge would read again is not looked at.
+        ...
 
 
 def weights_of(wildcards, layers):

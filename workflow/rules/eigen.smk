@@ -15,7 +15,7 @@ rule eigen:
     threads: 1
     resources:
         gpu=GPUS,
-        mem_mb=MEMORY_MB,
+        mem_mb=memory_mb,
     params:
         config=identity_of("eigen", "config"),
         fingerprint=identity_of("eigen", "fingerprint"),

@@ -13,7 +13,7 @@ rule extract:
         ENVIRONMENT
     threads: 1
     resources:
-        mem_mb=MEMORY_MB,
+        mem_mb=memory_mb,
     params:
         config=identity_of("extract", "config"),
         fingerprint=identity_of("extract", "fingerprint"),

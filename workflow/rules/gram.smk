@@ -14,7 +14,7 @@ rule gram:
     threads: 1
     resources:
         gpu=GPUS,
-        mem_mb=MEMORY_MB,
+        mem_mb=memory_mb,
     params:
         config=identity_of("gram", "config"),
         fingerprint=identity_of("gram", "fingerprint"),

@@ -21,7 +21,7 @@ rule merge:
         ENVIRONMENT
     threads: 1
     resources:
-        mem_mb=MEMORY_MB,
+        mem_mb=memory_mb,
     params:
         config=identity_of("merge", "config"),
         fingerprint=identity_of("merge", "fingerprint"),

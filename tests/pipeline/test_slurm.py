@@ -1,0 +1,99 @@
+"""The pipeline through `--profile profiles/slurm` on a real Slurm."""
+
+import json
+import os
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+
+from pipeline.conftest import Project, default_project, new_project
+from pipeline.slurm_cluster import INSTALL, SlurmCluster, missing, slurm_cluster
+from tiny import write_bert, write_manifest
+
+GPU_STAGES = ("eigen", "gram")
+# This cluster keeps no accounts, and its jobs end within seconds.
+OPTIONS = ("--slurm-status-command", "squeue", "--slurm-init-seconds-before-status-checks", "8", "--latency-wait", "5")
+
+
+@pytest.fixture(scope="module")
+def cluster():
+    lacking = missing()
+    if lacking:
+        sentence = f"this machine lacks Slurm's {', '.join(lacking)}: {INSTALL}"
+        (pytest.fail if os.environ.get("CI") else pytest.skip)(sentence)
+    with slurm_cluster() as running:
+        yield running
+
+
+def start(project: Project, cluster: SlurmCluster) -> subprocess.Popen:
+    return subprocess.Popen(
+        project.command("--profile", "profiles/slurm", *OPTIONS),
+        cwd=project.folder,
+        env=project.environment() | cluster.environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def records(project: Project) -> list[dict]:
+    return [json.loads(path.read_text()) for path in project.records()]
+
+
+def test_the_default_manifest(cluster, measured, tmp_path):
+    """Every artifact was made by a Slurm job of its own; those that compute held one GPU; the bytes are a local run's."""
+    project = default_project(tmp_path / "project")
+    before = set(cluster.jobs())
+    output, _ = start(project, cluster).communicate(timeout=400)
+    made = records(project)
+    jobs = {name: job for name, job in cluster.jobs().items() if name not in before}
+    assert project.tables() == Project(measured.parent).tables(), output
+    assert sorted(record["slurm_job"] for record in made) == sorted(jobs)
+    for record in made:
+        job = jobs[record["slurm_job"]]
+        computes = record["stage"] in GPU_STAGES
+        assert job["Comment"].startswith(f"rule_{record['stage']}_")
+        assert (job["JobState"], job["Account"]) == ("COMPLETED", "headgram")
+        assert (job["Partition"], job["JOB_GRES"]) == (("gpu", "gpu:1") if computes else ("cpu", "(null)"))
+        assert record["gpu"] == ("0" if computes else None)  # the one device that Slurm lets the job see
+        assert record["device"] == "cpu"  # torch finds nothing there
+        assert cluster.completed()[record["slurm_job"]]["JobState"] == "COMPLETED"
+    assert {jobs[record["slurm_job"]]["NodeList"] for record in made if record["gpu"]} == {"n1", "n2"}
+    log = next((project.folder / "results" / "logs" / "eigen").rglob("*.log")).read_text()
+    assert "computing on the CPU" in log
+
+
+def test_a_node_that_dies(cluster, tmp_path):
+    """Its job is sent again, to the other node, and the results are a local run's."""
+    project = small_project(tmp_path / "project")
+    local = small_project(tmp_path / "local")
+    run = start(project, cluster)
+    local.run()
+    end = time.monotonic() + 120
+    while not (victims := gpu_jobs(cluster, "n1")) and time.monotonic() < end:
+        time.sleep(0.3)
+    cluster.kill_node("n1")
+    output, _ = run.communicate(timeout=400)
+    assert run.returncode == 0, output
+    jobs = cluster.jobs()
+    assert victims
+    for victim in victims:
+        assert jobs[victim]["JobState"] == "NODE_FAIL"
+        (again,) = (job for name, job in jobs.items() if name != victim and job["Comment"] == jobs[victim]["Comment"])
+        assert (again["JobState"], again["NodeList"]) == ("COMPLETED", "n2")
+    assert project.tables() == local.tables()
+    assert not list((project.folder / "results").rglob("*.tmp"))
+
+
+def small_project(folder: Path) -> Project:
+    """One tiny model: four jobs, one after the other but for two."""
+    project = new_project(folder)
+    write_bert(folder / "models" / "bert")
+    write_manifest(folder / "config" / "models.tsv", {"small-bert": "models/bert"})
+    return project
+
+
+def gpu_jobs(cluster: SlurmCluster, node: str) -> list[str]:
+    return [name for name in cluster.running(node) if cluster.jobs()[name]["Partition"] == "gpu"]
