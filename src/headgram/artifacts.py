@@ -17,7 +17,7 @@ import platform
 import re
 import stat
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from functools import cache
@@ -237,17 +237,16 @@ def library_versions() -> dict[str, str | None]:
 
 def is_fresh(record: Path, key: str) -> bool:
     """Whether an artifact is there, whole in size, and the one that the plan asks for. Never raises; reads no data."""
-    if not has_key(record, key):
-        return False
-    sizes = {name: entry["bytes"] for name, entry in read_record(record)["files"].items()}
     try:
-        return all((record.parent / name).stat().st_size == size for name, size in sizes.items())
-    except OSError:
+        content = read_record(record)
+        sizes = {name: entry["bytes"] for name, entry in content["files"].items()}
+        return content["key"] == key and all((record.parent / name).stat().st_size == size for name, size in sizes.items())
+    except (HeadgramError, OSError):
         return False
 
 
 def has_key(record: Path, key: str) -> bool:
-    """Whether a record is whole and belongs to what the plan asks for. Never raises."""
+    """Whether a record, as a copy without its data files, is whole and the one that the plan asks for. Never raises."""
     try:
         return bool(read_record(record)["key"] == key)
     except HeadgramError:
@@ -290,8 +289,8 @@ def _again(record: Path) -> str:
     return f"delete {record} and run again"
 
 
-def check(record: Path, key: str) -> dict[str, Any]:
-    """Verify an artifact before its data are read: its key, and the checksum of every file.
+def check(record: Path, key: str, reads: Collection[Path] | None = None) -> dict[str, Any]:
+    """Verify an artifact before its data are read: its key, and the checksum of every file, or of those that are read.
 
     A damaged artifact loses its record: it is no longer fresh, so that the same command makes it anew.
 
@@ -310,17 +309,19 @@ def check(record: Path, key: str) -> dict[str, Any]:
         raise HeadgramError(
             f"{record} belongs to another configuration, checkpoint or version than this run's: {_again(record)}."
         )
-    for damage in damages(record, content):
+    for damage in damages(record, content, reads):
         with contextlib.suppress(OSError):
             record.unlink()
         raise HeadgramError(f"{damage}; its record was removed, so that the same command makes it anew.")
     return content
 
 
-def damages(record: Path, content: Mapping[str, Any]) -> Iterator[str]:
-    """What is wrong with the data files of a record, file by file: half a sentence each."""
+def damages(record: Path, content: Mapping[str, Any], reads: Collection[Path] | None = None) -> Iterator[str]:
+    """What is wrong with the data files of a record, or with some of them, file by file: half a sentence each."""
     for name, entry in content["files"].items():
         path = Path(os.path.normpath(record.parent / name))
+        if reads is not None and path not in reads:
+            continue
         try:
             state = path.stat()
             # Only a file of the right size is opened: a device or a pipe might never end.

@@ -40,6 +40,11 @@ def running(snakemake: Any) -> Iterator[Provenance]:
         raise
 
 
+def by_place(paths: Iterable[str]) -> dict[tuple[str, str, str], Path]:
+    """Input files by stack, stage and name. The folder above is Snakemake's matter: of results in object storage, a copy's."""
+    return {(path.parts[-3], path.parts[-2], path.stem): path for path in map(Path, paths)}
+
+
 @contextlib.contextmanager
 def _output_to(log: Path) -> Iterator[None]:
     try:

@@ -12,7 +12,7 @@ from pipeline.conftest import Project, default_project, new_project
 from pipeline.slurm_cluster import INSTALL, SlurmCluster, missing, slurm_cluster
 from tiny import write_bert, write_manifest
 
-GPU_STAGES = ("eigen", "gram")
+GPU_STAGES = ("eigen", "gram", "derive")
 # This cluster keeps no accounts, and its jobs end within seconds.
 OPTIONS = ("--slurm-status-command", "squeue", "--slurm-init-seconds-before-status-checks", "8", "--latency-wait", "5")
 

@@ -1,11 +1,12 @@
 # The plan, the folders, and what each rule reads, as functions of its wildcards.
 import contextlib
 import sys
+import tempfile
 from pathlib import Path
 
 from snakemake.exceptions import WorkflowError
 
-from headgram.artifacts import canonical, is_fresh
+from headgram.artifacts import canonical, has_key, is_fresh
 from headgram.devices import require_device, wants_gpu
 from headgram.errors import HeadgramError
 from headgram.startup import Run
@@ -32,6 +33,8 @@ with headgram_errors():
 PLAN = RUN.plan
 GPUS = int(wants_gpu(PLAN.config.device))
 RESULTS = PLAN.config.results
+# Where results are kept, if that is no folder (--default-storage-provider).
+STORAGE = workflow.storage_registry.default_storage_provider
 STACK = f"{RESULTS}/models/{{model}}/{{stack}}"
 JOB_LOGS = f"{RESULTS}/logs"
 JOB_BENCHMARKS = f"{RESULTS}/benchmarks"
@@ -97,16 +100,37 @@ def run_if_stale(stage, wildcards, record):
     Snakemake compares params with what it remembers in `.snakemake`; the artifact's own record also holds where that
     memory is lost. Called by input functions, which see every job of the DAG before it is decided which must run.
     """
-    model = model_of(wildcards)
     if workflow.remote_exec:
-        return  # on a node: whoever sent this job has decided
+        return  # on a node: whoever sent the job decided
+    key = model_of(wildcards).identities[stage].key
     if STORAGE is None:
-        path, key = Path(record), model.identities[stage].key
-        if path.exists() and not is_fresh(path, key):
-            workflow.dag.forcefiles.add(record)
-    elif stage in AFTER_MERGE or state_in_storage("merge", model.name) != "fresh":
-        # Every record takes requests of its own; what only a finished merge would read again is not looked at.
-        ...
+        file = record
+        stale = Path(record).exists() and not is_fresh(Path(record), key)
+    else:
+        file = str(in_storage(record).local_path())
+        stale = stored_has_key(record, key) is False
+    if stale:
+        workflow.dag.forcefiles.add(file)
+
+
+def stored_has_key(record, key):
+    """Whether a record in object storage is the one that the plan asks for; None if there is none."""
+    found = in_storage(record)
+    try:
+        if not found.exists():
+            return None
+        with tempfile.TemporaryDirectory() as folder:
+            found.set_local_path(Path(folder, "record.json"))
+            found.retrieve_object()
+            return has_key(found.local_path(), key)
+    except Exception as error:
+        raise WorkflowError(f"{found.query} cannot be read: {error}") from None
+
+
+def in_storage(path):
+    """A file of the results as an object of the default storage."""
+    prefix = workflow.storage_settings.default_storage_prefix
+    return STORAGE.object(f"{prefix.rstrip('/')}/{path}")
 
 
 def weights_of(wildcards, layers):
@@ -176,33 +200,42 @@ def gram_input(wildcards):
     return weights_of(wildcards, stack_of(wildcards).row_layers(wildcards.row))
 
 
+def merge_record(model):
+    return f"{RESULTS}/provenance/{model}.json"
+
+
 def merge_parts(wildcards):
-    """Of every stack, in the model's order: its name, and the tables of its eigen shards and of its Gram rows."""
+    """Of every stack, in the model's order: its name, and the names of its eigen shards and of its Gram rows."""
+    stacks = model_of(wildcards).stacks
+    return [
+        [name, list(stack.shards), list(stack.rows)] for name, stack in stacks.items()
+    ]
+
+
+def stack_files(wildcards, stage, suffix):
+    """Files of the eigen shards or of the Gram rows of all stacks."""
+    parts = merge_parts(wildcards)
     folder = f"{RESULTS}/models/{wildcards.model}"
     return [
-        [
-            name,
-            [f"{folder}/{name}/eigen/{shard}.parquet" for shard in stack.shards],
-            [f"{folder}/{name}/gram/{row}.parquet" for row in stack.rows],
-        ]
-        for name, stack in model_of(wildcards).stacks.items()
+        f"{folder}/{stack}/{stage}/{name}{suffix}"
+        for stack, shards, rows in parts
+        for name in (shards if stage == "eigen" else rows)
     ]
 
 
 def merge_input(wildcards):
-    run_if_stale("merge", wildcards, f"{RESULTS}/provenance/{wildcards.model}.json")
-    parts = merge_parts(wildcards)
-    shards = [path for _, tables, _ in parts for path in tables]
-    rows = [path for _, _, tables in parts for path in tables]
+    run_if_stale("merge", wildcards, merge_record(wildcards.model))
     return {
-        "tables": shards + rows,
-        "directions": [str(Path(path).with_suffix(".pt")) for path in shards],
-        "records": [str(Path(path).with_suffix(".json")) for path in shards + rows],
+        "tables": stack_files(wildcards, "eigen", ".parquet")
+        + stack_files(wildcards, "gram", ".parquet"),
+        "directions": stack_files(wildcards, "eigen", ".pt"),
+        "records": stack_files(wildcards, "eigen", ".json")
+        + stack_files(wildcards, "gram", ".json"),
     }
 
 
 def derive_shards(wildcards):
-    """Of every stack, in the model's order: its name, and the tables of its eigen shards."""
+    """Of every stack, in the model's order: its name, and the names of its eigen shards."""
     return [[name, shards] for name, shards, _ in merge_parts(wildcards)]
 
 
@@ -218,16 +251,12 @@ def derive_input(wildcards):
         "derive", wildcards, f"{RESULTS}/provenance/derived/{wildcards.model}.json"
     )
     model = wildcards.model
-    shards = [path for _, tables in derive_shards(wildcards) for path in tables]
     return {
         "heads": f"{RESULTS}/atlas/heads/model={model}/heads.parquet",
         "gram": f"{RESULTS}/atlas/gram/model={model}/gram.parquet",
         "directions": f"{RESULTS}/atlas/directions/{model}.pt",
-        "record": f"{RESULTS}/provenance/{model}.json",
-        "shards": shards,
-        "shard_files": [
-            str(Path(path).with_suffix(suffix))
-            for path in shards
-            for suffix in (".pt", ".json")
-        ],
+        "record": merge_record(model),
+        "shards": stack_files(wildcards, "eigen", ".parquet"),
+        "shard_files": stack_files(wildcards, "eigen", ".pt")
+        + stack_files(wildcards, "eigen", ".json"),
     }

@@ -16,7 +16,7 @@ rule derive:
     threads: 1
     resources:
         gpu=GPUS,
-        mem_mb=MEMORY_MB,
+        mem_mb=memory_mb,
     params:
         config=identity_of("derive", "config"),
         fingerprint=identity_of("derive", "fingerprint"),

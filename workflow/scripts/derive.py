@@ -3,12 +3,13 @@
 import json
 from pathlib import Path
 
-from headgram.job import running
+from headgram.job import by_place, running
 
 with running(snakemake) as provenance:
     from headgram.stages.derive import Derived, Merged, derive
 
-    shards = {stack: [Path(path) for path in tables] for stack, tables in json.loads(snakemake.params.shards)}
+    tables = by_place(snakemake.input.shards)
+    shards = {stack: [tables[stack, "eigen", name] for name in names] for stack, names in json.loads(snakemake.params.shards)}
     merged = Merged(*(Path(snakemake.input[name]) for name in ("heads", "gram", "directions", "record")), shards=shards)
     derived = Derived(*(Path(snakemake.output[name]) for name in ("overlap", "layers", "models", "record")))
     facts, config = (json.loads(text) for text in (snakemake.params.facts, snakemake.params.config))

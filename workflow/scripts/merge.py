@@ -3,13 +3,14 @@
 import json
 from pathlib import Path
 
-from headgram.job import running
+from headgram.job import by_place, running
 
 with running(snakemake) as provenance:
     from headgram.stages.merge import Atlas, StackParts, merge
 
+    tables = by_place(snakemake.input.tables)
     parts = {
-        stack: StackParts(*([Path(path) for path in tables] for tables in (shards, rows)))
+        stack: StackParts([tables[stack, "eigen", name] for name in shards], [tables[stack, "gram", name] for name in rows])
         for stack, shards, rows in json.loads(snakemake.params.parts)
     }
     record = Path(snakemake.output.record)

@@ -77,7 +77,7 @@ def derive(merged: Merged, derived: Derived, facts: Mapping[str, Any], config: M
         If an artifact is damaged or belongs to another run.
     """
     merge_key, eigen_key = provenance.identity.upstream
-    check(merged.record, merge_key)
+    check(merged.record, merge_key, [merged.heads, merged.gram, merged.directions])
     for path in [path for paths in merged.shards.values() for path in paths]:
         check(record_of(path), eigen_key)
     heads, gram = read_table(merged.heads), read_table(merged.gram)
