@@ -107,6 +107,22 @@ def finished(tmp_path_factory) -> Project:
     return project
 
 
+def small_project(folder: Path) -> Project:
+    """One tiny model in five jobs, for what makes jobs slow."""
+    project = new_project(folder)
+    write_bert(folder / "models" / "bert")
+    write_manifest(folder / "config" / "models.tsv", {"small-bert": "models/bert"})
+    return project
+
+
+@pytest.fixture(scope="session")
+def small(tmp_path_factory) -> Project:
+    """The small project after a complete run. Not to be changed."""
+    project = small_project(tmp_path_factory.mktemp("small") / "project")
+    project.run()
+    return project
+
+
 def default_project(folder: Path) -> Project:
     """The default manifest, with its committed lock."""
     project = new_project(folder)

@@ -4,17 +4,16 @@ import json
 import os
 import subprocess
 import time
-from pathlib import Path
 
 import pytest
 
-from pipeline.conftest import Project, default_project, new_project
+from pipeline.conftest import Project, default_project, small_project
+from pipeline.s3_server import SECRET_KEY, s3_server
 from pipeline.slurm_cluster import INSTALL, SlurmCluster, missing, slurm_cluster
-from tiny import write_bert, write_manifest
 
 GPU_STAGES = ("eigen", "gram", "derive")
 # This cluster keeps no accounts, and its jobs end within seconds.
-OPTIONS = ("--slurm-status-command", "squeue", "--slurm-init-seconds-before-status-checks", "8", "--latency-wait", "5")
+OPTIONS = ("--slurm-status-command", "squeue", "--slurm-init-seconds-before-status-checks", "3", "--latency-wait", "5")
 
 
 @pytest.fixture(scope="module")
@@ -27,9 +26,9 @@ def cluster():
         yield running
 
 
-def start(project: Project, cluster: SlurmCluster) -> subprocess.Popen:
+def start(project: Project, cluster: SlurmCluster, *arguments: str) -> subprocess.Popen:
     return subprocess.Popen(
-        project.command("--profile", "profiles/slurm", *OPTIONS),
+        project.command("--profile", "profiles/slurm", *OPTIONS, *arguments),
         cwd=project.folder,
         env=project.environment() | cluster.environment(),
         stdout=subprocess.PIPE,
@@ -65,34 +64,42 @@ def test_the_default_manifest(cluster, measured, tmp_path):
     assert "computing on the CPU" in log
 
 
-def test_a_node_that_dies(cluster, tmp_path):
-    """Its job is sent again, to the other node, and the results are a local run's."""
+def test_results_in_object_storage(cluster, small, tmp_path, monkeypatch):
+    """Jobs on nodes read and write the bucket; the keys travel in the environment alone."""
+    with s3_server(tmp_path / "s3.log") as s3:
+        for name, value in s3.environment().items():
+            monkeypatch.setenv(name, value)
+        project = small_project(tmp_path / "project")
+        before = set(cluster.jobs())
+        run = start(project, cluster, "--default-storage-provider", "s3", "--default-storage-prefix", "s3://atlas/study")
+        output, _ = run.communicate(timeout=400)
+        assert run.returncode == 0, output
+        synced = Project(tmp_path / "synced")
+        s3.sync("atlas", "study", synced.folder)
+    assert synced.tables() == small.tables()
+    assert {record["slurm_job"] for record in records(synced)} == set(cluster.jobs()) - before
+    texts = [path.read_bytes() for folder in (project, synced) for path in folder.folder.rglob("*") if path.is_file()]
+    assert not any(SECRET_KEY.encode() in text for text in [*texts, output.encode(), str(cluster.jobs()).encode()])
+
+
+def test_a_node_that_dies(cluster, small, tmp_path):
+    """Its jobs are sent again, to the other node, and the results are a local run's."""
     project = small_project(tmp_path / "project")
-    local = small_project(tmp_path / "local")
     run = start(project, cluster)
-    local.run()
-    end = time.monotonic() + 120
-    while not (victims := gpu_jobs(cluster, "n1")) and time.monotonic() < end:
+    end = time.monotonic() + 240
+    while not (victims := gpu_jobs(cluster, "n1")) and run.poll() is None and time.monotonic() < end:
         time.sleep(0.3)
+    assert victims
     cluster.kill_node("n1")
     output, _ = run.communicate(timeout=400)
     assert run.returncode == 0, output
     jobs = cluster.jobs()
-    assert victims
     for victim in victims:
         assert jobs[victim]["JobState"] == "NODE_FAIL"
-        (again,) = (job for name, job in jobs.items() if name != victim and job["Comment"] == jobs[victim]["Comment"])
-        assert (again["JobState"], again["NodeList"]) == ("COMPLETED", "n2")
-    assert project.tables() == local.tables()
+        sent = [job for name, job in jobs.items() if int(name) > int(victim) and job["Comment"] == jobs[victim]["Comment"]]
+        assert [(job["JobState"], job["NodeList"]) for job in sent] == [("COMPLETED", "n2")]
+    assert project.tables() == small.tables()
     assert not list((project.folder / "results").rglob("*.tmp"))
-
-
-def small_project(folder: Path) -> Project:
-    """One tiny model: four jobs, one after the other but for two."""
-    project = new_project(folder)
-    write_bert(folder / "models" / "bert")
-    write_manifest(folder / "config" / "models.tsv", {"small-bert": "models/bert"})
-    return project
 
 
 def gpu_jobs(cluster: SlurmCluster, node: str) -> list[str]:

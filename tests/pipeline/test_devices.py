@@ -1,0 +1,115 @@
+"""Two pretended GPUs under real snakemake runs: every job holds one, alone, for as long as it lasts."""
+
+import itertools
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from datetime import datetime, timedelta
+
+import pytest
+
+from pipeline.conftest import ROOT, small_project
+
+SNAKEFILE = """
+rule all:
+    input: [f"job-{i}.json" for i in range(JOBS)]
+
+rule job:
+    output: "job-{i}.json"
+    resources: gpu=1
+    script: "job.py"
+"""
+
+JOB = """
+import json, os, time
+from pathlib import Path
+from headgram.devices import leased_device
+
+with leased_device(True) as device:
+    start = time.time()
+    Path(f"holder-{snakemake.wildcards.i}").write_text(str(os.getpid()))
+    time.sleep(SECONDS)
+    held = {"gpu": os.environ["CUDA_VISIBLE_DEVICES"], "start": start, "end": time.time()}
+Path(snakemake.output[0]).write_text(json.dumps(held))
+"""
+
+
+def start(folder, jobs, seconds, *arguments, **environment) -> subprocess.Popen:
+    """Run jobs that do nothing but hold a device and note when."""
+    (folder / "Snakefile").write_text(SNAKEFILE.replace("JOBS", str(jobs)))
+    (folder / "job.py").write_text(JOB.replace("SECONDS", str(seconds)))
+    command = [sys.executable, "-m", "snakemake", "--cores", "6", *arguments]
+    environment = os.environ | {"PYTHONPATH": str(ROOT / "src"), "TMPDIR": str(folder)} | environment
+    return subprocess.Popen(command, cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def assert_alone(held: list[tuple[str, float, float]], gpus: set[str]) -> None:
+    """Every device was used, and none by two jobs at once."""
+    assert {gpu for gpu, *_ in held} == gpus
+    for gpu in gpus:
+        spans = sorted((start, end) for used, start, end in held if used == gpu)
+        for (_, end), (next_start, _) in itertools.pairwise(spans):
+            assert end <= next_start, gpu
+
+
+@pytest.mark.parametrize("cap", [(), ("--resources", "gpu=2")], ids=["no cap", "gpu=2"])
+@pytest.mark.parametrize("slurm", [{}, {"SLURM_JOB_ID": "77"}], ids=["local", "in an allocation"])
+def test_no_two_jobs_on_one_device(tmp_path, cap, slurm):
+    run = start(tmp_path, 8, 0.6, *cap, CUDA_VISIBLE_DEVICES="0,1", **slurm)
+    output, _ = run.communicate(timeout=120)
+    assert run.returncode == 0, output
+    held = [json.loads(path.read_text()) for path in tmp_path.glob("job-*.json")]
+    assert len(held) == 8
+    assert_alone([(job["gpu"], job["start"], job["end"]) for job in held], {"0", "1"})
+
+
+def test_two_allocations_do_not_wait_for_each_other(tmp_path):
+    """Slurm numbers the devices of every allocation anew: 0 here and 0 there are two."""
+    runs = []
+    for name in ("1", "2"):
+        (tmp_path / name).mkdir()
+        runs.append(start(tmp_path / name, 1, 4, CUDA_VISIBLE_DEVICES="0", SLURM_JOB_ID=name, TMPDIR=str(tmp_path)))
+    for run in runs:
+        output, _ = run.communicate(timeout=120)
+        assert run.returncode == 0, output
+    first, second = (json.loads((tmp_path / name / "job-0.json").read_text()) for name in ("1", "2"))
+    assert first["gpu"] == second["gpu"] == "0"
+    assert first["start"] < second["end"]
+    assert second["start"] < first["end"]
+
+
+def test_the_device_of_a_killed_job_is_free_at_once(tmp_path):
+    run = start(tmp_path, 2, 5, "--retries", "1", CUDA_VISIBLE_DEVICES="0")
+    end = time.monotonic() + 60
+    while not (holders := list(tmp_path.glob("holder-*"))) or not holders[0].read_text():
+        assert time.monotonic() < end
+        time.sleep(0.1)
+    assert len(holders) == 1
+    killed = time.time()
+    os.kill(int(holders[0].read_text()), signal.SIGKILL)
+    output, _ = run.communicate(timeout=120)
+    assert run.returncode == 0, output
+    held = [json.loads(path.read_text()) for path in tmp_path.glob("job-*.json")]
+    assert min(job["start"] for job in held) - killed < 3  # well before the five seconds were over
+    assert_alone([(job["gpu"], job["start"], job["end"]) for job in held], {"0"})
+
+
+def test_the_pipeline_on_two_devices(tmp_path, monkeypatch, small):
+    """The jobs' own records say which device each held; where torch finds no GPU there, results are a CPU run's."""
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    project = small_project(tmp_path / "project")
+    project.run("--resources", "gpu=2")
+    made = {record["stage"]: record for record in (json.loads(path.read_text()) for path in project.records())}
+    assert {stage for stage, record in made.items() if record["gpu"]} == {"eigen", "gram", "derive"}
+    held = []
+    for record in filter(lambda record: record["gpu"], made.values()):
+        began = datetime.fromisoformat(record["started"])
+        held.append((record["gpu"], began.timestamp(), (began + timedelta(seconds=record["seconds"])).timestamp()))
+    assert {gpu for gpu, *_ in held} <= {"0", "1"}
+    assert_alone(held, {gpu for gpu, *_ in held})
+    if all(record["device"] == "cpu" for record in made.values()):
+        assert project.tables() == small.tables()
