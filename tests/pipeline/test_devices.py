@@ -55,10 +55,13 @@ def assert_alone(held: list[tuple[str, float, float]], gpus: set[str]) -> None:
             assert end <= next_start, gpu
 
 
-@pytest.mark.parametrize("cap", [(), ("--resources", "gpu=2")], ids=["no cap", "gpu=2"])
-@pytest.mark.parametrize("slurm", [{}, {"SLURM_JOB_ID": "77"}], ids=["local", "in an allocation"])
-def test_no_two_jobs_on_one_device(tmp_path, cap, slurm):
-    run = start(tmp_path, 8, 0.6, *cap, CUDA_VISIBLE_DEVICES="0,1", **slurm)
+@pytest.mark.parametrize(
+    ("cap", "environment"),
+    [((), {}), (("--resources", "gpu=2"), {"SLURM_JOB_ID": "77"})],
+    ids=["no cap", "gpu=2, in an allocation"],
+)
+def test_no_two_jobs_on_one_device(tmp_path, cap, environment):
+    run = start(tmp_path, 8, 0.6, *cap, CUDA_VISIBLE_DEVICES="0,1", **environment)
     output, _ = run.communicate(timeout=120)
     assert run.returncode == 0, output
     held = [json.loads(path.read_text()) for path in tmp_path.glob("job-*.json")]
