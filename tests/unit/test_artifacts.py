@@ -2,6 +2,8 @@
 
 import errno
 import io
+import platform
+from datetime import datetime
 
 import pyarrow as pa
 import pytest
@@ -14,6 +16,7 @@ from headgram.artifacts import (
     check,
     digest,
     is_fresh,
+    read_record,
     record_of,
     remove_temporaries,
     seal,
@@ -54,6 +57,27 @@ def test_a_sealed_artifact_is_fresh_and_passes(tmp_path):
     path = sealed(tmp_path)
     assert is_fresh(record_of(path), IDENTITY.key)
     assert check(record_of(path), IDENTITY.key)["model"] == "m"
+
+
+def test_only_what_is_read_is_checked(tmp_path):
+    """A job on a node has no more of an artifact than the files that it reads."""
+    paths = [tmp_path / name for name in ("heads.parquet", "spectra.parquet")]
+    for path in paths:
+        write_text(path, path.name)
+    record = tmp_path / "model.json"
+    seal(record, Provenance(IDENTITY, "m", None), paths)
+    paths[1].unlink()
+    assert check(record, IDENTITY.key, paths[:1])["model"] == "m"
+    with pytest.raises(HeadgramError, match="spectra"):
+        check(record, IDENTITY.key, paths)
+
+
+def test_a_record_says_where_its_job_ran(tmp_path, monkeypatch):
+    monkeypatch.setenv("SLURM_JOB_ID", "77")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3")
+    record = read_record(record_of(sealed(tmp_path)))
+    assert (record["slurm_job"], record["gpu"], record["host"]) == ("77", "3", platform.node())
+    assert datetime.fromisoformat(record["started"]).tzinfo is not None
 
 
 def test_a_flipped_byte_anywhere_is_found(tmp_path):
