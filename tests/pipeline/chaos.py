@@ -173,7 +173,7 @@ def jobs_of(project: Project) -> list[psutil.Process]:
 def stage_of(job: psutil.Process) -> str:
     """The stage that a process of `jobs_of` runs: its script is called `tmpXXXX.STAGE.py`."""
     with contextlib.suppress(psutil.Error):
-        return next(Path(part).suffixes[-2][1:] for part in job.cmdline() if "/.snakemake/scripts/" in part)
+        return next((Path(part).suffixes[-2][1:] for part in job.cmdline() if "/.snakemake/scripts/" in part), "")
     return ""
 
 

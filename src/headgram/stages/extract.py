@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from headgram.artifacts import Provenance, record_of, seal
-from headgram.checkpoints.checkpoint import Checkpoint, open_checkpoint
+from headgram.checkpoints.checkpoint import Checkpoint, is_finite, open_checkpoint
 from headgram.errors import HeadgramError
 from headgram.weights_file import write_weights
 
@@ -88,6 +88,6 @@ def _rounded(weight: Tensor, dtype: str, layer: int) -> Tensor:
     if dtype == "stored":
         return weight
     rounded = weight.to(_DTYPES[dtype])
-    if not bool(torch.isfinite(rounded).all()):
+    if not is_finite(rounded):
         raise HeadgramError(f"layer {layer}: a weight is too large for weights.dtype = {dtype}: use 'stored'")
     return rounded
