@@ -74,24 +74,32 @@ class Arena:
     def results(self) -> Path:
         return self.project.folder / "results"
 
+    @property
+    def _output(self) -> Path:
+        return self.project.folder / "output.txt"
+
     def start(self, *arguments: str, limit: int | None = None, **environment: str) -> subprocess.Popen:
-        """A run in a process group of its own, whose files may not grow beyond `limit` bytes."""
+        """A run in a process group of its own, whose files may not grow beyond `limit` bytes; `said` is its output."""
+        self._output.unlink(missing_ok=True)  # jobs that outlive their snakemake go on writing to the old file
         limited = [] if limit is None else ["prlimit", f"--fsize={limit}"]
-        return subprocess.Popen(
-            [*limited, *self.project.command("--cores", "2", *arguments)],
-            cwd=self.project.folder,
-            env=self.project.environment() | environment,
-            start_new_session=True,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
+        with self._output.open("w") as output:
+            return subprocess.Popen(
+                [*limited, *self.project.command("--cores", "2", *arguments)],
+                cwd=self.project.folder,
+                env=self.project.environment() | environment,
+                start_new_session=True,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+            )
+
+    def said(self) -> str:
+        """What the last run wrote."""
+        return self._output.read_text()
 
     def run(self, *arguments: str, limit: int | None = None, **environment: str) -> tuple[int, str]:
         """A run to its end: exit code and output."""
         run = self.start(*arguments, limit=limit, **environment)
-        output, _ = run.communicate()
-        return run.returncode, output
+        return run.wait(), self.said()
 
     def advance(self, *arguments: str) -> None:
         """A run that no fault disturbs."""
@@ -213,12 +221,7 @@ def kill_at_random(arena: Arena, kill: Callable[[Arena, subprocess.Popen], None]
         run.wait(arena.chance.uniform(0, 8))
     arena.figures.faults += run.poll() is None
     kill(arena, run)
-    # Not `communicate`: orphans keep the pipe open, and what comes next must find them at work.
-    os.set_blocking(run.stdout.fileno(), False)
-    while run.poll() is None:
-        run.stdout.read()
-        time.sleep(0.02)
-    run.stdout.close()
+    run.wait()
     now = arena.project.records()
     assert {record: now[record] for record in before} == {record: state for record, (state, _) in before.items()}
 
@@ -246,7 +249,6 @@ def orphans(arena: Arena, stages: tuple[str, ...] = STAGES) -> None:
         wait_for(at_work, run)
         run.kill()
         arena.figures.faults += 1
-        run.stdout.close()
         run.wait()
     arena.recover()
 
@@ -264,7 +266,7 @@ def a_lease_holder_that_dies(arena: Arena) -> None:
                 holder.kill()
         arena.figures.faults += 1
         assert holders != []
-        run.communicate()
+        run.wait()
         arena.recover(**one_gpu)
 
 
@@ -397,7 +399,8 @@ def two_runs(arena: Arena) -> None:
             command = other.command("--cores", "1", "--config", f"results={arena.results}")
             first = arena.start()
             second = subprocess.run(command, cwd=other.folder, env=other.environment(), capture_output=True, text=True)
-            output, _ = first.communicate()
+            first.wait()
+            output = arena.said()
             assert sorted((first.returncode, second.returncode)) == [0, 1], output + second.stderr
             assert f"Another run works on {arena.results if second.returncode else 'results'}" in output + second.stderr
             arena.recover()
@@ -435,9 +438,8 @@ def replaced_checkpoint(arena: Arena) -> None:
     wait_for(lambda: jobs_of(arena.project), run)
     (folder.with_name("other") / path.name).replace(path)
     arena.figures.faults += 1
-    output, _ = run.communicate()
-    assert run.returncode != 0
-    assert "changed since it was locked" in output, output
+    assert run.wait() != 0
+    assert "changed since it was locked" in arena.said(), arena.said()
     assert not list((arena.results / "models").rglob("*.json"))
     code, output = arena.run()
     assert code != 0

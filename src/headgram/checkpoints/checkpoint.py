@@ -174,7 +174,7 @@ class Checkpoint:
 
 def is_finite(tensor: Tensor) -> bool:
     """Whether a tensor holds no NaN and no infinity; in pieces, for torch's check takes several times a tensor's memory."""
-    return all(bool(torch.isfinite(piece).all()) for piece in tensor.flatten().split(_PIECE))
+    return all(bool(torch.isfinite(piece).all()) for piece in torch.split(tensor.flatten(), _PIECE))
 
 
 def open_checkpoint(
