@@ -8,14 +8,18 @@ SEED ?= 0
 NUMPY = $(shell sed -n 's/^numpy==//p' envs/requirements.txt)
 CORES ?= $(shell nproc 2>/dev/null || sysctl -n hw.ncpu)
 
-.PHONY: help run test test-fast lint format docs notebook pictures chaos audit families bytes config-docs lock-requirements clean
+.PHONY: help run report test test-fast lint format docs notebook pictures chaos audit families bytes config-docs lock-requirements clean
 
 help: ## What each command does
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-18s %s\n", $$1, $$2}'
 
 run: $(VENV)/installed ## Install what is missing, then measure the models of config/models.tsv
 	$(BIN)/snakemake --cores $(CORES)
-	@echo "Results: results/atlas (tables, directions) and results/seed; read them with headgram.open_atlas('results')."
+	@echo "Results: open results/report/index.html in a browser; in Python, headgram.open_atlas('results') reads the tables."
+
+report: $(VENV)/installed ## The page results/report/index.html, and snakemake's own report of the run: report.html
+	$(BIN)/snakemake --cores $(CORES) report
+	$(BIN)/snakemake --report report.html
 
 test: $(VENV)/installed-dev lint docs ## Every check: lint, the site, unit tests, then real pipeline runs
 	$(BIN)/python -m pytest tests/unit

@@ -51,11 +51,11 @@ class Identity:
     Attributes
     ----------
     stage
-        `extract`, `eigen`, `gram`, `merge` or `derive`.
+        `extract`, `eigen`, `gram`, `merge`, `derive` or `report`.
     config
         Canonical JSON of exactly the options that the stage reads.
     fingerprint
-        The model's, from the lock.
+        The model's, from the lock; a report's names all of its models.
     code
         Digest of the stage's own modules.
     upstream
@@ -89,7 +89,7 @@ class Provenance:
     """Where an artifact comes from; the record beside its data files."""
 
     identity: Identity
-    model: str
+    model: str  # empty for a report, which shows all
     stack: str | None
     device: str = "cpu"
     precision: str = "float64"  # of the arithmetic

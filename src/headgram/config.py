@@ -134,6 +134,15 @@ class Export(_Section):
     compression: Literal["zstd", "snappy", "none"] = Field("zstd", description="Compression of the Parquet files of the atlas.")
 
 
+class Report(_Section):
+    """The page and the figures that show all models."""
+
+    enabled: bool = Field(
+        True,
+        description="Write `report/` when all models are measured. `snakemake results/report/index.html` does so in any case.",
+    )
+
+
 class Config(_Section):
     """Every option of headgram."""
 
@@ -156,6 +165,7 @@ class Config(_Section):
     gram: Gram = Field(default_factory=Gram, description=Gram.__doc__)
     original: Original = Field(default_factory=Original, description=Original.__doc__)
     export: Export = Field(default_factory=Export, description=Export.__doc__)
+    report: Report = Field(default_factory=Report, description=Report.__doc__)
 
 
 def read_options(path: Path, given: Mapping[str, Any]) -> dict[str, Any]:

@@ -73,7 +73,7 @@ def _provenance(snakemake: Any, device: str) -> Provenance:
     origin = {}
     if "stages" in snakemake.params.keys():  # noqa: SIM118  (Snakemake's params are a list with names)
         origin = {"lock": snakemake.params.entry.model_dump(mode="json"), "stages": json.loads(snakemake.params.stages)}
-    return Provenance(identity, snakemake.wildcards.model, snakemake.wildcards.get("stack"), device, origin=origin)
+    return Provenance(identity, snakemake.wildcards.get("model", ""), snakemake.wildcards.get("stack"), device, origin=origin)
 
 
 def _date_no_later_than_now(paths: Iterable[str]) -> None:

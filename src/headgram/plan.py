@@ -19,7 +19,7 @@ from headgram.artifacts import Identity, canonical, digest
 from headgram.config import Config
 from headgram.geometry.costs import cheapest, flops
 from headgram.lock import LockedModel, LockedStack
-from headgram.staleness import code_digest
+from headgram.staleness import code_digest, page_digest
 
 #: What one core does in float64, roughly; only the sizes of jobs follow from it.
 _FLOPS_PER_SECOND = 20e9
@@ -87,6 +87,7 @@ class Plan:
 
     config: Config
     models: dict[str, ModelPlan]
+    report: Identity  # of the page and the figures of all models
 
 
 def make_plan(entries: Mapping[str, LockedModel], config: Config, scripts: Path) -> Plan:
@@ -97,7 +98,8 @@ def make_plan(entries: Mapping[str, LockedModel], config: Config, scripts: Path)
     HeadgramError
         If the lock holds an architecture that this version does not know.
     """
-    return Plan(config, {name: _plan_model(name, entry, config, scripts) for name, entry in entries.items()})
+    models = {name: _plan_model(name, entry, config, scripts) for name, entry in entries.items()}
+    return Plan(config, models, _report_identity(models, scripts))
 
 
 def _plan_model(name: str, entry: LockedModel, config: Config, scripts: Path) -> ModelPlan:
@@ -130,6 +132,13 @@ def _identities(entry: LockedModel, config: Config, scripts: Path) -> dict[str, 
     eigen, gram = after("eigen", extract), after("gram", extract)
     merge = after("merge", eigen, gram)
     return {"extract": extract, "eigen": eigen, "gram": gram, "merge": merge, "derive": after("derive", merge, eigen)}
+
+
+def _report_identity(models: Mapping[str, ModelPlan], scripts: Path) -> Identity:
+    """What a report follows from: the models' names, in order, and their tables."""
+    code = digest(code_digest("report", scripts / "report.py"), page_digest())
+    upstream = tuple(model.identities[stage].key for model in models.values() for stage in ("merge", "derive"))
+    return Identity("report", canonical({}), digest(*models), code, upstream)
 
 
 def _plan_stack(stack: LockedStack, config: Config) -> StackPlan:

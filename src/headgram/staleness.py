@@ -25,6 +25,16 @@ def code_digest(stage: str, script: Path) -> str:
     return state.hexdigest()
 
 
+@cache
+def page_digest() -> str:
+    """BLAKE2b of what the page is made of besides Python: its template, its styles and its script."""
+    state = hashlib.blake2b(digest_size=16)
+    for path in sorted((_PACKAGE / "report").glob("*.*")):
+        if path.suffix in (".html", ".css", ".js"):
+            state.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
+    return state.hexdigest()
+
+
 def modules_of(module: str) -> set[Path]:
     """Source files of a headgram module and of all headgram modules that it imports."""
     found: set[Path] = set()

@@ -78,8 +78,23 @@ MODELS = _schema(
     *((name, pa.float64()) for name in ("cosine_adjacent", "cosine_all")),
     *((f"overlap_{name}", pa.float64()) for name in (*(f"{side}_adjacent" for side in SIDES), "expected")),
 )
+NEIGHBOURS = _schema(
+    ("stack", pa.string()),
+    *((name, pa.int32()) for name in ("layer", "head")),
+    ("measure", pa.string()),
+    *((name, pa.int32()) for name in ("place", "other_layer", "other_head")),
+    ("value", pa.float64()),
+)
 #: Every table of the atlas, by name.
-TABLES = {"heads": HEADS, "spectra": SPECTRA, "gram": GRAM, "overlap": OVERLAP, "layers": LAYERS, "models": MODELS}
+TABLES = {
+    "heads": HEADS,
+    "spectra": SPECTRA,
+    "gram": GRAM,
+    "overlap": OVERLAP,
+    "neighbours": NEIGHBOURS,
+    "layers": LAYERS,
+    "models": MODELS,
+}
 
 
 def write_table(path: Path, table: pa.Table, provenance: Provenance, compression: str = "zstd") -> None:

@@ -18,7 +18,7 @@ from headgram.lock import Lock
 from headgram.tables import HEAD_NUMBERS, QUARTILES, SIDES, TABLES, read_table
 
 #: Where artifacts are, below the results folder; logs and benchmarks are nobody's results.
-_FOLDERS = ("atlas", "models", "provenance", "seed")
+_FOLDERS = ("atlas", "models", "provenance", "seed", "report")
 #: What held when it was written still holds, up to the rounding of forms that are much smaller than their weights.
 _TOLERANCE = 1e-6
 #: Directions are kept in float32.
@@ -38,7 +38,7 @@ def verify(results: Path, lock: Lock | None = None) -> tuple[int, list[str]]:
     HeadgramError
         If there is nothing to check.
     """
-    paths = sorted(path for folder in ("models", "provenance") for path in (results / folder).rglob("*.json"))
+    paths = sorted(path for folder in ("models", "provenance", "report") for path in (results / folder).rglob("*.json"))
     if not paths:
         raise HeadgramError(f"{results} holds no artifact to verify")
     present = {_place(path) for folder in _FOLDERS for path in (results / folder).rglob("*") if not path.is_dir()}

@@ -96,6 +96,7 @@ def tiny_project(folder: Path) -> Project:
     write_manifest(folder / "config" / "models.tsv", {"tiny-llama": "models/llama", "tiny-bert": "models/bert"})
     edit(folder / "config" / "config.yaml", "layers_per_job: auto", "layers_per_job: 2")
     edit(folder / "config" / "config.yaml", "layers_per_tile: auto", "layers_per_tile: 2")
+    edit(folder / "config" / "config.yaml", "report:\n  enabled: true", "report:\n  enabled: false")
     return project
 
 

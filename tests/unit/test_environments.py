@@ -47,7 +47,12 @@ def test_what_the_package_imports_is_a_direct_dependency():
     names += [node.module for node in nodes if isinstance(node, ast.ImportFrom) and node.module and not node.level]
     imported = {name.split(".")[0] for name in names} - set(sys.stdlib_module_names) - {"headgram"}
     direct = {line.split("==")[0] for name in ("requirements.in", "requirements-dev.in") for line in pins(ENVS / name)}
-    called = {"yaml": "pyyaml", "pydantic_core": "pydantic", "snakemake_interface_logger_plugins": "snakemake"}
+    called = {
+        "yaml": "pyyaml",
+        "pydantic_core": "pydantic",
+        "snakemake_interface_logger_plugins": "snakemake",
+        "vl_convert": "vl-convert-python",
+    }
     assert {called.get(name, name).lower().replace("_", "-") for name in imported} <= direct
 
 

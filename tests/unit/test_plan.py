@@ -102,6 +102,14 @@ def test_keys_follow_the_contract(change, stages):
     assert {stage for stage in before if before[stage].key != after[stage].key} == stages
 
 
+def test_a_report_follows_from_all_models_and_their_order():
+    def key(names, raw=None):
+        return make_plan({name: entry() for name in names}, load_config(raw or {}), SCRIPTS).report.key
+
+    assert key("ab") == key("ab", {"device": "cpu", "report": {"enabled": False}})
+    assert len({key("ab"), key("ba"), key("a"), key("ac"), key("ab", {"export": {"compression": "none"}})}) == 5
+
+
 def test_a_stage_depends_on_what_it_imports():
     stages = ("extract", "eigen", "gram", "merge", "derive")
     names = {stage: {path.name for path in modules_of(f"headgram.stages.{stage}")} for stage in stages}

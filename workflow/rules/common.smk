@@ -9,6 +9,7 @@ from snakemake.exceptions import WorkflowError
 from headgram.artifacts import canonical, has_key, is_fresh
 from headgram.devices import require_device, wants_gpu
 from headgram.errors import HeadgramError
+from headgram.report.names import PROFILE_FIGURES, STACK_FIGURES
 from headgram.startup import Run
 
 
@@ -35,6 +36,8 @@ GPUS = int(wants_gpu(PLAN.config.device))
 RESULTS = PLAN.config.results
 # Where results are kept, if that is no folder (--default-storage-provider).
 STORAGE = workflow.storage_registry.default_storage_provider
+TABLES = ("heads", "spectra", "gram", "overlap", "neighbours", "layers", "models")
+REPORT = f"{RESULTS}/report"
 STACK = f"{RESULTS}/models/{{model}}/{{stack}}"
 JOB_LOGS = f"{RESULTS}/logs"
 JOB_BENCHMARKS = f"{RESULTS}/benchmarks"
@@ -100,9 +103,12 @@ def run_if_stale(stage, wildcards, record):
     Snakemake compares params with what it remembers in `.snakemake`; the artifact's own record also holds where that
     memory is lost. Called by input functions, which see every job of the DAG before it is decided which must run.
     """
+    run_if_other(model_of(wildcards).identities[stage].key, record)
+
+
+def run_if_other(key, record):
     if workflow.remote_exec:
         return  # on a node: whoever sent the job decided
-    key = model_of(wildcards).identities[stage].key
     if STORAGE is None:
         file = record
         stale = Path(record).exists() and not is_fresh(Path(record), key)
@@ -143,14 +149,14 @@ def weights_of(wildcards, layers):
     }
 
 
+def table_of(model, table):
+    return f"{RESULTS}/atlas/{table}/model={model}/{table}.parquet"
+
+
 def final_files(model):
     """All files that a merge and a derivation write for a model."""
-    atlas = f"{RESULTS}/atlas"
-    files = [
-        f"{atlas}/{table}/model={model}/{table}.parquet"
-        for table in ("heads", "spectra", "gram", "overlap", "layers", "models")
-    ]
-    files += [f"{atlas}/directions/{model}.pt"]
+    files = [table_of(model, table) for table in TABLES]
+    files += [f"{RESULTS}/atlas/directions/{model}.pt"]
     files += [f"{RESULTS}/provenance/{of}{model}.json" for of in ("", "derived/")]
     if PLAN.config.original.enabled:
         files += [f"{RESULTS}/seed/{model}.json", f"{RESULTS}/seed/{model}-eigdirs.pt"]
@@ -259,4 +265,17 @@ def derive_input(wildcards):
         "shards": stack_files(wildcards, "eigen", ".parquet"),
         "shard_files": stack_files(wildcards, "eigen", ".pt")
         + stack_files(wildcards, "eigen", ".json"),
+    }
+
+
+def report_input(_):
+    run_if_other(PLAN.report.key, f"{REPORT}/index.json")
+    return {
+        "merged": [f"{RESULTS}/provenance/{model}.json" for model in PLAN.models],
+        "derived": [
+            f"{RESULTS}/provenance/derived/{model}.json" for model in PLAN.models
+        ],
+        **{
+            table: [table_of(model, table) for model in PLAN.models] for table in TABLES
+        },
     }

@@ -4,6 +4,7 @@ rule derive:
         unpack(derive_input),
     output:
         overlap=f"{RESULTS}/atlas/overlap/model={{model}}/overlap.parquet",
+        neighbours=f"{RESULTS}/atlas/neighbours/model={{model}}/neighbours.parquet",
         layers=f"{RESULTS}/atlas/layers/model={{model}}/layers.parquet",
         models=f"{RESULTS}/atlas/models/model={{model}}/models.parquet",
         record=f"{RESULTS}/provenance/derived/{{model}}.json",

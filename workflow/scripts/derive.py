@@ -11,6 +11,6 @@ with running(snakemake) as provenance:
     tables = by_place(snakemake.input.shards)
     shards = {stack: [tables[stack, "eigen", name] for name in names] for stack, names in json.loads(snakemake.params.shards)}
     merged = Merged(*(Path(snakemake.input[name]) for name in ("heads", "gram", "directions", "record")), shards=shards)
-    derived = Derived(*(Path(snakemake.output[name]) for name in ("overlap", "layers", "models", "record")))
+    derived = Derived(*(Path(snakemake.output[name]) for name in ("overlap", "neighbours", "layers", "models", "record")))
     facts, config = (json.loads(text) for text in (snakemake.params.facts, snakemake.params.config))
     derive(merged, derived, facts, config, provenance)

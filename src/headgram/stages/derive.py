@@ -1,4 +1,4 @@
-"""Derivation: what follows from one model's part of the atlas, about its layer pairs, its layers, and the model as a whole."""
+"""Derivation: what follows from one model's part of the atlas, about pairs of layers, near heads, layers, and the model."""
 
 from __future__ import annotations
 
@@ -13,18 +13,23 @@ import pyarrow.compute as pc
 import torch
 
 from headgram.artifacts import Provenance, check, record_of, seal
+from headgram.geometry.neighbours import MEASURES, Neighbours, nearest_heads
 from headgram.geometry.overlaps import overlaps
 from headgram.tables import (
     HEAD_NUMBERS,
     LAYER_SCORES,
     LAYERS,
     MODELS,
+    NEIGHBOURS,
     OVERLAP,
     QUARTILES,
     SIDES,
     read_table,
     write_table,
 )
+
+#: How many of the nearest heads are kept, by each measure.
+NEAREST = 8
 
 
 @dataclass(frozen=True)
@@ -43,6 +48,7 @@ class Derived:
     """The files that a derivation writes."""
 
     overlap: Path
+    neighbours: Path
     layers: Path
     models: Path
     record: Path
@@ -59,6 +65,7 @@ class _Stack:
     layer_scores: dict[str, np.ndarray]  # (L,)
     cosine: np.ndarray  # (L, L, H)
     overlap: dict[str, np.ndarray]  # by side (L, L, H)
+    neighbours: dict[str, Neighbours]  # by measure
 
 
 def derive(merged: Merged, derived: Derived, facts: Mapping[str, Any], config: Mapping[str, Any], provenance: Provenance) -> None:
@@ -88,9 +95,11 @@ def derive(merged: Merged, derived: Derived, facts: Mapping[str, Any], config: M
     ]
     compression = config["export"]["compression"]
     write_table(derived.overlap, pa.concat_tables([_overlap_table(stack) for stack in stacks]), provenance, compression)
+    neighbours = pa.concat_tables([_neighbours_table(stack) for stack in stacks])
+    write_table(derived.neighbours, neighbours, provenance, compression)
     write_table(derived.layers, pa.concat_tables([_layers_table(stack) for stack in stacks]), provenance, compression)
     write_table(derived.models, pa.concat_tables([_models_table(stack, facts) for stack in stacks]), provenance, compression)
-    seal(derived.record, provenance, [derived.overlap, derived.layers, derived.models])
+    seal(derived.record, provenance, [derived.overlap, derived.neighbours, derived.layers, derived.models])
 
 
 def _of(table: pa.Table, stack: str) -> pa.Table:
@@ -102,7 +111,8 @@ def _stack(
 ) -> _Stack:
     layers = directions["layers"].numpy()
     count, per_layer, kept, hidden = directions["right"].shape
-    scores = pa.concat_tables([read_table(path).select(LAYER_SCORES) for path in shards])
+    measured = pa.concat_tables([read_table(path).select([*LAYER_SCORES, "singular_values"]) for path in shards])
+    singular = measured["singular_values"].combine_chunks().flatten().to_numpy().reshape(count, per_layer, -1)[..., :kept]
     return _Stack(
         name=name,
         layers=layers,
@@ -115,9 +125,12 @@ def _stack(
             "directions": kept,
         },
         numbers={column: _by_layer(heads, column, count) for column in HEAD_NUMBERS},
-        layer_scores={column: _by_layer(scores, column, count)[:, 0] for column in LAYER_SCORES},
+        layer_scores={column: _by_layer(measured, column, count)[:, 0] for column in LAYER_SCORES},
         cosine=_square(gram, "cosine", layers, per_layer),
         overlap={side: _overlaps(directions[side], device) for side in SIDES},
+        neighbours=nearest_heads(
+            torch.tensor(singular), directions["right"], directions["left"], directions["signed"], NEAREST, device
+        ),
     )
 
 
@@ -155,6 +168,24 @@ def _overlap_table(stack: _Stack) -> pa.Table:
         "expected": np.full(len(a) * heads, _expected_overlap(stack)),
     }
     return _table(stack, columns, OVERLAP)
+
+
+def _neighbours_table(stack: _Stack) -> pa.Table:
+    """A row per head, measure and place: the nearest head first."""
+    found = [stack.neighbours[measure] for measure in MEASURES]
+    values = np.stack([each.value.numpy() for each in found], axis=2)  # (L, H, measures, n)
+    shape = values.shape
+    layer, head, measure, place = (index.ravel() for index in np.indices(shape))
+    columns = {
+        "layer": stack.layers[layer],
+        "head": head,
+        "measure": pa.array(MEASURES).take(pa.array(measure)),
+        "place": place,
+        "other_layer": stack.layers[np.stack([each.layer.numpy() for each in found], axis=2).ravel()],
+        "other_head": np.stack([each.head.numpy() for each in found], axis=2).ravel(),
+        "value": values.ravel(),
+    }
+    return _table(stack, columns, NEIGHBOURS)
 
 
 def _layers_table(stack: _Stack) -> pa.Table:

@@ -1,0 +1,146 @@
+"""The atlas of one model as arrays: what the page and the figures draw.
+
+Every array is regular: layers, heads, and for pairs of layers the upper triangle with its diagonal, row by row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from headgram.report.columns import columns
+from headgram.tables import QUARTILES, SIDES, read_table
+
+#: The tables that a report reads.
+TABLES = ("heads", "spectra", "gram", "overlap", "layers", "models", "neighbours")
+#: How the forms of two layers are compared; SIDES are those of their directions.
+FORMS = {
+    "cosine": "g (cosine)",
+    "transposed": "g with the transpose of g",
+    "symmetric": "symmetric parts",
+    "antisymmetric": "antisymmetric parts",
+}
+_PAIRS = ["layer_a", "layer_b", "head"]
+
+
+@dataclass(frozen=True)
+class StackSummary:
+    """What is known of every stack, of all models at once: `L` layers, `C` columns of `heads`.
+
+    Attributes
+    ----------
+    facts
+        The stack's row of `models`.
+    layers : (L,)
+        True indices.
+    quartiles : (3, C, L)
+        Lower quartile, median and upper quartile of each column over heads, in the order of `columns()`.
+    expected
+        The overlap of random spans.
+    """
+
+    facts: dict[str, Any]
+    layers: np.ndarray
+    quartiles: np.ndarray
+    expected: float
+
+
+@dataclass(frozen=True)
+class StackArrays:
+    """One stack of a model: `L` layers, `H` heads, `P = L (L + 1) / 2` pairs of layers.
+
+    Attributes
+    ----------
+    heads : (C, L, H)
+        Columns of `heads`, in the order of `columns()`.
+    singular : (L, H, r), eigenvalues : (L, H, 2r)
+        The latter from the largest to the smallest.
+    pairs : by name of FORMS and SIDES, (P, H)
+        Cosines of the forms, with the transpose, and of their symmetric and antisymmetric parts; overlaps of spans.
+    neighbours : by measure, (3, L, H, n)
+        Layer, head and value of the nearest heads.
+    """
+
+    summary: StackSummary
+    heads: np.ndarray
+    singular: np.ndarray
+    eigenvalues: np.ndarray
+    pairs: dict[str, np.ndarray]
+    neighbours: dict[str, np.ndarray]
+
+    def mean_square(self, name: str) -> np.ndarray:
+        """Mean over heads of one of `pairs`, (L, L)."""
+        a, b = np.triu_indices(len(self.summary.layers))
+        square = np.zeros((len(self.summary.layers), len(self.summary.layers)))
+        square[a, b] = square[b, a] = self.pairs[name].mean(1)
+        return square
+
+
+def read_model(paths: Mapping[str, Path]) -> dict[str, StackArrays]:
+    """One model's tables, given by name, as arrays, by stack in the model's order."""
+    tables = {name: read_table(paths[name]).to_pandas() for name in TABLES}
+    stacks = dict.fromkeys(tables["heads"]["stack"])
+    return {stack: _stack({name: table[table["stack"] == stack] for name, table in tables.items()}) for stack in stacks}
+
+
+def _stack(tables: Mapping[str, pd.DataFrame]) -> StackArrays:
+    heads = tables["heads"].sort_values(["layer", "head"])
+    layers = np.unique(heads["layer"])
+    shape = (len(layers), heads["head"].nunique(), -1)
+    names = [column.name for column in columns()]
+    by_layer = tables["layers"].sort_values("layer")
+    gram, overlap = (tables[name].sort_values(_PAIRS) for name in ("gram", "overlap"))
+    spectra = tables["spectra"].sort_values(["layer", "head", "index"])
+    singular, symmetric = (spectra[name].to_numpy().reshape(shape) for name in ("singular_value", "symmetric_eigenvalue"))
+    summary = StackSummary(
+        facts=_plain(tables["models"].iloc[0]),
+        layers=layers,
+        quartiles=np.stack([[by_layer[f"{name}_{each}"] for name in names] for each in QUARTILES]),
+        expected=float(overlap["expected"].iloc[0]),
+    )
+    return StackArrays(
+        summary=summary,
+        heads=np.stack([heads[name].to_numpy().reshape(shape[:2]) for name in names]),
+        singular=singular[..., : int(heads["rank"].iloc[0])],
+        eigenvalues=-np.sort(-symmetric, axis=-1),
+        pairs=_cosines(gram, layers, shape[1]) | {side: overlap[side].to_numpy().reshape(-1, shape[1]) for side in SIDES},
+        neighbours=_neighbours(tables["neighbours"], shape),
+    )
+
+
+def _plain(row: pd.Series) -> dict[str, Any]:
+    """A row in JSON's terms."""
+    return {str(name): value.item() if isinstance(value, np.generic) else value for name, value in row.items()}
+
+
+def _cosines(gram: pd.DataFrame, layers: np.ndarray, heads: int) -> dict[str, np.ndarray]:
+    """Inner products over the norms of what is multiplied; 0 where one of the norms is 0."""
+    a, b = (np.searchsorted(layers, gram[name].to_numpy().reshape(-1, heads)[:, 0]) for name in ("layer_a", "layer_b"))
+    table = {
+        name: gram[name].to_numpy().reshape(-1, heads) for name in ("gram", "cosine", "transposed", "symmetric", "antisymmetric")
+    }
+
+    def normed(name: str, squares: str) -> np.ndarray:
+        norms = np.sqrt(table[squares][a == b].clip(0))
+        alive = (norms[a] > 0) & (norms[b] > 0)
+        ratio: np.ndarray = table[name] / np.where(alive, norms[a], np.inf) / np.where(alive, norms[b], np.inf)
+        return ratio.clip(-1, 1)
+
+    return {
+        "cosine": table["cosine"],
+        "transposed": normed("transposed", "gram"),
+        "symmetric": normed("symmetric", "symmetric"),
+        "antisymmetric": normed("antisymmetric", "antisymmetric"),
+    }
+
+
+def _neighbours(table: pd.DataFrame, shape: tuple[int, ...]) -> dict[str, np.ndarray]:
+    found = {}
+    for measure, rows in table.sort_values(["layer", "head", "place"]).groupby("measure"):
+        found[str(measure)] = np.stack([rows[name].to_numpy().reshape(shape) for name in ("other_layer", "other_head", "value")])
+    return found

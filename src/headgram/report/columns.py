@@ -1,0 +1,48 @@
+"""How the columns of `heads` are called and coloured."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from headgram.tables import HEAD_NUMBERS
+
+
+@dataclass(frozen=True)
+class Column:
+    """One column.
+
+    Attributes
+    ----------
+    meaning
+        A line for people.
+    centre
+        The value that is neither the one nor the other, where there is one: its colour is neutral.
+    """
+
+    name: str
+    label: str
+    meaning: str
+    centre: float | None = None
+
+
+_KNOWN = (
+    Column("symmetry", "Symmetry", "share of ‖g‖² in the symmetric part: 1 symmetric, 0 antisymmetric", 0.5),
+    Column("symmetry_score", "Symmetry score", "1 symmetric, -1 antisymmetric, 0 neither", 0.0),
+    Column("directionality", "Directionality", "1: large norms on the query side of g, -1: on the key side", 0.0),
+    Column("positive_energy", "Positive energy", "share of the signed spectrum's energy at positive eigenvalues", 0.5),
+    Column("stable_rank", "Stable rank", "‖g‖² over the largest singular value squared"),
+    Column("effective_rank", "Effective rank", "exponential of the entropy of the squared singular values"),
+    Column("fro_sq", "Squared norm", "‖g‖², the sum of the squared singular values"),
+    Column("spectral_norm", "Spectral norm", "the largest singular value"),
+    Column("nuclear_norm", "Nuclear norm", "sum of the singular values"),
+    Column("trace", "Trace", "tr g, the sum of the signed eigenvalues", 0.0),
+    Column("self_overlap", "Self-overlap", "⟨g, gᵀ⟩ = tr(g g)", 0.0),
+    Column("residual", "Residual", "largest residual of the identities that every result is checked against"),
+)
+
+
+def columns() -> tuple[Column, ...]:
+    """All measured columns of `heads`, those that are known by name first."""
+    known = {column.name: column for column in _KNOWN}
+    named = [column for column in _KNOWN if column.name in HEAD_NUMBERS]
+    return (*named, *(Column(name, name, "") for name in HEAD_NUMBERS if name not in known))

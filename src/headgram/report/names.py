@@ -1,0 +1,17 @@
+"""What the figures are called. Imports nothing: the Snakefile reads it."""
+
+#: Figures of every stack of a model.
+STACK_FIGURES = {
+    "symmetry": "Symmetry of every head",
+    "cosine": "Cosine of layer pairs, mean over heads",
+    "overlap-right": "Overlap of layer pairs on the query side, mean over heads",
+    "overlap-left": "Overlap of layer pairs on the key side, mean over heads",
+    "overlap-signed": "Overlap of layer pairs in signed directions, mean over heads",
+}
+#: Columns of `heads` whose way along the depth is drawn.
+PROFILE_FIGURES = {
+    "symmetry_score": "Symmetry score",
+    "directionality": "Directionality",
+    "positive_energy": "Positive energy",
+    "stable_rank": "Stable rank",
+}

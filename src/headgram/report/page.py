@@ -1,0 +1,90 @@
+"""The page: one HTML file that holds its library, its styles, its pictures and the models' data, and needs no network."""
+
+from __future__ import annotations
+
+import html
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import asdict
+from importlib.resources import files
+from typing import Any
+
+import numpy as np
+
+from headgram.report import pictures
+from headgram.report.arrays import FORMS, StackArrays, StackSummary
+from headgram.report.columns import columns
+from headgram.report.pack import pack
+
+#: Characters of models' data that the page itself holds, in the manifest's order. What goes beyond lies beside the page.
+EMBEDDED = 24 * 2**20
+
+
+def model_pack(stacks: Mapping[str, StackArrays]) -> str:
+    """All arrays of a model but the quartiles, which `index_pack` holds."""
+    arrays: dict[str, np.ndarray] = {}
+    for name, stack in stacks.items():
+        parts = {"heads": stack.heads, "singular": stack.singular, "eigenvalues": stack.eigenvalues}
+        parts |= {f"pairs/{kind}": values for kind, values in stack.pairs.items()}
+        parts |= {f"neighbours/{measure}": values for measure, values in stack.neighbours.items()}
+        arrays |= {f"{name}/{part}": values for part, values in parts.items()}
+    return pack(None, arrays)
+
+
+def index_pack(models: Mapping[str, Mapping[str, StackSummary]]) -> str:
+    """What the page knows of every model before its own data are asked for."""
+    meta = {
+        "forms": FORMS,
+        "columns": [asdict(column) for column in columns()],
+        "models": {
+            model: {
+                name: {**stack.facts, "layer_indices": stack.layers.tolist(), "expected": stack.expected}
+                for name, stack in stacks.items()
+            }
+            for model, stacks in models.items()
+        },
+    }
+    quartiles = {f"{model}/{name}": stack.quartiles for model, stacks in models.items() for name, stack in stacks.items()}
+    return pack(meta, quartiles)
+
+
+def beside(model: str, text: str) -> str:
+    """The script that holds a model's pack where the page does not."""
+    return f"headgram.receive({_script_json(model)}, {_script_json(text)});\n"
+
+
+def page(index: str, packs: Mapping[str, str]) -> str:
+    """The page.
+
+    Parameters
+    ----------
+    index
+        From `index_pack`.
+    packs
+        From `model_pack`, by model: those that the page is to hold.
+    """
+    specs = {
+        "cells": pictures.heatmap("head", "layer"),
+        "square": pictures.heatmap("layer_b", "layer_a"),
+        "spectrum": pictures.spectrum(),
+        "profile": pictures.profile(),
+    }
+    data = [("index", index), *((f"pack-{model}", text) for model, text in packs.items())]
+    parts = {
+        "style": _asset("style.css"),
+        "vega": pictures.vega_library(),
+        "pictures": _script_json({name: pictures.for_page(chart) for name, chart in specs.items()}),
+        "data": "\n".join(f'<script type="text/plain" id="{html.escape(name)}">{text}</script>' for name, text in data),
+        "app": _asset("app.js"),
+    }
+    return re.sub(r"\{\{(\w+)\}\}", lambda match: parts[match[1]], _asset("page.html"))
+
+
+def _asset(name: str) -> str:
+    return files("headgram.report").joinpath(name).read_text(encoding="utf-8")
+
+
+def _script_json(value: Any) -> str:
+    """JSON that cannot end the script which holds it."""
+    return json.dumps(value, separators=(",", ":")).replace("<", "\\u003c")

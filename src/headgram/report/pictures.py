@@ -1,0 +1,132 @@
+"""The pictures, as Vega-Lite: for the page, which feeds them, and as figures that hold their data.
+
+Every picture reads named datasets, so that the page can exchange them; what is chosen is a dataset too. Colours are
+parameters, which the page sets by its theme, and the scale `color` of a heatmap, which it replaces.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import altair as alt
+import vl_convert
+
+Chart = alt.LayerChart
+_VEGA_LITE = "6.4"
+#: Parameters and their values on white: of what is chosen, of what is not, of frames and around them.
+_COLOURS = {"accent": "#c8500a", "quiet": "#8a939c", "ink": "#14181c", "halo": "#ffffff"}
+_ACCENT, _QUIET, _INK, _HALO = (alt.ExprRef(name) for name in _COLOURS)
+#: Blue, neutral, orange: told apart by everybody.
+DIVERGING = ("#1f4e9c", "#5a8fd0", "#b4cfea", "#f5f4f2", "#f3c69a", "#d98032", "#8f4a06")
+_SERIES = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#5b6570", "#a39200")
+_TIP = {"content": "data"}
+
+
+def heatmap(x: str, y: str, domain: Sequence[float] | None = None, colours: str | Sequence[str] = "viridis") -> Chart:
+    """Cells of two indices coloured by `value`, and a frame around what is chosen.
+
+    Datasets: `cells` (x, y, value) and `chosen`, which holds x and y, or y alone in a square of layers: a whole row.
+    """
+    axis = alt.Axis(labelOverlap=True, labelAngle=0, ticks=False, domain=False, grid=False)
+    place: dict[str, Any] = {
+        "x": alt.X(f"{x}:O", axis=axis, title=x.split("_")[0]),
+        "y": alt.Y(f"{y}:O", axis=axis, title=y.split("_")[0]),
+    }
+    scale = alt.Scale(clamp=True, zero=False, nice=False, interpolate="rgb")
+    scale["scheme" if isinstance(colours, str) else "range"] = colours if isinstance(colours, str) else list(colours)
+    if domain is not None:
+        scale["domain"] = list(domain)
+    legend = alt.Legend(orient="bottom", direction="horizontal", title=None, tickCount=4, gradientThickness=9, format="~g")
+    cells = alt.Chart(alt.NamedData("cells")).mark_rect(tooltip=_TIP, cursor="pointer")
+    frame = {"y": place["y"]} if "_" in y else place
+    chosen = alt.Chart(alt.NamedData("chosen")).encode(**frame)
+    return _layers(
+        cells.encode(**place, color=alt.Color("value:Q", scale=scale, legend=legend)),
+        chosen.mark_rect(fillOpacity=0, strokeWidth=4.5, stroke=_HALO),
+        chosen.mark_rect(fillOpacity=0, strokeWidth=2, stroke=_INK),
+    )
+
+
+def spectrum() -> Chart:
+    """Spectra of a layer's heads as lines, the chosen head's in front.
+
+    Datasets: `others` and `chosen` (head, index, value).
+    """
+    place: dict[str, Any] = {
+        "x": alt.X("index:Q", title="index", axis=alt.Axis(tickMinStep=1, grid=False), scale=alt.Scale(nice=False, zero=False)),
+        "y": alt.Y("value:Q", title=None),
+        "detail": "head:N",
+    }
+    zero = alt.Chart(alt.InlineData([{"zero": 0}])).mark_rule(strokeWidth=1, color=_QUIET).encode(y="zero:Q")
+    others = alt.Chart(alt.NamedData("others")).mark_line(
+        tooltip=_TIP, cursor="pointer", strokeWidth=1.2, opacity=0.5, color=_QUIET
+    )
+    chosen = alt.Chart(alt.NamedData("chosen")).mark_line(tooltip=_TIP, strokeWidth=2.8, color=_ACCENT)
+    return _layers(zero, others.encode(**place), chosen.encode(**place))
+
+
+def profile(depth: str = "depth") -> Chart:
+    """Median and quartiles over heads along the depth, one colour per series.
+
+    Datasets: `profile` (series, x, q25, median, q75) and `chosen` (x).
+    """
+    x = alt.X("x:Q", title=depth, axis=alt.Axis(grid=False), scale=alt.Scale(nice=False, zero=False))
+    legend = alt.Legend(
+        orient="bottom", title=None, labelLimit=320, columns=4, symbolType="stroke", symbolStrokeWidth=3, symbolOpacity=1
+    )
+    colour = alt.Color("series:N", sort=None, legend=legend)
+    base = alt.Chart(alt.NamedData("profile")).encode(x=x, color=colour)
+    band = base.mark_area(opacity=0.16).encode(y=alt.Y("q25:Q", title=None, scale=alt.Scale(zero=False)), y2="q75:Q")
+    line = base.mark_line(strokeWidth=2.2).encode(y=alt.Y("median:Q", title=None))
+    points = base.mark_point(filled=True, size=50, opacity=1, tooltip=_TIP, cursor="pointer").encode(y="median:Q")
+    chosen = alt.Chart(alt.NamedData("chosen")).mark_rule(strokeDash=[4, 3], strokeWidth=1.2, color=_INK).encode(x="x:Q")
+    return _layers(band, chosen, line, points)
+
+
+def _layers(*charts: alt.Chart) -> Chart:
+    chart = alt.layer(*charts).add_params(*(alt.param(name=name, value=value) for name, value in _COLOURS.items()))
+    configured: Chart = chart.configure(aria=False)  # a label on every cell makes a figure five times as large
+    return configured
+
+
+def for_page(chart: Chart) -> dict[str, Any]:
+    """A picture in Vega that fills its place in the page, and whose datasets are empty."""
+    fitted = chart.properties(
+        width="container", height="container", background="transparent", autosize={"type": "fit", "contains": "padding"}
+    )
+    return _vega(fitted.to_dict())
+
+
+def figure(chart: Chart, title: str, datasets: Mapping[str, Sequence[Mapping[str, Any]]], width: int, height: int) -> str:
+    """A picture with its data, in SVG."""
+    whole = chart.properties(title=title, width=width, height=height, background="white")
+    spec = whole.configure_range(category=list(_SERIES)).to_dict()
+    spec["datasets"] = {name: list(rows) for name, rows in datasets.items()}
+    text: str = vl_convert.vega_to_svg(_vega(spec))
+    return re.sub(r"\bgradient_\d+", "gradient", text)  # counted over the process, though a figure has one legend at most
+
+
+def _vega(spec: dict[str, Any]) -> dict[str, Any]:
+    """In Vega, where only marks with a tooltip answer to the pointer, and the cells of a heatmap overlap by a hair: no background
+    shines through where they meet."""
+    vega: dict[str, Any] = vl_convert.vegalite_to_vega(spec, vl_version=_VEGA_LITE)
+    for mark in _marks(vega):
+        drawn = mark["encode"]["update"]
+        mark["interactive"] = "tooltip" in drawn
+        if mark["type"] == "rect" and drawn.get("fill", {}).get("scale") == "color":
+            drawn |= {"width": {"signal": "bandwidth('x') + 0.7"}, "height": {"signal": "bandwidth('y') + 0.7"}}
+    return vega
+
+
+def _marks(group: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    """All marks but groups."""
+    for mark in group["marks"]:
+        yield from _marks(mark) if mark["type"] == "group" else [mark]
+
+
+def vega_library() -> str:
+    """The Vega runtime in JavaScript, which sets `window.vegaEmbed`."""
+    text: str = vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed;", vl_version=_VEGA_LITE)
+    return text

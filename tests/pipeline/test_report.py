@@ -1,0 +1,356 @@
+"""The page in a real browser: every control changes every picture to the values in Parquet."""
+
+import shutil
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from browser import LOCAL, browser, opened
+from headgram.artifacts import read_record
+from headgram.prove import _models
+from pipeline.conftest import edit, new_project
+from tiny import write_bert, write_llama, write_manifest
+
+#: The page rounds to 13 bits of mantissa.
+CLOSE = {"rtol": 1e-4, "atol": 1e-5}
+
+
+@pytest.fixture(scope="module")
+def reported(tmp_path_factory):
+    """A llama, a bert, and a T5 with its three stacks, with their report."""
+    project = new_project(tmp_path_factory.mktemp("report") / "project")
+    write_llama(project.folder / "models" / "llama", layers=6)
+    write_bert(project.folder / "models" / "bert")
+    model, _ = next(_models("t5"))
+    model.save_pretrained(project.folder / "models" / "t5")
+    write_manifest(project.folder / "config" / "models.tsv", {name: f"models/{name}" for name in ("llama", "bert", "t5")})
+    project.run()
+    return project
+
+
+@pytest.fixture(scope="module")
+def chrome():
+    with browser() as running:
+        yield running
+
+
+@pytest.fixture
+def page(chrome, reported):
+    with opened(chrome, reported.folder / "results" / "report" / "index.html") as found:
+        yield found
+        assert found.complaints == []
+
+
+def table(project, name: str, model: str, stack: str) -> pd.DataFrame:
+    path = project.folder / "results" / "atlas" / name / f"model={model}" / f"{name}.parquet"
+    frame = pd.read_parquet(path.open("rb"))
+    return frame[frame["stack"] == stack]
+
+
+def check_strip(page, project, model, stack, column, **_):
+    heads = table(project, "heads", model, stack).set_index(["layer", "head"])[column].sort_index()
+    drawn = pd.DataFrame(page.rows("strip", "cells")).set_index(["layer", "head"])["value"].sort_index()
+    assert list(drawn.index) == list(heads.index)
+    np.testing.assert_allclose(drawn, heads, **CLOSE)
+
+
+def check_squares(page, project, picture, values, head):
+    """`values` is indexed by layer_a <= layer_b and head; the pictures show both triangles, of one head and of the mean."""
+    for part, expected in (("head", values.xs(head, level="head")), ("mean", values.groupby(["layer_a", "layer_b"]).mean())):
+        drawn = pd.DataFrame(page.rows(f"{picture}-{part}", "cells"))
+        low, high = np.sort(drawn[["layer_a", "layer_b"]].to_numpy(), axis=1).T
+        np.testing.assert_allclose(drawn["value"], expected.loc[list(zip(low, high, strict=True))], **CLOSE)
+        assert len(drawn) == drawn["layer_a"].nunique() ** 2
+
+
+def check_forms(page, project, model, stack, head, form, **_):
+    gram = table(project, "gram", model, stack).set_index(["layer_a", "layer_b", "head"])
+    product = {"cosine": "gram"}.get(form, form)
+    square = {"cosine": "gram", "transposed": "gram"}.get(form, form)
+    diagonal = gram.loc[[(a, b, h) for a, b, h in gram.index if a == b], square].droplevel("layer_b")
+    norms = np.sqrt(diagonal.clip(lower=0))
+    scale = [norms[a, h] * norms[b, h] for a, b, h in gram.index]
+    check_squares(page, project, "form", gram[product] / scale, head)
+
+
+def check_sides(page, project, model, stack, head, side, **_):
+    overlap = table(project, "overlap", model, stack).set_index(["layer_a", "layer_b", "head"])
+    check_squares(page, project, "side", overlap[side], head)
+
+
+def check_spectra(page, project, model, stack, layer, head, **_):
+    spectra = table(project, "spectra", model, stack).query("layer == @layer")
+    rank = int(table(project, "heads", model, stack)["rank"].iloc[0])
+    for picture, column in (("singular", "singular_value"), ("eigenvalues", "symmetric_eigenvalue")):
+        rows = page.rows(picture, "others") + page.rows(picture, "chosen")
+        assert {row["head"] for row in page.rows(picture, "chosen")} == {head}
+        drawn = pd.DataFrame(rows).sort_values(["head", "index"])
+        kept = spectra[spectra["index"] < rank] if picture == "singular" else spectra
+        expected = kept.sort_values(["head", column], ascending=[True, False])
+        assert drawn["head"].tolist() == expected["head"].tolist()
+        np.testing.assert_allclose(drawn["value"], expected[column], **CLOSE)
+
+
+def check_profile(page, project, stack, column, depth, compared, **_):
+    drawn = pd.DataFrame(page.rows("profile", "profile"))
+    assert set(drawn["model"]) == set(compared)
+    for model, rows in drawn.groupby("model"):
+        stacks = table_stacks(project, model)
+        layers = table(project, "layers", model, stack if stack in stacks else stacks[0]).sort_values("layer")
+        assert rows["layer"].tolist() == layers["layer"].tolist()
+        for quartile in ("q25", "median", "q75"):
+            np.testing.assert_allclose(rows[quartile], layers[f"{column}_{quartile}"], **CLOSE)
+        place = layers["layer"] if depth == "layer" else np.linspace(0, 1, len(layers))
+        np.testing.assert_allclose(rows["x"], place)
+
+
+def table_stacks(project, model: str) -> list[str]:
+    path = project.folder / "results" / "atlas" / "heads" / f"model={model}" / "heads.parquet"
+    return list(dict.fromkeys(pd.read_parquet(path.open("rb"))["stack"]))
+
+
+def check_tables(page, project, model, stack, layer, head, measure, **_):
+    heads = table(project, "heads", model, stack).query("layer == @layer and head == @head").iloc[0]
+    columns = page.page.evaluate("[...document.querySelector('#column').options].map(o => o.value)")
+    shown = [float(line[1].replace("−", "-")) for line in page.table("values")]
+    np.testing.assert_allclose(shown, heads[columns].astype(float), rtol=6e-3, atol=1e-12)
+    nearest = table(project, "neighbours", model, stack).query("layer == @layer and head == @head and measure == @measure")
+    nearest = nearest.sort_values("place")
+    lines = page.table("neighbours")
+    if nearest.empty:
+        assert lines == [["There is no other layer."]]
+        return
+    names = [f"L{a} H{b}" for a, b in zip(nearest["other_layer"], nearest["other_head"], strict=True)]
+    assert [line[0] for line in lines] == names
+    np.testing.assert_allclose([float(line[1].replace("−", "-")) for line in lines], nearest["value"], rtol=6e-3, atol=1e-6)
+
+
+def check_everything(page, project):
+    state = page.state()
+    compared = {state["model"], *state["with"]}
+    for check in (check_strip, check_forms, check_sides, check_spectra, check_tables):
+        check(page, project, **state)
+    check_profile(page, project, compared=compared, **state)
+    assert page.rows("strip", "chosen") == [{"layer": state["layer"], "head": state["head"]}]
+    for picture in ("form-head", "form-mean", "side-head", "side-mean"):
+        assert page.rows(picture, "chosen") == [{"layer_a": state["layer"]}]
+
+
+def test_it_opens_from_disk(page, reported):
+    file = reported.folder / "results" / "report" / "index.html"
+    assert file.stat().st_size < 15 * 2**20
+    assert page.first_picture() < 3
+    assert page.state()["model"] == "llama"
+    check_everything(page, reported)
+
+
+def test_every_control_changes_every_picture_to_the_values_in_parquet(page, reported):
+    columns = page.page.evaluate("[...document.querySelector('#column').options].map(o => o.value)")
+    numbers = table(reported, "heads", "llama", "self").select_dtypes("float64")
+    assert sorted(columns) == sorted(numbers)
+    for column in columns:
+        page.select("column", column)
+        check_strip(page, reported, **page.state())
+        check_profile(page, reported, compared={"llama", "bert", "t5"}, **page.state())
+    for control, values in {
+        "layer": [5, 2],
+        "head": [3, 1],
+        "form": ["transposed", "symmetric", "antisymmetric", "cosine"],
+        "side": ["left", "signed", "right"],
+        "measure": ["right", "left", "signed", "form"],
+        "depth": ["relative", "layer"],
+        "scale": ["symlog", "linear"],
+        "model": ["t5"],
+        "stack": ["decoder", "cross", "encoder"],
+    }.items():
+        for value in values:
+            page.select(control, value)
+            assert str(page.state()[control]) == str(value)
+            check_everything(page, reported)
+    page.page.click("#compare summary")
+    page.page.uncheck("#with input[value=bert]")
+    page.settle()
+    check_everything(page, reported)
+    assert sorted(page.state()["with"]) == ["llama", "t5"]
+
+
+def test_the_address_holds_the_choice(chrome, reported):
+    path = reported.folder / "results" / "report" / "index.html"
+    with opened(chrome, path) as first:
+        first.set(model="t5", stack="cross", layer=1, head=1, column="trace", side="left", theme="dark")
+        fragment = first.page.evaluate("location.hash")
+        state = first.state()
+    with opened(chrome, path, fragment) as second:
+        assert second.state() == state
+        second.page.evaluate("location.hash = '#model=bert&layer=2&head=99&column=none&side=x'")
+        second.page.wait_for_function("headgram.state.model === 'bert'")
+        second.settle()
+        state = second.state()
+        chosen = [state[name] for name in ("stack", "layer", "head", "column", "side")]
+        assert chosen == ["self", 2, 2, "symmetry", "right"]
+        check_everything(second, reported)
+        assert second.complaints == []
+
+
+def centre(page, picture: str, **row) -> tuple[float, float]:
+    """Where in the window a row of a picture is drawn."""
+    found = page.page.evaluate(
+        """([id, row]) => {
+            const marks = [], view = headgram.view(id), box = document.getElementById(id).getBoundingClientRect();
+            const visit = item => { if (item.items) item.items.forEach(visit); else if (item.datum) marks.push(item); };
+            visit(view.scenegraph().root);
+            const fits = ({ datum }) => Object.entries(row).every(([name, value]) => datum[name] === value);
+            const { bounds } = marks.find(item => ["rect", "symbol"].includes(item.mark.marktype) && fits(item));
+            const [x, y] = view.origin().map((start, i) => start + [view.padding().left, view.padding().top][i]);
+            return [box.left + x + (bounds.x1 + bounds.x2) / 2, box.top + y + (bounds.y1 + bounds.y2) / 2];
+        }""",
+        [picture, row],
+    )
+    return tuple(found)
+
+
+def test_clicks_choose_and_link(page, reported):
+    page.page.mouse.click(*centre(page, "strip", layer=3, head=2))
+    page.settle()
+    assert (page.state()["layer"], page.state()["head"]) == (3, 2)
+    check_everything(page, reported)
+    page.page.mouse.click(*centre(page, "form-mean", layer_a=1, layer_b=4))
+    page.settle()
+    assert page.state()["layer"] == 1
+    page.page.mouse.move(*centre(page, "strip", layer=2, head=0))
+    value = table(reported, "heads", "llama", "self").query("layer == 2 and head == 0")["symmetry"].item()
+    tip = page.page.inner_text("#tip")
+    assert tip.startswith("Layer 2, head 0")
+    assert float(tip.split()[-1]) == pytest.approx(value, rel=1e-3)
+    line = page.table("neighbours")[0]
+    page.page.click("#neighbours tbody button")
+    page.settle()
+    assert f"L{page.state()['layer']} H{page.state()['head']}" == line[0]
+    page.page.click("#values tbody tr:nth-child(4) button")
+    page.settle()
+    assert page.state()["column"] == page.page.input_value("#column")
+    check_everything(page, reported)
+    page.page.locator("#profile").scroll_into_view_if_needed()
+    page.page.mouse.click(*centre(page, "profile", model="bert", layer=2))
+    page.settle()
+    assert (page.state()["model"], page.state()["layer"]) == ("bert", 2)
+    check_everything(page, reported)
+
+
+def test_a_keyboard_is_enough(page, reported):
+    keyboard = page.page.keyboard
+    reached = []
+    for _ in range(60):
+        keyboard.press("Tab")
+        reached.append(page.page.evaluate("document.activeElement.id"))
+    controls = ["model", "stack", "layer", "head", "column", "theme", "form", "side", "measure", "scale", "depth"]
+    assert {*controls, "strip", "form-head", "form-mean", "side-head", "side-mean", "singular", "profile"} <= set(reached)
+    page.page.focus("#strip")
+    for key in ("ArrowDown", "ArrowDown", "ArrowRight", "ArrowUp", "ArrowLeft", "ArrowLeft"):
+        keyboard.press(key)
+    page.settle()
+    assert (page.state()["layer"], page.state()["head"]) == (1, 0)
+    page.page.focus("#profile")
+    keyboard.press("ArrowRight")
+    page.page.focus("#neighbours tbody button")
+    keyboard.press("Enter")
+    page.settle()
+    assert page.page.evaluate("document.activeElement.closest('#neighbours') !== null")
+    check_everything(page, reported)
+    assert str(page.state()["layer"]) in page.page.inner_text("#status")
+
+
+@pytest.mark.parametrize("size", [(1280, 900), (1920, 1080)])
+def test_light_and_dark(chrome, reported, size):
+    path = reported.folder / "results" / "report" / "index.html"
+    seen = {}
+    colours = "[getComputedStyle(document.body).backgroundColor, headgram.view('strip').signal('ink')]"
+    for theme in ("light", "dark"):
+        with opened(chrome, path, size=size, theme=theme) as page:
+            seen[theme] = page.page.evaluate(colours)
+            page.screenshot(f"tiny-{size[0]}-{theme}")
+            assert page.page.evaluate("document.documentElement.scrollWidth <= innerWidth")
+            page.page.click("#theme")
+            page.settle()
+            seen[f"{theme}, then the other"] = page.page.evaluate(colours)
+            check_everything(page, reported)
+            assert page.complaints == []
+    assert seen["light"] != seen["dark"]
+    assert seen["light, then the other"] == seen["dark"]
+    assert seen["dark, then the other"] == seen["light"]
+
+
+def test_the_same_tables_give_the_same_bytes(reported, tmp_path):
+    project = reported.copy(tmp_path / "project")
+    folder = project.folder / "results" / "report"
+    record = read_record(folder / "index.json")
+    before = {name: (folder / name).read_bytes() for name in record["files"]}
+    assert "index.html" in before
+    shutil.rmtree(folder)
+    assert project.planned() == {"Reporting on all models"}
+    project.run()
+    assert {name: (folder / name).read_bytes() for name in before} == before
+
+
+def test_what_makes_the_report_stale(reported, tmp_path):
+    project = reported.copy(tmp_path / "project")
+    shutil.rmtree(project.folder / ".snakemake")
+    assert project.planned() == set()
+    alone = {"Reporting on all models"}
+    for name in ("src/headgram/report/app.js", "src/headgram/report/style.css", "src/headgram/report/columns.py"):
+        path = project.folder / name
+        text = path.read_text()
+        path.write_text(text + "\n")
+        assert project.planned() == alone, name
+        assert project.planned("--config", "report={enabled: false}") == set()
+        path.write_text(text)
+    config = project.folder / "config" / "config.yaml"
+    edit(config, "topk: 8", "topk: 2")
+    assert alone < project.planned()
+    edit(config, "topk: 2", "topk: 8")
+    assert project.planned() == set()
+    manifest = project.folder / "config" / "models.tsv"
+    head, *rows = manifest.read_text().splitlines(keepends=True)
+    manifest.write_text(head + "".join(reversed(rows)))
+    assert project.planned() == alone
+    manifest.write_text(head + "".join(rows[:2]))
+    assert project.planned() == alone
+    project.run()
+    folder = project.folder / "results" / "report"
+    assert sorted(path.stem for path in (folder / "data").iterdir()) == ["bert", "llama"]
+    assert not list((folder / "figures" / "t5").rglob("*.svg"))
+    assert project.headgram("verify").stderr.count("report") == 0
+    (folder / "data" / "bert.js").write_bytes(b"")
+    assert project.planned() == alone
+
+
+def test_a_failed_model_does_not_hold_up_the_others(reported, tmp_path):
+    project = reported.copy(tmp_path / "project")
+    shutil.rmtree(project.folder / "results")
+    shutil.rmtree(project.folder / ".snakemake")
+    weights = project.folder / "models" / "bert" / "model.safetensors"
+    weights.rename(weights.with_suffix(".gone"))
+    done = project.snakemake("--cores", "2")
+    assert done.returncode != 0
+    results = project.folder / "results"
+    assert sorted(path.stem for path in (results / "provenance").glob("*.json")) == ["llama", "t5"]
+    assert not (results / "report").exists()
+    weights.with_suffix(".gone").rename(weights)
+    project.run()
+    assert (results / "report" / "index.html").exists()
+
+
+def test_snakemake_report(chrome, reported):
+    done = reported.snakemake("--report", "report.html")
+    assert done.returncode == 0, done.stderr
+    path = reported.folder / "report.html"
+    page = chrome.new_page(viewport={"width": 1280, "height": 900})
+    complaints = []
+    page.on("request", lambda request: request.url.startswith(LOCAL) or complaints.append(request.url))
+    page.on("pageerror", lambda error: complaints.append(str(error)))
+    page.goto(path.as_uri())
+    page.get_by_text("Statistics").click()
+    page.get_by_text("Workflow").first.click()
+    assert complaints == []
+    page.close()

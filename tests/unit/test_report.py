@@ -1,0 +1,151 @@
+"""Packs, figures, and the page with what no pipeline run can give it: many models, large models, hostile names."""
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as arrays
+
+from browser import browser, opened
+from headgram.report.arrays import StackArrays, StackSummary
+from headgram.report.columns import columns
+from headgram.report.figures import profile_figures, stack_figures
+from headgram.report.names import PROFILE_FIGURES, STACK_FIGURES
+from headgram.report.pack import pack, unpack
+from headgram.report.page import beside, index_pack, model_pack, page
+
+_NUMBERS = st.floats(-1e30, 1e30, allow_subnormal=False)
+
+
+@given(st.lists(arrays.arrays(np.float64, arrays.array_shapes(max_dims=3), elements=_NUMBERS), max_size=4))
+def test_a_pack_keeps_four_digits(values):
+    packed = {f"array {i}": value for i, value in enumerate(values)}
+    meta, found = unpack(pack({"Ü": [1, None]}, packed))
+    assert meta == {"Ü": [1, None]}
+    assert list(found) == list(packed)
+    for name, value in packed.items():
+        np.testing.assert_allclose(found[name], value, rtol=2.0**-14, atol=1e-37)
+
+
+def test_whole_numbers_and_zeros_are_exact_and_huge_ones_stay_finite():
+    _, found = unpack(pack(None, {"x": np.array([0.0, -1.0, 4095.0, 16384.0, 1e300, -np.inf])}))
+    assert found["x"][:4].tolist() == [0, -1, 4095, 16384]
+    assert np.isfinite(found["x"]).all()
+
+
+def stack(layers: int, heads: int, rank: int, seed=0, facts=None) -> StackArrays:
+    """A stack of random numbers."""
+    random = np.random.default_rng(seed)
+    pairs = layers * (layers + 1) // 2
+    known = {"architecture": "llama", "stored_dtype": "BF16", "layers": layers, "heads": heads, "kv_heads": heads, "rank": rank}
+    neighbours = np.stack(np.broadcast_arrays(1, 2, random.random((layers, heads, 8)))).astype(float)
+    return StackArrays(
+        summary=StackSummary(
+            facts=known | {"hidden": 4 * rank, "directions": 8} | (facts or {}),
+            layers=np.arange(layers),
+            quartiles=np.sort(random.random((3, len(columns()), layers)), axis=0),
+            expected=8 / rank / 4,
+        ),
+        heads=random.random((len(columns()), layers, heads)),
+        singular=-np.sort(-random.random((layers, heads, rank))),
+        eigenvalues=-np.sort(-random.standard_normal((layers, heads, 2 * rank))),
+        pairs={
+            kind: random.random((pairs, heads))
+            for kind in ("cosine", "transposed", "symmetric", "antisymmetric", "right", "left", "signed")
+        },
+        neighbours=dict.fromkeys(("form", "right", "left", "signed"), neighbours),
+    )
+
+
+@pytest.fixture(scope="module")
+def chrome():
+    with browser() as running:
+        yield running
+
+
+def test_fifty_models_of_which_some_lie_beside_the_page(chrome, tmp_path):
+    """Thirty as large as 7B models, of which the page holds as many as fit."""
+    small, large = stack(12, 12, 64), stack(32, 32, 128)
+    packs = {12: model_pack({"self": small}), 32: model_pack({"self": large})}
+    models = {f"model-{i:02d}": large if i % 5 < 3 else small for i in range(50)}
+    index = index_pack({name: {"self": each.summary} for name, each in models.items()})
+    embedded = {name: packs[len(each.heads[0])] for name, each in list(models.items())[:20]}
+    path = tmp_path / "index.html"
+    path.write_text(page(index, embedded))
+    assert path.stat().st_size < 30 * 2**20
+    (tmp_path / "data").mkdir()
+    for name, each in list(models.items())[20:49]:
+        (tmp_path / "data" / f"{name}.js").write_text(beside(name, packs[len(each.heads[0])]))
+    with opened(chrome, path, "#model=model-30", size=(1920, 1080)) as found:
+        assert found.first_picture() < 3
+        assert found.state()["model"] == "model-30"
+        cells = found.rows("strip", "cells")
+        np.testing.assert_allclose([cell["value"] for cell in cells], large.heads[0].ravel(), rtol=1e-4, atol=1e-7)
+        found.page.click("#compare summary")
+        for i in range(50):
+            box = found.page.locator(f"#with input[value=model-{i:02d}]")
+            if box.is_enabled() and not box.is_checked():
+                box.check()
+                found.settle()
+        assert len({row["series"] for row in found.rows("profile", "profile")}) == 8
+        found.select("model", "model-03")
+        assert len(found.rows("strip", "cells")) == 144
+        found.screenshot("fifty-models")
+        assert found.complaints == []
+        found.select("model", "model-49")
+        assert "data/model-49.js" in found.page.inner_text("#status")
+        found.select("model", "model-00")
+        assert "error" not in found.page.get_attribute("#status", "class")
+        assert len(found.rows("strip", "cells")) == 1024
+
+
+def test_what_a_checkpoint_says_is_text_and_nothing_else(chrome, tmp_path):
+    hostile = "</script><img src=x onerror=alert(1)>{{app}}"
+    each = stack(3, 2, 4, facts={"architecture": hostile})
+    path = tmp_path / "index.html"
+    path.write_text(page(index_pack({"a.b-c_d": {"self": each.summary}}), {"a.b-c_d": model_pack({"self": each})}))
+    with opened(chrome, path) as found:
+        assert hostile in found.page.inner_text("#facts")
+        assert found.page.locator("img").count() == 0
+        assert found.complaints == []
+    assert "</script>" not in beside(hostile, "text")
+
+
+@pytest.mark.parametrize(("layers", "heads"), [(1, 1), (1, 16), (2, 1)])
+def test_the_smallest_stacks_have_a_page_and_figures(chrome, tmp_path, layers, heads):
+    each = dataclasses.replace(stack(layers, heads, 1), neighbours={})
+    each = dataclasses.replace(each, heads=np.zeros_like(each.heads), singular=np.zeros_like(each.singular))
+    path = tmp_path / "index.html"
+    path.write_text(page(index_pack({"m": {"self": each.summary}}), {"m": model_pack({"self": each})}))
+    with opened(chrome, path) as found:
+        for name in (column.name for column in columns()):
+            found.select("column", name)
+        found.select("scale", "symlog")
+        found.select("depth", "relative")
+        assert len(found.rows("form-head", "cells")) == layers**2
+        assert found.complaints == []
+    assert list(stack_figures("m", "self", each)) == list(STACK_FIGURES)
+
+
+def test_figures_are_pictures_of_their_own():
+    models = {f"m{i}": stack(4, 3, 8, seed=i) for i in range(9)}
+    drawn = stack_figures("m0", "cross", models["m0"]) | profile_figures({name: each.summary for name, each in models.items()})
+    assert list(drawn) == [*STACK_FIGURES, *PROFILE_FIGURES]
+    for text in drawn.values():
+        assert text.startswith("<svg")
+        assert "http://" not in text.replace("http://www.w3.org/", "")
+    assert "Cosine of layer pairs, mean over heads: m0, cross" in drawn["cosine"]
+    assert "m7" in drawn["stable_rank"]
+    assert "m8" not in drawn["stable_rank"]
+    assert drawn == stack_figures("m0", "cross", models["m0"]) | profile_figures(
+        {name: each.summary for name, each in models.items()}
+    )
+
+
+def test_the_data_of_a_page_are_inert():
+    text = page(index_pack({}), {})
+    specs = text.split('<script type="application/json" id="pictures">')[1].split("</script>")[0]
+    assert set(json.loads(specs)) == {"cells", "square", "spectrum", "profile"}
