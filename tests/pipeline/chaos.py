@@ -15,7 +15,7 @@ import signal
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -206,7 +206,8 @@ def kill_job(arena: Arena, run: subprocess.Popen) -> None:
 
 
 def kill_group(arena: Arena, run: subprocess.Popen) -> None:
-    os.killpg(run.pid, signal.SIGKILL)
+    with contextlib.suppress(ProcessLookupError):  # it may just have ended by itself
+        os.killpg(run.pid, signal.SIGKILL)
 
 
 KILLS = (kill_snakemake, kill_job, kill_group)
@@ -348,6 +349,9 @@ def read_only_results(arena: Arena) -> None:
 # ----------------------------------------------------------------------------------------------------------- the cache
 
 
+Damage = Callable[[Path, random.Random], None] | None
+
+
 def flip(path: Path, chance: random.Random) -> None:
     data = bytearray(path.read_bytes())
     data[chance.randrange(len(data))] ^= 1 << chance.randrange(8)
@@ -361,12 +365,14 @@ def truncate(path: Path, chance: random.Random) -> None:
 CACHE = (("weights", "*.pt"), ("eigen", "*.pt"), ("eigen", "*.parquet"), ("gram", "*.parquet"))
 
 
-def damaged_cache(arena: Arena, files: tuple[tuple[str, str], ...] = CACHE) -> None:
-    """A cached file is cut short, has a bit flipped, or cannot be read, when the next stage needs it."""
+def damaged_cache(
+    arena: Arena, files: Sequence[tuple[str, str]] = CACHE, damages: Sequence[Damage] = (truncate, flip, None)
+) -> None:
+    """A cached file is cut short, has a bit flipped, or cannot be read (None), when the next stage needs it."""
     if not arena.sealed():
         arena.advance()
     for stage, pattern in files:
-        for damage in (truncate, flip, None):
+        for damage in damages:
             victim = arena.chance.choice(sorted((arena.results / "models" / MODEL / "self" / stage).glob(pattern)))
             later = ["provenance/**/*.json"] + (
                 ["models/*/*/eigen/*.json", "models/*/*/gram/*.json"] if stage == "weights" else []
@@ -387,13 +393,13 @@ def damaged_cache(arena: Arena, files: tuple[tuple[str, str], ...] = CACHE) -> N
 # ------------------------------------------------------------------------------------- other runs, other clocks, other files
 
 
-def two_runs(arena: Arena) -> None:
+def two_runs(arena: Arena, same_folder: Sequence[bool] = (True, False)) -> None:
     """Two snakemakes at once, in one folder and in two folders over one results folder: one works, the other says so."""
     with tempfile.TemporaryDirectory() as folder:
         elsewhere = new_project(Path(folder) / "elsewhere")
         for name in ("models", "config"):
             shutil.copytree(arena.project.folder / name, elsewhere.folder / name, dirs_exist_ok=True)
-        for other in (arena.project, elsewhere):
+        for other in (arena.project if same else elsewhere for same in same_folder):
             arena.renew()
             arena.figures.faults += 1
             command = other.command("--cores", "1", "--config", f"results={arena.results}")

@@ -13,14 +13,27 @@ from torch import Tensor
 
 from headgram.geometry.grouping import key_head
 
+#: Bytes of float32 weights of a batch of heads. A constant, so that the last bit of the result does not depend on the machine.
+BATCH_BYTES = 128 * 2**20
+
 
 def original_quantities(
     w_q: Float[Tensor, "heads rank hidden"], w_k: Float[Tensor, "kv_heads rank hidden"], topk: int
 ) -> tuple[Float[Tensor, " heads"], Float[Tensor, "heads k hidden"]]:
     """The script's `fro_sq` (H,), float64, and `eig_dirs` (H, k, d), float32, of one layer."""
-    q = w_q.float()
-    k = w_k.float()[key_head(len(w_q), len(w_k))]
+    heads, rank, hidden = w_q.shape
+    reads = key_head(heads, len(w_k))
+    size = max(1, BATCH_BYTES // (2 * 4 * rank * hidden))
+    batches = [slice(start, start + size) for start in range(0, heads, size)]
+    measured = [_measure(w_q[batch].float(), w_k[reads[batch]].float(), min(topk, rank)) for batch in batches]
+    fro_sq, directions = (torch.cat(values) for values in zip(*measured, strict=True))
+    return fro_sq, directions
+
+
+def _measure(
+    q: Float[Tensor, "heads rank hidden"], k: Float[Tensor, "heads rank hidden"], topk: int
+) -> tuple[Float[Tensor, " heads"], Float[Tensor, "heads k hidden"]]:
     _, s, vh = torch.linalg.svd(k @ q.mT, full_matrices=False)
-    directions = vh[:, : min(topk, q.shape[1])] @ q
+    directions = vh[:, :topk] @ q
     directions = directions / directions.norm(dim=-1, keepdim=True).clamp_min(1e-12)
     return s.square().sum(-1).double(), directions
