@@ -100,14 +100,14 @@ def layer_scores(w_q: Float[Tensor, "heads rank hidden"], w_k: Float[Tensor, "kv
     """
     heads, rank, hidden = w_q.shape
     groups = key_head(heads, len(w_k)).to(w_q.device)
+    readers = [torch.nonzero(groups == kv).flatten() for kv in range(len(w_k))]
     size = min(BLOCK, max(1, BATCH_BYTES // (8 * 4 * len(w_k) * rank)))
     slices = [slice(start, start + size) for start in range(0, hidden, size)]
 
     def sides(columns: slice) -> tuple[Float[Tensor, "rows n"], Float[Tensor, "rows n"]]:
         """Columns of the queries, summed over those that read one key head, and of the keys; all heads below one another."""
-        q = w_q.new_zeros(len(w_k), rank, w_q[..., columns].shape[-1], dtype=torch.float64)
-        q.index_add_(0, groups, w_q[..., columns].double())
-        return q.flatten(0, 1), w_k[..., columns].double().flatten(0, 1)
+        q = torch.cat([w_q[members, :, columns].double().sum(0) for members in readers])
+        return q, w_k[..., columns].double().flatten(0, 1)
 
     query, key = (torch.zeros(hidden, dtype=torch.float64, device=w_q.device) for _ in range(2))
     overlap, weight_q, weight_k = (torch.zeros((), dtype=torch.float64, device=w_q.device) for _ in range(3))

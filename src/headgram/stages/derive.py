@@ -88,9 +88,8 @@ def derive(merged: Merged, derived: Derived, facts: Mapping[str, Any], config: M
     for path in [path for paths in merged.shards.values() for path in paths]:
         check(record_of(path), eigen_key)
     heads, gram = read_table(merged.heads), read_table(merged.gram)
-    directions = torch.load(merged.directions, mmap=True, weights_only=True)
     stacks = [
-        _stack(name, _of(heads, name), _of(gram, name), directions[name], shards, provenance.device)
+        _stack(name, _of(heads, name), _of(gram, name), merged.directions, shards, provenance.device)
         for name, shards in merged.shards.items()
     ]
     compression = config["export"]["compression"]
@@ -106,11 +105,10 @@ def _of(table: pa.Table, stack: str) -> pa.Table:
     return table.filter(pc.equal(table["stack"], stack))
 
 
-def _stack(
-    name: str, heads: pa.Table, gram: pa.Table, directions: Mapping[str, torch.Tensor], shards: Sequence[Path], device: str
-) -> _Stack:
-    layers = directions["layers"].numpy()
-    count, per_layer, kept, hidden = directions["right"].shape
+def _stack(name: str, heads: pa.Table, gram: pa.Table, directions: Path, shards: Sequence[Path], device: str) -> _Stack:
+    mapped = _mapped(directions)[name]
+    layers = mapped["layers"].clone().numpy()
+    count, per_layer, kept, hidden = mapped["right"].shape
     measured = pa.concat_tables([read_table(path).select([*LAYER_SCORES, "singular_values"]) for path in shards])
     singular = measured["singular_values"].combine_chunks().flatten().to_numpy().reshape(count, per_layer, -1)[..., :kept]
     return _Stack(
@@ -127,10 +125,8 @@ def _stack(
         numbers={column: _by_layer(heads, column, count) for column in HEAD_NUMBERS},
         layer_scores={column: _by_layer(measured, column, count)[:, 0] for column in LAYER_SCORES},
         cosine=_square(gram, "cosine", layers, per_layer),
-        overlap={side: _overlaps(directions[side], device) for side in SIDES},
-        neighbours=nearest_heads(
-            torch.tensor(singular), directions["right"], directions["left"], directions["signed"], NEAREST, device
-        ),
+        overlap={side: _overlaps(directions, name, side, device) for side in SIDES},
+        neighbours=nearest_heads(torch.tensor(singular), *(mapped[side] for side in SIDES), NEAREST, device),
     )
 
 
@@ -149,11 +145,17 @@ def _square(gram: pa.Table, column: str, layers: np.ndarray, heads: int) -> np.n
     return square
 
 
-def _overlaps(directions: torch.Tensor, device: str) -> np.ndarray:
-    """Head by head, (L, L, H): the directions may exceed the memory of a job."""
-    heads = range(directions.shape[1])
-    stacked: np.ndarray = np.stack([overlaps(directions[:, head], device).numpy() for head in heads], axis=-1)
+def _overlaps(path: Path, stack: str, side: str, device: str) -> np.ndarray:
+    """Head by head, (L, L, H): the directions may exceed the memory of a job, of which pages once read are a part."""
+    heads = range(_mapped(path)[stack][side].shape[1])
+    found = [overlaps(_mapped(path)[stack][side][:, head], device).numpy() for head in heads]
+    stacked: np.ndarray = np.stack(found, axis=-1)
     return stacked
+
+
+def _mapped(path: Path) -> dict[str, dict[str, torch.Tensor]]:
+    directions: dict[str, dict[str, torch.Tensor]] = torch.load(path, mmap=True, weights_only=True)
+    return directions
 
 
 def _overlap_table(stack: _Stack) -> pa.Table:
