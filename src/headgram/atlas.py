@@ -75,9 +75,9 @@ class Atlas:
         return list(dict.fromkeys(self.table("models", model)["stack"]))
 
     def dataset(self, model: str, stack: str = "self") -> xr.Dataset:
-        """All tables of one stack with named dimensions: `layer`, `head`, `index`, and `layer_a`, `layer_b` for pairs.
+        """The tables of one stack with named dimensions: `layer`, `head`, `index`, and `layer_a`, `layer_b` for pairs.
 
-        The row of the table `models` is in the attributes.
+        The row of the table `models` is in the attributes; `neighbours`, a list, has no place here.
 
         Raises
         ------

@@ -126,7 +126,7 @@ def _stack(name: str, heads: pa.Table, gram: pa.Table, directions: Path, shards:
         layer_scores={column: _by_layer(measured, column, count)[:, 0] for column in LAYER_SCORES},
         cosine=_square(gram, "cosine", layers, per_layer),
         overlap={side: _overlaps(directions, name, side, device) for side in SIDES},
-        neighbours=nearest_heads(torch.tensor(singular), *(mapped[side] for side in SIDES), NEAREST, device),
+        neighbours=nearest_heads(torch.tensor(singular), mapped["right"], mapped["left"], mapped["signed"], NEAREST, device),
     )
 
 
