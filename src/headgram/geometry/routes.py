@@ -22,6 +22,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from headgram.geometry.costs import TRIANGLE
+
 #: Bytes of the four products of a block of layers, and of one block of all forms. Constants, so that the blocking, and with it
 #: the last bit of the result, does not depend on the machine. A block of forms should lie in a core's cache.
 PRODUCT_BYTES = 256 * 2**20
@@ -46,16 +48,24 @@ def by_products(a: Side, b: Side) -> Inner:
     """Inner products of every layer of `a` with every layer of `b`, from products of their weights."""
     heads, n_a, rank, _ = a.k.shape
     n_b = b.k.shape[1]
+    same = a is b
     wide = _accumulated(a.k.dtype).itemsize
     step = max(1, math.isqrt(PRODUCT_BYTES // (4 * wide * heads * rank**2)))
+    if same:
+        step = min(step, math.ceil(n_a / TRIANGLE))
     gram = torch.zeros(heads, n_a, n_b, dtype=torch.float64, device=a.k.device)
     transposed = torch.zeros_like(gram)
     for i in range(0, n_a, step):
         k_a, q_a = a.k[:, i : i + step], a.q[:, i : i + step]
-        for j in range(0, n_b, step):
+        for j in range(i if same else 0, n_b, step):
             k_b, q_b = b.k[:, j : j + step], b.q[:, j : j + step]
-            gram[:, i : i + step, j : j + step] = _contracted(_products(k_a, k_b), _products(q_a, q_b))
-            transposed[:, i : i + step, j : j + step] = _contracted(_products(q_a, k_b), _products(k_a, q_b))
+            for whole, part in (
+                (gram, _contracted(_products(k_a, k_b), _products(q_a, q_b))),
+                (transposed, _contracted(_products(q_a, k_b), _products(k_a, q_b))),
+            ):
+                whole[:, i : i + step, j : j + step] = part
+                if same and i < j:
+                    whole[:, j : j + step, i : i + step] = part.mT
     return Inner(gram, transposed)
 
 

@@ -1,0 +1,148 @@
+"""Time headgram's arithmetic against the original script's loop and against bare LAPACK and BLAS, side by side in one process.
+
+    python benchmarks/kernels.py                    # a Markdown table; takes some minutes
+    python benchmarks/kernels.py --device cuda      # on a machine with a GPU; needs src/ on the path, torch and jaxtyping
+
+Every figure is the smallest of several runs that take turns, so that what else the machine does meets all alike. Weights are
+random, in bfloat16, of the shapes of real models; of large ones, the heads of one key head.
+"""
+
+from __future__ import annotations
+
+import argparse
+import platform
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import naive
+import torch
+
+from headgram.geometry.costs import cheapest, flops
+from headgram.geometry.heads import spectrum
+from headgram.geometry.pairs import pair_products
+
+Timed = Callable[[], object]
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A model's, and how many of its heads and layers are timed."""
+
+    name: str
+    layers: int
+    heads: int
+    kv_heads: int
+    rank: int
+    hidden: int
+    timed_heads: int
+    timed_layers: int
+
+    def weights(self, device: str) -> tuple[torch.Tensor, torch.Tensor]:
+        """Random `W_Q (L, H, r, d)` and `W_K (L, K, r, d)` of the part that is timed."""
+        generator = torch.Generator().manual_seed(0)
+        kv_heads = max(1, self.timed_heads * self.kv_heads // self.heads)
+        return tuple(
+            torch.randn(self.timed_layers, count, self.rank, self.hidden, generator=generator).bfloat16().to(device)
+            for count in (self.timed_heads, kv_heads)
+        )
+
+
+SHAPES = (
+    Shape("SmolLM2-135M", 30, 9, 3, 64, 576, timed_heads=9, timed_layers=30),
+    Shape("Qwen3-0.6B", 28, 16, 8, 128, 1024, timed_heads=4, timed_layers=28),
+    Shape("Qwen3-4B", 36, 32, 8, 128, 2560, timed_heads=4, timed_layers=36),
+    Shape("Llama-70B", 80, 64, 8, 128, 8192, timed_heads=2, timed_layers=20),
+)
+
+
+def seconds(*timed: Timed, rounds: int, device: str) -> list[float]:
+    """The smallest time of each, in turns."""
+    best = [float("inf")] * len(timed)
+    for _ in range(rounds):
+        for i, run in enumerate(timed):
+            start = time.perf_counter()
+            run()
+            if device == "cuda":
+                torch.cuda.synchronize()
+            best[i] = min(best[i], time.perf_counter() - start)
+    return best
+
+
+def gemm_rate(dtype: torch.dtype, device: str, size: int) -> float:
+    """Operations per second of one large square product."""
+    a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+    return 2 * size**3 / seconds(lambda: a @ b, rounds=7, device=device)[0]
+
+
+def spectra_floor(q: torch.Tensor, k: torch.Tensor) -> None:
+    """Bare float64 LAPACK: the products (of a key head once), one symmetric `2r` problem and one `r` SVD for every head."""
+    q, k = q.double(), k.double()
+    kk = k @ k.mT
+    reads = torch.arange(len(q), device=q.device) * len(k) // len(q)
+    qq, qk = q @ q.mT, q @ k[reads].mT
+    torch.linalg.eigh(torch.cat([torch.cat([qq, qk], 2), torch.cat([qk.mT, kk[reads]], 2)], 1))
+    torch.linalg.svd(qk)
+
+
+def spectra_table(device: str, rounds: int) -> list[str]:
+    """A row per shape: one layer."""
+    rows = ["| shape | ours, ms per head | ours / floor | loop / ours |", "|---|---|---|---|"]
+    for shape in SHAPES:
+        q, k = (weights[0] for weights in shape.weights(device))
+        ours, floor, loop = seconds(
+            lambda q=q, k=k: spectrum(q, k, 8),
+            lambda q=q, k=k: spectra_floor(q, k),
+            lambda q=q, k=k: naive.spectra(q, k, 8),
+            rounds=rounds,
+            device=device,
+        )
+        rows.append(f"| {shape.name} | {ours / shape.timed_heads * 1e3:.1f} | {ours / floor:.2f} | {loop / ours:.2f} |")
+    return rows
+
+
+def pairs_table(device: str, rounds: int) -> list[str]:
+    """A row per shape: all pairs of layers, both inner products (the loop: one of them)."""
+    rate = gemm_rate(torch.bfloat16 if device == "cuda" else torch.float32, device, 8192 if device == "cuda" else 1024)
+    rows = [
+        f"Bare products: {rate / 1e9:,.0f} GFLOP/s.",
+        "",
+        "| shape | layers, heads timed | route | ours, s per head | share of the bare rate | loop / ours |",
+        "|---|---|---|---|---|---|",
+    ]
+    for shape in SHAPES:
+        q, k = shape.weights(device)
+        ours, loop = seconds(
+            lambda q=q, k=k: pair_products(q, k, q, k, "auto"), lambda q=q, k=k: naive.gram(q, k), rounds=rounds, device=device
+        )
+        one = (shape.timed_layers, shape.timed_layers, shape.rank, shape.hidden, True)
+        route = cheapest(*one)
+        share = flops(route, *one) * shape.timed_heads / ours / rate
+        rows.append(
+            f"| {shape.name} | {shape.timed_layers}, {shape.timed_heads} | {route} | {ours / shape.timed_heads:.3f} "
+            f"| {share:.0%} | {loop / ours:.2f} |"
+        )
+    return rows
+
+
+def main() -> None:
+    """Print the tables."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--rounds", type=int, default=3)
+    arguments = parser.parse_args()
+    device = arguments.device
+    name = (
+        torch.cuda.get_device_name() if device == "cuda" else f"{platform.machine()}, {torch.backends.cpu.get_cpu_capability()}"
+    )
+    print(f"torch {torch.__version__}, {name}.\n")
+    for threads in (1,) if device == "cuda" else (1, 2):
+        torch.set_num_threads(threads)
+        where = "the GPU" if device == "cuda" else f"{threads} thread{'s' if threads > 1 else ''}"
+        if threads == 1:
+            print(f"### Spectra of a layer, {where}\n", *spectra_table(device, arguments.rounds), sep="\n", end="\n\n")
+        print(f"### Inner products, {where}\n", *pairs_table(device, arguments.rounds), sep="\n", end="\n\n", flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,35 @@
+"""The original script's arithmetic, one head at a time, without what only that script defines."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def spectra(w_q: Tensor, w_k: Tensor, topk: int = 8) -> None:
+    """Singular values, directions and signed eigenvalues of one layer, `(H, r, d)` and `(K, r, d)`."""
+    heads, rank, _ = w_q.shape
+    swap = torch.eye(2 * rank, device=w_q.device).roll(rank, 0)
+    for head in range(heads):
+        q, k = w_q[head].float(), w_k[head * len(w_k) // heads].float()
+        _, _, vh = torch.linalg.svd(k @ q.T, full_matrices=False)
+        directions = vh @ q
+        directions = directions / directions.norm(dim=-1, keepdim=True).clamp_min(1e-12)
+        directions[:topk].cpu()
+        x = torch.cat([q, k])
+        values = torch.linalg.eigvals(swap @ (x @ x.T)).real.cpu().double()
+        values[torch.argsort(values.abs(), descending=True)]
+
+
+def gram(w_q: Tensor, w_k: Tensor) -> Tensor:
+    """Inner products of all pairs of layers, `(L, H, r, d)` and `(L, K, r, d)` to `(L, L, H)`: a pair and a head at a time."""
+    layers, heads = w_q.shape[:2]
+    q, k = w_q.float(), w_k.float()
+    result = torch.zeros(layers, layers, heads, dtype=torch.float64)
+    for a in range(layers):
+        for b in range(a, layers):
+            for head in range(heads):
+                kv = head * w_k.shape[1] // heads
+                value = float(((k[a, kv] @ k[b, kv].T) * (q[a, head] @ q[b, head].T)).sum())
+                result[a, b, head] = result[b, a, head] = value
+    return result
