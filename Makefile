@@ -8,7 +8,7 @@ SEED ?= 0
 NUMPY = $(shell sed -n 's/^numpy==//p' envs/requirements.txt)
 CORES ?= $(shell nproc 2>/dev/null || sysctl -n hw.ncpu)
 
-.PHONY: help run report test test-fast lint format docs notebook pictures chaos audit families bytes config-docs lock-requirements clean
+.PHONY: help run report test test-fast lint format docs notebook pictures bench chaos audit families bytes config-docs lock-requirements clean
 
 help: ## What each command does
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-18s %s\n", $$1, $$2}'
@@ -62,6 +62,10 @@ audit: ## Known vulnerabilities of every pinned package; asks PyPI's advisory se
 		2> /dev/null || { echo "audit: PyPI's advisory service is out of reach, so nothing was audited" >&2; exit 1; }
 	build/audit/bin/pip-audit --strict --no-deps --disable-pip --progress-spinner off \
 		-r envs/requirements-dev.txt -r envs/requirements-models.txt -r envs/requirements-audit.txt
+
+bench: $(VENV)/installed-dev ## Time the arithmetic and the pipeline, and renew benchmarks/RESULTS.md; ten quiet minutes
+	( cat benchmarks/about.md && $(BIN)/python benchmarks/kernels.py && $(BIN)/python benchmarks/pipeline.py ) > build/bench.md
+	mv build/bench.md benchmarks/RESULTS.md
 
 families: $(VENV)/installed-dev ## Prove every model type, and renew docs/families.md
 	$(BIN)/python docs/families.py
