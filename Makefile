@@ -51,6 +51,7 @@ notebook: $(VENV)/installed-dev ## Execute docs/questions.ipynb on results/
 
 pictures: $(VENV)/installed-dev ## Draw the pictures of README and docs from results/
 	$(BIN)/python docs/pictures.py
+	$(BIN)/python docs/screenshot.py
 
 chaos: $(VENV)/installed-dev ## Faults in real runs, with at least fifty kills; prints what was survived (KILLS=51 SEED=0)
 	PYTHONPATH=src:tests $(BIN)/python -m pipeline.chaos --kills $(KILLS) --seed $(SEED)

@@ -6,9 +6,10 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from browser import LOCAL, browser, opened
+from browser import LOCAL, SCREENSHOTS, browser, opened
 from headgram.artifacts import read_record
 from headgram.prove import _models
+from headgram.report.names import PROFILE_FIGURES, STACK_FIGURES
 from pipeline.conftest import edit, new_project
 from tiny import write_bert, write_llama, write_manifest
 
@@ -350,7 +351,13 @@ def test_snakemake_report(chrome, reported):
     page.on("request", lambda request: request.url.startswith(LOCAL) or complaints.append(request.url))
     page.on("pageerror", lambda error: complaints.append(str(error)))
     page.goto(path.as_uri())
-    page.get_by_text("Statistics").click()
-    page.get_by_text("Workflow").first.click()
+    page.get_by_text("Along the depth").click()
+    for label in PROFILE_FIGURES.values():
+        page.get_by_text(label, exact=True).wait_for()
+    page.goto(path.as_uri())
+    page.get_by_text("Models", exact=True).click()
+    page.get_by_text("t5", exact=True).click()
+    page.get_by_text(STACK_FIGURES["cosine"]).first.wait_for()
+    page.screenshot(path=SCREENSHOTS / "snakemake-report.png")
     assert complaints == []
     page.close()

@@ -544,7 +544,8 @@ function drawText(data) {
   const head = `Head ${state.head} of every layer`;
   element("form-head-caption").textContent = head;
   element("side-head-caption").textContent = head;
-  element("form-note").textContent = `The frame is layer ${state.layer}. Random forms: about ±1/d = ±${show(1 / meta.hidden)}. Colours are clipped at the outermost pairs.`;
+  const ofParts = ["symmetric", "antisymmetric"].includes(state.form); // half as many dimensions as d²
+  element("form-note").textContent = `The frame is layer ${state.layer}. Random forms: about ±${ofParts ? "√2" : "1"}/d = ±${show((ofParts ? Math.SQRT2 : 1) / meta.hidden)}. Colours are clipped at the outermost pairs.`;
   element("side-note").textContent = `‖V_a V_bᵀ‖² / k: 1 for equal spans, k/d = ${show(meta.expected)} for random ones. Colours are clipped at the outermost pairs.`;
   element("neighbours-note").textContent = `Among all heads of the other layers, by the top ${meta.directions} directions: ${{
     form: "cosine of the parts of g that they span; below 0, nearly the opposite form.",
