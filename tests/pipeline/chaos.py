@@ -200,12 +200,14 @@ def kill_snakemake(arena: Arena, run: subprocess.Popen) -> None:
 
 
 def kill_job(arena: Arena, run: subprocess.Popen) -> None:
+    """Snakemake lives on, and says which job failed."""
     if jobs := jobs_of(arena.project):
         with contextlib.suppress(psutil.NoSuchProcess):
             arena.chance.choice(jobs).kill()
 
 
 def kill_group(arena: Arena, run: subprocess.Popen) -> None:
+    """As when a terminal is closed by force."""
     with contextlib.suppress(ProcessLookupError):  # it may just have ended by itself
         os.killpg(run.pid, signal.SIGKILL)
 
@@ -213,26 +215,34 @@ def kill_group(arena: Arena, run: subprocess.Popen) -> None:
 KILLS = (kill_snakemake, kill_job, kill_group)
 
 
-def kill_at_random(arena: Arena, kill: Callable[[Arena, subprocess.Popen], None]) -> None:
-    """Start a run, and kill some time after its first job began; what was finished before must still be."""
+def kill_at_random(arena: Arena, kill: Callable[[Arena, subprocess.Popen], None]) -> bool:
+    """Start a run, and kill some time after its first job began; what was finished before must still be.
+
+    Returns whether the run was still at work then.
+    """
     before = arena.sealed()
     run = arena.start()
     wait_for(lambda: jobs_of(arena.project), run)
     with contextlib.suppress(subprocess.TimeoutExpired):
         run.wait(arena.chance.uniform(0, 8))
-    arena.figures.faults += run.poll() is None
-    kill(arena, run)
+    at_work = run.poll() is None and jobs_of(arena.project) != []
+    if at_work:
+        kill(arena, run)
+        arena.figures.faults += 1
     run.wait()
     now = arena.project.records()
     assert {record: now[record] for record in before} == {record: state for record, (state, _) in before.items()}
+    return at_work
 
 
 def random_kills(arena: Arena, count: int = len(KILLS)) -> None:
     """Kill one thing after the other, with the same command at once after each; start anew whenever a run came to its end."""
     arena.renew()
-    for i in range(count):
-        kill_at_random(arena, KILLS[i % len(KILLS)])
-        if arena.chance.random() < 0.2 or i == count - 1:
+    struck = 0
+    while struck < count:
+        at_work = kill_at_random(arena, KILLS[struck % len(KILLS)])
+        struck += at_work
+        if not at_work or arena.chance.random() < 0.2 or struck == count:
             arena.recover()
             arena.renew()
 
