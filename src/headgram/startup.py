@@ -29,9 +29,8 @@ class Run:
     """One reading of the Snakefile: the plan, and what starting it for real must do first.
 
     Reading writes nothing, so a dry run leaves no trace; `begin` does, once jobs are about to run. A job that was sent to
-    another machine reads the Snakefile again, there: it plans from the lock alone (`is_job`), which the run that sent it
-    has compared with the manifest and with the sources. So it looks at no source but its own, and the manifest may be
-    edited meanwhile.
+    another machine reads the Snakefile again, there: it trusts the lock (`is_job`), which the run that sent it has compared
+    with the sources. So it looks at no source but its own, and models may be added to the manifest meanwhile.
     """
 
     def __init__(self, options: Path, given: Mapping[str, Any], scripts: Path, is_job: bool = False) -> None:
@@ -44,8 +43,9 @@ class Run:
         self.plan: Plan = make_plan(self._locked() if is_job else self._checked(), config, scripts)
 
     def _locked(self) -> dict[str, LockedModel]:
-        """Every entry of the lock, as it is."""
-        return dict(read_lock(lock_path(self._manifest)).models)
+        """The entries of the manifest's models, as they are."""
+        models = read_lock(lock_path(self._manifest)).models
+        return {row.name: models[row.name] for row in read_manifest(self._manifest).rows if row.name in models}
 
     def _checked(self) -> dict[str, LockedModel]:
         """The entries of the manifest's models, new ones resolved, old ones compared with their sources."""

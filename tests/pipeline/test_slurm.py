@@ -38,7 +38,7 @@ def start(project: Project, cluster: SlurmCluster, *arguments: str) -> subproces
 
 
 def records(project: Project) -> list[dict]:
-    return [json.loads(path.read_text()) for path in project.records()]
+    return [json.loads(path.read_text()) for path in [*project.records(), project.folder / "results" / "report" / "index.json"]]
 
 
 def test_the_default_manifest(cluster, measured, tmp_path):
@@ -53,7 +53,7 @@ def test_the_default_manifest(cluster, measured, tmp_path):
     for record in made:
         job = jobs[record["slurm_job"]]
         computes = record["stage"] in GPU_STAGES
-        assert job["Comment"].startswith(f"rule_{record['stage']}_")
+        assert job["Comment"].startswith(f"rule_{record['stage']}")
         assert (job["JobState"], job["Account"]) == ("COMPLETED", "headgram")
         assert (job["Partition"], job["JOB_GRES"]) == (("gpu", "gpu:1") if computes else ("cpu", "(null)"))
         assert record["gpu"] == ("0" if computes else None)  # the one device that Slurm lets the job see
