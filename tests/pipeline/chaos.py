@@ -41,8 +41,8 @@ def file_digest(file, *arguments):
 hashlib.file_digest = file_digest
 """
 
-State = tuple[int, int]  # of a record: changes if it is written anew
-Sealed = dict[Path, tuple[State, dict[Path, str]]]  # by record: its state, and its files with their checksums
+#: By record: its checksum, which changes if it is written anew, for it says when; and its files with theirs.
+Sealed = dict[Path, tuple[str, dict[Path, str]]]
 
 
 @dataclass
@@ -110,11 +110,11 @@ class Arena:
         """Every finished artifact that no job can write again: none that is still at work is older than its record."""
         begun = min((job.create_time() for job in jobs_of(self.project)), default=float("inf"))
         found: Sealed = {}
-        for record, state in self.project.records().items():
+        for record, (_, written) in self.project.records().items():
             with contextlib.suppress(HeadgramError):
                 files = {record.parent / name: entry["blake2b"] for name, entry in read_record(record)["files"].items()}
-                if state[1] / 1e9 < begun:
-                    found[record] = (state, files)
+                if written / 1e9 < begun:
+                    found[record] = (checksum(record), files)
         return found
 
     def recover(self, spared: Callable[[Path], bool] = lambda record: True, **environment: str) -> None:
@@ -230,8 +230,7 @@ def kill_at_random(arena: Arena, kill: Callable[[Arena, subprocess.Popen], None]
         kill(arena, run)
         arena.figures.faults += 1
     run.wait()
-    now = arena.project.records()
-    assert {record: now[record] for record in before} == {record: state for record, (state, _) in before.items()}
+    assert {record: checksum(record) for record in before} == {record: state for record, (state, _) in before.items()}
     return at_work
 
 
