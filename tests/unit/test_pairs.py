@@ -88,6 +88,19 @@ def test_float32_is_taken_where_it_is_accurate_and_only_there(monkeypatch, route
     assert (np.abs(measured.gram.numpy() - expected) <= 1e-6 * norms[:, None] * norms[None]).all()
 
 
+@pytest.mark.parametrize("route", ROUTES)
+def test_long_sums_of_positive_terms_stay_accurate_in_float32(monkeypatch, route):
+    monkeypatch.setattr(pairs, "cheapest", lambda *_: route)
+    generator = torch.Generator().manual_seed(5)
+    w_q, w_k = torch.randn(6, 2, 32, 512, generator=generator), torch.randn(6, 2, 32, 512, generator=generator)
+    fast, exact = (pairs.pair_products(w_q, w_k, w_q, w_k, precision) for precision in ("auto", "float64"))
+    assert not fast.exact.any()
+    norms = exact.gram.diagonal(dim1=0, dim2=1).T.sqrt()
+    bound = 2e-7 * norms[:, None] * norms[None]
+    assert ((fast.gram - exact.gram).abs() <= bound).all()
+    assert ((fast.transposed - exact.transposed).abs() <= bound).all()
+
+
 @pytest.mark.parametrize("shape", [(30, 64, 576), (28, 128, 1024), (36, 128, 2560), (4, 64, 4096), (1, 8, 8)])
 def test_the_chosen_route_is_the_one_with_fewer_operations(shape):
     counted = {route: costs.flops(route, shape[0], *shape, same=True) for route in ROUTES}

@@ -23,7 +23,7 @@ from headgram.geometry.grouping import groups
 from headgram.geometry.residuals import Residuals, direction_residuals, identity_residuals
 
 #: Bytes of float64 working memory that one batch of heads may take; bounds the peak, never the result.
-BATCH_BYTES = 256 * 2**20
+BATCH_BYTES = 128 * 2**20
 
 #: Singular values below this many units of rounding of `sum_i ‖q_i‖ ‖k_i‖` cannot be told from zero.
 _ZERO = 16 * torch.finfo(torch.float64).eps

@@ -26,6 +26,9 @@ from headgram.geometry.routes import Inner, Side, by_products, by_strips
 #: In float32, forms may be this much smaller than those of random weights of the same norms.
 _SMALL = 0.1
 
+#: Frobenius norms of weights that can be trusted in float32.
+_NORMS = 1e-15, 1e15
+
 #: Bytes of float64 working memory; a constant, so that the blocking does not depend on the machine.
 EXACT_BYTES = 512 * 2**20
 
@@ -145,13 +148,17 @@ class _Scaled(NamedTuple):
 
     weights: Float[Tensor, "layers rank hidden"]
     unit: Float[Tensor, " layers"]  # that power, float64
-    norm: Float[Tensor, " layers"]  # between 1 and 2, or 0; float64
+    norm: Float[Tensor, " layers"]  # after it, between 1 and 2, or 0; NaN where it is not known; float64
 
 
 def _scaled(weights: Float[Tensor, "layers rank hidden"]) -> _Scaled:
-    norm = torch.linalg.vector_norm(weights, dim=(-1, -2), dtype=torch.float64)
+    wide = weights.float()
+    norm = torch.linalg.vector_norm(wide, dim=(-1, -2))
+    alive = (wide != 0).any(-1).any(-1) if bool((norm < _NORMS[0]).any()) else norm > 0
+    # Where squares may under- or overflow, no norm is known; nothing is accurate then.
+    norm = norm.double().where(~alive | ((norm > _NORMS[0]) & (norm < _NORMS[1])), torch.nan)
     unit = torch.ldexp(torch.ones_like(norm), norm.log2().floor().where(norm > 0, 0))
-    return _Scaled(weights * (1 / unit).float()[:, None, None], unit, norm / unit)
+    return _Scaled(wide * (1 / unit).float()[:, None, None], unit, norm / unit)
 
 
 def _in_float32(queries: Sequence[_Scaled], keys: Sequence[_Scaled], route: Route) -> Inner | None:

@@ -25,9 +25,13 @@ from torch import Tensor
 from headgram.geometry.costs import TRIANGLE
 
 #: Bytes of the four products of a block of layers, and of one block of all forms. Constants, so that the blocking, and with it
-#: the last bit of the result, does not depend on the machine. A block of forms should lie in a core's cache.
+#: the last bit of the result, does not depend on the machine. A block of forms should lie in a cache.
 PRODUCT_BYTES = 256 * 2**20
-STRIP_BYTES = {"cpu": 4 * 2**20, "cuda": 512 * 2**20}
+STRIP_BYTES = {"cpu": 12 * 2**20, "cuda": 512 * 2**20}
+
+
+#: Terms that are summed in the precision of the products.
+_TERMS = 1024
 
 
 class Side(NamedTuple):
@@ -98,10 +102,20 @@ def by_strips(a: Side, b: Side) -> Inner:
             s_a, a_a = forms_a.parts(i, j)
             s_b, a_b = (s_a, a_a) if same else forms_b.parts(i, j)
             share = 0.25 if i == j else 0.5  # a block off the diagonal stands for its mirror too; both parts are twice theirs
-            symmetric.add_(s_a @ s_b.mT, alpha=share)
-            antisymmetric.add_(a_a @ a_b.mT, alpha=share)
+            symmetric.add_(_summed(s_a, s_b), alpha=share)
+            antisymmetric.add_(_summed(a_a, a_b), alpha=share)
     inside = slice(None), slice(n_a), slice(n_b)
     return Inner((symmetric + antisymmetric)[inside], (symmetric - antisymmetric)[inside])
+
+
+def _summed(
+    x: Float[Tensor, "heads padded_a block"], y: Float[Tensor, "heads padded_b block"]
+) -> Float[Tensor, "heads padded_a padded_b"]:
+    """`x y^T`, long sums in float64: in float32 the rounding of 65,000 positive terms would show."""
+    whole = x.shape[2] - x.shape[2] % _TERMS
+    pieces_x, pieces_y = (side[..., :whole].view(*side.shape[:2], -1, _TERMS).transpose(1, 2) for side in (x, y))
+    total: Tensor = (pieces_x @ pieces_y.mT).sum(1, dtype=torch.float64)
+    return total + x[..., whole:] @ y[..., whole:].mT
 
 
 class _Blocks:
