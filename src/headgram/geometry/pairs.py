@@ -108,7 +108,7 @@ def pair_products(
             inner = _in_float32([_scaled(weights) for weights in queries], scaled_keys, route) if narrow else None
             exact.append(inner is None)
             results.append(inner or _in_float64(queries, keys, route))
-    products, transposed = (torch.cat(values).movedim(0, 2) for values in zip(*results, strict=True))
+    products, transposed = (torch.stack(values, 2) for values in zip(*results, strict=True))
     if not bool((torch.isfinite(products) & torch.isfinite(transposed)).all()):
         for name, weights in (("query", w_q_a), ("key", w_k_a), ("query", w_q_b), ("key", w_k_b)):
             check_weights(name, weights)
@@ -125,7 +125,7 @@ def _in_float64(queries: Sequence[Tensor], keys: Sequence[Tensor], route: Route)
     """Products in float64, a block of layers at a time."""
     (n_a, rank, hidden), n_b = queries[0].shape, len(queries[-1])
     step = max(1, EXACT_BYTES // (128 * rank * hidden))
-    gram = torch.zeros(1, n_a, n_b, dtype=torch.float64, device=queries[0].device)
+    gram = torch.zeros(n_a, n_b, dtype=torch.float64, device=queries[0].device)
     inner = Inner(gram, torch.zeros_like(gram))
     for i in range(0, n_a, step):
         side_a = _orthonormal_keys(queries[0][i : i + step], keys[0][i : i + step])
@@ -133,14 +133,14 @@ def _in_float64(queries: Sequence[Tensor], keys: Sequence[Tensor], route: Route)
             same = len(queries) == 1 and i == j
             side_b = side_a if same else _orthonormal_keys(queries[-1][j : j + step], keys[-1][j : j + step])
             for whole, part in zip(inner, _multiply([side_a, side_b], route), strict=True):
-                whole[:, i : i + step, j : j + step] = part
+                whole[i : i + step, j : j + step] = part
     return inner
 
 
 def _orthonormal_keys(w_q: Float[Tensor, "layers rank hidden"], w_k: Float[Tensor, "layers rank hidden"]) -> Side:
     """Weights of the same forms in float64, with orthonormal keys; `m = min(r, d)`."""
     basis, upper = torch.linalg.qr(w_k.double().mT)
-    return Side(basis.mT[None], (upper @ w_q.double())[None])
+    return Side(basis.mT, upper @ w_q.double())
 
 
 class _Scaled(NamedTuple):
@@ -163,9 +163,9 @@ def _scaled(weights: Float[Tensor, "layers rank hidden"]) -> _Scaled:
 
 def _in_float32(queries: Sequence[_Scaled], keys: Sequence[_Scaled], route: Route) -> Inner | None:
     """Products in float32; nothing if those would not be accurate."""
-    sides = [Side(k.weights[None], q.weights[None]) for q, k in zip(queries, keys, strict=True)]
+    sides = [Side(k.weights, q.weights) for q, k in zip(queries, keys, strict=True)]
     inner = _multiply(sides, route)
-    norms_sq = [inner.gram[0].diagonal()] if len(sides) == 1 else [_norms_sq(side) for side in sides]
+    norms_sq = [inner.gram.diagonal()] if len(sides) == 1 else [_norms_sq(side) for side in sides]
     for q, k, norm_sq in zip(queries, keys, norms_sq, strict=True):
         expected = (q.norm * k.norm).square() / q.weights.shape[1]
         if not bool((norm_sq >= _SMALL**2 * expected).all()):  # also where one is not finite
@@ -177,8 +177,7 @@ def _in_float32(queries: Sequence[_Scaled], keys: Sequence[_Scaled], route: Rout
 
 def _norms_sq(side: Side) -> Float[Tensor, " layers"]:
     """`‖g‖²` of every form."""
-    k, q = side.k[0], side.q[0]
-    return ((k @ k.mT) * (q @ q.mT)).sum((-1, -2), dtype=torch.float64)
+    return ((side.k @ side.k.mT) * (side.q @ side.q.mT)).sum((-1, -2), dtype=torch.float64)
 
 
 def _check(w_q_a: Tensor, w_k_a: Tensor, w_q_b: Tensor, w_k_b: Tensor) -> None:

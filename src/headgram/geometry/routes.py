@@ -10,7 +10,7 @@ block `X = g[I, J]` and its mirror `Y = g[J, I]^T`, the sum and the difference a
 antisymmetric part, so both inner products follow from one pass: `<g_a, g_b> = <S_a, S_b> + <A_a, A_b>`, and with a minus
 `<g_a, g_b^T>`. Forming costs every layer once, not every pair: it wins where there are many layers for the width.
 
-A leading axis of all arguments is a batch of heads. Results are float64; products are taken in the precision of the sides.
+Results are float64; products are taken in the precision of the sides.
 """
 
 from __future__ import annotations
@@ -35,67 +35,63 @@ _TERMS = 1024
 
 
 class Side(NamedTuple):
-    """The forms of some heads in some layers."""
+    """The forms of one head in some layers."""
 
-    k: Float[Tensor, "heads layers m hidden"]
-    q: Float[Tensor, "heads layers m hidden"]
+    k: Float[Tensor, "layers m hidden"]
+    q: Float[Tensor, "layers m hidden"]
 
 
 class Inner(NamedTuple):
     """`<g_a, g_b>` and `<g_a, g_b^T>`."""
 
-    gram: Float[Tensor, "heads layers_a layers_b"]
-    transposed: Float[Tensor, "heads layers_a layers_b"]
+    gram: Float[Tensor, "layers_a layers_b"]
+    transposed: Float[Tensor, "layers_a layers_b"]
 
 
 def by_products(a: Side, b: Side) -> Inner:
     """Inner products of every layer of `a` with every layer of `b`, from products of their weights."""
-    heads, n_a, rank, _ = a.k.shape
-    n_b = b.k.shape[1]
+    (n_a, rank, _), n_b = a.k.shape, len(b.k)
     same = a is b
-    wide = _accumulated(a.k.dtype).itemsize
-    step = max(1, math.isqrt(PRODUCT_BYTES // (4 * wide * heads * rank**2)))
+    step = max(1, math.isqrt(PRODUCT_BYTES // (4 * a.k.itemsize * rank**2)))
     if same:
         step = min(step, math.ceil(n_a / TRIANGLE))
-    gram = torch.zeros(heads, n_a, n_b, dtype=torch.float64, device=a.k.device)
+    gram = torch.zeros(n_a, n_b, dtype=torch.float64, device=a.k.device)
     transposed = torch.zeros_like(gram)
     for i in range(0, n_a, step):
-        k_a, q_a = a.k[:, i : i + step], a.q[:, i : i + step]
+        k_a, q_a = a.k[i : i + step], a.q[i : i + step]
         for j in range(i if same else 0, n_b, step):
-            k_b, q_b = b.k[:, j : j + step], b.q[:, j : j + step]
+            k_b, q_b = b.k[j : j + step], b.q[j : j + step]
             for whole, part in (
                 (gram, _contracted(_products(k_a, k_b), _products(q_a, q_b))),
                 (transposed, _contracted(_products(q_a, k_b), _products(k_a, q_b))),
             ):
-                whole[:, i : i + step, j : j + step] = part
+                whole[i : i + step, j : j + step] = part
                 if same and i < j:
-                    whole[:, j : j + step, i : i + step] = part.mT
+                    whole[j : j + step, i : i + step] = part.T
     return Inner(gram, transposed)
 
 
 def _products(
-    a: Float[Tensor, "heads layers_a m hidden"], b: Float[Tensor, "heads layers_b m hidden"]
-) -> Float[Tensor, "heads layers_a m layers_b m"]:
+    a: Float[Tensor, "layers_a m hidden"], b: Float[Tensor, "layers_b m hidden"]
+) -> Float[Tensor, "layers_a m layers_b m"]:
     """`W_a W_b^T` of every pair of layers: one large matrix product."""
-    rows = _matmul(a.flatten(1, 2), b.flatten(1, 2).mT)
-    return rows.view(*a.shape[:3], *b.shape[1:3])
+    rows = a.flatten(0, 1) @ b.flatten(0, 1).T
+    return rows.view(*a.shape[:2], *b.shape[:2])
 
 
-def _contracted(x: Float[Tensor, "heads a m b m"], y: Float[Tensor, "heads a m b m"]) -> Float[Tensor, "heads a b"]:
-    return x.mul_(y).sum((2, 4), dtype=torch.float64)
+def _contracted(x: Float[Tensor, "a m b m"], y: Float[Tensor, "a m b m"]) -> Float[Tensor, "a b"]:
+    return x.mul_(y).sum((1, 3), dtype=torch.float64)
 
 
 def by_strips(a: Side, b: Side) -> Inner:
     """The same, from blocks of the forms themselves."""
-    heads, n_a, _, hidden = a.k.shape
-    n_b = b.k.shape[1]
+    (n_a, _, hidden), n_b = a.k.shape, len(b.k)
     same = a is b
-    device, dtype = a.k.device, _accumulated(a.k.dtype)
     rows = _padded(n_a) if same else _padded(n_a) + _padded(n_b)
-    size = _block(STRIP_BYTES[device.type] // (2 * heads * rows * dtype.itemsize), hidden)
-    forms_a = _Blocks(a, size, dtype)
-    forms_b = forms_a if same else _Blocks(b, size, dtype)
-    symmetric = torch.zeros(heads, _padded(n_a), _padded(n_b), dtype=torch.float64, device=device)
+    size = _block(STRIP_BYTES[a.k.device.type] // (2 * rows * a.k.itemsize), hidden)
+    forms_a = _Blocks(a, size)
+    forms_b = forms_a if same else _Blocks(b, size)
+    symmetric = torch.zeros(_padded(n_a), _padded(n_b), dtype=torch.float64, device=a.k.device)
     antisymmetric = torch.zeros_like(symmetric)
     for i in range(0, hidden, size):
         for j in range(i, hidden, size):
@@ -104,46 +100,42 @@ def by_strips(a: Side, b: Side) -> Inner:
             share = 0.25 if i == j else 0.5  # a block off the diagonal stands for its mirror too; both parts are twice theirs
             symmetric.add_(_summed(s_a, s_b), alpha=share)
             antisymmetric.add_(_summed(a_a, a_b), alpha=share)
-    inside = slice(None), slice(n_a), slice(n_b)
-    return Inner((symmetric + antisymmetric)[inside], (symmetric - antisymmetric)[inside])
+    return Inner((symmetric + antisymmetric)[:n_a, :n_b], (symmetric - antisymmetric)[:n_a, :n_b])
 
 
-def _summed(
-    x: Float[Tensor, "heads padded_a block"], y: Float[Tensor, "heads padded_b block"]
-) -> Float[Tensor, "heads padded_a padded_b"]:
+def _summed(x: Float[Tensor, "padded_a block"], y: Float[Tensor, "padded_b block"]) -> Float[Tensor, "padded_a padded_b"]:
     """`x y^T`, long sums in float64: in float32 the rounding of 65,000 positive terms would show."""
-    whole = x.shape[2] - x.shape[2] % _TERMS
-    pieces_x, pieces_y = (side[..., :whole].view(*side.shape[:2], -1, _TERMS).transpose(1, 2) for side in (x, y))
-    total: Tensor = (pieces_x @ pieces_y.mT).sum(1, dtype=torch.float64)
-    return total + x[..., whole:] @ y[..., whole:].mT
+    whole = x.shape[1] - x.shape[1] % _TERMS
+    pieces_x, pieces_y = (side[:, :whole].view(len(side), -1, _TERMS).transpose(0, 1) for side in (x, y))
+    total: Tensor = (pieces_x @ pieces_y.mT).sum(0, dtype=torch.float64)
+    return total + x[:, whole:] @ y[:, whole:].T
 
 
 class _Blocks:
     """Blocks of the forms of one side, in memory that is used again."""
 
-    def __init__(self, side: Side, size: int, dtype: torch.dtype) -> None:
+    def __init__(self, side: Side, size: int) -> None:
         self._side, self._size = side, size
-        heads, layers, _, hidden = side.k.shape
+        layers, _, hidden = side.k.shape
         last = hidden % size or size
         self._memory = {
-            (rows, columns): side.k.new_zeros(2, heads, _padded(layers), rows * columns, dtype=dtype)
+            (rows, columns): side.k.new_zeros(2, _padded(layers), rows * columns)
             for rows in {min(size, hidden), last}
             for columns in {min(size, hidden), last}
         }
 
-    def parts(self, i: int, j: int) -> tuple[Float[Tensor, "heads padded block"], Float[Tensor, "heads padded block"]]:
+    def parts(self, i: int, j: int) -> tuple[Float[Tensor, "padded block"], Float[Tensor, "padded block"]]:
         """Twice the symmetric and (up to sign) twice the antisymmetric part at rows `i…`, columns `j…`, flattened."""
         k, q = self._side
-        heads, layers, _, hidden = k.shape
-        rows, columns = min(self._size, hidden - i), min(self._size, hidden - j)
-        x, y = self._memory[rows, columns]
-        block, mirror = (half[:, :layers].unflatten(2, (rows, columns)) for half in (x, y))
-        for head in range(heads):  # the layers are the batch; `out` must be contiguous there
-            _matmul(k[head, :, :, i : i + rows].mT, q[head, :, :, j : j + columns], out=block[head])
-            if i == j:
-                mirror[head].copy_(block[head].mT)
-            else:
-                _matmul(q[head, :, :, i : i + rows].mT, k[head, :, :, j : j + columns], out=mirror[head])
+        layers, _, hidden = k.shape
+        rows, columns = slice(i, min(i + self._size, hidden)), slice(j, min(j + self._size, hidden))
+        x, y = self._memory[rows.stop - i, columns.stop - j]
+        block, mirror = (half[:layers].view(layers, rows.stop - i, columns.stop - j) for half in (x, y))
+        torch.bmm(k[:, :, rows].mT, q[:, :, columns], out=block)
+        if i == j:
+            mirror.copy_(block.mT)
+        else:
+            torch.bmm(q[:, :, rows].mT, k[:, :, columns], out=mirror)
         x.add_(y)
         torch.sub(x, y, alpha=2, out=y)
         return x, y
@@ -158,15 +150,3 @@ def _block(elements: int, hidden: int) -> int:
 def _padded(layers: int) -> int:
     """Zero forms fill up to a multiple of four: matrix products of 30 rows run at half the speed of 32."""
     return 4 * math.ceil(layers / 4)
-
-
-def _accumulated(dtype: torch.dtype) -> torch.dtype:
-    """The precision that products of two such weights have: those of half-width weights are exact in float32."""
-    return torch.float32 if dtype.itemsize == 2 else dtype
-
-
-def _matmul(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
-    if a.dtype.itemsize > 2:
-        return torch.bmm(a, b, out=out) if out is not None else torch.bmm(a, b)
-    product = torch.bmm(a, b, out_dtype=torch.float32)  # on tensor cores; torch has it for CUDA only
-    return out.copy_(product) if out is not None else product
