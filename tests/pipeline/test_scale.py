@@ -1,4 +1,4 @@
-"""A thousand models are planned in seconds; nothing to do is nothing to wait for."""
+"""A thousand models are planned in a minute; nothing to do is nothing to wait for. Limits leave room for slow machines."""
 
 import json
 import os
@@ -35,7 +35,7 @@ def entry(i: int) -> LockedModel:
     )
 
 
-def test_a_thousand_models_are_planned_within_a_minute_and_a_gibibyte(project):
+def test_a_thousand_models_are_planned_quickly_and_within_a_gibibyte(project):
     models = {f"model-{i:04d}": entry(i) for i in range(1000)}
     rows = [f"{name}\t{entry.source}" for name, entry in models.items()]
     (project.folder / "many.tsv").write_text("name\tsource\n" + "\n".join(rows) + "\n")
@@ -48,11 +48,11 @@ def test_a_thousand_models_are_planned_within_a_minute_and_a_gibibyte(project):
     process.stdout.close()
     assert process.returncode == 0
     print(f"1,000 models planned: {usage.ru_utime + usage.ru_stime:.1f} s of CPU, {usage.ru_maxrss >> 10} MiB; {planned}")
-    assert usage.ru_utime + usage.ru_stime < 60
+    assert usage.ru_utime + usage.ru_stime < 120  # 33 on a free core; machines differ
     assert usage.ru_maxrss < 2**20  # KiB
 
 
-def test_nothing_to_do_takes_three_seconds(finished):
+def test_nothing_to_do_is_soon_said(finished):
     """Of CPU: the machine of a test may be busy."""
     before, start = os.times(), time.monotonic()
     done = finished.snakemake("--cores", "2")
@@ -62,4 +62,4 @@ def test_nothing_to_do_takes_three_seconds(finished):
     assert done.returncode == 0
     assert "Nothing to be done" in done.stdout + done.stderr
     print(json.dumps({"wall": round(seconds, 1), "cpu": round(cpu, 1)}))
-    assert cpu < 3
+    assert cpu < 6  # 2 on a free core; machines differ
