@@ -12,7 +12,6 @@ from jaxtyping import Float
 from torch import Tensor
 
 from headgram.artifacts import check, record_of, written_whole
-from headgram.geometry.grouping import key_head
 
 
 def write_weights(
@@ -45,19 +44,18 @@ class Weights:
         return group["w_q"][i].clone(), group["w_k"][i].clone()
 
     @property
-    def heads(self) -> int:
-        """The number of query heads."""
+    def heads(self) -> tuple[int, int]:
+        """`H` and `K`."""
         group = _mapped(next(path for path, _ in self._home.values()))
-        return len(group["w_q"][0])
+        return len(group["w_q"][0]), len(group["w_k"][0])
 
     def head(
-        self, layers: Sequence[int], head: int
+        self, layers: Sequence[int], head: int, kv: int
     ) -> tuple[Float[Tensor, "layers 1 rank hidden"], Float[Tensor, "layers 1 rank hidden"]]:
-        """The query weights of one head and the key weights that it reads, in several layers."""
+        """The query weights of one head and the key weights of another, in several layers."""
         queries, keys = [], []
         for path, places in itertools.groupby((self._home[layer] for layer in layers), key=lambda home: home[0]):
             group = _mapped(path)
-            kv = int(key_head(group["w_q"].shape[1], group["w_k"].shape[1])[head])
             for _, i in places:
                 queries.append(group["w_q"][i, head].clone())
                 keys.append(group["w_k"][i, kv].clone())

@@ -13,6 +13,7 @@ import pyarrow as pa
 import torch
 
 from headgram.artifacts import Provenance, record_of, seal
+from headgram.geometry.grouping import key_head
 from headgram.geometry.pairs import Precision, pair_products
 from headgram.tables import GRAM, read_table, write_table
 from headgram.weights_file import Weights
@@ -60,9 +61,9 @@ def measure_row(
 def _tile(source: Weights, own: Sequence[int], other: Sequence[int], precision: Precision, device: str) -> pa.Table:
     """One head at a time: so much of the weights is in memory."""
     products, transposed, exact = [], [], 0
-    for head in range(source.heads):
-        q_a, k_a = (weights.to(device) for weights in source.head(own, head))
-        q_b, k_b = (q_a, k_a) if other == own else (weights.to(device) for weights in source.head(other, head))
+    for head, kv in enumerate(key_head(*source.heads).tolist()):
+        q_a, k_a = (weights.to(device) for weights in source.head(own, head, kv))
+        q_b, k_b = (q_a, k_a) if other == own else (weights.to(device) for weights in source.head(other, head, kv))
         result = pair_products(q_a, k_a, q_b, k_b, precision)
         products.append(result.gram.cpu())
         transposed.append(result.transposed.cpu())
