@@ -140,7 +140,9 @@ def compare(
 def export(
     models: Annotated[Optional[list[str]], typer.Argument(help="Measured models; all if none is given.")] = None,  # noqa: UP045
     to: Annotated[Path, typer.Option(help="The folder to write to.")] = Path("export"),
-    format: Annotated[Literal["csv", "netcdf"], typer.Option(help="A CSV file per table, or a NetCDF file per model.")] = "csv",
+    format: Annotated[
+        Literal["csv", "netcdf"], typer.Option(help="A CSV file per table, or a NetCDF file per model with a group per stack.")
+    ] = "csv",
     results: _Results = Path("results"),
 ) -> None:
     """Write all tables of the atlas as CSV or NetCDF."""
