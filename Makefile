@@ -65,6 +65,7 @@ audit: ## Known vulnerabilities of every pinned package; asks PyPI's advisory se
 		-r envs/requirements-dev.txt -r envs/requirements-models.txt -r envs/requirements-audit.txt
 
 bench: $(VENV)/installed-dev ## Time the arithmetic and the pipeline, and renew benchmarks/RESULTS.md; ten quiet minutes
+	mkdir -p build
 	( cat benchmarks/about.md && $(BIN)/python benchmarks/kernels.py && $(BIN)/python benchmarks/pipeline.py ) > build/bench.md
 	mv build/bench.md benchmarks/RESULTS.md
 
