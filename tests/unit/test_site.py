@@ -82,7 +82,7 @@ def test_search_works_from_disk(site):
         page.goto((site / "docs" / "concepts.html").as_uri())
         page.get_by_role("button", name="Search").first.click()
         page.keyboard.type("positive_energy")
-        page.get_by_text(re.compile(r"\d+ results")).wait_for()
+        page.get_by_role("status").filter(has_text=re.compile(r"\d+ results")).wait_for()
         found = page.locator("a:visible", has_text="positive_energy")
         assert found.count() > 3
         found.first.click()
