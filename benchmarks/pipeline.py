@@ -3,13 +3,13 @@
     python benchmarks/pipeline.py        # Markdown; about two minutes
 
 The two take turns. The script's way opens the model with transformers, as it does, and runs its arithmetic (benchmarks/naive.py).
-Of the pipeline, every job's time and memory follow from what Snakemake measured.
+Of the pipeline, every job's time and memory stand in the records of its artifacts.
 """
 
 from __future__ import annotations
 
 import argparse
-import csv
+import json
 import subprocess
 import sys
 import tempfile
@@ -25,7 +25,6 @@ STAGES = ("extract", "eigen", "gram", "merge", "derive", "report")
 def script() -> None:
     """What the original script does, in a process of its own."""
     import importlib.util
-    import json
 
     import naive
     import torch
@@ -69,23 +68,24 @@ def main() -> None:
             clean.append(timed(command))
             idle.append(timed(command))
             loop.append(timed([sys.executable, __file__, "script"]))
-        jobs = stage_rows(results / "benchmarks")
+        jobs = stage_rows(results)
     print(f"### SmolLM2-135M from the checkpoint to the tables, {arguments.cores} cores\n")
     print("| | seconds |", "|---|---|", f"| a clean `snakemake` run | {min(clean):.1f} |", sep="\n")
     print(f"| the original script's way | {min(loop):.1f} |", f"| `snakemake` with nothing to do | {min(idle):.1f} |", sep="\n")
     print(f"| ratio, script / clean run | {min(loop) / min(clean):.2f} |\n")
-    print("| stage | wall, s | CPU, s | peak memory, MiB |", "|---|---|---|---|", *jobs, sep="\n")
+    print("| stage | jobs | wall, s | CPU, s | peak memory, MiB |", "|---|---|---|---|---|", *jobs, sep="\n")
 
 
-def stage_rows(benchmarks: Path) -> list[str]:
-    """Of every stage: the sum of its jobs' times, and the largest memory."""
+def stage_rows(results: Path) -> list[str]:
+    """Of every stage: the sums of its jobs' times, without their start-up, and the largest memory."""
+    records = [
+        json.loads(path.read_text()) for part in ("models", "provenance", "report") for path in (results / part).rglob("*.json")
+    ]
     rows = []
     for stage in STAGES:
-        jobs = [next(csv.DictReader(path.open(), delimiter="\t")) for path in sorted((benchmarks / stage).rglob("*.tsv"))]
-        jobs += [next(csv.DictReader(path.open(), delimiter="\t")) for path in sorted(benchmarks.glob(f"{stage}.tsv"))]
-        if jobs:
-            wall, cpu = (sum(float(job[name]) for job in jobs) for name in ("s", "cpu_time"))
-            rows.append(f"| {stage} | {wall:.1f} | {cpu:.1f} | {max(float(job['max_rss']) for job in jobs):.0f} |")
+        jobs = [record for record in records if record["stage"] == stage]
+        wall, cpu = (sum(job[name] for job in jobs) for name in ("seconds", "cpu_seconds"))
+        rows.append(f"| {stage} | {len(jobs)} | {wall:.1f} | {cpu:.1f} | {max(job['peak_mib'] for job in jobs)} |")
     return rows
 
 

@@ -15,7 +15,9 @@ import json
 import os
 import platform
 import re
+import resource
 import stat
+import sys
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -203,12 +205,20 @@ def seal(record: Path, provenance: Provenance, data: Sequence[Path], measured: M
         "residual": provenance.residual,
         "started": datetime.fromtimestamp(provenance.started, UTC).isoformat(timespec="milliseconds"),
         "seconds": round(time.time() - provenance.started, 3),
+        **_used(),
         "machine": platform.platform(),
         **(measured or {}),
         **_whereabouts(),
         "files": files,
     }
     write_text(record, _sealed_text(content))
+
+
+def _used() -> dict[str, float]:
+    """What this process has used so far: seconds of all cores, and MiB of memory at the most."""
+    used = resource.getrusage(resource.RUSAGE_SELF)
+    largest = used.ru_maxrss if sys.platform == "darwin" else used.ru_maxrss << 10  # in bytes there, in KiB elsewhere
+    return {"cpu_seconds": round(used.ru_utime + used.ru_stime, 3), "peak_mib": largest >> 20}
 
 
 def _whereabouts() -> dict[str, str | None]:

@@ -15,15 +15,17 @@ from typing import Any
 from headgram.artifacts import Identity, Provenance
 from headgram.devices import leased_device, usable
 from headgram.errors import HeadgramError
+from headgram.forkserver import hand_over
 
 
 @contextlib.contextmanager
 def running(snakemake: Any) -> Iterator[Provenance]:
-    """Run the body of a script as a job.
+    """Run the body of a script as a job; in a process that has imported torch already, if the run has one.
 
     Output goes to the rule's log. A `HeadgramError` is printed as one sentence and ends the job with exit code 1; any
     other error leaves its traceback in the log.
     """
+    hand_over(Path(sys.argv[0]))
     log = Path(snakemake.log[0])
     try:
         with _output_to(log), leased_device(bool(snakemake.resources.get("gpu", 0))) as device:

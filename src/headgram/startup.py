@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import filelock
 
+from headgram import forkserver
 from headgram.artifacts import remove_temporaries, write_text
 from headgram.config import load_config, read_options
 from headgram.errors import HeadgramError
@@ -39,6 +40,7 @@ class Run:
         self._results = Path(config.results)
         self._new: dict[str, LockedModel] = {}
         self._held: filelock.BaseFileLock | None = None
+        self._forkserver: subprocess.Popen[bytes] | None = None
         self._progress: ProgressHandler | None = None
         self.plan: Plan = make_plan(self._locked() if is_job else self._checked(), config, scripts)
 
@@ -100,6 +102,9 @@ class Run:
             raise HeadgramError(f"The results folder {self._results} cannot be written ({error.strerror or error}).") from None
         if self._new:
             write_lock(lock_path(self._manifest), self._new)
+        # Jobs elsewhere, or in an environment of their own, cannot be copies of a process of this one.
+        if workflow.local_exec and not workflow.deployment_settings.deployment_method:
+            self._forkserver = forkserver.start()
 
         from headgram.progress import show_progress  # costs time that a dry run need not spend
 
@@ -107,6 +112,8 @@ class Run:
 
     def end(self) -> None:
         """Say how far the run came."""
+        if self._forkserver:
+            forkserver.stop(self._forkserver)
         if self._progress:
             self._progress.stop(last_line=True)
 

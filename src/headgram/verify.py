@@ -17,7 +17,7 @@ from headgram.errors import HeadgramError
 from headgram.lock import Lock
 from headgram.tables import HEAD_NUMBERS, QUARTILES, SIDES, TABLES, read_table
 
-#: Where artifacts are, below the results folder; logs and benchmarks are nobody's results.
+#: Where artifacts are, below the results folder; logs are nobody's results.
 _FOLDERS = ("atlas", "models", "provenance", "seed", "report")
 #: What held when it was written still holds, up to the rounding of forms that are much smaller than their weights.
 _TOLERANCE = 1e-6

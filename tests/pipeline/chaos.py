@@ -294,7 +294,7 @@ def full_disk(arena: Arena, stages: tuple[str, ...] = STAGES) -> None:
                 arena.figures.faults += 1
                 code, output = arena.run(limit=None if mounted else 16384)
             assert code != 0
-            # A job says that the disk is full; Snakemake, which writes its benchmark, says it in the system's words.
+            # A job says that the disk is full; Snakemake, which writes its scripts, says it in the system's words.
             words = ("the disk is full; free some space", "No space left on device") if mounted else ("File too large",)
             assert any(sentence in output for sentence in words), output
             assert not list(arena.results.rglob(".*.tmp"))

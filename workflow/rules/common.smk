@@ -40,7 +40,6 @@ TABLES = ("heads", "spectra", "gram", "overlap", "neighbours", "layers", "models
 REPORT = f"{RESULTS}/report"
 STACK = f"{RESULTS}/models/{{model}}/{{stack}}"
 JOB_LOGS = f"{RESULTS}/logs"
-JOB_BENCHMARKS = f"{RESULTS}/benchmarks"
 ENVIRONMENT = "../../envs/cuda.yaml" if GPUS else "../../envs/cpu.yaml"
 
 

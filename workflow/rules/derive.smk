@@ -10,8 +10,6 @@ rule derive:
         record=f"{RESULTS}/provenance/derived/{{model}}.json",
     log:
         f"{JOB_LOGS}/derive/{{model}}.log",
-    benchmark:
-        f"{JOB_BENCHMARKS}/derive/{{model}}.tsv"
     conda:
         ENVIRONMENT
     threads: 1

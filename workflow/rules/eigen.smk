@@ -8,8 +8,6 @@ rule eigen:
         record=f"{STACK}/eigen/{{layers}}.json",
     log:
         f"{JOB_LOGS}/eigen/{{model}}/{{stack}}/{{layers}}.log",
-    benchmark:
-        f"{JOB_BENCHMARKS}/eigen/{{model}}/{{stack}}/{{layers}}.tsv"
     conda:
         ENVIRONMENT
     threads: 1

@@ -7,8 +7,6 @@ rule extract:
         record=f"{STACK}/weights/{{layers}}.json",
     log:
         f"{JOB_LOGS}/extract/{{model}}/{{stack}}/{{layers}}.log",
-    benchmark:
-        f"{JOB_BENCHMARKS}/extract/{{model}}/{{stack}}/{{layers}}.tsv"
     conda:
         ENVIRONMENT
     threads: 1

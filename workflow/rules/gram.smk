@@ -7,8 +7,6 @@ rule gram:
         record=f"{STACK}/gram/{{row}}.json",
     log:
         f"{JOB_LOGS}/gram/{{model}}/{{stack}}/{{row}}.log",
-    benchmark:
-        f"{JOB_BENCHMARKS}/gram/{{model}}/{{stack}}/{{row}}.tsv"
     conda:
         ENVIRONMENT
     threads: 1

@@ -15,8 +15,6 @@ rule merge:
         record=f"{RESULTS}/provenance/{{model}}.json",
     log:
         f"{JOB_LOGS}/merge/{{model}}.log",
-    benchmark:
-        f"{JOB_BENCHMARKS}/merge/{{model}}.tsv"
     conda:
         ENVIRONMENT
     threads: 1

@@ -29,8 +29,6 @@ rule report:
         record=f"{REPORT}/index.json",
     log:
         f"{JOB_LOGS}/report.log",
-    benchmark:
-        f"{JOB_BENCHMARKS}/report.tsv"
     conda:
         ENVIRONMENT
     threads: 1

@@ -1,0 +1,180 @@
+"""A process that has imported what jobs need, and forks a copy of itself for each: torch is imported once a run, not once a job.
+
+Importing torch takes longer than most jobs' work. So a run that works on this machine starts this server, and a job's script,
+once Snakemake has started it, asks the server to run the script in its stead (`hand_over`): with the same files, environment
+and terminal, and ends as that copy ended. A copy whose script was killed is killed; the server ends with its run, however that
+ends. Where there is no server, as on a cluster's node, a script runs by itself.
+
+The server computes nothing and touches no GPU, so its copies begin as a fresh interpreter would. Linux only: elsewhere, forking
+a process that has loaded a BLAS is not safe.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import importlib
+import json
+import os
+import runpy
+import secrets
+import select
+import signal
+import socket
+import struct
+import subprocess
+import sys
+import threading
+import traceback
+import warnings
+from pathlib import Path
+
+#: Names the server's socket, in the environment of jobs.
+_ADDRESS = "HEADGRAM_FORKSERVER"
+#: What every stage needs; `report` costs another second, once a run, and is imported by its job.
+_PRELOADED = tuple(f"headgram.stages.{stage}" for stage in ("extract", "eigen", "gram", "merge", "derive"))
+#: As Snakemake sets them for a job with one thread; libraries read them when they are loaded.
+_ONE_THREAD = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1")
+#: How many scripts may wait while the server is importing.
+_BACKLOG = 1024
+_STARTED = b"s"
+_CREDENTIALS = struct.Struct("3i")  # struct ucred: pid, uid, gid
+
+
+def start() -> subprocess.Popen[bytes] | None:
+    """Start a server for the jobs of this process; it ends when this process does. None where there can be none.
+
+    The socket is abstract, so that nothing is left behind when all are killed, and listens from now on: jobs wait for the
+    server's imports instead of doing their own beside it.
+    """
+    if sys.platform != "linux":
+        return None
+    address = f"headgram-{secrets.token_hex(16)}"
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listener:
+        listener.bind(f"\0{address}")
+        listener.listen(_BACKLOG)
+        server = subprocess.Popen(
+            [sys.executable, "-P", "-m", "headgram.forkserver", str(listener.fileno())],
+            stdin=subprocess.PIPE,  # closed when this process ends, which tells the server
+            pass_fds=[listener.fileno()],
+            env=os.environ | _ONE_THREAD,
+        )
+    os.environ[_ADDRESS] = address
+    return server
+
+
+def stop(server: subprocess.Popen[bytes]) -> None:
+    """End a server that no script needs any more."""
+    server.communicate()  # closes its input
+
+
+def hand_over(script: Path) -> None:
+    """Let the server run a script, if there is one: then this does not return.
+
+    Raises
+    ------
+    SystemExit
+        When the script has ended; with its exit code.
+    """
+    address = os.environ.pop(_ADDRESS, None)
+    if address is None:
+        return
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as server:
+        try:
+            server.connect(f"\0{address}")
+            request = {"script": str(script), "folder": str(Path.cwd()), "environment": dict(os.environ)}
+            socket.send_fds(server, [b"-"], [0, 1, 2])
+            server.sendall(json.dumps(request).encode() + b"\n")
+            started = server.recv(1)
+        except OSError:
+            return  # it is gone; nothing has begun
+        if started != _STARTED:
+            return
+        status = server.recv(1)
+    if not status:
+        sys.exit("headgram: the job was killed, perhaps because memory ran out; run the same command again")
+    sys.exit(status[0])
+
+
+def serve(listener: socket.socket, parent: int) -> None:
+    """Fork a copy of this process for every script, until the file descriptor `parent` is closed at its other end."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the run, which waits for its jobs
+    while parent not in select.select([listener.fileno(), parent], [], [])[0]:
+        _bury_the_dead()
+        client, _ = listener.accept()
+        with client, contextlib.suppress(OSError):  # no process can be forked: the client finds its connection closed
+            if _is_ours(client) and os.fork() == 0:
+                listener.close()
+                _become(client)
+
+
+def _bury_the_dead() -> None:
+    """Take leave of copies that have ended; what they used counts as the server's."""
+    with contextlib.suppress(ChildProcessError):
+        while os.waitpid(-1, os.WNOHANG) != (0, 0):
+            pass
+
+
+def _is_ours(client: socket.socket) -> bool:
+    """Whether the same user asks: an abstract socket has no permissions."""
+    credentials = client.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
+    return bool(_CREDENTIALS.unpack(credentials)[1] == os.getuid())
+
+
+def _become(client: socket.socket) -> None:
+    """Run the script that a client asks for, as if this process were it. Does not return."""
+    status = 1
+    try:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        _, files, _, _ = socket.recv_fds(client, 1, 3)
+        with client.makefile("rb") as requests:
+            request = json.loads(requests.readline())
+        for number, file in enumerate(files):
+            os.dup2(file, number)
+            os.close(file)
+        os.chdir(request["folder"])
+        os.environ.clear()
+        os.environ.update(request["environment"])
+        sys.argv = [request["script"]]
+        client.sendall(_STARTED)
+        threading.Thread(target=_die_with, args=[client], daemon=True).start()
+        status = _status_of(request["script"])
+        sys.stdout.flush()
+        sys.stderr.flush()
+        client.sendall(bytes([status]))
+    finally:
+        os._exit(status)  # without the server's clean-up
+
+
+def _die_with(client: socket.socket) -> None:
+    """Kill this process when the other side's is gone."""
+    client.recv(1)
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def _status_of(script: str) -> int:
+    """Run a script; its exit code."""
+    try:
+        runpy.run_path(script, run_name="__main__")
+    except SystemExit as end:
+        if isinstance(end.code, str):
+            print(end.code, file=sys.stderr)
+        return end.code if isinstance(end.code, int) else int(end.code is not None)
+    except BaseException:
+        traceback.print_exc()
+        return 1
+    return 0
+
+
+def main() -> None:
+    """Import what jobs need, then serve."""
+    for module in _PRELOADED:
+        importlib.import_module(module)
+    warnings.filterwarnings("ignore", "This process .* is multi-threaded", DeprecationWarning)  # arrow's allocator has a thread
+    gc.collect()
+    gc.freeze()  # what all copies share is never looked at again, so that it stays shared
+    serve(socket.socket(fileno=int(sys.argv[1])), parent=sys.stdin.fileno())
+
+
+if __name__ == "__main__":
+    main()
