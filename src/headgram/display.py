@@ -43,6 +43,15 @@ def _signed(value: float) -> str:
     return f"{value:+.3f}"
 
 
+def _plain(value: float) -> str:
+    return f"{value:.3f}"
+
+
+def _share(value: float) -> str:
+    """A number between 0 and 1, also as a bar."""
+    return f"{value:.3f} [cyan]{bar(value)}[/cyan]"
+
+
 def _with_bar(value: float) -> str:
     """A number between -1 and 1, and its magnitude as a bar."""
     return f"{value:+.3f} [cyan]{bar(abs(value))}[/cyan]"
@@ -50,15 +59,15 @@ def _with_bar(value: float) -> str:
 
 #: How each column of the tables is headed and written; what is not here is a whole number.
 _COLUMNS: Mapping[str, tuple[str, Callable[[Any], str]]] = {
-    "symmetry": ("symmetry", lambda value: f"{value:.3f} [cyan]{bar(value)}[/cyan]"),
-    "symmetry_median": ("symmetry", lambda value: f"{value:.3f} [cyan]{bar(value)}[/cyan]"),
+    "symmetry": ("symmetry", _share),
+    "symmetry_median": ("symmetry", _share),
     "symmetry_score_median": ("symmetry score", _signed),
     "layer_symmetry_score": ("layer's\nscore", _signed),
     "directionality": ("direction-\nality", _signed),
     "directionality_median": ("direction-\nality", _signed),
     "layer_directionality": ("layer's\nscore", _signed),
-    "positive_energy": ("positive\nenergy", lambda value: f"{value:.3f}"),
-    "positive_energy_median": ("positive\nenergy", lambda value: f"{value:.3f}"),
+    "positive_energy": ("positive\nenergy", _plain),
+    "positive_energy_median": ("positive\nenergy", _plain),
     "stable_rank": ("stable\nrank", _number),
     "stable_rank_median": ("stable\nrank", _number),
     "effective_rank": ("effective\nrank", _number),
@@ -69,17 +78,17 @@ _COLUMNS: Mapping[str, tuple[str, Callable[[Any], str]]] = {
     "cosine_all": ("to\nall", _signed),
     "cosine_adjacent": ("to the\nnext", _signed),
     "z": ("z", lambda value: f"{value:+.1f}"),
-    "right": ("query\noverlap", lambda value: f"{value:.3f}"),
-    "left": ("key\noverlap", lambda value: f"{value:.3f}"),
-    "signed": ("signed\noverlap", lambda value: f"{value:.3f}"),
+    "right": ("query\noverlap", _plain),
+    "left": ("key\noverlap", _plain),
+    "signed": ("signed\noverlap", _plain),
     "layer_a": ("layer", str),
     "layer_b": ("layer", str),
     "kv_heads": ("key\nheads", str),
     "hidden": ("width", str),
     "stored_dtype": ("stored\nas", str),
     "lowest_cosine": ("lowest", _signed),
-    "symmetry_a": ("symmetry\nbefore", lambda value: f"{value:.3f}"),
-    "symmetry_b": ("after", lambda value: f"{value:.3f}"),
+    "symmetry_a": ("symmetry\nbefore", _plain),
+    "symmetry_b": ("after", _plain),
     "norm_ratio": ("norm\nafter / before", _number),
 }
 

@@ -6,7 +6,9 @@ import subprocess
 import sys
 import time
 
-from headgram.lock import LockedModel, LockedStack, write_lock
+from locked import locked_llama
+
+from headgram.lock import write_lock
 
 _MEASURE = """
 import json, resource, subprocess, sys
@@ -17,35 +19,8 @@ sys.exit(code)
 """
 
 
-def entry(i: int) -> LockedModel:
-    """A small llama that is nowhere: planning reads the lock alone."""
-    layers = 12
-    stack = LockedStack(
-        name="self",
-        layers=tuple(range(layers)),
-        heads=12,
-        kv_heads=4,
-        rank=64,
-        hidden=768,
-        dtype="BF16",
-        qk_bytes=layers * 16 * 64 * 768 * 2,
-        digests=tuple(f"{i:016x}{layer:016x}" for layer in range(layers)),
-    )
-    return LockedModel(
-        source=f"models/{i}",
-        revision=None,
-        overrides={},
-        commit=None,
-        format="safetensors",
-        architecture="llama",
-        files=(),
-        stacks=(stack,),
-        fingerprint=f"{i:032x}",
-    )
-
-
 def test_a_thousand_models_are_planned_quickly_and_within_a_gibibyte(project):
-    models = {f"model-{i:04d}": entry(i) for i in range(1000)}
+    models = {f"model-{i:04d}": locked_llama(f"{i:08x}") for i in range(1000)}
     rows = [f"{name}\t{entry.source}" for name, entry in models.items()]
     (project.folder / "many.tsv").write_text("name\tsource\n" + "\n".join(rows) + "\n")
     write_lock(project.folder / "many.lock.json", models)

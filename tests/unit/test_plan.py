@@ -9,42 +9,17 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from locked import locked_llama
 
 from headgram.config import Config, load_config
-from headgram.lock import LockedModel, LockedStack
 from headgram.plan import make_plan
 from headgram.staleness import modules_of
 
 SCRIPTS = Path(__file__).parents[2] / "workflow" / "scripts"
 
 
-def entry(layers=30, heads=9, kv_heads=3, rank=64, hidden=576, dtype="BF16") -> LockedModel:
-    stack = LockedStack(
-        name="self",
-        layers=tuple(range(layers)),
-        heads=heads,
-        kv_heads=kv_heads,
-        rank=rank,
-        hidden=hidden,
-        dtype=dtype,
-        qk_bytes=0,
-        digests=("",) * layers,
-    )
-    return LockedModel(
-        source="s",
-        revision=None,
-        overrides={},
-        commit=None,
-        format="safetensors",
-        architecture="llama",
-        files=(),
-        stacks=(stack,),
-        fingerprint="f",
-    )
-
-
 def stack_plan(config=None, **shape):
-    return make_plan({"m": entry(**shape)}, config or Config(), SCRIPTS).models["m"].stacks["self"]
+    return make_plan({"m": locked_llama(**shape)}, config or Config(), SCRIPTS).models["m"].stacks["self"]
 
 
 @settings(max_examples=30)
@@ -98,13 +73,13 @@ def test_given_sizes_are_kept():
     ],
 )
 def test_keys_follow_the_contract(change, stages):
-    before, after = (make_plan({"m": entry()}, load_config(raw), SCRIPTS).models["m"].identities for raw in ({}, change))
+    before, after = (make_plan({"m": locked_llama()}, load_config(raw), SCRIPTS).models["m"].identities for raw in ({}, change))
     assert {stage for stage in before if before[stage].key != after[stage].key} == stages
 
 
 def test_a_report_follows_from_all_models_and_their_order():
     def key(names, raw=None):
-        return make_plan({name: entry() for name in names}, load_config(raw or {}), SCRIPTS).report.key
+        return make_plan({name: locked_llama() for name in names}, load_config(raw or {}), SCRIPTS).report.key
 
     assert key("ab") == key("ab", {"device": "cpu", "report": {"enabled": False}})
     assert len({key("ab"), key("ba"), key("a"), key("ac"), key("ab", {"export": {"compression": "none"}})}) == 5
@@ -126,12 +101,13 @@ def test_a_stage_depends_on_what_it_imports():
 def test_a_thousand_models_are_planned_at_once_without_torch():
     code = f"""
 import json, resource, sys, time
-sys.path.insert(0, {str(Path(__file__).parent)!r})
-from test_plan import SCRIPTS, entry
+from pathlib import Path
+sys.path.insert(0, {str(Path(__file__).parents[1])!r})
+from locked import locked_llama
 from headgram.config import Config
 from headgram.plan import make_plan
 start = time.monotonic()
-plan = make_plan({{f"m{{i}}": entry() for i in range(1000)}}, Config(), SCRIPTS)
+plan = make_plan({{f"m{{i}}": locked_llama() for i in range(1000)}}, Config(), Path({str(SCRIPTS)!r}))
 print(json.dumps({{"models": len(plan.models), "seconds": time.monotonic() - start, "torch": "torch" in sys.modules}}))
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)

@@ -172,8 +172,10 @@ def extract_input(wildcards):
 
 
 def locked_entry(wildcards):
-    """A param of a rule: the lock's entry. Snakemake does not compare such objects: what a source holds is in the fingerprint, where it lies
-    decides nothing."""
+    """A param of a rule: the lock's entry. Snakemake does not compare such objects, and need not.
+
+    What a source holds is in the fingerprint; where it lies decides nothing.
+    """
     return model_of(wildcards).entry
 
 

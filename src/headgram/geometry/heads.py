@@ -20,6 +20,7 @@ from headgram.errors import HeadgramError
 from headgram.geometry.checks import check_weights
 from headgram.geometry.factors import Factors, Products, by_cholesky, by_householder, products
 from headgram.geometry.grouping import groups
+from headgram.geometry.ratios import ratio
 from headgram.geometry.residuals import Residuals, direction_residuals, identity_residuals
 
 #: Bytes of float64 working memory that one batch of heads may take; bounds the peak, never the result.
@@ -191,7 +192,7 @@ def _from_factors(
 
     # What is reported follows from the spectra, which stay accurate where products of weights cancel; the products check it.
     energy, power = s.square().sum(-1), eigenvalues.square().sum(-1)
-    share = _ratio(s.square(), energy[:, None])
+    share = ratio(s.square(), energy[:, None])
     unit = unit.where(unit > 0, 1)
     residuals = Residuals(
         *identity_residuals(of, s, eigenvalues, unit),
@@ -208,10 +209,10 @@ def _from_factors(
         self_overlap=2 * power - energy,
         spectral_norm=s[:, 0],
         nuclear_norm=s.sum(-1),
-        stable_rank=_ratio(energy, s[:, 0].square()),
+        stable_rank=ratio(energy, s[:, 0].square()),
         effective_rank=torch.exp(-torch.special.xlogy(share, share).sum(-1)) * (energy > 0),
-        symmetry=_ratio(power, energy).clamp(0, 1),
-        positive_energy=_ratio(eigenvalues.clamp_min(0).square().sum(-1), power),
+        symmetry=ratio(power, energy).clamp(0, 1),
+        positive_energy=ratio(eigenvalues.clamp_min(0).square().sum(-1), power),
         residual=residuals.largest(),
     )
 
@@ -230,12 +231,6 @@ def _balanced(
     largest = torch.maximum(q.abs(), k.abs()).amax((-1, -2), keepdim=True)
     exponent = largest.log2().floor().where(largest > 0, 0)
     return torch.ldexp(q, -exponent), torch.ldexp(k, -exponent), torch.exp2(2 * exponent.flatten())
-
-
-def _ratio(numerator: Tensor, denominator: Tensor) -> Tensor:
-    """`numerator / denominator`, and 0 where the denominator is 0."""
-    safe = denominator.where(denominator != 0, 1)
-    return (numerator / safe).where(denominator != 0, 0)
 
 
 def _sign(rows: Float[Tensor, "heads k hidden"]) -> Float[Tensor, "heads k 1"]:

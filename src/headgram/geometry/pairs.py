@@ -18,7 +18,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from headgram.errors import HeadgramError
-from headgram.geometry.checks import check_weights
+from headgram.geometry.checks import check_floating, check_weights
 from headgram.geometry.costs import Route, cheapest
 from headgram.geometry.grouping import groups
 from headgram.geometry.routes import Inner, Side, by_products, by_strips
@@ -188,6 +188,5 @@ def _check(w_q_a: Tensor, w_k_a: Tensor, w_q_b: Tensor, w_k_b: Tensor) -> None:
     (_, heads, *inner), (_, kv_heads, *inner_k), (_, heads_b, *inner_b), (_, kv_heads_b, *inner_kb) = shapes
     if not (inner == inner_k == inner_b == inner_kb and heads == heads_b and kv_heads == kv_heads_b and kv_heads <= heads):
         raise HeadgramError(f"The two runs of layers differ in heads, key heads, rank or width: {shapes}.")
-    for weights in (w_q_a, w_k_a, w_q_b, w_k_b):
-        if not weights.is_floating_point():
-            raise HeadgramError(f"Weights must be floating point, not {weights.dtype}.")
+    for name, weights in (("query", w_q_a), ("key", w_k_a), ("query", w_q_b), ("key", w_k_b)):
+        check_floating(name, weights)

@@ -29,7 +29,6 @@ from headgram.geometry.costs import TRIANGLE
 PRODUCT_BYTES = 256 * 2**20
 STRIP_BYTES = {"cpu": 12 * 2**20, "cuda": 512 * 2**20}
 
-
 #: Terms that are summed in the precision of the products.
 _TERMS = 1024
 

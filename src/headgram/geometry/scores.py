@@ -22,7 +22,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from headgram.errors import HeadgramError
-from headgram.geometry.grouping import key_head
+from headgram.geometry.grouping import groups, key_head
+from headgram.geometry.ratios import ratio
 
 #: Bytes of float64 working memory of a batch of heads, and of the weights of a layer's blocks. Constants, so that the last
 #: bit of the result does not depend on the machine.
@@ -47,7 +48,7 @@ class LayerScores(NamedTuple):
 
 def symmetry_score(fro_sq: Float[Tensor, "*shape"], self_overlap: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
     """`<g, g^T> / ‖g‖_F²`: 1 for symmetric, -1 for antisymmetric forms, near 0 for random ones; 0 for zero forms."""
-    return _ratio(self_overlap, fro_sq).clamp(-1, 1)
+    return ratio(self_overlap, fro_sq).clamp(-1, 1)
 
 
 @torch.no_grad()
@@ -99,8 +100,7 @@ def layer_scores(w_q: Float[Tensor, "heads rank hidden"], w_k: Float[Tensor, "kv
         If the form overflows float64.
     """
     heads, rank, hidden = w_q.shape
-    groups = key_head(heads, len(w_k)).to(w_q.device)
-    readers = [torch.nonzero(groups == kv).flatten() for kv in range(len(w_k))]
+    readers = [members for _, members in groups(heads, len(w_k))]
     size = min(BLOCK, max(1, BATCH_BYTES // (8 * 4 * len(w_k) * rank)))
     slices = [slice(start, start + size) for start in range(0, hidden, size)]
 
@@ -138,7 +138,7 @@ def _triangles(weights: Float[Tensor, "n rank hidden"]) -> Float[Tensor, "n m ra
 
 def _directionality(query: Float[Tensor, "*n hidden"], key: Float[Tensor, "*n hidden"]) -> Float[Tensor, "*n"]:
     large_query, large_key = _large(query), _large(key)
-    return _ratio(large_query - large_key, large_query + large_key)
+    return ratio(large_query - large_key, large_query + large_key)
 
 
 def _large(norms: Float[Tensor, "*n hidden"]) -> Float[Tensor, "*n"]:
@@ -146,9 +146,3 @@ def _large(norms: Float[Tensor, "*n hidden"]) -> Float[Tensor, "*n"]:
     deviation = norms.std(-1, correction=min(1, norms.shape[-1] - 1), keepdim=True)
     threshold = norms.mean(-1, keepdim=True) + _DEVIATIONS * deviation
     return norms.where(norms > threshold * (1 + _SLACK), 0).sum(-1)
-
-
-def _ratio(numerator: Tensor, denominator: Tensor) -> Tensor:
-    """`numerator / denominator`, and 0 where the denominator is 0."""
-    safe = denominator.where(denominator != 0, 1)
-    return (numerator / safe).where(denominator != 0, 0)

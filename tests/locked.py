@@ -1,0 +1,29 @@
+"""Entries of a lock, made up; imports no torch, as the plan does not."""
+
+from headgram.lock import LockedModel, LockedStack
+
+
+def locked_llama(name="m", layers=12, heads=12, kv_heads=4, rank=64, hidden=768, dtype="BF16") -> LockedModel:
+    """The lock's entry of a llama that is nowhere: planning reads the lock alone."""
+    stack = LockedStack(
+        name="self",
+        layers=tuple(range(layers)),
+        heads=heads,
+        kv_heads=kv_heads,
+        rank=rank,
+        hidden=hidden,
+        dtype=dtype,
+        qk_bytes=layers * (heads + kv_heads) * rank * hidden * 2,
+        digests=tuple(f"{name}{layer:016x}" for layer in range(layers)),
+    )
+    return LockedModel(
+        source=f"models/{name}",
+        revision=None,
+        overrides={},
+        commit=None,
+        format="safetensors",
+        architecture="llama",
+        files=(),
+        stacks=(stack,),
+        fingerprint=f"of {name}",
+    )
