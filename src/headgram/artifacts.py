@@ -33,7 +33,7 @@ from headgram.errors import HeadgramError
 #: Raised when the meaning or the layout of a file changes.
 SCHEMA = 1
 _TEMPORARY = re.compile(r"\..+\.[0-9]+\.tmp")
-_LIBRARIES = ("torch", "numpy", "pandas", "pyarrow", "safetensors", "gguf")
+_LIBRARIES = ("torch", "numpy", "scipy", "pandas", "pyarrow", "safetensors", "gguf")
 
 
 def canonical(value: Any) -> str:

@@ -8,7 +8,6 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Self
 
-import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -20,6 +19,7 @@ from headgram.checkpoints.opening import locate, open_store
 from headgram.checkpoints.sources import HUB_DIGEST, Location
 from headgram.checkpoints.stores import TensorStore
 from headgram.errors import HeadgramError
+from headgram.geometry.checks import is_finite
 
 if TYPE_CHECKING:
     from headgram.checkpoints.hub import RemoteLocation
@@ -28,8 +28,6 @@ if TYPE_CHECKING:
 OVERRIDES = ("model_type", "heads", "kv_heads", "head_dim")
 
 _LONGEST_NAME = 100
-#: Numbers that are checked at once.
-_PIECE = 2**24
 
 
 @dataclass(frozen=True)
@@ -170,11 +168,6 @@ class Checkpoint:
 
     def __exit__(self, *exc: object) -> None:
         self._store.__exit__(*exc)
-
-
-def is_finite(tensor: Tensor) -> bool:
-    """Whether a tensor holds no NaN and no infinity; in pieces, for torch's check takes several times a tensor's memory."""
-    return all(bool(torch.isfinite(piece).all()) for piece in torch.split(tensor.flatten(), _PIECE))
 
 
 def open_checkpoint(

@@ -26,7 +26,12 @@ from torch import Tensor
 _PIVOT = 0.05
 _TINY, _HUGE = 1e-100, 1e100
 
-Lift = Callable[[Float[Tensor, "heads k small"]], Float[Tensor, "heads k hidden"]]
+#: Row vectors of the bases of queries, of keys and of both -> the same vectors, as wide as the model. Together: the weights, much
+#: larger than all else, are passed over once.
+Lift = Callable[
+    [Float[Tensor, "heads k n"], Float[Tensor, "heads k n"], Float[Tensor, "heads l m"]],
+    tuple[Float[Tensor, "heads k hidden"], Float[Tensor, "heads k hidden"], Float[Tensor, "heads l hidden"]],
+]
 
 
 class Products(NamedTuple):
@@ -43,14 +48,29 @@ class Factors:
 
     core: Float[Tensor, "heads n_left n_right"]
     symmetric: Float[Tensor, "heads m m"]
-    lift_right: Lift
-    lift_left: Lift
-    lift_signed: Lift
+    triangle_q: Float[Tensor, "heads p rank"]  # R with R^T R = W_Q W_Q^T, so that ‖R x‖ = ‖W_Q^T x‖
+    triangle_k: Float[Tensor, "#heads p_k rank"]
+    lift: Lift
 
 
 def products(q: Float[Tensor, "heads rank hidden"], k: Float[Tensor, "#heads rank hidden"]) -> Products:
     """The products that both spectra and their checks need."""
-    return Products(q @ q.mT, q @ k.mT, k @ k.mT)
+    return Products(_with_itself(q), q @ once(k).mT, _with_itself(k))
+
+
+def _with_itself(weights: Float[Tensor, "heads rank hidden"]) -> Float[Tensor, "heads rank rank"]:
+    """`W W^T`. On a CPU one triangle of it is computed, by BLAS' routine for that, which torch does not call."""
+    if weights.device.type != "cpu":
+        return weights @ weights.mT
+    from scipy.linalg.blas import dsyrk  # costs time where no spectrum is measured
+
+    lower = torch.stack([torch.from_numpy(dsyrk(1.0, matrix.numpy().T, trans=1, lower=1)) for matrix in weights])
+    return lower + lower.tril(-1).mT
+
+
+def once(k: Float[Tensor, "#heads rank hidden"]) -> Float[Tensor, "*heads rank hidden"]:
+    """Keys that all heads read, as one matrix: products with it are then one product of all heads' rows."""
+    return k[0] if len(k) == 1 else k
 
 
 def by_householder(q: Float[Tensor, "heads rank hidden"], k: Float[Tensor, "heads rank hidden"]) -> Factors:
@@ -65,9 +85,9 @@ def by_householder(q: Float[Tensor, "heads rank hidden"], k: Float[Tensor, "head
     return Factors(
         core=core_k @ r_q[:, :n].mT,
         symmetric=(symmetric + symmetric.mT) / 2,
-        lift_right=lambda rows: rows @ basis[..., :n].mT,
-        lift_left=lambda rows: rows @ basis_k.mT @ basis.mT,
-        lift_signed=lambda rows: rows @ basis.mT,
+        triangle_q=r_q[:, :n],
+        triangle_k=core_k,
+        lift=lambda right, left, signed: (right @ basis[..., :n].mT, left @ basis_k.mT @ basis.mT, signed @ basis.mT),
     )
 
 
@@ -91,24 +111,17 @@ def by_cholesky(
     half = s_k @ r_q.mT  # the rows of S_q below r are zero
     symmetric = torch.nn.functional.pad(half, (0, rank))
 
-    def lift(rows: Tensor, triangle: Tensor, weights: Tensor, norms: Tensor) -> Tensor:
-        """`rows` of the basis `W^T (R D)^-1`."""
-        return (_solved(triangle, rows) / norms[:, None, :]) @ weights
+    def lift(right: Tensor, left: Tensor, signed: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Rows of the bases `W^T (R D)^-1`."""
+        right = _solved(upper[:, :rank, :rank], right) / lengths[:, None, :rank]
+        left = _solved(upper_k, left) / lengths_k[:, None]
+        signed = _solved(upper, signed) / lengths[:, None]
+        kept = right.shape[1]
+        on_q = torch.cat([right, signed[..., :rank]], 1) @ q
+        on_k = torch.cat([left, signed[..., rank:]], 1) @ once(k)
+        return on_q[:, :kept], on_k[:, :kept], on_q[:, kept:] + on_k[:, kept:]
 
-    def lift_signed(rows: Tensor) -> Tensor:
-        solved = _solved(upper, rows) / lengths[:, None, :]
-        return solved[..., :rank] @ q + solved[..., rank:] @ k
-
-    return (
-        Factors(
-            core=r_k @ r_q.mT,
-            symmetric=(symmetric + symmetric.mT) / 2,
-            lift_right=lambda rows: lift(rows, upper[:, :rank, :rank], q, lengths[:, :rank]),
-            lift_left=lambda rows: lift(rows, upper_k, k, lengths_k),
-            lift_signed=lift_signed,
-        ),
-        trusted,
-    )
+    return Factors(r_k @ r_q.mT, (symmetric + symmetric.mT) / 2, triangle_q=r_q, triangle_k=r_k, lift=lift), trusted
 
 
 def _solved(triangle: Float[Tensor, "#heads m m"], rows: Float[Tensor, "heads k m"]) -> Float[Tensor, "heads k m"]:

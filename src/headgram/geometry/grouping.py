@@ -14,8 +14,9 @@ def key_head(heads: int, kv_heads: int) -> Int[Tensor, " heads"]:
     return torch.arange(heads) * kv_heads // heads
 
 
-def groups(heads: int, kv_heads: int) -> Iterator[tuple[int, list[int]]]:
-    """Every key head with the query heads that read it, in order."""
-    reads = key_head(heads, kv_heads).tolist()
+def groups(heads: int, kv_heads: int) -> Iterator[tuple[int, range]]:
+    """Every key head with the query heads that read it, in order: they are neighbours."""
+    reads = key_head(heads, kv_heads)
+    starts = torch.searchsorted(reads, torch.arange(kv_heads + 1)).tolist()
     for kv in range(kv_heads):
-        yield kv, [head for head in range(heads) if reads[head] == kv]
+        yield kv, range(starts[kv], starts[kv + 1])

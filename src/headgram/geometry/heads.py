@@ -13,15 +13,17 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
 from headgram.errors import HeadgramError
-from headgram.geometry.checks import check_weights
-from headgram.geometry.factors import Factors, Products, by_cholesky, by_householder, products
+from headgram.geometry.checks import check_weights, is_finite
+from headgram.geometry.eigen import largest_magnitude
+from headgram.geometry.factors import Factors, Products, by_cholesky, by_householder, once, products
 from headgram.geometry.grouping import groups
 from headgram.geometry.ratios import ratio
 from headgram.geometry.residuals import Residuals, direction_residuals, identity_residuals
+from headgram.geometry.scores import directionality
 
 #: Bytes of float64 working memory that one batch of heads may take; bounds the peak, never the result.
 BATCH_BYTES = 128 * 2**20
@@ -57,6 +59,9 @@ class Spectrum:
         `(fro_sq + self_overlap) / (2 fro_sq)`: 1 for symmetric, 0 for antisymmetric forms.
     positive_energy : (H,)
         Share of `sum(λ²)` at `λ > 0`.
+    directionality : (H,)
+        In `[-1, 1]`: 1 if only the query side has large norms, -1 if only the key side has (see
+        `headgram.geometry.scores`).
     residual : (H,)
         Largest residual of the identities that every result must satisfy, see `headgram.geometry.residuals`.
 
@@ -77,6 +82,7 @@ class Spectrum:
     effective_rank: Float[Tensor, " heads"]
     symmetry: Float[Tensor, " heads"]
     positive_energy: Float[Tensor, " heads"]
+    directionality: Float[Tensor, " heads"]
     residual: Float[Tensor, " heads"]
 
 
@@ -101,7 +107,7 @@ def spectrum(w_q: Float[Tensor, "heads rank hidden"], w_k: Float[Tensor, "kv_hea
     _check_weights(w_q, w_k, topk)
     batches = [_measure_batch(q, k, topk) for q, k in _batches(w_q, w_k, topk)]
     result = _joined(batches)
-    if not all(bool(torch.isfinite(getattr(result, field.name)).all()) for field in fields(Spectrum)):
+    if not all(is_finite(getattr(result, field.name)) for field in fields(Spectrum)):
         raise HeadgramError("A head's norm overflows float64: rescale its weights.")
     return result
 
@@ -109,14 +115,13 @@ def spectrum(w_q: Float[Tensor, "heads rank hidden"], w_k: Float[Tensor, "kv_hea
 def _batches(w_q: Tensor, w_k: Tensor, topk: int) -> Iterator[tuple[Tensor, Tensor]]:
     """Query heads that read one key head, and that key head, in float64; as many as fit."""
     heads, rank, hidden = w_q.shape
-    # Working memory per head: q and Q (2r · d each), both sides' directions, and small change.
+    # Working memory per head: the weights of both sides and products of their size, directions, and small change.
     per_head = 8 * hidden * (4 * rank + 6 * min(topk, rank)) + 8 * 32 * rank * rank
     size = max(1, BATCH_BYTES // per_head)
     for kv, members in groups(heads, len(w_k)):
         key = w_k[kv : kv + 1].double()
-        for i in range(0, len(members), size):
-            batch = members[i : i + size]
-            yield w_q[batch].double(), key
+        for start in range(members.start, members.stop, size):
+            yield w_q[start : min(start + size, members.stop)].double(), key
 
 
 def _joined(batches: Sequence[Spectrum]) -> Spectrum:
@@ -176,15 +181,12 @@ def _from_factors(
 
     u, s, vh = torch.linalg.svd(factors.core)
     s = s.where(s > zero[:, None], 0)
-    right, left = factors.lift_right(vh[:, :kept]), factors.lift_left(u[..., :kept].mT)
+    eigenvalues, vectors = largest_magnitude(factors.symmetric, min(kept, factors.symmetric.shape[-1]))
+    eigenvalues = eigenvalues.where(eigenvalues.abs() > zero[:, None], 0)
+
+    right, left, signed = factors.lift(vh[:, :kept], u[..., :kept].mT, vectors)
     sign = _sign(right) * (s[:, :kept, None] > 0)
     right, left = right * sign, left * sign
-
-    eigenvalues, vectors = torch.linalg.eigh(factors.symmetric)
-    eigenvalues = eigenvalues.where(eigenvalues.abs() > zero[:, None], 0)
-    order = _by_magnitude(eigenvalues)
-    eigenvalues = eigenvalues.gather(-1, order)
-    signed = factors.lift_signed(vectors.gather(-1, order[:, None, :kept].expand(-1, vectors.shape[-2], -1)).mT)
     signed = signed * _sign(signed) * (eigenvalues[:, : signed.shape[1], None] != 0)
 
     s, right, left = _pad(s, rank), _pad_rows(right, kept), _pad_rows(left, kept)
@@ -213,8 +215,19 @@ def _from_factors(
         effective_rank=torch.exp(-torch.special.xlogy(share, share).sum(-1)) * (energy > 0),
         symmetry=ratio(power, energy).clamp(0, 1),
         positive_energy=ratio(eigenvalues.clamp_min(0).square().sum(-1), power),
+        directionality=directionality(*_column_norms(factors, q, k, zero)),
         residual=residuals.largest(),
     )
+
+
+def _column_norms(
+    factors: Factors, q: Float[Tensor, "heads rank hidden"], k: Float[Tensor, "#heads rank hidden"], zero: Float[Tensor, " heads"]
+) -> tuple[Float[Tensor, "heads hidden"], Float[Tensor, "heads hidden"]]:
+    """Norms of the columns of `g` and of `g^T`; those below `zero`, which are rounding, are 0."""
+    # Not `norm(dim=1)`, which takes four times as long.
+    norms = (side.square().sum(1).sqrt() for side in (factors.triangle_k @ q, factors.triangle_q @ once(k)))
+    query, key = (norm.where(norm > zero[:, None], 0) for norm in norms)
+    return query, key
 
 
 def _balanced(
@@ -242,13 +255,6 @@ def _sign(rows: Float[Tensor, "heads k hidden"]) -> Float[Tensor, "heads k 1"]:
     tied = magnitude >= magnitude.amax(-1, keepdim=True) * (1 - 1e-9)
     first = tied.to(torch.uint8).argmax(-1, keepdim=True)
     return torch.where(rows.gather(-1, first) < 0, -1.0, 1.0).to(rows.dtype)
-
-
-def _by_magnitude(values: Float[Tensor, "heads n"]) -> Int[Tensor, "heads n"]:
-    """Indices that sort by magnitude, largest first; of a pair `±λ` that rounding cannot tell apart, the positive first."""
-    magnitude = values.abs()
-    slack = 1e-12 * magnitude.amax(-1, keepdim=True)
-    return torch.argsort(magnitude + slack * (values > 0), dim=-1, descending=True, stable=True)
 
 
 def _pad(values: Float[Tensor, "heads n"], size: int) -> Float[Tensor, "heads size"]:

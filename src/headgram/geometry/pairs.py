@@ -18,7 +18,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from headgram.errors import HeadgramError
-from headgram.geometry.checks import check_floating, check_weights
+from headgram.geometry.checks import check_floating, check_weights, is_finite
 from headgram.geometry.costs import Route, cheapest
 from headgram.geometry.grouping import groups
 from headgram.geometry.routes import Inner, Side, by_products, by_strips
@@ -109,7 +109,7 @@ def pair_products(
             exact.append(inner is None)
             results.append(inner or _in_float64(queries, keys, route))
     products, transposed = (torch.stack(values, 2) for values in zip(*results, strict=True))
-    if not bool((torch.isfinite(products) & torch.isfinite(transposed)).all()):
+    if not (is_finite(products) and is_finite(transposed)):
         for name, weights in (("query", w_q_a), ("key", w_k_a), ("query", w_q_b), ("key", w_k_b)):
             check_weights(name, weights)
         raise HeadgramError("An inner product overflows float64: rescale the weights.")

@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from headgram.geometry.factors import Products
+from headgram.geometry.factors import Products, once
 
 
 class Residuals(NamedTuple):
@@ -60,9 +60,10 @@ def direction_residuals(
     """How far the directions are from orthonormal, and from what `g` does to them."""
     kept = right.shape[1]
     orthogonality = torch.stack([_off_identity(rows) for rows in (right, left, signed)]).amax(0)
-    g_right = (right @ q.mT) @ k
+    keys = once(k)
+    g_both = torch.cat([right, signed], 1) @ q.mT @ keys
+    g_right, g_signed = g_both[:, :kept], (g_both[:, kept:] + signed @ keys.mT @ q) / 2
     singular = (g_right - s[:, :kept, None] * left).norm(dim=-1).amax(-1) / unit
-    g_signed = ((signed @ q.mT) @ k + (signed @ k.mT) @ q) / 2
     eigen = (g_signed - eigenvalues[:, :kept, None] * signed).norm(dim=-1).amax(-1) / unit
     return orthogonality, singular, eigen
 

@@ -15,7 +15,7 @@ from headgram.errors import HeadgramError
 from headgram.geometry.grouping import key_head
 from headgram.geometry.heads import Spectrum, spectrum
 from headgram.geometry.original import original_quantities
-from headgram.geometry.scores import directionality, layer_scores, symmetry_score
+from headgram.geometry.scores import layer_scores, symmetry_score
 from headgram.tables import HEADS, LAYER_SCORES, SCALARS, write_table
 from headgram.weights_file import Weights
 
@@ -87,7 +87,7 @@ def _scores(result: Spectrum, w_q: torch.Tensor, w_k: torch.Tensor) -> dict[str,
     of_layer = layer_scores(w_q, w_k)
     return {
         "symmetry_score": symmetry_score(result.fro_sq, result.self_overlap).tolist(),
-        "directionality": directionality(w_q, w_k).tolist(),
+        "directionality": result.directionality.tolist(),
         "layer_symmetry_score": [of_layer.symmetry_score] * len(w_q),
         "layer_directionality": [of_layer.directionality] * len(w_q),
     }

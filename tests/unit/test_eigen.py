@@ -1,0 +1,70 @@
+"""Few eigenvectors of symmetric matrices against all of them."""
+
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from headgram.geometry import eigen
+from headgram.geometry.eigen import largest_magnitude
+
+
+@st.composite
+def matrices(draw):
+    """Symmetric matrices of given spectra: random, in clusters, in pairs of opposite signs, of low rank, zero, diagonal."""
+    n, seed = draw(st.integers(1, 70)), draw(st.integers(0, 2**31))
+    generator = torch.Generator().manual_seed(seed)
+    values = torch.randn(n, generator=generator, dtype=torch.float64)
+    match draw(st.sampled_from(["random", "clusters", "pairs", "low rank", "zero", "steep", "identity"])):
+        case "clusters":
+            values = values.sign() + 1e-13 * values
+        case "pairs":
+            values[n // 2 : 2 * (n // 2)] = -values[: n // 2]
+        case "low rank":
+            values[1:] = 0
+        case "zero":
+            values[:] = 0
+        case "steep":
+            values = values.sign() * 10 ** (-3 * torch.arange(n, dtype=torch.float64))
+        case "identity":
+            values[:] = 1
+    basis = torch.linalg.qr(torch.randn(n, n, generator=generator, dtype=torch.float64)).Q
+    if draw(st.booleans()):
+        basis = torch.eye(n, dtype=torch.float64)
+    matrix = basis * values @ basis.T * 10.0 ** draw(st.integers(-100, 100))
+    return (matrix + matrix.T) / 2
+
+
+@given(matrices(), st.integers(1, 12))
+def test_values_and_vectors_are_those_of_numpy_by_magnitude(matrix, count):
+    count = min(count, len(matrix))
+    values, vectors = (found[0] for found in largest_magnitude(matrix[None], count))
+    size = matrix.abs().max() * len(matrix) + 1e-300
+    expected = torch.linalg.eigvalsh(matrix)
+    assert (values.sort().values - expected).abs().max() <= 1e-13 * size
+    magnitudes = values.abs()
+    assert (magnitudes[1:] <= magnitudes[:-1] + 1e-11 * size).all()
+    torch.testing.assert_close(vectors @ vectors.T, torch.eye(count, dtype=torch.float64), rtol=0, atol=1e-12)
+    assert (vectors @ matrix - values[:count, None] * vectors).abs().max() <= 1e-12 * size
+
+
+def test_one_by_one_gives_what_all_give():
+    """Where only a few are wanted they are computed alone, and agree with all."""
+    generator = torch.Generator().manual_seed(0)
+    matrix = torch.randn(2, 96, 96, generator=generator, dtype=torch.float64)
+    matrix = matrix + matrix.mT
+    values, vectors = largest_magnitude(matrix, 8)
+    all_values, all_vectors = largest_magnitude(matrix, 96)
+    torch.testing.assert_close(values, all_values, rtol=0, atol=1e-12)
+    signs = (vectors * all_vectors[:, :8]).sum(-1, keepdim=True).sign()
+    torch.testing.assert_close(vectors * signs, all_vectors[:, :8], rtol=0, atol=1e-12)
+
+
+def test_vectors_that_do_not_hold_are_computed_anew(monkeypatch):
+    """As where an iteration fails: all vectors are computed, and no wrong one is returned."""
+    generator = torch.Generator().manual_seed(0)
+    matrix = torch.randn(1, 96, 96, generator=generator, dtype=torch.float64)
+    matrix = matrix + matrix.mT
+    expected = eigen._all(matrix, 8)
+    monkeypatch.setattr("scipy.linalg.lapack.dstein", lambda d, e, w, blocks, ends: (torch.ones(96, len(w)).double().numpy(), 0))
+    for found, known in zip(largest_magnitude(matrix, 8), expected, strict=True):
+        assert torch.equal(found, known)
