@@ -106,6 +106,7 @@ def serve(listener: socket.socket, parent: int) -> None:
             if _is_ours(client) and os.fork() == 0:
                 listener.close()
                 _become(client)
+    _bury_the_dead()
 
 
 def _bury_the_dead() -> None:

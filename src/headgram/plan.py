@@ -21,12 +21,11 @@ from headgram.geometry.costs import cheapest, flops
 from headgram.lock import LockedModel, LockedStack
 from headgram.staleness import code_digest, page_digest
 
-#: What one core does in float64, roughly; only the sizes of jobs follow from it.
-_FLOPS_PER_SECOND = 20e9
-#: A job should take about this long, so that starting it (3 s, most of it importing torch) is noise.
-_JOB_SECONDS = 20.0
-#: The same of products in float32. Fewer and larger tiles cost fewer operations; a tile is also what a crash can lose.
-_PRODUCTS_PER_SECOND = 40e9
+#: What one core does, roughly; only the sizes of jobs follow from it.
+_FLOPS_PER_SECOND = 40e9
+#: A job should take about this long, so that starting it is noise: half a second here, three on a cluster's node.
+_JOB_SECONDS = 10.0
+#: The same of a tile of inner products: fewer and larger ones cost fewer operations, but a tile is also what a crash can lose.
 _TILE_SECONDS = 300.0
 _STORED_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
 
@@ -154,7 +153,7 @@ def _plan_stack(stack: LockedStack, config: Config) -> StackPlan:
     group = budget // 4 // layer_bytes
     shard = min(_JOB_SECONDS / eigen_seconds, budget // 4 // directions)
     # A head's weights of the layers of both sides of a tile, as stored and in float32, beside products of a constant size.
-    affordable = _TILE_SECONDS * _PRODUCTS_PER_SECOND / heads
+    affordable = _TILE_SECONDS * _FLOPS_PER_SECOND / heads
     lasting = [n for n in range(1, len(stack.layers) + 1) if _tile_flops(n, rank, width) <= affordable]
     tile = min(max(lasting, default=1), budget // 2 // (2 * 2 * rank * width * (stored + 4)))
     if config.eigen.layers_per_job != "auto":

@@ -29,10 +29,10 @@ _MOST_VALUES_PER_BYTE = 8
 class _Walk:
     """A position in the file that cannot leave it."""
 
-    def __init__(self, data: mmap.mmap) -> None:
+    def __init__(self, data: mmap.mmap | memoryview, at: int = 0, order: str = "<") -> None:
         self._data = data
-        self._order = "<"
-        self.at = 0
+        self._order = order
+        self.at = at
 
     def run(self) -> None:
         if self._take(4) != _MAGIC:
@@ -43,11 +43,11 @@ class _Walk:
         elements = 0
         for _ in range(entries):
             self._string()
-            elements += self._value(self._number("I"), _MOST_ELEMENTS - elements)
+            elements += self.value(self._number("I"), _MOST_ELEMENTS - elements)
         for _ in range(tensors):
             self._tensor()
 
-    def _value(self, kind: int, most_elements: int) -> int:
+    def value(self, kind: int, most_elements: int = _MOST_ELEMENTS) -> int:
         """Walk over a value; returns how many array elements it has."""
         if kind in _SCALAR_BYTES:
             self._skip(_SCALAR_BYTES[kind])
@@ -91,7 +91,7 @@ class _Walk:
     def _number(self, code: str) -> int:
         return int(struct.unpack(self._order + code, self._take(struct.calcsize("=" + code)))[0])
 
-    def _take(self, count: int) -> bytes:
+    def _take(self, count: int) -> bytes | memoryview:
         start = self.at
         self._skip(count)
         return self._data[start : self.at]
@@ -100,6 +100,13 @@ class _Walk:
         self.at += count
         if self.at > len(self._data):
             raise ValueError("a header that goes on after the end of the file")
+
+
+def array_bytes(data: memoryview, at: int, swapped: bool) -> int:
+    """How many bytes the array takes that begins at a place of a header that was checked."""
+    walk = _Walk(data, at, ">" if swapped else "<")
+    walk.value(_ARRAY)
+    return walk.at - at
 
 
 def check_header(path: Path) -> None:

@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from functools import cache
 from pathlib import Path
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from headgram.checkpoints.gguf_check import check_header
+from headgram.checkpoints.gguf_check import array_bytes, check_header
 from headgram.checkpoints.stores import TensorStore
 from headgram.errors import HeadgramError
 
+if TYPE_CHECKING:
+    from gguf import GGUFReader
+
+#: Arrays of more elements than this are a tokenizer's: others have an element for each layer.
+_LONG = 4096
 #: As which the gguf library reports a file that it cannot read.
 _DAMAGE = (ValueError, IndexError, KeyError, TypeError, OSError, ArithmeticError)
 
@@ -21,14 +28,13 @@ class GgufStore(TensorStore):
     """One GGUF file, or the parts of a split one. Also holds the metadata, which names the architecture."""
 
     def __init__(self, paths: Iterable[Path]) -> None:
-        from gguf import GGUFReader
-
+        reader_type = _reader_type()
         self._tensors: dict[str, Any] = {}
         self.metadata: dict[str, Any] = {}
         for path in paths:
             check_header(path)
             try:
-                reader = GGUFReader(path)
+                reader = reader_type(path)
                 for field in reader.fields.values():
                     if not field.name.startswith("tokenizer."):
                         self.metadata.setdefault(field.name, field.contents())
@@ -73,3 +79,23 @@ class GgufStore(TensorStore):
 
     def __exit__(self, *exc: object) -> None:
         self._tensors.clear()
+
+
+@cache
+def _reader_type() -> type[GGUFReader]:
+    """The library's reader, which leaves long arrays of the metadata as they are.
+
+    They are a tokenizer's, which nobody asks for here, and the library makes several objects of each of their elements: that
+    takes seconds, all the rest of a header takes milliseconds.
+    """
+    from gguf import GGUFReader, GGUFValueType
+
+    class Reader(GGUFReader):
+        def _get_field_parts(self, orig_offs: int, raw_type: int) -> tuple[int, list, list[int], list]:
+            if raw_type == GGUFValueType.ARRAY and self._get(orig_offs + 4, np.uint64)[0] > _LONG:
+                size = array_bytes(self.data.data, orig_offs, swapped=self.byte_order == "S")
+                return size, [self.data[orig_offs : orig_offs + size]], [], [GGUFValueType.ARRAY]
+            found: tuple[int, list, list[int], list] = super()._get_field_parts(orig_offs, raw_type)
+            return found
+
+    return Reader
