@@ -29,10 +29,17 @@ import traceback
 import warnings
 from pathlib import Path
 
+from headgram.artifacts import library_versions
+
 #: Names the server's socket, in the environment of jobs.
 _ADDRESS = "HEADGRAM_FORKSERVER"
-#: What every stage needs; `report` costs another second, once a run, and is imported by its job.
-_PRELOADED = tuple(f"headgram.stages.{stage}" for stage in ("extract", "eigen", "gram", "merge", "derive"))
+#: What jobs import, also what libraries import when they are first used; `report` costs another second, once a run, and is left
+#: to its job.
+_PRELOADED = (
+    *(f"headgram.stages.{stage}" for stage in ("extract", "eigen", "gram", "merge", "derive")),
+    *("headgram.job", "headgram.lock", "snakemake.iocontainers", "snakemake.logging"),
+    *("pandas", "pyarrow.dataset", "scipy.linalg.blas", "scipy.linalg.lapack"),
+)
 #: As Snakemake sets them for a job with one thread; libraries read them when they are loaded.
 _ONE_THREAD = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1")
 #: How many scripts may wait while the server is importing.
@@ -171,6 +178,7 @@ def main() -> None:
     """Import what jobs need, then serve."""
     for module in _PRELOADED:
         importlib.import_module(module)
+    library_versions()  # which remembers them
     warnings.filterwarnings("ignore", "This process .* is multi-threaded", DeprecationWarning)  # arrow's allocator has a thread
     gc.collect()
     gc.freeze()  # what all copies share is never looked at again, so that it stays shared
