@@ -3,12 +3,13 @@
 import pytest
 
 from pipeline import chaos
+from pipeline.arena import Figures, new_arena
 
 
 @pytest.fixture(scope="module")
 def arena(tmp_path_factory):
-    figures = chaos.Figures()
-    yield chaos.new_arena(tmp_path_factory.mktemp("chaos") / "project", seed=0, figures=figures)
+    figures = Figures()
+    yield new_arena(tmp_path_factory.mktemp("chaos") / "project", seed=0, figures=figures)
     print(figures)
 
 

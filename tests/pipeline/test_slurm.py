@@ -9,11 +9,9 @@ import pytest
 
 from pipeline.conftest import Project, default_project, small_project
 from pipeline.s3_server import SECRET_KEY, s3_server
-from pipeline.slurm_cluster import INSTALL, SlurmCluster, missing, slurm_cluster
+from pipeline.slurm_cluster import INSTALL, OPTIONS, SlurmCluster, missing, slurm_cluster
 
 GPU_STAGES = ("eigen", "gram", "derive")
-# This cluster keeps no accounts, and its jobs end within seconds.
-OPTIONS = ("--slurm-status-command", "squeue", "--slurm-init-seconds-before-status-checks", "3", "--latency-wait", "5")
 
 
 @pytest.fixture(scope="module")
