@@ -66,7 +66,8 @@ audit: ## Known vulnerabilities of every pinned package; asks PyPI's advisory se
 
 bench: $(VENV)/installed-dev ## Time the arithmetic and the pipeline, and renew benchmarks/RESULTS.md; ten quiet minutes
 	mkdir -p build
-	( cat benchmarks/about.md && $(BIN)/python benchmarks/kernels.py && $(BIN)/python benchmarks/pipeline.py ) > build/bench.md
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --upgrade --target build/peers -r envs/requirements-peers.txt
+	( cat benchmarks/about.md && $(BIN)/python benchmarks/kernels.py --peers build/peers && $(BIN)/python benchmarks/pipeline.py ) > build/bench.md
 	mv build/bench.md benchmarks/RESULTS.md
 
 families: $(VENV)/installed-dev ## Prove every model type, and renew docs/families.md

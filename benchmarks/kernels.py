@@ -10,10 +10,14 @@ random, in bfloat16, of the shapes of real models; of large ones, the heads of o
 from __future__ import annotations
 
 import argparse
+import importlib
 import platform
+import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import ModuleType
 
 import naive
 import torch
@@ -85,20 +89,67 @@ def spectra_floor(q: torch.Tensor, k: torch.Tensor) -> None:
     torch.linalg.svd(qk)
 
 
-def spectra_table(device: str, rounds: int) -> list[str]:
+def factored_matrix(folder: Path) -> type:
+    """TransformerLens' FactoredMatrix, without the rest of the package and all that it needs."""
+    sys.path.append(str(folder))
+    for name in ("transformer_lens", "transformer_lens.utilities"):
+        package = ModuleType(name)
+        package.__path__ = [str(folder / name.replace(".", "/"))]
+        sys.modules[name] = package
+    peer: type = importlib.import_module("transformer_lens.FactoredMatrix").FactoredMatrix
+    return peer
+
+
+def spectra_table(device: str, rounds: int, peer: type | None) -> list[str]:
     """A row per shape: one layer."""
-    rows = ["| shape | ours, ms per head | ours / floor | loop / ours |", "|---|---|---|---|"]
+    rows = [
+        "| shape | ours, ms per head | ours / floor | loop / ours | FactoredMatrix.svd / ours |",
+        "|---|---|---|---|---|",
+    ]
     for shape in SHAPES:
         q, k = (weights[0] for weights in shape.weights(device))
-        ours, floor, loop = seconds(
+        reads = torch.arange(len(q), device=q.device) * len(k) // len(q)
+        timed = [
             lambda q=q, k=k: spectrum(q, k, 8),
             lambda q=q, k=k: spectra_floor(q, k),
             lambda q=q, k=k: naive.spectra(q, k, 8),
+        ]
+        if peer:
+            timed.append(lambda q=q, k=k, reads=reads: peer(k[reads].float().mT, q.float()).svd())
+        ours, *others = seconds(*timed, rounds=rounds, device=device)
+        floor, loop, svd = [*others, None][:3]
+        rows.append(
+            f"| {shape.name} | {ours / shape.timed_heads * 1e3:.1f} | {ours / floor:.2f} | {loop / ours:.2f} "
+            f"| {'' if svd is None else f'{svd / ours:.2f}'} |"
+        )
+    return rows
+
+
+def growth_table(device: str, rounds: int) -> list[str]:
+    """How the time of a whole model grows when one of its sizes is doubled."""
+    base = Shape("16 layers, 8 heads, 4 key heads, rank 64, width 512", 16, 8, 4, 64, 512, timed_heads=8, timed_layers=16)
+    doubled = {
+        "layers": replace(base, timed_layers=32),
+        "heads and key heads": replace(base, heads=16, kv_heads=8, timed_heads=16),
+        "rank": replace(base, rank=128),
+        "width": replace(base, hidden=1024),
+    }
+
+    def times(shape: Shape) -> list[float]:
+        q, k = shape.weights(device)
+        return seconds(
+            lambda: [spectrum(*layer, 8) for layer in zip(q, k, strict=True)],
+            lambda: pair_products(q, k, q, k, "auto"),
             rounds=rounds,
             device=device,
         )
-        rows.append(f"| {shape.name} | {ours / shape.timed_heads * 1e3:.1f} | {ours / floor:.2f} | {loop / ours:.2f} |")
-    return rows
+
+    first = times(base)
+    rows = ["| twice as many | spectra | inner products |", "|---|---|---|"]
+    for name, shape in doubled.items():
+        spectra, pairs = (time / before for time, before in zip(times(shape), first, strict=True))
+        rows.append(f"| {name} | × {spectra:.1f} | × {pairs:.1f} |")
+    return [f"Of {base.name}: {first[0]:.2f} s for the spectra, {first[1]:.2f} s for the inner products.", "", *rows]
 
 
 def pairs_table(device: str, rounds: int) -> list[str]:
@@ -130,17 +181,20 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--peers", type=Path, help="a folder with TransformerLens, to be timed as well")
     arguments = parser.parse_args()
     device = arguments.device
     name = (
         torch.cuda.get_device_name() if device == "cuda" else f"{platform.machine()}, {torch.backends.cpu.get_cpu_capability()}"
     )
+    peer = factored_matrix(arguments.peers) if arguments.peers else None
     print(f"torch {torch.__version__}, {name}.\n")
     for threads in (1,) if device == "cuda" else (1, 2):
         torch.set_num_threads(threads)
         where = "the GPU" if device == "cuda" else f"{threads} thread{'s' if threads > 1 else ''}"
         if threads == 1:
-            print(f"### Spectra of a layer, {where}\n", *spectra_table(device, arguments.rounds), sep="\n", end="\n\n")
+            print(f"### Spectra of a layer, {where}\n", *spectra_table(device, arguments.rounds, peer), sep="\n", end="\n\n")
+            print(f"### Growth, {where}\n", *growth_table(device, arguments.rounds), sep="\n", end="\n\n")
         print(f"### Inner products, {where}\n", *pairs_table(device, arguments.rounds), sep="\n", end="\n\n", flush=True)
 
 

