@@ -19,6 +19,8 @@ from headgram.tables import HEAD_NUMBERS, QUARTILES, SIDES, TABLES, read_table
 
 #: Where artifacts are, below the results folder; logs are nobody's results.
 _FOLDERS = ("atlas", "models", "provenance", "seed", "report")
+#: Snakemake's, in folders that are a job's output; empty.
+_FOLDER_DATE = ".snakemake_timestamp"
 #: What held when it was written still holds, up to the rounding of forms that are much smaller than their weights.
 _TOLERANCE = 1e-6
 #: Directions are kept in float32.
@@ -41,7 +43,8 @@ def verify(results: Path, lock: Lock | None = None) -> tuple[int, list[str]]:
     paths = sorted(path for folder in ("models", "provenance", "report") for path in (results / folder).rglob("*.json"))
     if not paths:
         raise HeadgramError(f"{results} holds no artifact to verify")
-    present = {_place(path) for folder in _FOLDERS for path in (results / folder).rglob("*") if not path.is_dir()}
+    found = (path for folder in _FOLDERS for path in (results / folder).rglob("*") if not path.is_dir())
+    present = {_place(path) for path in found if path.name != _FOLDER_DATE}
     sealed = {_place(path) for path in paths}
     records: dict[Path, dict[str, Any]] = {}
     unreadable: set[str] = set()  # models

@@ -1,5 +1,6 @@
 """The page in a real browser: every control changes every picture to the values in Parquet."""
 
+import json
 import shutil
 
 import numpy as np
@@ -319,11 +320,18 @@ def test_what_makes_the_report_stale(reported, tmp_path):
     assert project.planned() == alone
     project.run()
     folder = project.folder / "results" / "report"
-    assert sorted(path.stem for path in (folder / "data").iterdir()) == ["bert", "llama"]
-    assert not list((folder / "figures" / "t5").rglob("*.svg"))
+    assert sorted(path.stem for path in (folder / "data").glob("*.js")) == ["bert", "llama"]
+    assert {path.parent.name for path in (folder / "figures").glob("*/*/*.svg")} == {"bert", "llama"}
     assert project.headgram("verify").stderr.count("report") == 0
     (folder / "data" / "bert.js").write_bytes(b"")
     assert project.planned() == alone
+
+
+def test_what_snakemake_remembers_grows_with_the_models_not_with_their_square(reported):
+    """With every output it remembers all inputs: of outputs there must not be more where there are more models."""
+    texts = [path.read_text() for path in (reported.folder / ".snakemake" / "metadata").rglob("*") if path.is_file()]
+    remembered = [record for record in map(json.loads, texts) if record.get("rule") == "report"]
+    assert 0 < len(remembered) == 3 + len(STACK_FIGURES) + len(PROFILE_FIGURES)
 
 
 def test_a_failed_model_does_not_hold_up_the_others(reported, tmp_path):

@@ -4,17 +4,17 @@ rule report:
         unpack(report_input),
     output:
         page=f"{REPORT}/index.html",
-        data=[f"{REPORT}/data/{model}.js" for model in PLAN.models],
+        # Folders, for Snakemake remembers with every output all of the job's inputs, and both grow with the manifest.
+        data=directory(f"{REPORT}/data"),
         figures=[
             report(
-                f"{REPORT}/figures/{model}/{stack}/{figure}.svg",
+                directory(f"{REPORT}/figures/{figure}"),
+                patterns=["{model}/{stack}.svg"],
                 caption=f"../report/{figure}.rst",
                 category="Models",
-                subcategory=model,
-                labels={"stack": stack, "picture": label},
+                subcategory="{model}",
+                labels={"stack": "{stack}", "picture": label},
             )
-            for model, plan in PLAN.models.items()
-            for stack in plan.stacks
             for figure, label in STACK_FIGURES.items()
         ],
         profiles=[

@@ -27,7 +27,7 @@ class Report:
 
     page: Path
     data: Path  # a folder: one script per model
-    figures: Path  # a folder: {model}/{stack}/*.svg, and *.svg of all models
+    figures: Path  # a folder: {figure}/{model}/{stack}.svg, and *.svg of all models
     record: Path
 
 
@@ -56,7 +56,7 @@ def write_report(sources: Sequence[Source], report: Report, provenance: Provenan
         texts = {report.data / f"{source.model}.js": beside(source.model, pack)}
         for name, stack in stacks.items():
             drawn = stack_figures(source.model, name, stack)
-            texts |= {report.figures / source.model / name / f"{figure}.svg": text for figure, text in drawn.items()}
+            texts |= {report.figures / figure / source.model / f"{name}.svg": text for figure, text in drawn.items()}
         written += _write(texts)
     first = {model: next(iter(stacks.values())) for model, stacks in summaries.items()}
     written += _write({report.figures / f"{name}.svg": text for name, text in profile_figures(first).items()})
