@@ -112,16 +112,16 @@ def orphans(arena: Arena, stages: tuple[str, ...] = STAGES) -> None:
 
 
 def dying_nodes(arena: Arena, count: int = 2) -> None:
-    """On a real Slurm of two nodes: kill -9 of a slurmd and of all that it started, at a random moment while jobs are at work."""
+    """On a real Slurm of two nodes: kill -9 of a slurmd and of all that it started, while a job of some stage is at work there."""
     for _ in range(count):
         arena.renew()
         with slurm_cluster() as cluster:
             run = arena.start("--profile", "profiles/slurm", *OPTIONS, **cluster.environment())
-            wait_for(cluster.jobs, run)
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                run.wait(arena.chance.uniform(0, 20))
+            node, earlier = arena.chance.choice(["n1", "n2"]), arena.chance.randrange(4)
+            wait_for(lambda: len(cluster.jobs()) > earlier, run)  # noqa: B023
+            wait_for(lambda: cluster.at_work(node), run)  # noqa: B023
             assert run.poll() is None, arena.said()
-            cluster.kill_node(arena.chance.choice(["n1", "n2"]))
+            cluster.kill_node(node)
             arena.figures.faults += 1
             assert run.wait() == 0, arena.said()
         arena.recover()

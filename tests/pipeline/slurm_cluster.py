@@ -95,9 +95,19 @@ class SlurmCluster:
         jobs = [dict(re.findall(r"(\S+?)=(\S*)", line)) for line in lines]
         return {job["JobId"]: job for job in jobs}
 
-    def running(self, node: str) -> list[str]:
-        """Ids of the jobs that run on a node."""
-        return [name for name, job in self.jobs().items() if (job["NodeList"], job["JobState"]) == (node, "RUNNING")]
+    def at_work(self, node: str) -> list[str]:
+        """Ids of the jobs whose own snakemake runs on a node.
+
+        Slurm calls a job running before. It sends one that dies while it is launched again, whatever it was told, and
+        22.05 loses the GPU of a job that was sent again.
+        """
+        found = set()
+        for process in self._processes():
+            with contextlib.suppress(psutil.Error):
+                environment = process.environ()
+                if environment.get("SLURMD_NODENAME") == node and "snakemake" in process.cmdline():
+                    found.add(environment["SLURM_JOB_ID"])
+        return sorted(found, key=int)
 
     def kill_node(self, node: str) -> None:
         """SIGKILL the node's slurmd, and all that runs on the node, as when its power fails."""

@@ -101,4 +101,5 @@ def test_a_node_that_dies(cluster, small, tmp_path):
 
 
 def gpu_jobs(cluster: SlurmCluster, node: str) -> list[str]:
-    return [name for name in cluster.running(node) if cluster.jobs()[name]["Partition"] == "gpu"]
+    jobs = cluster.jobs()
+    return [name for name in cluster.at_work(node) if jobs[name]["Partition"] == "gpu"]
