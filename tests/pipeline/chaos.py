@@ -112,7 +112,7 @@ def orphans(arena: Arena, stages: tuple[str, ...] = STAGES) -> None:
 
 
 def dying_nodes(arena: Arena, count: int = 2) -> None:
-    """On a real Slurm of two nodes: kill -9 of a slurmd and of all that it started, while a job of some stage is at work there."""
+    """On a real Slurm of two nodes: kill -9 of a slurmd and of all that it started, while a job is at work there."""
     for _ in range(count):
         arena.renew()
         with slurm_cluster() as cluster:
