@@ -66,13 +66,21 @@ def write_bert(folder: Path, layers=3, heads=3, rank=6, seed=1) -> Path:
     return folder
 
 
-def write_llama_gguf(path: Path, layers=2, heads=4, kv_heads=2, rank=8, hidden=32, seed=0, quantisation=None) -> dict:
-    """A llama GGUF with the rows of q and k permuted as llama.cpp's converter does; returns the unpermuted tensors."""
+def write_llama_gguf(
+    path: Path, layers=2, heads=4, kv_heads=2, rank=8, hidden=32, seed=0, quantisation=None, metadata=None, swapped=False
+) -> dict:
+    """A llama GGUF with the rows of q and k permuted as llama.cpp's converter does; returns the unpermuted tensors.
+
+    `metadata` are arrays; one that is called like a number takes its place.
+    """
     import gguf
 
     tensors = llama_tensors(layers, heads, kv_heads, rank, hidden, seed)
-    writer = gguf.GGUFWriter(path, "llama")
-    writer.add_block_count(layers)
+    writer = gguf.GGUFWriter(path, "llama", endianess=gguf.GGUFEndian.BIG if swapped else gguf.GGUFEndian.LITTLE)
+    for name, values in (metadata or {}).items():
+        writer.add_array(name, values)
+    if "llama.block_count" not in (metadata or {}):
+        writer.add_block_count(layers)
     writer.add_embedding_length(hidden)
     writer.add_head_count(heads)
     writer.add_head_count_kv(kv_heads)

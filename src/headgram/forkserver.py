@@ -28,6 +28,7 @@ import threading
 import traceback
 import warnings
 from pathlib import Path
+from typing import Any
 
 from headgram.artifacts import library_versions
 
@@ -44,6 +45,8 @@ _PRELOADED = (
 _ONE_THREAD = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1")
 #: How many scripts may wait while the server is importing.
 _BACKLOG = 1024
+#: Seconds that a server has to end by itself.
+_PATIENCE = 10
 _STARTED = b"s"
 _CREDENTIALS = struct.Struct("3i")  # struct ucred: pid, uid, gid
 
@@ -74,7 +77,11 @@ def start() -> subprocess.Popen[bytes] | None:
 def stop(server: subprocess.Popen[bytes]) -> None:
     """End a server that no script needs any more."""
     os.environ.pop(_ADDRESS, None)
-    server.communicate()  # closes its input
+    try:
+        server.communicate(timeout=_PATIENCE)  # closes its input
+    except subprocess.TimeoutExpired:
+        server.kill()
+        server.wait()
 
 
 def hand_over(script: Path) -> None:
@@ -88,9 +95,12 @@ def hand_over(script: Path) -> None:
     address = os.environ.pop(_ADDRESS, None)
     if address is None:
         return
+    status = b""
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as server:
         try:
             server.connect(f"\0{address}")
+            if not _is_ours(server):
+                return  # the server is gone, and somebody took its name
             request = {"script": str(script), "folder": str(Path.cwd()), "environment": dict(os.environ)}
             socket.send_fds(server, [b"-"], [0, 1, 2])
             server.sendall(json.dumps(request).encode() + b"\n")
@@ -99,21 +109,25 @@ def hand_over(script: Path) -> None:
             return  # it is gone; nothing has begun
         if started != _STARTED:
             return
-        status = server.recv(1)
+        with contextlib.suppress(ConnectionResetError):
+            status = server.recv(1)
     if not status:
         sys.exit("headgram: the job was killed, perhaps because memory ran out; run the same command again")
     sys.exit(status[0])
 
 
-def serve(listener: socket.socket, parent: int) -> None:
-    """Fork a copy of this process for every script, until the file descriptor `parent` is closed at its other end."""
+def serve(listener: socket.socket, parent: int, on_interrupt: Any) -> None:
+    """Fork a copy of this process for every script, until the file descriptor `parent` is closed at its other end.
+
+    `on_interrupt` is what copies do on Ctrl-C.
+    """
     while parent not in select.select([listener.fileno(), parent], [], [])[0]:
         _bury_the_dead()
         client, _ = listener.accept()
         with client, contextlib.suppress(OSError):  # no process can be forked: the client finds its connection closed
             if _is_ours(client) and os.fork() == 0:
                 listener.close()
-                _become(client)
+                _become(client, on_interrupt)
     _bury_the_dead()
 
 
@@ -124,17 +138,17 @@ def _bury_the_dead() -> None:
             pass
 
 
-def _is_ours(client: socket.socket) -> bool:
-    """Whether the same user asks: an abstract socket has no permissions."""
-    credentials = client.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
+def _is_ours(peer: socket.socket) -> bool:
+    """Whether the other side is the same user: the name of an abstract socket is known to all, and has no permissions."""
+    credentials = peer.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
     return bool(_CREDENTIALS.unpack(credentials)[1] == os.getuid())
 
 
-def _become(client: socket.socket) -> None:
+def _become(client: socket.socket, on_interrupt: Any) -> None:
     """Run the script that a client asks for, as if this process were it. Does not return."""
     status = 1
     try:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+        signal.signal(signal.SIGINT, on_interrupt)
         _, files, _, _ = socket.recv_fds(client, 1, 3)
         with client.makefile("rb") as requests:
             request = json.loads(requests.readline())
@@ -157,7 +171,8 @@ def _become(client: socket.socket) -> None:
 
 def _die_with(client: socket.socket) -> None:
     """Kill this process when the other side's is gone."""
-    client.recv(1)
+    with contextlib.suppress(OSError):  # reset, if it was killed with something unread
+        client.recv(1)
     os.kill(os.getpid(), signal.SIGKILL)
 
 
@@ -168,7 +183,7 @@ def _status_of(script: str) -> int:
     except SystemExit as end:
         if isinstance(end.code, str):
             print(end.code, file=sys.stderr)
-        return end.code if isinstance(end.code, int) else int(end.code is not None)
+        return end.code & 0xFF if isinstance(end.code, int) else int(end.code is not None)
     except BaseException:
         traceback.print_exc()
         return 1
@@ -177,14 +192,14 @@ def _status_of(script: str) -> int:
 
 def main() -> None:
     """Import what jobs need, then serve."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the run, which waits for its jobs
+    on_interrupt = signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the run, which waits for its jobs
     for module in _PRELOADED:
         importlib.import_module(module)
     library_versions()  # which remembers them
     warnings.filterwarnings("ignore", "This process .* is multi-threaded", DeprecationWarning)  # arrow's allocator has a thread
     gc.collect()
     gc.freeze()  # what all copies share is never looked at again, so that it stays shared
-    serve(socket.socket(fileno=int(sys.argv[1])), parent=sys.stdin.fileno())
+    serve(socket.socket(fileno=int(sys.argv[1])), sys.stdin.fileno(), on_interrupt)
 
 
 if __name__ == "__main__":

@@ -49,6 +49,24 @@ def test_only_q_and_k_are_read(tmp_path, monkeypatch):
     assert read == ["model.layers.1.self_attn.q_proj.weight", "model.layers.1.self_attn.k_proj.weight"]
 
 
+def test_long_arrays_of_gguf_metadata_say_nothing(tmp_path):
+    """A tokenizer's words, and what stands where a number should."""
+    words = [f"word {i}" for i in range(5000)]
+    numbers = [1.0] * 5000
+    metadata = {"tokenizer.ggml.tokens": words, "tokenizer.ggml.scores": numbers, "llama.block_count": [1] * 5000}
+    tensors = write_llama_gguf(tmp_path / "m.gguf", metadata=metadata)
+    checkpoint = open_checkpoint(tmp_path / "m.gguf")
+    assert checkpoint.stacks[0].layers == (0, 1)
+    _, w_k = checkpoint.qk("self", 1)
+    assert torch.equal(w_k.flatten(0, 1), tensors["model.layers.1.self_attn.k_proj.weight"])
+
+
+def test_gguf_in_the_other_byte_order_is_refused(tmp_path):
+    write_llama_gguf(tmp_path / "m.gguf", swapped=True)
+    with pytest.raises(HeadgramError, match="in the other byte order than this machine"):
+        open_checkpoint(tmp_path / "m.gguf")
+
+
 def test_gguf_rows_are_put_back(tmp_path):
     tensors = write_llama_gguf(tmp_path / "m.gguf")
     checkpoint = open_checkpoint(tmp_path / "m.gguf")

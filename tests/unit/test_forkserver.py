@@ -47,6 +47,10 @@ def ended(folder: Path, body: str, **options) -> tuple[int, str, str]:
     return process.returncode, output, errors
 
 
+def open_files(process: subprocess.Popen) -> list[str]:
+    return [str(link.readlink()) for link in Path(f"/proc/{process.pid}/fd").iterdir()]
+
+
 def comes_true(condition: Callable[[], bool]) -> bool:
     deadline = time.monotonic() + 60
     while not condition() and time.monotonic() < deadline:
@@ -75,6 +79,7 @@ def test_the_copy_has_the_files_environment_and_folder_of_its_script(server, tmp
         ("", 0, ""),
         ("sys.exit()", 0, ""),
         ("sys.exit(3)", 3, ""),
+        ("sys.exit(-1)", 255, ""),
         ("sys.exit('a sentence')", 1, "a sentence\n"),
         ("1 / 0", 1, "ZeroDivisionError: division by zero\n"),
         (
@@ -101,6 +106,50 @@ def test_a_copy_whose_script_was_killed_is_killed(server, tmp_path):
     process.send_signal(signal.SIGKILL)
     process.communicate()
     assert comes_true(lambda: not copy.is_running() or copy.status() == psutil.STATUS_ZOMBIE)
+
+
+def test_a_copy_whose_script_was_killed_before_it_knew_is_killed(server, tmp_path):
+    """The script is stopped while it waits for the server, so that it never reads that its copy has begun."""
+    begun, done = tmp_path / "begun", tmp_path / "done"
+    process = started(tmp_path, f"import time; Path({str(begun)!r}).touch(); time.sleep(3); Path({str(done)!r}).touch()")
+    assert comes_true(lambda: any(link.startswith("socket:") for link in open_files(process)))
+    process.send_signal(signal.SIGSTOP)
+    assert comes_true(begun.exists)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    time.sleep(4)
+    assert not done.exists()
+
+
+@pytest.mark.parametrize("ignored", [True, False])
+def test_ctrl_c_does_to_a_copy_what_it_would_do_to_its_script(tmp_path, ignored):
+    """A run that was started in the background of a shell script ignores it, and so do its jobs."""
+    (tmp_path / "script.py").write_text(
+        _SCRIPT + "import signal, time; Path('begun').touch(); time.sleep(2); Path('done').touch()"
+    )
+    starter = f"""
+import signal, subprocess, sys
+signal.signal(signal.SIGINT, signal.{"SIG_IGN" if ignored else "SIG_DFL"})
+from headgram import forkserver
+server = forkserver.start()
+code = subprocess.Popen([sys.executable, "script.py"])
+signal.signal(signal.SIGINT, signal.SIG_IGN)
+code = code.wait()
+forkserver.stop(server)
+sys.exit(code)
+"""
+    run = subprocess.Popen([sys.executable, "-c", starter], cwd=tmp_path, start_new_session=True, stderr=subprocess.DEVNULL)
+    assert comes_true((tmp_path / "begun").exists)
+    os.killpg(run.pid, signal.SIGINT)
+    assert (run.wait(60) == 0) == ignored
+    assert (tmp_path / "done").exists() == ignored
+
+
+def test_an_impostor_gets_nothing(server, tmp_path, monkeypatch):
+    """Whoever takes the name of a server that is gone; another user here, which the other side's credentials say."""
+    monkeypatch.setattr(forkserver, "_is_ours", lambda peer: False)
+    monkeypatch.setattr(socket, "send_fds", lambda *_: pytest.fail("something was sent"))
+    assert forkserver.hand_over(tmp_path / "script.py") is None
 
 
 def test_a_script_runs_by_itself_where_the_server_is_gone(server, tmp_path):

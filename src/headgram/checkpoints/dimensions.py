@@ -56,6 +56,8 @@ class Section:
         lists = (value for name in ([names] if isinstance(names, str) else names) if isinstance(value := self.get(name), list))
         stated = next(lists, None)
         count = self.find(names) if stated is None else len(stated)
+        if count == 0:
+            raise HeadgramError(f"{self.whose} declares no layers")
         if count is not None and count > _MOST_LAYERS:
             raise HeadgramError(f"{self.whose} declares {count:,} layers, which no real model has")
         return count

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
 #: Arrays of more elements than this are a tokenizer's: others have an element for each layer.
 _LONG = 4096
+#: Types of a field that is an array of which no element was read.
+_NO_ELEMENTS = [9]
 #: As which the gguf library reports a file that it cannot read.
 _DAMAGE = (ValueError, IndexError, KeyError, TypeError, OSError, ArithmeticError)
 
@@ -35,8 +37,10 @@ class GgufStore(TensorStore):
             check_header(path)
             try:
                 reader = reader_type(path)
+                if reader.byte_order == "S":
+                    raise HeadgramError(f"{path} is in the other byte order than this machine: convert it")
                 for field in reader.fields.values():
-                    if not field.name.startswith("tokenizer."):
+                    if not field.name.startswith("tokenizer.") and field.types != _NO_ELEMENTS:
                         self.metadata.setdefault(field.name, field.contents())
             except _DAMAGE as error:
                 raise HeadgramError(f"{path} is not a whole GGUF file ({error}): fetch it again") from None
@@ -94,7 +98,7 @@ def _reader_type() -> type[GGUFReader]:
         def _get_field_parts(self, orig_offs: int, raw_type: int) -> tuple[int, list, list[int], list]:
             if raw_type == GGUFValueType.ARRAY and self._get(orig_offs + 4, np.uint64)[0] > _LONG:
                 size = array_bytes(self.data.data, orig_offs, swapped=self.byte_order == "S")
-                return size, [self.data[orig_offs : orig_offs + size]], [], [GGUFValueType.ARRAY]
+                return size, [self.data[orig_offs : orig_offs + size]], [], [GGUFValueType.ARRAY]  # as of one without elements
             found: tuple[int, list, list[int], list] = super()._get_field_parts(orig_offs, raw_type)
             return found
 

@@ -15,6 +15,8 @@ _PIECE = 2**24
 
 def is_finite(tensor: Tensor) -> bool:
     """Whether a floating-point tensor holds no NaN and no infinity: its extremes are looked at, in one pass."""
+    if not tensor.numel():
+        return True
     pieces = torch.split(tensor.flatten(), _PIECE) if tensor.element_size() == 1 else (tensor,)
     extremes = (torch.aminmax(piece.float() if piece.element_size() == 1 else piece) for piece in pieces)
     return all(math.isfinite(low.item()) and math.isfinite(high.item()) for low, high in extremes)
