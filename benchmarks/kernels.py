@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import os
 import platform
 import sys
 import time
@@ -18,6 +19,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType
+
+# As Snakemake sets it for jobs of one thread; scipy's BLAS reads it when it is loaded, torch is told below.
+os.environ["OPENBLAS_NUM_THREADS"] = "1"
 
 import naive
 import torch

@@ -83,7 +83,7 @@ def many(counts: Sequence[int], cores: int) -> list[str]:
         for count, used in [*((count, cores) for count in counts), (counts[-1], 1)]:
             home = Path(folder, f"{count}-{used}")
             write_models(home, count)
-            timed([sys.executable, "-m", "headgram", "lock", str(home / "models.tsv")])
+            timed([sys.executable, "-m", "headgram", "lock", "--manifest", str(home / "models.tsv")])
             seconds[count, used] = timed(snakemake(home, used))
             shutil.rmtree(home)
     rows = [f"| {count} | {used} | {time:.1f} |" for (count, used), time in seconds.items()]
