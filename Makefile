@@ -62,7 +62,8 @@ audit: ## Known vulnerabilities of every pinned package; asks PyPI's advisory se
 	@build/audit/bin/python -c 'import requests; requests.get("https://pypi.org/pypi/numpy/$(NUMPY)/json", timeout=20).raise_for_status()' \
 		2> /dev/null || { echo "audit: PyPI's advisory service is out of reach, so nothing was audited" >&2; exit 1; }
 	build/audit/bin/pip-audit --strict --no-deps --disable-pip --progress-spinner off \
-		-r envs/requirements-dev.txt -r envs/requirements-models.txt -r envs/requirements-audit.txt
+		-r envs/requirements-dev.txt -r envs/requirements-models.txt -r envs/requirements-audit.txt \
+		-r envs/requirements-peers.txt
 
 bench: $(VENV)/installed-dev ## Time the arithmetic and the pipeline, and renew benchmarks/RESULTS.md; ten quiet minutes
 	mkdir -p build
