@@ -27,6 +27,7 @@ import naive
 import torch
 
 from headgram.geometry.costs import cheapest, flops
+from headgram.geometry.grouping import key_head
 from headgram.geometry.heads import spectrum
 from headgram.geometry.pairs import pair_products
 
@@ -87,7 +88,7 @@ def spectra_floor(q: torch.Tensor, k: torch.Tensor) -> None:
     """Bare float64 LAPACK: the products (of a key head once), one symmetric `2r` problem and one `r` SVD for every head."""
     q, k = q.double(), k.double()
     kk = k @ k.mT
-    reads = torch.arange(len(q), device=q.device) * len(k) // len(q)
+    reads = key_head(len(q), len(k)).to(q.device)
     qq, qk = q @ q.mT, q @ k[reads].mT
     torch.linalg.eigh(torch.cat([torch.cat([qq, qk], 2), torch.cat([qk.mT, kk[reads]], 2)], 1))
     torch.linalg.svd(qk)
@@ -112,7 +113,7 @@ def spectra_table(device: str, rounds: int, peer: type | None) -> list[str]:
     ]
     for shape in SHAPES:
         q, k = (weights[0] for weights in shape.weights(device))
-        reads = torch.arange(len(q), device=q.device) * len(k) // len(q)
+        reads = key_head(len(q), len(k)).to(q.device)
         timed = [
             lambda q=q, k=k: spectrum(q, k, 8),
             lambda q=q, k=k: spectra_floor(q, k),

@@ -111,7 +111,7 @@ class Run:
         self._progress = show_progress(workflow)
 
     def end(self) -> None:
-        """Say how far the run came."""
+        """End the process that jobs are copies of, and say how far the run came."""
         if self._forkserver:
             forkserver.stop(self._forkserver)
         if self._progress:

@@ -20,8 +20,6 @@ if TYPE_CHECKING:
 
 #: Arrays of more elements than this are a tokenizer's: others have an element for each layer.
 _LONG = 4096
-#: Types of a field that is an array of which no element was read.
-_NO_ELEMENTS = [9]
 #: As which the gguf library reports a file that it cannot read.
 _DAMAGE = (ValueError, IndexError, KeyError, TypeError, OSError, ArithmeticError)
 
@@ -40,7 +38,7 @@ class GgufStore(TensorStore):
                 if reader.byte_order == "S":
                     raise HeadgramError(f"{path} is in the other byte order than this machine: convert it")
                 for field in reader.fields.values():
-                    if not field.name.startswith("tokenizer.") and field.types != _NO_ELEMENTS:
+                    if not field.name.startswith("tokenizer.") and field.data:  # not of an array without elements
                         self.metadata.setdefault(field.name, field.contents())
             except _DAMAGE as error:
                 raise HeadgramError(f"{path} is not a whole GGUF file ({error}): fetch it again") from None
