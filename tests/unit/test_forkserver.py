@@ -16,6 +16,15 @@ from headgram import forkserver
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the server is for Linux only")
 
+#: Put before a script, it leaves a mark when it has asked the server and is about to wait for the answer.
+_MARKED = """
+import pathlib, socket
+class Marked(socket.socket):
+    def recv(self, *arguments):
+        pathlib.Path(__file__).with_name("asked").touch()
+        return super().recv(*arguments)
+socket.socket = Marked
+"""
 _SCRIPT = """
 import sys
 imported = "torch" in sys.modules
@@ -34,10 +43,10 @@ def server(monkeypatch) -> Iterator[subprocess.Popen]:
     forkserver.stop(server)
 
 
-def started(folder: Path, body: str, **options) -> subprocess.Popen:
+def started(folder: Path, body: str, before: str = "", **options) -> subprocess.Popen:
     """The process of a script that hands itself over, if it can."""
     script = folder / "script.py"
-    script.write_text(_SCRIPT + body)
+    script.write_text(before + _SCRIPT + body)
     return subprocess.Popen([sys.executable, script], text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, **options)
 
 
@@ -45,10 +54,6 @@ def ended(folder: Path, body: str, **options) -> tuple[int, str, str]:
     process = started(folder, body, **options)
     output, errors = process.communicate(timeout=120)
     return process.returncode, output, errors
-
-
-def open_files(process: subprocess.Popen) -> list[str]:
-    return [str(link.readlink()) for link in Path(f"/proc/{process.pid}/fd").iterdir()]
 
 
 def comes_true(condition: Callable[[], bool]) -> bool:
@@ -109,11 +114,14 @@ def test_a_copy_whose_script_was_killed_is_killed(server, tmp_path):
 
 
 def test_a_copy_whose_script_was_killed_before_it_knew_is_killed(server, tmp_path):
-    """The script is stopped while it waits for the server, so that it never reads that its copy has begun."""
+    """The script is stopped while it waits for a server that is stopped, so that it never reads that its copy has begun."""
     begun, done = tmp_path / "begun", tmp_path / "done"
-    process = started(tmp_path, f"import time; Path({str(begun)!r}).touch(); time.sleep(3); Path({str(done)!r}).touch()")
-    assert comes_true(lambda: any(link.startswith("socket:") for link in open_files(process)))
+    body = f"import time; Path({str(begun)!r}).touch(); time.sleep(3); Path({str(done)!r}).touch()"
+    server.send_signal(signal.SIGSTOP)
+    process = started(tmp_path, body, before=_MARKED)
+    assert comes_true((tmp_path / "asked").exists)
     process.send_signal(signal.SIGSTOP)
+    server.send_signal(signal.SIGCONT)
     assert comes_true(begun.exists)
     process.send_signal(signal.SIGKILL)
     process.communicate()
