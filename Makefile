@@ -8,7 +8,7 @@ SEED ?= 0
 NUMPY = $(shell sed -n 's/^numpy==//p' envs/requirements.txt)
 CORES ?= $(shell nproc 2>/dev/null || sysctl -n hw.ncpu)
 
-.PHONY: help run report test test-fast lint format docs notebook pictures bench chaos audit families bytes config-docs lock-requirements clean
+.PHONY: help run report test test-fast test-gpu lint format docs notebook pictures bench bench-gpu chaos audit families bytes config-docs lock-requirements clean
 
 help: ## What each command does
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-18s %s\n", $$1, $$2}'
@@ -27,6 +27,9 @@ test: $(VENV)/installed-dev lint docs ## Every check: lint, the site, unit tests
 
 test-fast: $(VENV)/installed-dev ## Unit tests only
 	$(BIN)/python -m pytest tests/unit
+
+test-gpu: $(VENV)/installed-dev ## What a GPU measures against the CPU; needs a GPU
+	$(BIN)/python -m pytest --confcutdir=tests/gpu tests/gpu
 
 lint: $(VENV)/installed-dev ## Style, types, imports and the workflow's own linter
 	$(BIN)/ruff check .
@@ -70,6 +73,11 @@ bench: $(VENV)/installed-dev ## Time the arithmetic and the pipeline, and renew 
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --upgrade --target build/peers -r envs/requirements-peers.txt
 	( cat benchmarks/about.md && $(BIN)/python benchmarks/kernels.py --peers build/peers && $(BIN)/python benchmarks/pipeline.py ) > build/bench.md
 	mv build/bench.md benchmarks/RESULTS.md
+
+bench-gpu: $(VENV)/installed-dev ## Time the arithmetic on a GPU, and renew benchmarks/RESULTS-GPU.md
+	mkdir -p build
+	$(BIN)/python benchmarks/gpu.py > build/bench-gpu.md
+	mv build/bench-gpu.md benchmarks/RESULTS-GPU.md
 
 families: $(VENV)/installed-dev ## Prove every model type, and renew docs/families.md
 	$(BIN)/python docs/families.py

@@ -18,3 +18,11 @@ def _one_thread() -> None:
     import torch
 
     torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="module", params=[("cpu",), ()], ids=["one by one", "at once"])
+def both_ways(request):
+    """Computes as on a CPU, and then as on a GPU: all heads at once, by the routines that are used there."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("headgram.geometry.batches.ONE_BY_ONE", request.param)
+        yield

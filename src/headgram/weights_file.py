@@ -49,17 +49,23 @@ class Weights:
         group = _mapped(next(path for path, _ in self._home.values()))
         return len(group["w_q"][0]), len(group["w_k"][0])
 
-    def head(
-        self, layers: Sequence[int], head: int, kv: int
-    ) -> tuple[Float[Tensor, "layers 1 rank hidden"], Float[Tensor, "layers 1 rank hidden"]]:
-        """The query weights of one head and the key weights of another, in several layers."""
+    @property
+    def layer_bytes(self) -> int:
+        """Bytes of the weights of one layer, as stored."""
+        group = _mapped(next(path for path, _ in self._home.values()))
+        return int(group["w_q"][0].nbytes + group["w_k"][0].nbytes)
+
+    def of_heads(
+        self, layers: Sequence[int], heads: range, kv_heads: range
+    ) -> tuple[Float[Tensor, "layers some_heads rank hidden"], Float[Tensor, "layers some_kv_heads rank hidden"]]:
+        """The weights of neighbouring query heads and of neighbouring key heads in several layers."""
         queries, keys = [], []
         for path, places in itertools.groupby((self._home[layer] for layer in layers), key=lambda home: home[0]):
             group = _mapped(path)
             for _, i in places:
-                queries.append(group["w_q"][i, head].clone())
-                keys.append(group["w_k"][i, kv].clone())
-        return torch.stack(queries)[:, None], torch.stack(keys)[:, None]
+                queries.append(group["w_q"][i, heads.start : heads.stop].clone())
+                keys.append(group["w_k"][i, kv_heads.start : kv_heads.stop].clone())
+        return torch.stack(queries), torch.stack(keys)
 
 
 def _mapped(path: Path) -> dict[str, Any]:

@@ -1,11 +1,14 @@
 """Few eigenvectors of symmetric matrices against all of them."""
 
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from headgram.geometry import eigen
-from headgram.geometry.eigen import largest_magnitude
+from headgram.geometry.eigen import largest_magnitude, largest_singular
+
+pytestmark = pytest.mark.usefixtures("both_ways")
 
 
 @st.composite
@@ -68,3 +71,42 @@ def test_vectors_that_do_not_hold_are_computed_anew(monkeypatch):
     monkeypatch.setattr("scipy.linalg.lapack.dstein", lambda d, e, w, blocks, ends: (torch.ones(96, len(w)).double().numpy(), 0))
     for found, known in zip(largest_magnitude(matrix, 8), expected, strict=True):
         assert torch.equal(found, known)
+
+
+@given(matrices(), st.integers(1, 12))
+def test_singular_values_and_vectors_are_those_of_numpy(matrix, count):
+    count = min(count, len(matrix))
+    general = matrix @ torch.linalg.qr(matrix + torch.eye(len(matrix), dtype=torch.float64) * matrix.abs().max()).Q
+    left, values, right = (found[0] for found in largest_singular(general[None], count))
+    expected = torch.linalg.svdvals(general)
+    size = expected[0] + 1e-300
+    assert (values - expected).abs().max() <= 1e-13 * len(matrix) * size
+    alive = (values[:count] > 1e-11 * size).double()
+    for rows in (left * alive[:, None], right * alive[:, None]):
+        torch.testing.assert_close(rows @ rows.T, torch.diag(alive), rtol=0, atol=1e-12)
+    assert ((general @ right.T).T - values[:count, None] * left).mul(alive[:, None]).abs().max() <= 1e-12 * len(matrix) * size
+
+
+@pytest.mark.parametrize("flaw", ["wrong vectors", "not a number", "not converged"])
+def test_solutions_of_a_batch_that_do_not_hold_are_computed_anew(monkeypatch, caplog, flaw):
+    """As of a GPU's routine that goes wrong in silence, or says so."""
+    generator = torch.Generator().manual_seed(0)
+    matrix = torch.randn(3, 40, 40, generator=generator, dtype=torch.float64)
+    matrix = matrix + matrix.mT
+
+    def faulty(matrices):
+        values, vectors = torch.linalg.eigh(matrices)
+        if flaw == "not converged":
+            raise torch.linalg.LinAlgError
+        if flaw == "not a number":
+            values[1] = torch.nan
+        else:
+            vectors[1, :, 3] = vectors[1, :, 4]
+        return values, vectors
+
+    monkeypatch.setattr("headgram.geometry.batches.ONE_BY_ONE", ())
+    expected = *largest_magnitude(matrix, 40), *largest_singular(matrix, 8)
+    monkeypatch.setattr(eigen, "_batched_eigh", faulty)
+    for found, known in zip((*largest_magnitude(matrix, 40), *largest_singular(matrix, 8)), expected, strict=True):
+        torch.testing.assert_close(found, known, rtol=0, atol=1e-12)
+    assert ("3 of 3" if flaw == "not converged" else "1 of 3") in caplog.text

@@ -3,6 +3,7 @@
 import ast
 import re
 import sys
+import tomllib
 from importlib.metadata import metadata
 from pathlib import Path
 
@@ -47,7 +48,10 @@ def test_what_the_package_imports_is_a_direct_dependency():
     names += [node.module for node in nodes if isinstance(node, ast.ImportFrom) and node.module and not node.level]
     imported = {name.split(".")[0] for name in names} - set(sys.stdlib_module_names) - {"headgram"}
     direct = {line.split("==")[0] for name in ("requirements.in", "requirements-dev.in") for line in pins(ENVS / name)}
+    extras = tomllib.loads((ENVS.parent / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    direct |= {re.split(r"[<>=]", package)[0] for packages in extras.values() for package in packages}
     called = {
+        "cupy": "cupy-cuda13x",
         "yaml": "pyyaml",
         "pydantic_core": "pydantic",
         "snakemake_interface_logger_plugins": "snakemake",

@@ -8,6 +8,8 @@ from headgram.artifacts import Identity, Provenance, record_of, seal
 from headgram.tables import read_table
 from headgram.weights_file import write_weights
 
+pytestmark = pytest.mark.usefixtures("both_ways")
+
 CONFIG = {"gram": {"precision": "auto"}}
 TILES = [[0, 1], [2, 3], [4, 5]]
 

@@ -10,6 +10,8 @@ import headgram
 from headgram.geometry import scores
 from headgram.geometry.scores import layer_scores, symmetry_score
 
+pytestmark = pytest.mark.usefixtures("both_ways")
+
 
 @st.composite
 def layers(draw):
@@ -70,7 +72,7 @@ def test_heads_agree_with_the_definition(layer):
 def test_layers_agree_with_the_definition(layer, block):
     q, k = layer
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(scores, "BLOCK", block)
+        patch.setattr(scores, "BLOCK", {"cpu": block})
         result = layer_scores(q, k)
     symmetry, direction, margin = defined(sum(form(q, k, head) for head in range(len(q))))
     assert result.symmetry_score == pytest.approx(symmetry, abs=1e-9)
@@ -119,7 +121,7 @@ def test_memory_is_bounded_for_many_small_blocks(monkeypatch):
     generator = torch.Generator().manual_seed(1)
     q, k = (torch.randn(n, 6, 90, generator=generator) for n in (8, 2))
     whole = layer_scores(q, k)
-    monkeypatch.setattr(scores, "BLOCK", 7)
+    monkeypatch.setattr(scores, "BLOCK", {"cpu": 7})
     for columns in (1, 20):
         monkeypatch.setattr(scores, "BATCH_BYTES", columns * 8 * 4 * 2 * 6)
         assert layer_scores(q, k) == pytest.approx(whole, abs=1e-12)

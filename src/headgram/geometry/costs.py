@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from typing import Literal
 
 #: Of a run of layers with itself, only blocks on and above the diagonal are multiplied, of so many in a row.
@@ -11,16 +12,44 @@ TRIANGLE = 8
 Route = Literal["products", "strips"]
 
 
+@dataclass(frozen=True)
+class Prices:
+    """What things cost, in operations of large products of the weights."""
+
+    vector: int  # an operation of a product of forms, which are float32
+    byte: int  # a byte to or from memory
+
+
+#: A CPU works in its caches.
+CPU = Prices(vector=1, byte=0)
+#: Of a GPU, roughly: 60 TFLOP/s in float32 and 4 TB/s; tensor cores multiply weights in bfloat16 a dozen times faster.
+GPU = Prices(vector=1, byte=15)
+TENSOR_CORES = Prices(vector=12, byte=200)
+
+
 def flops(route: Route, layers_a: int, layers_b: int, rank: int, hidden: int, same: bool) -> int:
     """Floating-point operations of one head; `same` where both sides are one run of layers."""
     if route == "products":
-        pairs = layers_a * (layers_a + math.ceil(layers_a / TRIANGLE)) // 2 if same else layers_a * layers_b
-        return 4 * 2 * pairs * rank**2 * hidden
-    forming = 2 * (layers_a if same else layers_a + layers_b) * rank * hidden**2
-    return forming + 2 * layers_a * layers_b * hidden**2
+        return 4 * 2 * _pairs(layers_a, layers_b, same) * rank**2 * hidden
+    return _forming(layers_a, layers_b, rank, hidden, same) + 2 * layers_a * layers_b * hidden**2
 
 
-def cheapest(layers_a: int, layers_b: int, rank: int, hidden: int, same: bool) -> Route:
-    """The route with fewer operations."""
-    routes: tuple[Route, Route] = ("products", "strips")
-    return min(routes, key=lambda route: flops(route, layers_a, layers_b, rank, hidden, same))
+def cheapest(layers_a: int, layers_b: int, rank: int, hidden: int, same: bool, prices: Prices = CPU) -> Route:
+    """The route that costs less."""
+    entries = _pairs(layers_a, layers_b, same) * rank**2
+    # Of four products each entry is written, read with another's, written and read again; entries of forms likewise.
+    products = flops("products", layers_a, layers_b, rank, hidden, same) + prices.byte * 48 * entries
+    forms = (layers_a if same else layers_a + layers_b) * hidden**2
+    vectors = prices.vector * 2 * layers_a * layers_b * hidden**2
+    strips = _forming(layers_a, layers_b, rank, hidden, same) + vectors + prices.byte * 20 * forms
+    return "products" if products <= strips else "strips"
+
+
+def _pairs(layers_a: int, layers_b: int, same: bool) -> int:
+    """Pairs of layers of which products are taken."""
+    return layers_a * (layers_a + math.ceil(layers_a / TRIANGLE)) // 2 if same else layers_a * layers_b
+
+
+def _forming(layers_a: int, layers_b: int, rank: int, hidden: int, same: bool) -> int:
+    """Operations that form all forms."""
+    return 2 * (layers_a if same else layers_a + layers_b) * rank * hidden**2

@@ -1,18 +1,30 @@
-"""Symmetric eigenproblems of which all values are wanted, but only the vectors of the largest magnitudes.
+"""Symmetric eigenproblems and singular values of small matrices, of which only the vectors of the largest magnitudes are wanted.
 
 On a CPU: Householder's tridiagonal form, all values by the root-free QL iteration, the wanted vectors by inverse iteration
 (Golub & Van Loan, Matrix Computations, 8.2-8.4), in less than half of the time that all vectors take. Inverse iteration may fail
 in tight clusters, so its vectors are held against the matrix; where they do not hold, and where a large part of all vectors is
-wanted, all are computed by divide and conquer. On a GPU all matrices are solved at once, with all vectors.
+wanted, all are computed by divide and conquer.
+
+On a GPU all matrices are solved at once, with all vectors, by the batched Jacobi routine of cuSOLVER. It has no such routine for
+singular values of more than 32 rows, so those come from a symmetric problem of twice the size (8.6.1),
+
+    [0  A; A^T  0] [u; v] = ± s [u; v]
+
+exact to rounding of the largest. Where a solution does not hold, LAPACK solves that matrix again on the CPU.
 """
 
 from __future__ import annotations
 
+import logging
+from importlib.util import find_spec
+
 import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from numpy.typing import NDArray
 from torch import Tensor
+
+from headgram.geometry.batches import at_once
 
 #: Residuals and overlaps of vectors above this many units of rounding, for each row, are not trusted.
 _ROUNDING = 8 * np.finfo(np.float64).eps
@@ -20,6 +32,10 @@ _ROUNDING = 8 * np.finfo(np.float64).eps
 _FEW = 1 / 6
 #: Columns that LAPACK works on at once.
 _BLOCK = 32
+#: From this version on, torch solves a batch of matrices of more than 32 rows at once on a GPU.
+_BATCHED_IN_TORCH = (2, 12)
+
+_log = logging.getLogger(__name__)
 
 
 def largest_magnitude(
@@ -35,16 +51,90 @@ def largest_magnitude(
         How many eigenvectors, at most `n`; of unit length, their signs undetermined.
     """
     n = matrices.shape[-1]
-    if matrices.device.type == "cpu" and count <= _FEW * n:
+    if not at_once(matrices) and count <= _FEW * n:
         found = [_few(matrix, count) for matrix in matrices]
         return torch.stack([values for values, _ in found]), torch.stack([vectors for _, vectors in found])
     return _all(matrices, count)
 
 
+def largest_singular(
+    matrices: Float[Tensor, "heads n m"], count: int
+) -> tuple[Float[Tensor, "heads count n"], Float[Tensor, "heads l"], Float[Tensor, "heads count m"]]:
+    """Left singular vectors as rows, all `min(n, m)` singular values, descending, and right singular vectors as rows.
+
+    Parameters
+    ----------
+    matrices : (H, n, m)
+        Float64, on any device.
+    count
+        How many vectors of each side, at most `min(n, m)`. Those of values that are zero to rounding may be zero.
+    """
+    n = matrices.shape[-1]
+    if not at_once(matrices) or matrices.shape[-2] != n:
+        u, s, vh = torch.linalg.svd(matrices)
+        return u[..., :count].mT, s, vh[:, :count]
+    zeros = torch.zeros_like(matrices)
+    values, vectors = _decomposed(torch.cat([torch.cat([zeros, matrices], 2), torch.cat([matrices.mT, zeros], 2)], 1))
+    s, vectors = values[:, n:].flip(-1).clamp_min(0), vectors[..., n:].flip(-1)[..., :count].mT
+    # Where s is zero to rounding, a vector is any mixture of u and v.
+    alive = (s > _ROUNDING * n * s[:, :1])[:, :count, None]
+    left, right = (
+        side / side.norm(dim=-1, keepdim=True).where(alive, 1) * alive for side in (vectors[..., :n], vectors[..., n:])
+    )
+    limit = _ROUNDING * n
+    wrong = ~((_off_identity(left, alive) <= limit) & (_off_identity(right, alive) <= limit))
+    if bool(wrong.any()):
+        u, exact, vh = (found.to(s.device) for found in torch.linalg.svd(matrices[wrong].cpu()))
+        left[wrong], s[wrong], right[wrong] = u[..., :count].mT, exact, vh[:, :count]
+    return left, s, right
+
+
+def _off_identity(rows: Float[Tensor, "heads k n"], alive: Bool[Tensor, "heads k 1"]) -> Float[Tensor, " heads"]:
+    return (rows @ rows.mT - torch.diag_embed(alive[..., 0].to(rows.dtype))).abs().amax((-1, -2))
+
+
 def _all(matrices: Float[Tensor, "heads n n"], count: int) -> tuple[Float[Tensor, "heads n"], Float[Tensor, "heads count n"]]:
-    values, vectors = torch.linalg.eigh(matrices)
+    values, vectors = _decomposed(matrices)
     order = _by_magnitude(values)
     return values.gather(-1, order), vectors.gather(-1, order[:, None, :count].expand(-1, vectors.shape[-2], -1)).mT
+
+
+def _decomposed(matrices: Float[Tensor, "heads n n"]) -> tuple[Float[Tensor, "heads n"], Float[Tensor, "heads n n"]]:
+    """All eigenvalues, ascending, and eigenvectors as columns."""
+    if not at_once(matrices):
+        values, vectors = torch.linalg.eigh(matrices)
+        return values, vectors
+    try:
+        values, vectors = _batched_eigh(matrices)
+    except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
+        values, vectors = matrices.new_zeros(matrices.shape[:-1]), torch.zeros_like(matrices)
+    n = matrices.shape[-1]
+    off_identity = (vectors.mT @ vectors - torch.eye(n, dtype=matrices.dtype, device=matrices.device)).abs().amax((-1, -2))
+    residual = (matrices @ vectors - vectors * values[:, None]).abs().amax((-1, -2))
+    limit = _ROUNDING * n
+    wrong = ~((off_identity <= limit) & (residual <= limit * values.abs().amax(-1)))  # also where one is not a number
+    if bool(wrong.any()):
+        _log.warning(
+            "headgram: %d of %d eigenproblems did not hold on the GPU, and are solved on the CPU", wrong.sum(), len(wrong)
+        )
+        values[wrong], vectors[wrong] = (found.to(matrices.device) for found in torch.linalg.eigh(matrices[wrong].cpu()))
+    return values, vectors
+
+
+def _batched_eigh(matrices: Float[Tensor, "heads n n"]) -> tuple[Tensor, Tensor]:
+    """By torch; where torch is older and would solve one after the other, by CuPy if it is installed."""
+    if _torch_version() < _BATCHED_IN_TORCH and find_spec("cupy"):
+        import cupy
+
+        found = cupy.linalg.eigh(cupy.from_dlpack(matrices))
+        values, vectors = (torch.utils.dlpack.from_dlpack(each) for each in found)
+    else:
+        values, vectors = torch.linalg.eigh(matrices)
+    return values, vectors
+
+
+def _torch_version() -> tuple[int, ...]:
+    return tuple(int(part) for part in torch.__version__.split(".")[:2])
 
 
 def _few(matrix: Float[Tensor, "n n"], count: int) -> tuple[Float[Tensor, " n"], Float[Tensor, "count n"]]:

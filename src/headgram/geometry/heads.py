@@ -11,22 +11,24 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields, replace
+from functools import partial
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from headgram.errors import HeadgramError
+from headgram.geometry.batches import at_once, in_batches
 from headgram.geometry.checks import check_weights, is_finite
-from headgram.geometry.eigen import largest_magnitude
+from headgram.geometry.eigen import largest_magnitude, largest_singular
 from headgram.geometry.factors import Factors, Products, by_cholesky, by_householder, once, products
-from headgram.geometry.grouping import groups
+from headgram.geometry.grouping import groups, key_head
 from headgram.geometry.ratios import ratio
 from headgram.geometry.residuals import Residuals, direction_residuals, identity_residuals
 from headgram.geometry.scores import directionality
 
 #: Bytes of float64 working memory that one batch of heads may take; bounds the peak, never the result.
-BATCH_BYTES = 128 * 2**20
+BATCH_BYTES = {"cpu": 128 * 2**20, "cuda": 4 * 2**30}
 
 #: Singular values below this many units of rounding of `sum_i ‖q_i‖ ‖k_i‖` cannot be told from zero.
 _ZERO = 16 * torch.finfo(torch.float64).eps
@@ -105,23 +107,28 @@ def spectrum(w_q: Float[Tensor, "heads rank hidden"], w_k: Float[Tensor, "kv_hea
         If the shapes do not fit together, a weight is not finite, or a norm overflows float64.
     """
     _check_weights(w_q, w_k, topk)
-    batches = [_measure_batch(q, k, topk) for q, k in _batches(w_q, w_k, topk)]
-    result = _joined(batches)
+    result = _joined(list(_measured(w_q, w_k, topk)))
     if not all(is_finite(getattr(result, field.name)) for field in fields(Spectrum)):
         raise HeadgramError("A head's norm overflows float64: rescale its weights.")
     return result
 
 
-def _batches(w_q: Tensor, w_k: Tensor, topk: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Query heads that read one key head, and that key head, in float64; as many as fit."""
+def _measured(w_q: Tensor, w_k: Tensor, topk: int) -> Iterator[Spectrum]:
+    """Batches of heads, in order: on a CPU of heads that share the products of their key head, else of any."""
     heads, rank, hidden = w_q.shape
     # Working memory per head: the weights of both sides and products of their size, directions, and small change.
     per_head = 8 * hidden * (4 * rank + 6 * min(topk, rank)) + 8 * 32 * rank * rank
-    size = max(1, BATCH_BYTES // per_head)
-    for kv, members in groups(heads, len(w_k)):
-        key = w_k[kv : kv + 1].double()
-        for start in range(members.start, members.stop, size):
-            yield w_q[start : min(start + size, members.stop)].double(), key
+    size = max(1, BATCH_BYTES[w_q.device.type] // per_head)
+
+    def measure(run: slice, keys: int | Tensor) -> Spectrum:
+        return _measure_batch(w_q[run].double(), w_k[keys].double().view(-1, rank, hidden), topk)
+
+    if at_once(w_q):
+        reads = key_head(heads, len(w_k)).to(w_q.device)
+        yield from in_batches(range(heads), size, lambda run: measure(run, reads[run]))
+    else:
+        for kv, members in groups(heads, len(w_k)):
+            yield from in_batches(members, size, partial(measure, keys=kv))
 
 
 def _joined(batches: Sequence[Spectrum]) -> Spectrum:
@@ -149,15 +156,19 @@ def _measure_batch(q: Float[Tensor, "heads rank hidden"], k: Float[Tensor, "#hea
     factors, trusted = by_cholesky(q, k, of)
     if bool(trusted.all()):
         return _from_factors(factors, of, q, k, topk)
-    results = []
-    for head in range(len(q)):
-        one = slice(head, head + 1)
-        if trusted[head]:
-            part = Products(of.qq[one], of.qk[one], of.kk)
-            results.append(_from_factors(by_cholesky(q[one], k, part)[0], part, q[one], k, topk))
-        else:
-            results.append(_balanced_spectrum(q[one], k, topk))
-    return _joined(results)
+    parts, order = [], []
+    for these, measure in ((trusted, _cholesky_spectrum), (~trusted, _balanced_spectrum)):
+        if len(heads := these.nonzero().flatten()):
+            parts.append(measure(q[heads], k if len(k) == 1 else k[heads], topk))
+            order.append(heads)
+    places = torch.cat(order).argsort()
+    joined = _joined(parts)
+    return Spectrum(**{field.name: getattr(joined, field.name)[places] for field in fields(Spectrum)})
+
+
+def _cholesky_spectrum(q: Float[Tensor, "heads rank hidden"], k: Float[Tensor, "#heads rank hidden"], topk: int) -> Spectrum:
+    of = products(q, k)
+    return _from_factors(by_cholesky(q, k, of)[0], of, q, k, topk)
 
 
 def _balanced_spectrum(q: Float[Tensor, "heads rank hidden"], k: Float[Tensor, "#heads rank hidden"], topk: int) -> Spectrum:
@@ -179,12 +190,12 @@ def _from_factors(
     unit = (lengths[0] * lengths[1]).sum(1)  # (H,): at most ‖W_Q‖ ‖W_K‖, and the same however rows are balanced
     zero = _ZERO * unit
 
-    u, s, vh = torch.linalg.svd(factors.core)
+    left, s, right = largest_singular(factors.core, min(kept, *factors.core.shape[1:]))
     s = s.where(s > zero[:, None], 0)
     eigenvalues, vectors = largest_magnitude(factors.symmetric, min(kept, factors.symmetric.shape[-1]))
     eigenvalues = eigenvalues.where(eigenvalues.abs() > zero[:, None], 0)
 
-    right, left, signed = factors.lift(vh[:, :kept], u[..., :kept].mT, vectors)
+    right, left, signed = factors.lift(right, left, vectors)
     sign = _sign(right) * (s[:, :kept, None] > 0)
     right, left = right * sign, left * sign
     signed = signed * _sign(signed) * (eigenvalues[:, : signed.shape[1], None] != 0)

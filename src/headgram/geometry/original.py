@@ -11,6 +11,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from headgram.geometry.batches import at_once
+from headgram.geometry.eigen import largest_singular
 from headgram.geometry.grouping import key_head
 
 #: Bytes of float32 weights of a batch of heads. A constant, so that the last bit of the result does not depend on the machine.
@@ -33,7 +35,13 @@ def original_quantities(
 def _measure(
     q: Float[Tensor, "heads rank hidden"], k: Float[Tensor, "heads rank hidden"], topk: int
 ) -> tuple[Float[Tensor, " heads"], Float[Tensor, "heads k hidden"]]:
-    _, s, vh = torch.linalg.svd(k @ q.mT, full_matrices=False)
-    directions = vh[:, :topk] @ q
+    products = k @ q.mT
+    if at_once(products):
+        _, s, right = largest_singular(products.double(), topk)
+        s, right = s.float(), right.float()
+    else:
+        _, s, vh = torch.linalg.svd(products, full_matrices=False)
+        right = vh[:, :topk]
+    directions = right @ q
     directions = directions / directions.norm(dim=-1, keepdim=True).clamp_min(1e-12)
     return s.square().sum(-1).double(), directions

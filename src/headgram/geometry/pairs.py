@@ -2,7 +2,8 @@
 
 How they are formed is said in `headgram.geometry.routes`. In float64 the keys are made orthonormal before, `W_K^T = U R` and
 `g = U (R W_Q)`: then no product is larger than the forms themselves, and nothing cancels where a form is much smaller than its
-weights. Weights of at most 32 bits may be multiplied in float32, which is several times faster. The error is then a few units
+weights. Weights of at most 32 bits may be multiplied in float32, which is several times faster; on a GPU, bfloat16 by tensor
+cores, exactly, into float32. The error is then a few units
 of rounding of `‖W_Q‖ ‖W_K‖ / √r`, the size of the form of random weights; so each form's norm is looked at, and a head with a
 form that is much smaller than that is measured again in float64.
 """
@@ -14,14 +15,15 @@ from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
 from headgram.errors import HeadgramError
+from headgram.geometry.batches import at_once, in_batches
 from headgram.geometry.checks import check_floating, check_weights, is_finite
-from headgram.geometry.costs import Route, cheapest
-from headgram.geometry.grouping import groups
-from headgram.geometry.routes import Inner, Side, by_products, by_strips
+from headgram.geometry.costs import CPU, GPU, TENSOR_CORES, Prices, Route, cheapest
+from headgram.geometry.grouping import key_head
+from headgram.geometry.routes import Inner, Side, by_products, by_strips, multiplied
 
 #: In float32, forms may be this much smaller than those of random weights of the same norms.
 _SMALL = 0.1
@@ -95,25 +97,46 @@ def pair_products(
     """
     _check(w_q_a, w_k_a, w_q_b, w_k_b)
     same = w_q_a is w_q_b and w_k_a is w_k_b
-    n_a, heads, rank, hidden = w_q_a.shape
-    route = cheapest(n_a, len(w_q_b), min(rank, hidden), hidden, same)
-    narrow = precision == "auto" and max(weights.element_size() for weights in (w_q_a, w_k_a, w_q_b, w_k_b)) <= 4
-    results: list[Inner] = []
-    exact: list[bool] = []
-    for kv, members in groups(heads, w_k_a.shape[1]):
-        keys = [weights[:, kv] for weights in (w_k_a, w_k_b)][: 1 if same else 2]
-        scaled_keys = [_scaled(weights) for weights in keys] if narrow else []
-        for head in members:
-            queries = [weights[:, head] for weights in (w_q_a, w_q_b)][: len(keys)]
-            inner = _in_float32([_scaled(weights) for weights in queries], scaled_keys, route) if narrow else None
-            exact.append(inner is None)
-            results.append(inner or _in_float64(queries, keys, route))
-    products, transposed = (torch.stack(values, 2) for values in zip(*results, strict=True))
+    weights = [(w_q_a, w_k_a), (w_q_b, w_k_b)][: 1 if same else 2]
+    (n_a, heads, rank, hidden), kv_heads = w_q_a.shape, w_k_a.shape[1]
+    route = cheapest(n_a, len(w_q_b), min(rank, hidden), hidden, same, _prices(weights[0]))
+    narrow = precision == "auto" and max(each.element_size() for pair in weights for each in pair) <= 4
+
+    def measure(run: slice) -> tuple[Inner, Bool[Tensor, " heads"]]:
+        reads = key_head(heads, kv_heads)[run]
+        queries = [w_q[:, run].transpose(0, 1) for w_q, _ in weights]
+        keys = [_read(w_k, reads).transpose(0, 1) for _, w_k in weights]
+        if not narrow:
+            return _in_float64(queries, keys, route), torch.ones(len(reads), dtype=torch.bool)
+        inner, accurate = _in_float32(queries, keys, route)
+        again = (~accurate.cpu()).nonzero().flatten()
+        if len(again):
+            keys = [w_k[:, reads[again]].transpose(0, 1) for _, w_k in weights]
+            for whole, part in zip(inner, _in_float64([q[again] for q in queries], keys, route), strict=True):
+                whole[again] = part
+        return inner, ~accurate.cpu()
+
+    parts = list(in_batches(range(heads), heads if at_once(w_q_a) else 1, measure))
+    products, transposed = (torch.cat(values).movedim(0, 2) for values in zip(*(inner for inner, _ in parts), strict=True))
     if not (is_finite(products) and is_finite(transposed)):
-        for name, weights in (("query", w_q_a), ("key", w_k_a), ("query", w_q_b), ("key", w_k_b)):
-            check_weights(name, weights)
+        for name, each in (("query", w_q_a), ("key", w_k_a), ("query", w_q_b), ("key", w_k_b)):
+            check_weights(name, each)
         raise HeadgramError("An inner product overflows float64: rescale the weights.")
-    return PairProducts(products, transposed, torch.tensor(exact), route)
+    return PairProducts(products, transposed, torch.cat([exact for _, exact in parts]), route)
+
+
+def _prices(weights: tuple[Tensor, Tensor]) -> Prices:
+    if not at_once(weights[0]):
+        return CPU
+    return TENSOR_CORES if all(each.dtype == torch.bfloat16 for each in weights) else GPU
+
+
+def _read(
+    w_k: Float[Tensor, "layers kv_heads rank hidden"], reads: Int[Tensor, " heads"]
+) -> Float[Tensor, "layers some_heads rank hidden"]:
+    """The key heads that neighbouring query heads read: each once if all are read equally often, else one for each reader."""
+    members, counts = reads.unique_consecutive(return_counts=True)
+    return w_k[:, members[0] : members[-1] + 1] if bool((counts == counts[0]).all()) else w_k[:, reads]
 
 
 def _multiply(sides: Sequence[Side], route: Route) -> Inner:
@@ -123,61 +146,78 @@ def _multiply(sides: Sequence[Side], route: Route) -> Inner:
 
 def _in_float64(queries: Sequence[Tensor], keys: Sequence[Tensor], route: Route) -> Inner:
     """Products in float64, a block of layers at a time."""
-    (n_a, rank, hidden), n_b = queries[0].shape, len(queries[-1])
-    step = max(1, EXACT_BYTES // (128 * rank * hidden))
-    gram = torch.zeros(n_a, n_b, dtype=torch.float64, device=queries[0].device)
+    (heads, n_a, rank, hidden), n_b = queries[0].shape, queries[-1].shape[1]
+    step = max(1, EXACT_BYTES // (128 * heads * rank * hidden))
+    gram = torch.zeros(heads, n_a, n_b, dtype=torch.float64, device=queries[0].device)
     inner = Inner(gram, torch.zeros_like(gram))
     for i in range(0, n_a, step):
-        side_a = _orthonormal_keys(queries[0][i : i + step], keys[0][i : i + step])
+        side_a = _orthonormal_keys(queries[0][:, i : i + step], keys[0][:, i : i + step])
         for j in range(0, n_b, step):
             same = len(queries) == 1 and i == j
-            side_b = side_a if same else _orthonormal_keys(queries[-1][j : j + step], keys[-1][j : j + step])
+            side_b = side_a if same else _orthonormal_keys(queries[-1][:, j : j + step], keys[-1][:, j : j + step])
             for whole, part in zip(inner, _multiply([side_a, side_b], route), strict=True):
-                whole[i : i + step, j : j + step] = part
+                whole[:, i : i + step, j : j + step] = part
     return inner
 
 
-def _orthonormal_keys(w_q: Float[Tensor, "layers rank hidden"], w_k: Float[Tensor, "layers rank hidden"]) -> Side:
+def _orthonormal_keys(w_q: Float[Tensor, "heads layers rank hidden"], w_k: Float[Tensor, "kv_heads layers rank hidden"]) -> Side:
     """Weights of the same forms in float64, with orthonormal keys; `m = min(r, d)`."""
     basis, upper = torch.linalg.qr(w_k.double().mT)
-    return Side(basis.mT, upper @ w_q.double())
+    return Side(basis.mT, _for_readers(upper, len(w_q)) @ w_q.double())
+
+
+def _for_readers(of_keys: Shaped[Tensor, kv_heads * shape], heads: int) -> Shaped[Tensor, heads * shape]:
+    """What is known of key heads, for each head that reads one."""
+    return of_keys.repeat_interleave(heads // len(of_keys), 0)
 
 
 class _Scaled(NamedTuple):
-    """Weights of one head in float32, each layer divided by the power of two below its Frobenius norm."""
+    """Weights of some heads, each layer divided by the power of two below its Frobenius norm.
 
-    weights: Float[Tensor, "layers rank hidden"]
-    unit: Float[Tensor, " layers"]  # that power, float64
-    norm: Float[Tensor, " layers"]  # after it, between 1 and 2, or 0; NaN where it is not known; float64
+    In float32; in bfloat16, where that is multiplied with float32 results.
+    """
+
+    weights: Float[Tensor, "heads layers rank hidden"]
+    unit: Float[Tensor, "heads layers"]  # that power, float64
+    norm: Float[Tensor, "heads layers"]  # after it, between 1 and 2, or 0; NaN where it is not known; float64
 
 
-def _scaled(weights: Float[Tensor, "layers rank hidden"]) -> _Scaled:
-    wide = weights.float()
-    norm = torch.linalg.vector_norm(wide, dim=(-1, -2))
-    alive = (wide != 0).any(-1).any(-1) if bool((norm < _NORMS[0]).any()) else norm > 0
+def _scaled(weights: Float[Tensor, "heads layers rank hidden"]) -> _Scaled:
+    wide = weights if at_once(weights) and weights.dtype == torch.bfloat16 else weights.float()
+    norm = torch.linalg.vector_norm(wide, dim=(-1, -2), dtype=torch.float32)
+    alive = (wide != 0).any(-1).any(-1) if at_once(wide) or bool((norm < _NORMS[0]).any()) else norm > 0
     # Where squares may under- or overflow, no norm is known; nothing is accurate then.
     norm = norm.double().where(~alive | ((norm > _NORMS[0]) & (norm < _NORMS[1])), torch.nan)
     unit = torch.ldexp(torch.ones_like(norm), norm.log2().floor().where(norm > 0, 0))
-    return _Scaled(wide * (1 / unit).float()[:, None, None], unit, norm / unit)
+    return _Scaled(wide * (1 / unit).to(wide.dtype)[..., None, None], unit, norm / unit)
 
 
-def _in_float32(queries: Sequence[_Scaled], keys: Sequence[_Scaled], route: Route) -> Inner | None:
-    """Products in float32; nothing if those would not be accurate."""
-    sides = [Side(k.weights, q.weights) for q, k in zip(queries, keys, strict=True)]
+def _in_float32(queries: Sequence[Tensor], keys: Sequence[Tensor], route: Route) -> tuple[Inner, Bool[Tensor, " heads"]]:
+    """Products in float32, and of which heads they are accurate."""
+    heads = len(queries[0])
+    scaled = [(_scaled(q), _scaled(k)) for q, k in zip(queries, keys, strict=True)]
+    sides = [Side(k.weights, q.weights) for q, k in scaled]
     inner = _multiply(sides, route)
-    norms_sq = [inner.gram.diagonal()] if len(sides) == 1 else [_norms_sq(side) for side in sides]
-    for q, k, norm_sq in zip(queries, keys, norms_sq, strict=True):
-        expected = (q.norm * k.norm).square() / q.weights.shape[1]
-        if not bool((norm_sq >= _SMALL**2 * expected).all()):  # also where one is not finite
-            return None
-    units = [q.unit * k.unit for q, k in zip(queries, keys, strict=True)]
-    unit = units[0][:, None] * units[-1]
-    return Inner(inner.gram * unit, inner.transposed * unit)
+    norms_sq = [inner.gram.diagonal(dim1=1, dim2=2)] if len(sides) == 1 else [_norms_sq(side) for side in sides]
+    accurate = torch.ones(heads, dtype=torch.bool, device=inner.gram.device)
+    for (q, k), norm_sq in zip(scaled, norms_sq, strict=True):
+        expected = (q.norm * _for_readers(k.norm, heads)).square() / q.weights.shape[2]
+        accurate &= (norm_sq >= _SMALL**2 * expected).all(1)  # not where one is not finite
+    units = [q.unit * _for_readers(k.unit, heads) for q, k in scaled]
+    unit = units[0][:, :, None] * units[-1][:, None]
+    return Inner(inner.gram * unit, inner.transposed * unit), accurate
 
 
-def _norms_sq(side: Side) -> Float[Tensor, " layers"]:
+def _norms_sq(side: Side) -> Float[Tensor, "heads layers"]:
     """`‖g‖²` of every form."""
-    return ((side.k @ side.k.mT) * (side.q @ side.q.mT)).sum((-1, -2), dtype=torch.float64)
+    of_keys, of_queries = (_own_products(weights) for weights in side)
+    return (_for_readers(of_keys, len(of_queries)) * of_queries).sum((-1, -2), dtype=torch.float64)
+
+
+def _own_products(weights: Float[Tensor, "heads layers m hidden"]) -> Float[Tensor, "heads layers m m"]:
+    flat = weights.flatten(0, 1)
+    products: Tensor = multiplied(flat, flat.mT).unflatten(0, weights.shape[:2])
+    return products
 
 
 def _check(w_q_a: Tensor, w_k_a: Tensor, w_q_b: Tensor, w_k_b: Tensor) -> None:

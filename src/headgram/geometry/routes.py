@@ -10,7 +10,8 @@ block `X = g[I, J]` and its mirror `Y = g[J, I]^T`, the sum and the difference a
 antisymmetric part, so both inner products follow from one pass: `<g_a, g_b> = <S_a, S_b> + <A_a, A_b>`, and with a minus
 `<g_a, g_b^T>`. Forming costs every layer once, not every pair: it wins where there are many layers for the width.
 
-Results are float64; products are taken in the precision of the sides.
+Results are float64; products are taken in the precision of the sides. Those of bfloat16 are exact in float32, which is what
+tensor cores deliver them in.
 """
 
 from __future__ import annotations
@@ -22,11 +23,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from headgram.geometry.batches import at_once
 from headgram.geometry.costs import TRIANGLE
 
 #: Bytes of the four products of a block of layers, and of one block of all forms. Constants, so that the blocking, and with it
 #: the last bit of the result, does not depend on the machine. A block of forms should lie in a cache.
-PRODUCT_BYTES = 256 * 2**20
+PRODUCT_BYTES = {"cpu": 256 * 2**20, "cuda": 2 * 2**30}
 STRIP_BYTES = {"cpu": 12 * 2**20, "cuda": 512 * 2**20}
 
 #: Terms that are summed in the precision of the products.
@@ -34,63 +36,83 @@ _TERMS = 1024
 
 
 class Side(NamedTuple):
-    """The forms of one head in some layers."""
+    """The forms of some heads in some layers; every key head is read by `H / K` query heads, which are neighbours."""
 
-    k: Float[Tensor, "layers m hidden"]
-    q: Float[Tensor, "layers m hidden"]
+    k: Float[Tensor, "kv_heads layers m hidden"]
+    q: Float[Tensor, "heads layers m hidden"]
 
 
 class Inner(NamedTuple):
     """`<g_a, g_b>` and `<g_a, g_b^T>`."""
 
-    gram: Float[Tensor, "layers_a layers_b"]
-    transposed: Float[Tensor, "layers_a layers_b"]
+    gram: Float[Tensor, "heads layers_a layers_b"]
+    transposed: Float[Tensor, "heads layers_a layers_b"]
+
+
+def multiplied(
+    a: Float[Tensor, "n rows inner"], b: Float[Tensor, "n inner columns"], out: Tensor | None = None
+) -> Float[Tensor, "n rows columns"]:
+    """`a b`, of bfloat16 in float32."""
+    if a.dtype != torch.bfloat16:
+        return torch.bmm(a, b, out=out)
+    if a.device.type == "cuda":
+        return torch.bmm(a, b, torch.float32, out=out)
+    return torch.bmm(a.float(), b.float(), out=out)
 
 
 def by_products(a: Side, b: Side) -> Inner:
     """Inner products of every layer of `a` with every layer of `b`, from products of their weights."""
-    (n_a, rank, _), n_b = a.k.shape, len(b.k)
+    heads, n_a, rank, _ = a.q.shape
+    n_b = b.q.shape[1]
     same = a is b
-    step = max(1, math.isqrt(PRODUCT_BYTES // (4 * a.k.itemsize * rank**2)))
-    if same:
-        step = min(step, math.ceil(n_a / TRIANGLE))
-    gram = torch.zeros(n_a, n_b, dtype=torch.float64, device=a.k.device)
+    # Of a run of layers with itself: rows of blocks, from the diagonal on.
+    rows = math.ceil(n_a / TRIANGLE) if same else n_a
+    most = max(1, PRODUCT_BYTES[a.q.device.type] // (4 * max(4, a.q.itemsize) * heads * rank**2))
+    rows = max(1, min(rows, math.isqrt(most)))
+    columns = most // rows
+    gram = torch.zeros(heads, n_a, n_b, dtype=torch.float64, device=a.q.device)
     transposed = torch.zeros_like(gram)
-    for i in range(0, n_a, step):
-        k_a, q_a = a.k[i : i + step], a.q[i : i + step]
-        for j in range(i if same else 0, n_b, step):
-            k_b, q_b = b.k[j : j + step], b.q[j : j + step]
-            for whole, part in (
-                (gram, _contracted(_products(k_a, k_b), _products(q_a, q_b))),
-                (transposed, _contracted(_products(q_a, k_b), _products(k_a, q_b))),
-            ):
-                whole[i : i + step, j : j + step] = part
-                if same and i < j:
-                    whole[j : j + step, i : i + step] = part.T
+    for i in range(0, n_a, rows):
+        k_a, q_a = a.k[:, i : i + rows], a.q[:, i : i + rows]
+        for j in range(i if same else 0, n_b, columns):
+            k_b, q_b = b.k[:, j : j + columns], b.q[:, j : j + columns]
+            block = slice(None), slice(i, i + rows), slice(j, j + columns)
+            gram[block] = _contracted(_products(q_a, q_b), _products(k_a, k_b))
+            transposed[block] = _contracted(_products(q_a, k_b), _products(k_a, q_b))
+    if same:
+        gram, transposed = (whole.triu() + whole.triu(1).mT for whole in (gram, transposed))
     return Inner(gram, transposed)
 
 
 def _products(
-    a: Float[Tensor, "layers_a m hidden"], b: Float[Tensor, "layers_b m hidden"]
-) -> Float[Tensor, "layers_a m layers_b m"]:
-    """`W_a W_b^T` of every pair of layers: one large matrix product."""
-    rows = a.flatten(0, 1) @ b.flatten(0, 1).T
-    return rows.view(*a.shape[:2], *b.shape[:2])
+    a: Float[Tensor, "heads_a layers_a m hidden"], b: Float[Tensor, "heads_b layers_b m hidden"]
+) -> Float[Tensor, "heads layers_a m layers_b m"]:
+    """`W_a W_b^T` of every pair of layers and every head, of as many as the side of more heads has."""
+    (heads_a, n_a, rank, hidden), (heads_b, n_b, _, _) = a.shape, b.shape
+    if heads_a < heads_b:
+        a = a.repeat_interleave(heads_b // heads_a, 0)
+    # Heads that share `b` are rows of one product.
+    wide = multiplied(a.reshape(heads_b, -1, hidden), b.reshape(heads_b, -1, hidden).mT)
+    return wide.view(max(heads_a, heads_b), n_a, rank, n_b, rank)
 
 
-def _contracted(x: Float[Tensor, "a m b m"], y: Float[Tensor, "a m b m"]) -> Float[Tensor, "a b"]:
-    return x.mul_(y).sum((1, 3), dtype=torch.float64)
+def _contracted(x: Float[Tensor, "heads a m b m"], y: Float[Tensor, "some_heads a m b m"]) -> Float[Tensor, "heads a b"]:
+    """Sums of the products of entries, in float64; each of `y` belongs to as many neighbours of `x`."""
+    x.view(len(y), -1, *x.shape[1:]).mul_(y[:, None])
+    return x.sum((2, 4), dtype=torch.float64)
 
 
 def by_strips(a: Side, b: Side) -> Inner:
     """The same, from blocks of the forms themselves."""
-    (n_a, _, hidden), n_b = a.k.shape, len(b.k)
+    heads, n_a, _, hidden = a.q.shape
+    n_b = b.q.shape[1]
     same = a is b
-    rows = _padded(n_a) if same else _padded(n_a) + _padded(n_b)
-    size = _block(STRIP_BYTES[a.k.device.type] // (2 * rows * a.k.itemsize), hidden)
-    forms_a = _Blocks(a, size)
-    forms_b = forms_a if same else _Blocks(b, size)
-    symmetric = torch.zeros(_padded(n_a), _padded(n_b), dtype=torch.float64, device=a.k.device)
+    padded_a, padded_b = (layers if at_once(a.q) else _padded(layers) for layers in (n_a, n_b))
+    rows = heads * (padded_a if same else padded_a + padded_b)
+    size = _block(STRIP_BYTES[a.q.device.type] // (2 * rows * max(4, a.q.itemsize)), hidden)
+    forms_a = _Blocks(a, size, padded_a)
+    forms_b = forms_a if same else _Blocks(b, size, padded_b)
+    symmetric = torch.zeros(heads, padded_a, padded_b, dtype=torch.float64, device=a.q.device)
     antisymmetric = torch.zeros_like(symmetric)
     for i in range(0, hidden, size):
         for j in range(i, hidden, size):
@@ -99,42 +121,46 @@ def by_strips(a: Side, b: Side) -> Inner:
             share = 0.25 if i == j else 0.5  # a block off the diagonal stands for its mirror too; both parts are twice theirs
             symmetric.add_(_summed(s_a, s_b), alpha=share)
             antisymmetric.add_(_summed(a_a, a_b), alpha=share)
-    return Inner((symmetric + antisymmetric)[:n_a, :n_b], (symmetric - antisymmetric)[:n_a, :n_b])
+    return Inner((symmetric + antisymmetric)[:, :n_a, :n_b], (symmetric - antisymmetric)[:, :n_a, :n_b])
 
 
-def _summed(x: Float[Tensor, "padded_a block"], y: Float[Tensor, "padded_b block"]) -> Float[Tensor, "padded_a padded_b"]:
+def _summed(
+    x: Float[Tensor, "heads padded_a block"], y: Float[Tensor, "heads padded_b block"]
+) -> Float[Tensor, "heads padded_a padded_b"]:
     """`x y^T`, long sums in float64: in float32 the rounding of 65,000 positive terms would show."""
-    whole = x.shape[1] - x.shape[1] % _TERMS
-    pieces_x, pieces_y = (side[:, :whole].view(len(side), -1, _TERMS).transpose(0, 1) for side in (x, y))
-    total: Tensor = (pieces_x @ pieces_y.mT).sum(0, dtype=torch.float64)
-    return total + x[:, whole:] @ y[:, whole:].T
+    whole = x.shape[2] - x.shape[2] % _TERMS
+    pieces_x, pieces_y = (side[..., :whole].unflatten(2, (-1, _TERMS)).transpose(1, 2) for side in (x, y))
+    total: Tensor = (pieces_x @ pieces_y.mT).sum(1, dtype=torch.float64)
+    return total + x[..., whole:] @ y[..., whole:].mT
 
 
 class _Blocks:
-    """Blocks of the forms of one side, in memory that is used again."""
+    """Blocks of the forms of one side, in memory that is used again; zero forms fill up to `padded` layers."""
 
-    def __init__(self, side: Side, size: int) -> None:
-        self._side, self._size = side, size
-        layers, _, hidden = side.k.shape
-        last = hidden % size or size
+    def __init__(self, side: Side, size: int, padded: int) -> None:
+        self._k, self._q = side.k.repeat_interleave(len(side.q) // len(side.k), 0).flatten(0, 1), side.q.flatten(0, 1)
+        self._heads, self._layers, _, self._hidden = side.q.shape
+        self._size = size
+        last = self._hidden % size or size
+        dtype = torch.promote_types(side.q.dtype, torch.float32)
         self._memory = {
-            (rows, columns): side.k.new_zeros(2, _padded(layers), rows * columns)
-            for rows in {min(size, hidden), last}
-            for columns in {min(size, hidden), last}
+            (rows, columns): side.q.new_zeros(2, self._heads, padded, rows * columns, dtype=dtype)
+            for rows in {min(size, self._hidden), last}
+            for columns in {min(size, self._hidden), last}
         }
 
-    def parts(self, i: int, j: int) -> tuple[Float[Tensor, "padded block"], Float[Tensor, "padded block"]]:
+    def parts(self, i: int, j: int) -> tuple[Float[Tensor, "heads padded block"], Float[Tensor, "heads padded block"]]:
         """Twice the symmetric and (up to sign) twice the antisymmetric part at rows `i…`, columns `j…`, flattened."""
-        k, q = self._side
-        layers, _, hidden = k.shape
-        rows, columns = slice(i, min(i + self._size, hidden)), slice(j, min(j + self._size, hidden))
+        k, q = self._k, self._q
+        rows, columns = slice(i, min(i + self._size, self._hidden)), slice(j, min(j + self._size, self._hidden))
         x, y = self._memory[rows.stop - i, columns.stop - j]
-        block, mirror = (half[:layers].view(layers, rows.stop - i, columns.stop - j) for half in (x, y))
-        torch.bmm(k[:, :, rows].mT, q[:, :, columns], out=block)
+        shape = (len(q), rows.stop - i, columns.stop - j)
+        block, mirror = (half[:, : self._layers].view(shape) for half in (x, y))
+        multiplied(k[:, :, rows].mT, q[:, :, columns], out=block)
         if i == j:
             mirror.copy_(block.mT)
         else:
-            torch.bmm(q[:, :, rows].mT, k[:, :, columns], out=mirror)
+            multiplied(q[:, :, rows].mT, k[:, :, columns], out=mirror)
         x.add_(y)
         torch.sub(x, y, alpha=2, out=y)
         return x, y
@@ -147,5 +173,5 @@ def _block(elements: int, hidden: int) -> int:
 
 
 def _padded(layers: int) -> int:
-    """Zero forms fill up to a multiple of four: matrix products of 30 rows run at half the speed of 32."""
+    """A multiple of four: on a CPU, matrix products of 30 rows run at half the speed of 32."""
     return 4 * math.ceil(layers / 4)

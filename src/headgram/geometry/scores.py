@@ -30,8 +30,8 @@ from headgram.geometry.ratios import ratio
 #: Bytes of float64 working memory of the weights that blocks of a layer's form are made of. A constant, so that the last bit of
 #: the result does not depend on the machine.
 BATCH_BYTES = 256 * 2**20
-#: Rows and columns of a block of the layer's form: a few blocks should lie in a cache.
-BLOCK = 512
+#: Rows and columns of a block of the layer's form: on a CPU, a few blocks should lie in a cache.
+BLOCK = {"cpu": 512, "cuda": 8192}
 
 #: Norms below this many units of rounding of `‖W_Q‖ ‖W_K‖` cannot be told from zero.
 _ZERO = 16 * torch.finfo(torch.float64).eps
@@ -92,7 +92,7 @@ def layer_scores(w_q: Float[Tensor, "heads rank hidden"], w_k: Float[Tensor, "kv
         weight_q, weight_k = weight_q + q.square().sum(), weight_k + k.square().sum()
         for other in slices[i:]:
             q_other, k_other = (q, k) if other is own else sides(other)
-            for a, b in _blocks(q.shape[1], q_other.shape[1], same=other is own):
+            for a, b in _blocks(q.shape[1], q_other.shape[1], other is own, BLOCK[w_q.device.type]):
                 diagonal = other is own and a == b
                 block = k[:, a].T @ q_other[:, b]  # g[a, b]
                 mirror = block.T if diagonal else q[:, a].T @ k_other[:, b]  # g[b, a]^T
@@ -112,11 +112,11 @@ def layer_scores(w_q: Float[Tensor, "heads rank hidden"], w_k: Float[Tensor, "kv
     return LayerScores(symmetry_score(fro_sq, overlap).item(), directionality(query.sqrt(), key.sqrt()).item())
 
 
-def _blocks(rows: int, columns: int, same: bool) -> Iterator[tuple[slice, slice]]:
-    """Cut a matrix into blocks; one whose sides are the same, into those on and above the diagonal."""
-    for a in range(0, rows, BLOCK):
-        for b in range(a if same else 0, columns, BLOCK):
-            yield slice(a, min(a + BLOCK, rows)), slice(b, min(b + BLOCK, columns))
+def _blocks(rows: int, columns: int, same: bool, size: int) -> Iterator[tuple[slice, slice]]:
+    """Cut a matrix into square blocks; one whose sides are the same, into those on and above the diagonal."""
+    for a in range(0, rows, size):
+        for b in range(a if same else 0, columns, size):
+            yield slice(a, min(a + size, rows)), slice(b, min(b + size, columns))
 
 
 def _large(norms: Float[Tensor, "*n hidden"]) -> Float[Tensor, "*n"]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -12,18 +13,25 @@ import torch
 
 from headgram.artifacts import Provenance, record_of, seal, written_whole
 from headgram.errors import HeadgramError
+from headgram.geometry.batches import ONE_BY_ONE
 from headgram.geometry.grouping import key_head
 from headgram.geometry.heads import Spectrum, spectrum
 from headgram.geometry.original import original_quantities
-from headgram.geometry.scores import layer_scores, symmetry_score
+from headgram.geometry.scores import LayerScores, layer_scores, symmetry_score
 from headgram.tables import HEADS, LAYER_SCORES, SCALARS, write_table
 from headgram.weights_file import Weights
+
+#: Bytes of the weights of the layers that a GPU works on at once, as stored.
+_BATCH_BYTES = 512 * 2**20
 
 _SHARD = pa.schema(
     [field for field in HEADS if field.name != "stack"]
     + [(name, pa.float64()) for name in LAYER_SCORES]  # the same for every head of a layer
     + [("singular_values", pa.list_(pa.float64())), ("symmetric_eigenvalues", pa.list_(pa.float64()))]
 )
+
+
+Pair = tuple[torch.Tensor, torch.Tensor]  # W_Q (H, r, d) and W_K (K, r, d)
 
 
 def measure_shard(
@@ -46,63 +54,79 @@ def measure_shard(
         If a residual exceeds the tolerance: names model, stack, layer and head.
     """
     source = Weights(weights, provenance.identity.upstream[0])
+    device, topk = provenance.device, config["eigen"]["topk"]
+    place = f"model {provenance.model}, stack {provenance.stack}"
+    at_once = 1 if device in ONE_BY_ONE else max(1, _BATCH_BYTES // source.layer_bytes)
     rows: list[dict[str, Any]] = []
     kept: dict[str, list[torch.Tensor]] = {}
     worst = 0.0
-    for layer in layers:
-        w_q, w_k = (weight.to(provenance.device) for weight in source.layer(layer))
-        where = f"model {provenance.model}, stack {provenance.stack}, layer {layer}"
-        try:
-            result = spectrum(w_q, w_k, config["eigen"]["topk"])
-            scores = _scores(result, w_q, w_k)
-        except HeadgramError as error:
-            raise HeadgramError(f"{where}: {error}") from None
-        worst = max(worst, _largest_residual(result, config["eigen"]["tolerance"], where))
-        reads = key_head(len(w_q), len(w_k)).tolist()
-        rows += _rows(result, scores, layer=layer, reads=reads, rank=w_q.shape[1], hidden=w_q.shape[2])
-        tensors_of_layer = _directions(result)
+    for start in range(0, len(layers), at_once):
+        run = layers[start : start + at_once]
+        pairs = [_on(device, *source.layer(layer)) for layer in run]
+        result, scores = _measured(pairs, run, topk, place)
+        worst = max(worst, _largest_residual(result, config["eigen"]["tolerance"], run, place))
+        w_q, w_k = _below_one_another(pairs)
+        rows += _rows(result, scores, run, reads=key_head(*source.heads).tolist(), rank=w_q.shape[1], hidden=w_q.shape[2])
+        tensors_of_run = _directions(result)
         if config["original"]["enabled"]:
-            fro_sq, eig_dirs = original_quantities(w_q, w_k, config["eigen"]["topk"])
-            tensors_of_layer |= {"original_fro_sq": fro_sq, "original_eig_dirs": eig_dirs}
-        for name, value in tensors_of_layer.items():
-            kept.setdefault(name, []).append(value.cpu())
+            fro_sq, eig_dirs = original_quantities(w_q, w_k, topk)
+            tensors_of_run |= {"original_fro_sq": fro_sq, "original_eig_dirs": eig_dirs}
+        for name, value in tensors_of_run.items():
+            kept.setdefault(name, []).append(value.cpu().unflatten(0, (len(run), -1)))
     write_table(table, pa.Table.from_pylist(rows, schema=_SHARD), provenance)
     with written_whole(tensors) as file:
-        torch.save({"layers": list(layers)} | {name: torch.stack(values) for name, values in kept.items()}, file)
+        torch.save({"layers": list(layers)} | {name: torch.cat(values) for name, values in kept.items()}, file)
     seal(record_of(table), replace(provenance, residual=worst), [table, tensors])
 
 
-def _largest_residual(result: Spectrum, tolerance: float, where: str) -> float:
-    worst, head = result.residual.max(0)
+def _on(device: str, w_q: torch.Tensor, w_k: torch.Tensor) -> Pair:
+    return w_q.to(device), w_k.to(device)
+
+
+def _below_one_another(pairs: Sequence[Pair]) -> Pair:
+    """The weights of several layers as if of one, with all their heads: there too, head `h` reads key head `h * K // H`."""
+    if len(pairs) == 1:
+        return pairs[0]
+    w_q, w_k = (torch.cat(weights) for weights in zip(*pairs, strict=True))
+    return w_q, w_k
+
+
+def _measured(pairs: Sequence[Pair], layers: Sequence[int], topk: int, place: str) -> tuple[Spectrum, list[LayerScores]]:
+    """Spectra of all heads of some layers, and the scores of these layers."""
+    try:
+        return spectrum(*_below_one_another(pairs), topk), [layer_scores(*pair) for pair in pairs]
+    except HeadgramError as error:
+        if len(layers) > 1:  # one by one, to say which
+            for pair, layer in zip(pairs, layers, strict=True):
+                _measured([pair], [layer], topk, place)
+        raise HeadgramError(f"{place}, layer {layers[0]}: {error}") from None
+
+
+def _largest_residual(result: Spectrum, tolerance: float, layers: Sequence[int], place: str) -> float:
+    worst, row = result.residual.max(0)
     if not worst.item() <= tolerance:
+        layer, head = divmod(int(row), len(result.residual) // len(layers))
         raise HeadgramError(
-            f"{where}, head {int(head)}: the result fails its identities by {worst.item():.1e}, more than eigen.tolerance = "
-            f"{tolerance:.1e}; nothing was written: raise the tolerance if that is meant, or report the checkpoint"
+            f"{place}, layer {layers[layer]}, head {head}: the result fails its identities by {worst.item():.1e}, "
+            f"more than eigen.tolerance = {tolerance:.1e}; nothing was written: raise the tolerance if that is meant, or report "
+            "the checkpoint"
         )
     return float(worst)
 
 
-def _scores(result: Spectrum, w_q: torch.Tensor, w_k: torch.Tensor) -> dict[str, list[float]]:
-    """The scores of every head, and those of the whole layer once per head."""
-    of_layer = layer_scores(w_q, w_k)
-    return {
-        "symmetry_score": symmetry_score(result.fro_sq, result.self_overlap).tolist(),
-        "directionality": result.directionality.tolist(),
-        "layer_symmetry_score": [of_layer.symmetry_score] * len(w_q),
-        "layer_directionality": [of_layer.directionality] * len(w_q),
-    }
-
-
 def _rows(
-    result: Spectrum, scores: Mapping[str, Sequence[float]], layer: int, reads: Sequence[int], rank: int, hidden: int
+    result: Spectrum, scores: Sequence[LayerScores], layers: Sequence[int], reads: Sequence[int], rank: int, hidden: int
 ) -> list[dict[str, Any]]:
-    scalars = {name: getattr(result, name).tolist() for name in SCALARS} | dict(scores)
-    singular, symmetric = result.singular_values.tolist(), result.symmetric_eigenvalues.tolist()
+    """A row per head, layer by layer."""
+    values = {name: getattr(result, name).tolist() for name in (*SCALARS, "singular_values", "symmetric_eigenvalues")}
+    values["directionality"] = result.directionality.tolist()
+    values["symmetry_score"] = symmetry_score(result.fro_sq, result.self_overlap).tolist()
+    heads = itertools.product(zip(layers, scores, strict=True), enumerate(reads))
     return [
-        {"layer": layer, "head": head, "kv_head": reads[head], "rank": rank, "hidden": hidden}
-        | {name: values[head] for name, values in scalars.items()}
-        | {"singular_values": singular[head], "symmetric_eigenvalues": symmetric[head]}
-        for head in range(len(singular))
+        {"layer": layer, "head": head, "kv_head": kv, "rank": rank, "hidden": hidden}
+        | {"layer_symmetry_score": of_layer.symmetry_score, "layer_directionality": of_layer.directionality}
+        | {name: column[row] for name, column in values.items()}
+        for row, ((layer, of_layer), (head, kv)) in enumerate(heads)
     ]
 
 

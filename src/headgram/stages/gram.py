@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,10 +13,14 @@ import pyarrow as pa
 import torch
 
 from headgram.artifacts import Provenance, record_of, seal
+from headgram.geometry.batches import ONE_BY_ONE
 from headgram.geometry.grouping import key_head
 from headgram.geometry.pairs import Precision, pair_products
 from headgram.tables import GRAM, read_table, write_table
 from headgram.weights_file import Weights
+
+#: Bytes of the weights of the heads that a GPU works on at once, as stored.
+_BATCH_BYTES = 512 * 2**20
 
 _TILE = pa.schema([field for field in GRAM if field.name in ("layer_a", "layer_b", "head", "gram", "transposed")])
 
@@ -59,17 +63,31 @@ def measure_row(
 
 
 def _tile(source: Weights, own: Sequence[int], other: Sequence[int], precision: Precision, device: str) -> pa.Table:
-    """One head at a time: so much of the weights is in memory."""
+    """So many heads at a time are in memory."""
     products, transposed, exact = [], [], 0
-    for head, kv in enumerate(key_head(*source.heads).tolist()):
-        q_a, k_a = (weights.to(device) for weights in source.head(own, head, kv))
-        q_b, k_b = (q_a, k_a) if other == own else (weights.to(device) for weights in source.head(other, head, kv))
+    for heads, kv_heads in _batches(source, len(own) + len(other), device):
+        q_a, k_a = (weights.to(device) for weights in source.of_heads(own, heads, kv_heads))
+        q_b, k_b = (q_a, k_a) if other == own else (weights.to(device) for weights in source.of_heads(other, heads, kv_heads))
         result = pair_products(q_a, k_a, q_b, k_b, precision)
         products.append(result.gram.cpu())
         transposed.append(result.transposed.cpu())
         exact += int(result.exact.sum())
     print(f"layers {own[0]}-{own[-1]} with {other[0]}-{other[-1]}: by {result.route}; {exact} heads in float64", flush=True)
     return _tile_table(torch.cat(products, 2), torch.cat(transposed, 2), own, other)
+
+
+def _batches(source: Weights, layers: int, device: str) -> Iterator[tuple[range, range]]:
+    """Query heads and the key heads that they read: on a CPU one after the other; else as many as may be in memory."""
+    heads, kv_heads = source.heads
+    if device in ONE_BY_ONE or heads % kv_heads:
+        for head, kv in enumerate(key_head(heads, kv_heads).tolist()):
+            yield range(head, head + 1), range(kv, kv + 1)
+        return
+    readers = heads // kv_heads
+    count = max(1, _BATCH_BYTES * kv_heads // (layers * source.layer_bytes))
+    for start in range(0, kv_heads, count):
+        stop = min(start + count, kv_heads)
+        yield range(start * readers, stop * readers), range(start, stop)
 
 
 def _tile_path(output: Path, own: Sequence[int], other: Sequence[int]) -> Path:

@@ -1,0 +1,62 @@
+"""Work in batches that fit in memory: a CPU takes small pieces one by one, a GPU all at once."""
+
+from __future__ import annotations
+
+import gc
+import logging
+import sys
+from collections.abc import Callable, Iterator
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from headgram.errors import HeadgramError
+
+#: Devices on which one head after the other is as fast as all at once.
+ONE_BY_ONE = ("cpu",)
+
+Result = TypeVar("Result")
+
+_log = logging.getLogger(__name__)
+
+
+def at_once(tensor: Tensor) -> bool:
+    """Whether the device of a tensor wants many heads at once."""
+    return tensor.device.type not in ONE_BY_ONE
+
+
+def in_batches(indices: range, size: int, measure: Callable[[slice], Result]) -> Iterator[Result]:
+    """Results of at most `size` neighbouring indices at a time, in order; half as many where memory runs out.
+
+    Raises
+    ------
+    HeadgramError
+        If memory does not suffice for one.
+    """
+    start = indices.start
+    while start < indices.stop:
+        run = slice(start, min(start + size, indices.stop))
+        try:
+            result = measure(run)
+        except (torch.OutOfMemoryError, MemoryError) as error:  # the second is CuPy's
+            reason = str(error).partition("\n")[0]
+        else:
+            yield result
+            start = run.stop
+            continue
+        # Outside of the handler, which would keep what the failed attempt holds.
+        count = run.stop - run.start
+        if count == 1:
+            raise HeadgramError(f"Memory does not suffice for one head ({reason}): use another device.")
+        size = count // 2
+        _log.warning("headgram: memory ran out with %d heads at once; going on with %d", count, size)
+        _release()
+
+
+def _release() -> None:
+    """Give memory that nothing uses back to the device."""
+    gc.collect()
+    torch.cuda.empty_cache()  # nothing, where CUDA was not used
+    if cupy := sys.modules.get("cupy"):
+        cupy.get_default_memory_pool().free_all_blocks()
