@@ -5,8 +5,8 @@ once Snakemake has started it, asks the server to run the script in its stead (`
 and terminal, and ends as that copy ended. A copy whose script was killed is killed; the server ends with its run, however that
 ends. Where there is no server, as on a cluster's node, a script runs by itself.
 
-The server computes nothing and touches no GPU, so its copies begin as a fresh interpreter would. Linux only: elsewhere, forking
-a process that has loaded a BLAS is not safe.
+The server first imports what the first jobs need, and the rest while no script waits. It computes nothing and touches no GPU, so
+its copies begin as a fresh interpreter would. Linux only: elsewhere, forking a process that has loaded a BLAS is not safe.
 """
 
 from __future__ import annotations
@@ -27,19 +27,18 @@ import sys
 import threading
 import traceback
 import warnings
+from collections import deque
 from pathlib import Path
 from typing import Any
 
-from headgram.artifacts import library_versions
-
 #: Names the server's socket, in the environment of jobs.
 _ADDRESS = "HEADGRAM_FORKSERVER"
-#: What jobs import, also what libraries import when they are first used; `report` costs another second, once a run, and is left
-#: to its job.
-_PRELOADED = (
-    *(f"headgram.stages.{stage}" for stage in ("extract", "eigen", "gram", "merge", "derive")),
-    *("headgram.job", "headgram.lock", "snakemake.iocontainers", "snakemake.logging"),
-    *("pandas", "pyarrow.dataset", "scipy.linalg.blas", "scipy.linalg.lapack"),
+#: What every job imports, and extraction, which comes first.
+_FIRST = ("headgram.stages.extract", "headgram.job", "headgram.lock", "snakemake.iocontainers", "snakemake.logging")
+#: What later jobs import, also what libraries import when they are first used.
+_LATER = (
+    *("headgram.stages.eigen", "scipy.linalg.blas", "scipy.linalg.lapack", "headgram.stages.gram"),
+    *("pandas", "pyarrow.dataset", "headgram.stages.merge", "headgram.stages.derive", "headgram.stages.report"),
 )
 #: As Snakemake sets them for a job with one thread; libraries read them when they are loaded.
 _ONE_THREAD = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1")
@@ -121,14 +120,28 @@ def serve(listener: socket.socket, parent: int, on_interrupt: Any) -> None:
 
     `on_interrupt` is what copies do on Ctrl-C.
     """
-    while parent not in select.select([listener.fileno(), parent], [], [])[0]:
+    later = deque(_LATER)
+    while True:
+        ready, _, _ = select.select([listener.fileno(), parent], [], [], 0 if later else None)
+        if parent in ready:
+            break
         _bury_the_dead()
+        if not ready:
+            importlib.import_module(later.popleft())
+            _share_memory()
+            continue
         client, _ = listener.accept()
         with client, contextlib.suppress(OSError):  # no process can be forked: the client finds its connection closed
             if _is_ours(client) and os.fork() == 0:
                 listener.close()
                 _become(client, on_interrupt)
     _bury_the_dead()
+
+
+def _share_memory() -> None:
+    """What all copies have is never looked at again, so that it stays shared."""
+    gc.collect()
+    gc.freeze()
 
 
 def _bury_the_dead() -> None:
@@ -193,13 +206,13 @@ def _status_of(script: str) -> int:
 def main() -> None:
     """Import what jobs need, then serve."""
     on_interrupt = signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the run, which waits for its jobs
-    for module in _PRELOADED:
+    for module in _FIRST:
         importlib.import_module(module)
-    library_versions()  # which remembers them
+    importlib.import_module("headgram.artifacts").library_versions()  # which remembers them
     warnings.filterwarnings("ignore", "This process .* is multi-threaded", DeprecationWarning)  # arrow's allocator has a thread
-    gc.collect()
-    gc.freeze()  # what all copies share is never looked at again, so that it stays shared
+    _share_memory()
     serve(socket.socket(fileno=int(sys.argv[1])), sys.stdin.fileno(), on_interrupt)
+    os._exit(0)  # there is nothing to clean up
 
 
 if __name__ == "__main__":

@@ -10,12 +10,13 @@ import time
 import traceback
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from headgram.artifacts import Identity, Provenance
-from headgram.devices import leased_device, usable
 from headgram.errors import HeadgramError
 from headgram.forkserver import hand_over
+
+if TYPE_CHECKING:
+    from headgram.artifacts import Provenance
 
 
 @contextlib.contextmanager
@@ -26,6 +27,9 @@ def running(snakemake: Any) -> Iterator[Provenance]:
     other error leaves its traceback in the log.
     """
     hand_over(Path(sys.argv[0]))
+    # Only now: a script that hands itself over need not wait for it.
+    from headgram.devices import leased_device, usable
+
     log = Path(snakemake.log[0])
     try:
         with _output_to(log), leased_device(bool(snakemake.resources.get("gpu", 0))) as device:
@@ -65,6 +69,8 @@ def _append(log: Path, text: str) -> None:
 
 
 def _provenance(snakemake: Any, device: str) -> Provenance:
+    from headgram.artifacts import Identity, Provenance
+
     identity = Identity(
         stage=snakemake.rule,
         config=snakemake.params.config,

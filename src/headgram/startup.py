@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -111,11 +112,15 @@ class Run:
         self._progress = show_progress(workflow)
 
     def end(self) -> None:
-        """End the process that jobs are copies of, and say how far the run came."""
+        """End the process that jobs are copies of, say how far the run came, and leave nothing to wait for."""
         if self._forkserver:
             forkserver.stop(self._forkserver)
         if self._progress:
             self._progress.stop(last_line=True)
+        # Snakemake's scheduler leaves one behind, to look again for jobs in a second, for which the process would wait.
+        for thread in threading.enumerate():
+            if isinstance(thread, threading.Timer):
+                thread.cancel()
 
 
 def _read_sightings(path: Path) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from headgram.report.columns import columns
 from headgram.report.figures import profile_figures, stack_figures
 from headgram.report.names import PROFILE_FIGURES, STACK_FIGURES
 from headgram.report.pack import pack, unpack
-from headgram.report.page import beside, index_pack, model_pack, page
+from headgram.report.page import beside, index_pack, model_pack, page, page_shell
 
 _NUMBERS = st.floats(-1e30, 1e30, allow_subnormal=False)
 
@@ -74,7 +74,7 @@ def test_fifty_models_of_which_some_lie_beside_the_page(chrome, tmp_path):
     index = index_pack({name: {"self": each.summary} for name, each in models.items()})
     embedded = {name: packs[len(each.heads[0])] for name, each in list(models.items())[:20]}
     path = tmp_path / "index.html"
-    path.write_text(page(index, embedded))
+    path.write_text(page(page_shell(), index, embedded))
     assert path.stat().st_size < 30 * 2**20
     (tmp_path / "data").mkdir()
     for name, each in list(models.items())[20:49]:
@@ -106,7 +106,7 @@ def test_what_a_checkpoint_says_is_text_and_nothing_else(chrome, tmp_path):
     hostile = "</script><img src=x onerror=alert(1)>{{app}}"
     each = stack(3, 2, 4, facts={"architecture": hostile})
     path = tmp_path / "index.html"
-    path.write_text(page(index_pack({"a.b-c_d": {"self": each.summary}}), {"a.b-c_d": model_pack({"self": each})}))
+    path.write_text(page(page_shell(), index_pack({"a.b-c_d": {"self": each.summary}}), {"a.b-c_d": model_pack({"self": each})}))
     with opened(chrome, path) as found:
         assert hostile in found.page.inner_text("#facts")
         assert found.page.locator("img").count() == 0
@@ -119,7 +119,7 @@ def test_the_smallest_stacks_have_a_page_and_figures(chrome, tmp_path, layers, h
     each = dataclasses.replace(stack(layers, heads, 1), neighbours={})
     each = dataclasses.replace(each, heads=np.zeros_like(each.heads), singular=np.zeros_like(each.singular))
     path = tmp_path / "index.html"
-    path.write_text(page(index_pack({"m": {"self": each.summary}}), {"m": model_pack({"self": each})}))
+    path.write_text(page(page_shell(), index_pack({"m": {"self": each.summary}}), {"m": model_pack({"self": each})}))
     with opened(chrome, path) as found:
         for name in (column.name for column in columns()):
             found.select("column", name)
@@ -146,6 +146,6 @@ def test_figures_are_pictures_of_their_own():
 
 
 def test_the_data_of_a_page_are_inert():
-    text = page(index_pack({}), {})
+    text = page(page_shell(), index_pack({}), {})
     specs = text.split('<script type="application/json" id="pictures">')[1].split("</script>")[0]
     assert set(json.loads(specs)) == {"cells", "square", "spectrum", "profile"}

@@ -31,7 +31,7 @@ rule report:
         f"{JOB_LOGS}/report.log",
     conda:
         ENVIRONMENT
-    threads: 1
+    threads: 4
     resources:
         mem_mb=memory_mb,
     params:

@@ -16,4 +16,4 @@ with running(snakemake) as provenance:
     ]
     page, record = (Path(snakemake.output[name]) for name in ("page", "record"))
     report = Report(page, data=page.with_name("data"), figures=page.with_name("figures"), record=record)
-    write_report(sources, report, provenance)
+    write_report(sources, report, provenance, processes=snakemake.threads)

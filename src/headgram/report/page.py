@@ -54,30 +54,37 @@ def beside(model: str, text: str) -> str:
     return f"headgram.receive({_script_json(model)}, {_script_json(text)});\n"
 
 
-def page(index: str, packs: Mapping[str, str]) -> str:
-    """The page.
-
-    Parameters
-    ----------
-    index
-        From `index_pack`.
-    packs
-        From `model_pack`, by model: those that the page is to hold.
-    """
+def page_shell() -> dict[str, str]:
+    """The parts of the page that do not depend on the models: library, pictures, styles and script."""
     specs = {
         "cells": pictures.heatmap("head", "layer"),
         "square": pictures.heatmap("layer_b", "layer_a"),
         "spectrum": pictures.spectrum(),
         "profile": pictures.profile(),
     }
-    data = [("index", index), *((f"pack-{model}", text) for model, text in packs.items())]
-    parts = {
+    return {
         "style": _asset("style.css"),
         "vega": pictures.vega_library(),
         "pictures": _script_json({name: pictures.for_page(chart) for name, chart in specs.items()}),
-        "data": "\n".join(f'<script type="text/plain" id="{html.escape(name)}">{text}</script>' for name, text in data),
         "app": _asset("app.js"),
     }
+
+
+def page(shell: Mapping[str, str], index: str, packs: Mapping[str, str]) -> str:
+    """The page.
+
+    Parameters
+    ----------
+    shell
+        From `page_shell`.
+    index
+        From `index_pack`.
+    packs
+        From `model_pack`, by model: those that the page is to hold.
+    """
+    data = [("index", index), *((f"pack-{model}", text) for model, text in packs.items())]
+    scripts = "\n".join(f'<script type="text/plain" id="{html.escape(name)}">{text}</script>' for name, text in data)
+    parts = {**shell, "data": scripts}
     return re.sub(r"\{\{(\w+)\}\}", lambda match: parts[match[1]], _asset("page.html"))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,7 +10,8 @@ from pathlib import Path
 from headgram.artifacts import Provenance, check, seal, write_text
 from headgram.report.arrays import StackSummary, read_model
 from headgram.report.figures import profile_figures, stack_figures
-from headgram.report.page import EMBEDDED, beside, index_pack, model_pack, page
+from headgram.report.page import EMBEDDED, beside, index_pack, model_pack, page, page_shell
+from headgram.workers import workers
 
 
 @dataclass(frozen=True)
@@ -31,8 +33,8 @@ class Report:
     record: Path
 
 
-def write_report(sources: Sequence[Source], report: Report, provenance: Provenance) -> None:
-    """Write the page, every model's data beside it, and the figures.
+def write_report(sources: Sequence[Source], report: Report, provenance: Provenance, processes: int = 1) -> None:
+    """Write the page, every model's data beside it, and the figures; so many processes draw.
 
     Raises
     ------
@@ -47,22 +49,32 @@ def write_report(sources: Sequence[Source], report: Report, provenance: Provenan
     summaries: dict[str, dict[str, StackSummary]] = {}
     packs: dict[str, str] = {}
     written: list[Path] = []
-    for source in sources:
-        stacks = read_model(source.tables)
-        summaries[source.model] = {name: stack.summary for name, stack in stacks.items()}
-        pack = model_pack(stacks)
-        if sum(map(len, packs.values())) + len(pack) <= EMBEDDED:
-            packs[source.model] = pack
-        texts = {report.data / f"{source.model}.js": beside(source.model, pack)}
-        for name, stack in stacks.items():
-            drawn = stack_figures(source.model, name, stack)
-            texts |= {report.figures / figure / source.model / f"{name}.svg": text for figure, text in drawn.items()}
-        written += _write(texts)
-    first = {model: next(iter(stacks.values())) for model, stacks in summaries.items()}
-    written += _write({report.figures / f"{name}.svg": text for name, text in profile_figures(first).items()})
-    written += _write({report.page: page(index_pack(summaries), packs)})
+    with workers(processes) as pool:
+        shell = pool.submit(page_shell)
+        models = deque(pool.submit(_write_model, source, report) for source in sources)
+        for source in sources:
+            summaries[source.model], pack, files = models.popleft().result()
+            written += files
+            if sum(map(len, packs.values())) + len(pack) <= EMBEDDED:
+                packs[source.model] = pack
+        first = {model: next(iter(stacks.values())) for model, stacks in summaries.items()}
+        profiles = pool.submit(profile_figures, first).result()
+        text = page(shell.result(), index_pack(summaries), packs)
+    written += _write({report.figures / f"{name}.svg": text for name, text in profiles.items()})
+    written += _write({report.page: text})
     _remove_others([report.data, report.figures], written)
     seal(report.record, provenance, written)
+
+
+def _write_model(source: Source, report: Report) -> tuple[dict[str, StackSummary], str, list[Path]]:
+    """Write what the report holds of one model; its summaries by stack, its pack, and the files."""
+    stacks = read_model(source.tables)
+    pack = model_pack(stacks)
+    texts = {report.data / f"{source.model}.js": beside(source.model, pack)}
+    for name, stack in stacks.items():
+        drawn = stack_figures(source.model, name, stack)
+        texts |= {report.figures / figure / source.model / f"{name}.svg": text for figure, text in drawn.items()}
+    return {name: stack.summary for name, stack in stacks.items()}, pack, _write(texts)
 
 
 def _write(texts: Mapping[Path, str]) -> list[Path]:
