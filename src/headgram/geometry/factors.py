@@ -18,9 +18,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
+
+from headgram.geometry.batches import at_once
 
 #: Smallest pivot of unit rows that is trusted; and the range of squared row norms in which nothing over- or underflows.
 _PIVOT = 0.05
@@ -60,12 +63,29 @@ def products(q: Float[Tensor, "heads rank hidden"], k: Float[Tensor, "#heads ran
 
 def _with_itself(weights: Float[Tensor, "heads rank hidden"]) -> Float[Tensor, "heads rank rank"]:
     """`W W^T`. On a CPU one triangle of it is computed, by BLAS' routine for that, which torch does not call."""
-    if weights.device.type != "cpu":
+    if at_once(weights):
         return weights @ weights.mT
     from scipy.linalg.blas import dsyrk  # costs time where no spectrum is measured
 
     lower = torch.stack([torch.from_numpy(dsyrk(1.0, matrix.numpy().T, trans=1, lower=1)) for matrix in weights])
     return lower + lower.tril(-1).mT
+
+
+def column_norms(
+    triangle: Float[Tensor, "#heads p rank"], weights: Float[Tensor, "#heads rank hidden"]
+) -> Float[Tensor, "heads hidden"]:
+    """Norms of the columns of `R W` for an upper triangular `R`: on a CPU by BLAS' routine for that, in half the operations."""
+    heads, (p, rank) = max(len(triangle), len(weights)), triangle.shape[1:]
+    if at_once(weights) or p != rank:
+        return (triangle @ weights).square().sum(1).sqrt()
+    from scipy.linalg.blas import dtrmm  # costs time where no spectrum is measured
+
+    norms = torch.empty(heads, weights.shape[2], dtype=weights.dtype)
+    for head in range(heads):
+        r, w = triangle[head % len(triangle)].numpy(), weights[head % len(weights)].numpy()
+        product = dtrmm(1.0, np.ascontiguousarray(r).T, w.T, side=1, lower=1).T  # LAPACK's matrices are transposed
+        norms[head] = torch.from_numpy(np.einsum("ij,ij->j", product, product)).sqrt()
+    return norms
 
 
 def once(k: Float[Tensor, "#heads rank hidden"]) -> Float[Tensor, "*heads rank hidden"]:

@@ -21,7 +21,7 @@ from headgram.errors import HeadgramError
 from headgram.geometry.batches import at_once, in_batches
 from headgram.geometry.checks import check_weights, is_finite
 from headgram.geometry.eigen import largest_magnitude, largest_singular
-from headgram.geometry.factors import Factors, Products, by_cholesky, by_householder, once, products
+from headgram.geometry.factors import Factors, Products, by_cholesky, by_householder, column_norms, products
 from headgram.geometry.grouping import groups, key_head
 from headgram.geometry.ratios import ratio
 from headgram.geometry.residuals import Residuals, direction_residuals, identity_residuals
@@ -235,8 +235,7 @@ def _column_norms(
     factors: Factors, q: Float[Tensor, "heads rank hidden"], k: Float[Tensor, "#heads rank hidden"], zero: Float[Tensor, " heads"]
 ) -> tuple[Float[Tensor, "heads hidden"], Float[Tensor, "heads hidden"]]:
     """Norms of the columns of `g` and of `g^T`; those below `zero`, which are rounding, are 0."""
-    # Not `norm(dim=1)`, which takes four times as long.
-    norms = (side.square().sum(1).sqrt() for side in (factors.triangle_k @ q, factors.triangle_q @ once(k)))
+    norms = column_norms(factors.triangle_k, q), column_norms(factors.triangle_q, k)
     query, key = (norm.where(norm > zero[:, None], 0) for norm in norms)
     return query, key
 
