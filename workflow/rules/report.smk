@@ -31,7 +31,7 @@ rule report:
         f"{JOB_LOGS}/report.log",
     conda:
         ENVIRONMENT
-    threads: 4
+    threads: 2
     resources:
         mem_mb=memory_mb,
     params:
