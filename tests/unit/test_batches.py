@@ -6,6 +6,7 @@ import torch
 import headgram
 from headgram.geometry import heads, pairs
 
+OUT_OF_MEMORY = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nMore words.")
 WEIGHTS = torch.randn(3, 8, 4, 24, generator=torch.Generator().manual_seed(0)).bfloat16()
 
 
@@ -14,14 +15,14 @@ def _at_once(monkeypatch):
     monkeypatch.setattr("headgram.geometry.batches.ONE_BY_ONE", ())
 
 
-def with_memory_for(monkeypatch, module, name: str, most: int, size) -> list[int]:
+def with_memory_for(monkeypatch, module, name: str, most: int, size, error=OUT_OF_MEMORY) -> list[int]:
     """Let a function run out of memory where it is given more heads; the numbers of heads that it was given."""
     function, asked = getattr(module, name), []
 
     def limited(*arguments):
         asked.append(size(*arguments))
         if asked[-1] > most:
-            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nMore words.")
+            raise error
         return function(*arguments)
 
     monkeypatch.setattr(module, name, limited)
@@ -32,7 +33,7 @@ def test_spectra(monkeypatch, caplog):
     whole = headgram.spectrum(WEIGHTS[0], WEIGHTS[1, :2])
     asked = with_memory_for(monkeypatch, heads, "_measure_batch", 3, lambda q, *_: len(q))
     halved = headgram.spectrum(WEIGHTS[0], WEIGHTS[1, :2])
-    assert asked == [8, 4, 2, 2, 2, 2]
+    assert asked == [8, 8, 4, 4, 2, 2, 2, 2]  # each once more after memory was given back
     assert caplog.messages == [
         "headgram: memory ran out with 8 heads at once; going on with 4",
         "headgram: memory ran out with 4 heads at once; going on with 2",
@@ -48,7 +49,8 @@ def test_inner_products(monkeypatch, caplog, precision, kv_heads):
     whole = pairs.pair_products(*weights, precision)
     asked = with_memory_for(monkeypatch, pairs, "_multiply", 5, lambda sides, _: len(sides[0].q))
     halved = pairs.pair_products(*weights, precision)
-    assert max(asked[1:]) == 4
+    assert asked[:2] == [8, 8]
+    assert max(asked[2:]) == 4
     assert caplog.messages == ["headgram: memory ran out with 8 heads at once; going on with 4"]
     assert torch.equal(whole.exact, halved.exact)
     for name in ("gram", "transposed"):
@@ -59,4 +61,31 @@ def test_inner_products(monkeypatch, caplog, precision, kv_heads):
 def test_where_one_head_is_too_much_it_is_said(monkeypatch):
     with_memory_for(monkeypatch, heads, "_measure_batch", 0, lambda q, *_: len(q))
     with pytest.raises(headgram.HeadgramError, match=r"Memory does not suffice for one head \(CUDA out of memory. Tried to all"):
+        headgram.spectrum(WEIGHTS[0], WEIGHTS[1])
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError("Out of memory allocating 4,096 bytes"),  # CuPy's
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+    ],
+)
+def test_other_libraries_say_it_otherwise(monkeypatch, error):
+    asked = with_memory_for(monkeypatch, heads, "_measure_batch", 4, lambda q, *_: len(q), error)
+    headgram.spectrum(WEIGHTS[0], WEIGHTS[1])
+    assert asked == [8, 8, 4, 4]
+
+
+def test_what_fits_once_memory_was_given_back_is_not_halved(monkeypatch, caplog):
+    left = iter([0])
+    asked = with_memory_for(monkeypatch, heads, "_measure_batch", 7, lambda q, *_: len(q) - next(left, 1))
+    headgram.spectrum(WEIGHTS[0], WEIGHTS[1])
+    assert asked == [8, 7]
+    assert not caplog.messages
+
+
+def test_other_errors_are_not_taken_for_it(monkeypatch):
+    with_memory_for(monkeypatch, heads, "_measure_batch", 0, lambda q, *_: len(q), RuntimeError("a bug"))
+    with pytest.raises(RuntimeError, match="a bug"):
         headgram.spectrum(WEIGHTS[0], WEIGHTS[1])

@@ -87,6 +87,18 @@ def test_singular_values_and_vectors_are_those_of_numpy(matrix, count):
     assert ((general @ right.T).T - values[:count, None] * left).mul(alive[:, None]).abs().max() <= 1e-12 * len(matrix) * size
 
 
+def test_singular_values_near_zero_have_vectors():
+    """Of a matrix of nearly rank one; only what cannot be told from zero may go without."""
+    generator = torch.Generator().manual_seed(1)
+    u, v = (torch.linalg.qr(torch.randn(128, 128, generator=generator, dtype=torch.float64)).Q for _ in range(2))
+    values = torch.zeros(128, dtype=torch.float64)
+    values[:4] = torch.tensor([1, 1e-6, 1e-13, 3e-14])
+    left, s, right = (found[0] for found in largest_singular((u * values @ v.T)[None], 8))
+    alive = s[:8] > 1e-14
+    for rows in (left, right):
+        torch.testing.assert_close((rows @ rows.T)[alive][:, alive], torch.eye(int(alive.sum()), dtype=torch.float64))
+
+
 @pytest.mark.parametrize("flaw", ["wrong vectors", "not a number", "not converged"])
 def test_solutions_of_a_batch_that_do_not_hold_are_computed_anew(monkeypatch, caplog, flaw):
     """As of a GPU's routine that goes wrong in silence, or says so."""

@@ -48,7 +48,7 @@ def test_products_agree_with_the_definition(weights, precision, route, block_byt
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(pairs, "cheapest", lambda *_: route)
         patch.setattr(routes, "PRODUCT_BYTES", {"cpu": block_bytes})
-        patch.setattr(pairs, "EXACT_BYTES", block_bytes)
+        patch.setattr(pairs, "EXACT_BYTES", {"cpu": block_bytes})
         patch.setattr(routes, "STRIP_BYTES", {"cpu": block_bytes})
         measured = pairs.pair_products(*weights, precision)
     expected = np.einsum("ahxy,bhxy->abh", g_a, g_b), np.einsum("ahxy,bhyx->abh", g_a, g_b)
@@ -101,6 +101,50 @@ def test_long_sums_of_positive_terms_stay_accurate_in_float32(monkeypatch, route
     bound = 2e-7 * norms[:, None] * norms[None]
     assert ((fast.gram - exact.gram).abs() <= bound).all()
     assert ((fast.transposed - exact.transposed).abs() <= bound).all()
+
+
+@pytest.mark.parametrize(
+    "dtypes", [(torch.bfloat16, torch.float32), (torch.float32, torch.bfloat16), (torch.float16, torch.bfloat16)]
+)
+@pytest.mark.parametrize("route", ROUTES)
+def test_weights_may_be_stored_differently(monkeypatch, route, dtypes):
+    monkeypatch.setattr(pairs, "cheapest", lambda *_: route)
+    generator = torch.Generator().manual_seed(6)
+    w_q, w_k = (torch.randn(3, 2, 8, 32, generator=generator).to(dtype) for dtype in dtypes)
+    fast, exact = (pairs.pair_products(w_q, w_k, w_q, w_k, precision) for precision in ("auto", "float64"))
+    assert not fast.exact.any()
+    torch.testing.assert_close(fast.gram, exact.gram, rtol=1e-5, atol=1e-5 * float(exact.gram.max()))
+
+
+def cutting_off(a, b, out=None):
+    """A product as tensor cores form it: 16 terms at a time, each new partial sum cut off to float32."""
+    total = torch.zeros(len(a), a.shape[1], b.shape[2], dtype=torch.float64)
+    for start in range(0, a.shape[2], 16):
+        exact = total + a[:, :, start : start + 16].double() @ b[:, start : start + 16].double()
+        near = exact.float()
+        total = torch.where(near.abs() > exact.abs(), near.nextafter(torch.zeros(())), near).double()
+    return total.float() if out is None else out.copy_(total)
+
+
+def test_where_tensor_cores_cut_partial_sums_off_long_sums_are_made_of_pieces(monkeypatch):
+    monkeypatch.setattr("headgram.geometry.batches.ONE_BY_ONE", ())
+    monkeypatch.setattr(pairs, "cheapest", lambda *_: "products")
+    assert routes.longest_sum.__wrapped__(torch.device("cpu")) == 2**14
+    generator = torch.Generator().manual_seed(7)
+    weights = [torch.randn(3, 1, 16, 4096, generator=generator).bfloat16() for _ in range(2)] * 2
+    exact = pairs.pair_products(*weights)
+    monkeypatch.setattr(routes, "_by_tensor_cores", cutting_off)
+
+    def error(longest):
+        monkeypatch.setattr(routes, "longest_sum", lambda _: longest)
+        fast = pairs.pair_products(*weights, "auto")
+        assert not fast.exact.any()
+        norms = exact.gram.diagonal().T.sqrt()
+        return float(((fast.gram - exact.gram).abs() / (norms[:, None] * norms)).max())
+
+    found = routes.longest_sum.__wrapped__(torch.device("cpu"))
+    assert 64 <= found <= 512
+    assert error(found) < 1e-6 < error(2**14)
 
 
 @pytest.mark.parametrize("shape", [(30, 64, 576), (28, 128, 1024), (36, 128, 2560), (4, 64, 4096), (1, 8, 8)])

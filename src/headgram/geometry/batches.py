@@ -34,24 +34,35 @@ def in_batches(indices: range, size: int, measure: Callable[[slice], Result]) ->
     HeadgramError
         If memory does not suffice for one.
     """
-    start = indices.start
+    start, released = indices.start, False
     while start < indices.stop:
         run = slice(start, min(start + size, indices.stop))
         try:
             result = measure(run)
-        except (torch.OutOfMemoryError, MemoryError) as error:  # the second is CuPy's
+        except (RuntimeError, MemoryError) as error:
+            if not _is_of_memory(error):
+                raise
             reason = str(error).partition("\n")[0]
         else:
             yield result
-            start = run.stop
+            start, released = run.stop, False
             continue
         # Outside of the handler, which would keep what the failed attempt holds.
+        _release()
+        if not released:  # torch and CuPy each keep what they may use again, and the other may need
+            released = True
+            continue
         count = run.stop - run.start
         if count == 1:
             raise HeadgramError(f"Memory does not suffice for one head ({reason}): use another device.")
-        size = count // 2
+        size, released = count // 2, False
         _log.warning("headgram: memory ran out with %d heads at once; going on with %d", count, size)
-        _release()
+
+
+def _is_of_memory(error: RuntimeError | MemoryError) -> bool:
+    """Of torch; of CuPy, whose error is a MemoryError; of the libraries below, which only say so."""
+    said = any(words in str(error) for words in ("out of memory", "ALLOC_FAILED", "cudaErrorMemoryAllocation"))
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or said
 
 
 def _release() -> None:

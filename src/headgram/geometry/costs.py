@@ -18,6 +18,7 @@ class Prices:
 
     vector: int  # an operation of a product of forms, which are float32
     byte: int  # a byte to or from memory
+    longest: int = 2**31  # how many products of weights are added up at once
 
 
 #: A CPU works in its caches.
@@ -37,8 +38,10 @@ def flops(route: Route, layers_a: int, layers_b: int, rank: int, hidden: int, sa
 def cheapest(layers_a: int, layers_b: int, rank: int, hidden: int, same: bool, prices: Prices = CPU) -> Route:
     """The route that costs less."""
     entries = _pairs(layers_a, layers_b, same) * rank**2
-    # Of four products each entry is written, read with another's, written and read again; entries of forms likewise.
-    products = flops("products", layers_a, layers_b, rank, hidden, same) + prices.byte * 48 * entries
+    # Of four products each entry is written, read with another's, written and read again; entries of forms likewise. Where sums
+    # are made of pieces, each but the first is written, read with the sum, and that written.
+    pieces = math.ceil(hidden / prices.longest)
+    products = flops("products", layers_a, layers_b, rank, hidden, same) + prices.byte * (48 + 64 * (pieces - 1)) * entries
     forms = (layers_a if same else layers_a + layers_b) * hidden**2
     vectors = prices.vector * 2 * layers_a * layers_b * hidden**2
     strips = _forming(layers_a, layers_b, rank, hidden, same) + vectors + prices.byte * 20 * forms

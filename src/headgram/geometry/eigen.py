@@ -16,7 +16,7 @@ exact to rounding of the largest. Where a solution does not hold, LAPACK solves 
 from __future__ import annotations
 
 import logging
-from importlib.util import find_spec
+from typing import Any
 
 import numpy as np
 import torch
@@ -28,6 +28,8 @@ from headgram.geometry.batches import at_once
 
 #: Residuals and overlaps of vectors above this many units of rounding, for each row, are not trusted.
 _ROUNDING = 8 * np.finfo(np.float64).eps
+#: Singular values up to this many units of rounding of the largest are zero.
+_ZERO = 16 * np.finfo(np.float64).eps
 #: Vectors one by one are worth it up to this share of them.
 _FEW = 1 / 6
 #: Columns that LAPACK works on at once.
@@ -82,7 +84,8 @@ def largest_singular(
         side / side.norm(dim=-1, keepdim=True).where(alive, 1) * alive for side in (vectors[..., :n], vectors[..., n:])
     )
     limit = _ROUNDING * n
-    wrong = ~((_off_identity(left, alive) <= limit) & (_off_identity(right, alive) <= limit))
+    lost = ((s[:, :count] > _ZERO * s[:, :1]) & ~alive[..., 0]).any(1)
+    wrong = lost | ~((_off_identity(left, alive) <= limit) & (_off_identity(right, alive) <= limit))
     if bool(wrong.any()):
         u, exact, vh = (found.to(s.device) for found in torch.linalg.svd(matrices[wrong].cpu()))
         left[wrong], s[wrong], right[wrong] = u[..., :count].mT, exact, vh[:, :count]
@@ -123,14 +126,23 @@ def _decomposed(matrices: Float[Tensor, "heads n n"]) -> tuple[Float[Tensor, "he
 
 def _batched_eigh(matrices: Float[Tensor, "heads n n"]) -> tuple[Tensor, Tensor]:
     """By torch; where torch is older and would solve one after the other, by CuPy if it is installed."""
-    if _torch_version() < _BATCHED_IN_TORCH and find_spec("cupy"):
-        import cupy
-
-        found = cupy.linalg.eigh(cupy.from_dlpack(matrices))
+    cupy = _cupy() if _torch_version() < _BATCHED_IN_TORCH else None
+    if cupy and matrices.device.type == "cuda":
+        with cupy.cuda.Device(matrices.device.index):
+            found = cupy.linalg.eigh(cupy.from_dlpack(matrices))
         values, vectors = (torch.utils.dlpack.from_dlpack(each) for each in found)
     else:
         values, vectors = torch.linalg.eigh(matrices)
     return values, vectors
+
+
+def _cupy() -> Any:
+    """CuPy, or None where it is not installed or finds no CUDA of its own version."""
+    try:
+        import cupy
+    except ImportError:
+        return None
+    return cupy
 
 
 def _torch_version() -> tuple[int, ...]:

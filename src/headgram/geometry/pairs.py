@@ -3,7 +3,7 @@
 How they are formed is said in `headgram.geometry.routes`. In float64 the keys are made orthonormal before, `W_K^T = U R` and
 `g = U (R W_Q)`: then no product is larger than the forms themselves, and nothing cancels where a form is much smaller than its
 weights. Weights of at most 32 bits may be multiplied in float32, which is several times faster; on a GPU, bfloat16 by tensor
-cores, exactly, into float32. The error is then a few units
+cores into float32. The error is then a few units
 of rounding of `‖W_Q‖ ‖W_K‖ / √r`, the size of the form of random weights; so each form's norm is looked at, and a head with a
 form that is much smaller than that is measured again in float64.
 """
@@ -11,7 +11,7 @@ form that is much smaller than that is measured again in float64.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple
 
 import torch
@@ -23,7 +23,7 @@ from headgram.geometry.batches import at_once, in_batches
 from headgram.geometry.checks import check_floating, check_weights, is_finite
 from headgram.geometry.costs import CPU, GPU, TENSOR_CORES, Prices, Route, cheapest
 from headgram.geometry.grouping import key_head
-from headgram.geometry.routes import Inner, Side, by_products, by_strips, multiplied
+from headgram.geometry.routes import Inner, Side, by_products, by_strips, longest_sum, multiplied
 
 #: In float32, forms may be this much smaller than those of random weights of the same norms.
 _SMALL = 0.1
@@ -32,7 +32,7 @@ _SMALL = 0.1
 _NORMS = 1e-15, 1e15
 
 #: Bytes of float64 working memory; a constant, so that the blocking does not depend on the machine.
-EXACT_BYTES = 512 * 2**20
+EXACT_BYTES = {"cpu": 512 * 2**20, "cuda": 8 * 2**30}
 
 Precision = Literal["auto", "float64"]
 
@@ -99,7 +99,8 @@ def pair_products(
     same = w_q_a is w_q_b and w_k_a is w_k_b
     weights = [(w_q_a, w_k_a), (w_q_b, w_k_b)][: 1 if same else 2]
     (n_a, heads, rank, hidden), kv_heads = w_q_a.shape, w_k_a.shape[1]
-    route = cheapest(n_a, len(w_q_b), min(rank, hidden), hidden, same, _prices(weights[0]))
+    tensor_cores = at_once(w_q_a) and all(each.dtype == torch.bfloat16 for pair in weights for each in pair)
+    route = cheapest(n_a, len(w_q_b), min(rank, hidden), hidden, same, _prices(w_q_a, tensor_cores))
     narrow = precision == "auto" and max(each.element_size() for pair in weights for each in pair) <= 4
 
     def measure(run: slice) -> tuple[Inner, Bool[Tensor, " heads"]]:
@@ -108,7 +109,7 @@ def pair_products(
         keys = [_read(w_k, reads).transpose(0, 1) for _, w_k in weights]
         if not narrow:
             return _in_float64(queries, keys, route), torch.ones(len(reads), dtype=torch.bool)
-        inner, accurate = _in_float32(queries, keys, route)
+        inner, accurate = _in_float32(queries, keys, route, torch.bfloat16 if tensor_cores else torch.float32)
         again = (~accurate.cpu()).nonzero().flatten()
         if len(again):
             keys = [w_k[:, reads[again]].transpose(0, 1) for _, w_k in weights]
@@ -125,10 +126,10 @@ def pair_products(
     return PairProducts(products, transposed, torch.cat([exact for _, exact in parts]), route)
 
 
-def _prices(weights: tuple[Tensor, Tensor]) -> Prices:
-    if not at_once(weights[0]):
+def _prices(weights: Tensor, tensor_cores: bool) -> Prices:
+    if not at_once(weights):
         return CPU
-    return TENSOR_CORES if all(each.dtype == torch.bfloat16 for each in weights) else GPU
+    return replace(TENSOR_CORES, longest=longest_sum(weights.device)) if tensor_cores else GPU
 
 
 def _read(
@@ -147,16 +148,19 @@ def _multiply(sides: Sequence[Side], route: Route) -> Inner:
 def _in_float64(queries: Sequence[Tensor], keys: Sequence[Tensor], route: Route) -> Inner:
     """Products in float64, a block of layers at a time."""
     (heads, n_a, rank, hidden), n_b = queries[0].shape, queries[-1].shape[1]
-    step = max(1, EXACT_BYTES // (128 * heads * rank * hidden))
+    same = len(queries) == 1
+    step = max(1, EXACT_BYTES[queries[0].device.type] // (128 * heads * rank * hidden))
     gram = torch.zeros(heads, n_a, n_b, dtype=torch.float64, device=queries[0].device)
     inner = Inner(gram, torch.zeros_like(gram))
     for i in range(0, n_a, step):
         side_a = _orthonormal_keys(queries[0][:, i : i + step], keys[0][:, i : i + step])
-        for j in range(0, n_b, step):
-            same = len(queries) == 1 and i == j
-            side_b = side_a if same else _orthonormal_keys(queries[-1][:, j : j + step], keys[-1][:, j : j + step])
+        for j in range(i if same else 0, n_b, step):
+            own = same and i == j
+            side_b = side_a if own else _orthonormal_keys(queries[-1][:, j : j + step], keys[-1][:, j : j + step])
             for whole, part in zip(inner, _multiply([side_a, side_b], route), strict=True):
                 whole[:, i : i + step, j : j + step] = part
+                if same and not own:
+                    whole[:, j : j + step, i : i + step] = part.mT
     return inner
 
 
@@ -182,8 +186,8 @@ class _Scaled(NamedTuple):
     norm: Float[Tensor, "heads layers"]  # after it, between 1 and 2, or 0; NaN where it is not known; float64
 
 
-def _scaled(weights: Float[Tensor, "heads layers rank hidden"]) -> _Scaled:
-    wide = weights if at_once(weights) and weights.dtype == torch.bfloat16 else weights.float()
+def _scaled(weights: Float[Tensor, "heads layers rank hidden"], dtype: torch.dtype) -> _Scaled:
+    wide = weights.to(dtype)
     norm = torch.linalg.vector_norm(wide, dim=(-1, -2), dtype=torch.float32)
     alive = (wide != 0).any(-1).any(-1) if at_once(wide) or bool((norm < _NORMS[0]).any()) else norm > 0
     # Where squares may under- or overflow, no norm is known; nothing is accurate then.
@@ -192,10 +196,12 @@ def _scaled(weights: Float[Tensor, "heads layers rank hidden"]) -> _Scaled:
     return _Scaled(wide * (1 / unit).to(wide.dtype)[..., None, None], unit, norm / unit)
 
 
-def _in_float32(queries: Sequence[Tensor], keys: Sequence[Tensor], route: Route) -> tuple[Inner, Bool[Tensor, " heads"]]:
-    """Products in float32, and of which heads they are accurate."""
+def _in_float32(
+    queries: Sequence[Tensor], keys: Sequence[Tensor], route: Route, dtype: torch.dtype
+) -> tuple[Inner, Bool[Tensor, " heads"]]:
+    """Products in float32 of weights in `dtype`, and of which heads they are accurate."""
     heads = len(queries[0])
-    scaled = [(_scaled(q), _scaled(k)) for q, k in zip(queries, keys, strict=True)]
+    scaled = [(_scaled(q, dtype), _scaled(k, dtype)) for q, k in zip(queries, keys, strict=True)]
     sides = [Side(k.weights, q.weights) for q, k in scaled]
     inner = _multiply(sides, route)
     norms_sq = [inner.gram.diagonal(dim1=1, dim2=2)] if len(sides) == 1 else [_norms_sq(side) for side in sides]

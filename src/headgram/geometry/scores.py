@@ -31,7 +31,7 @@ from headgram.geometry.ratios import ratio
 #: the result does not depend on the machine.
 BATCH_BYTES = 256 * 2**20
 #: Rows and columns of a block of the layer's form: on a CPU, a few blocks should lie in a cache.
-BLOCK = {"cpu": 512, "cuda": 8192}
+BLOCK = {"cpu": 512, "cuda": 4096}
 
 #: Norms below this many units of rounding of `‖W_Q‖ ‖W_K‖` cannot be told from zero.
 _ZERO = 16 * torch.finfo(torch.float64).eps

@@ -65,7 +65,7 @@ def measure_row(
 def _tile(source: Weights, own: Sequence[int], other: Sequence[int], precision: Precision, device: str) -> pa.Table:
     """So many heads at a time are in memory."""
     products, transposed, exact = [], [], 0
-    for heads, kv_heads in _batches(source, len(own) + len(other), device):
+    for heads, kv_heads in _batches(source, len({*own, *other}), device):
         q_a, k_a = (weights.to(device) for weights in source.of_heads(own, heads, kv_heads))
         q_b, k_b = (q_a, k_a) if other == own else (weights.to(device) for weights in source.of_heads(other, heads, kv_heads))
         result = pair_products(q_a, k_a, q_b, k_b, precision)
