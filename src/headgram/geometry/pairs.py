@@ -170,7 +170,7 @@ def _orthonormal_keys(w_q: Float[Tensor, "heads layers rank hidden"], w_k: Float
     return Side(basis.mT, _for_readers(upper, len(w_q)) @ w_q.double())
 
 
-def _for_readers(of_keys: Shaped[Tensor, kv_heads * shape], heads: int) -> Shaped[Tensor, heads * shape]:
+def _for_readers(of_keys: Shaped[Tensor, "kv_heads ..."], heads: int) -> Shaped[Tensor, "heads ..."]:
     """What is known of key heads, for each head that reads one."""
     return of_keys.repeat_interleave(heads // len(of_keys), 0)
 
