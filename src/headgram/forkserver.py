@@ -127,7 +127,8 @@ def serve(listener: socket.socket, parent: int, on_interrupt: Any) -> None:
             break
         _bury_the_dead()
         if not ready:
-            importlib.import_module(later.popleft())
+            with contextlib.suppress(ImportError):  # the job that needs it will say so
+                importlib.import_module(later.popleft())
             _share_memory()
             continue
         client, _ = listener.accept()
