@@ -25,7 +25,6 @@ import torch
 
 from headgram.artifacts import Identity, Provenance, record_of, seal
 from headgram.geometry import eigen
-from headgram.geometry.costs import flops
 from headgram.geometry.heads import spectrum
 from headgram.geometry.pairs import pair_products
 from headgram.geometry.routes import longest_sum
@@ -70,9 +69,8 @@ def kernels_table() -> list[str]:
         floor = timed(lambda problems=problems: eigen._batched_eigh(problems))
         del problems
         gram = timed(lambda q=q, k=k: pair_products(q, k, q, k, "auto"))
-        one = (shape.timed_layers, shape.timed_layers, shape.rank, shape.hidden, True)
-        route = pair_products(q, k, q, k, "auto").route
-        share = flops(route, *one) * shape.heads / gram / rate
+        route, operations = kernels.route_taken(shape, q, k)
+        share = operations * shape.heads / gram / rate
         rows.append(
             f"| {shape.name} | {shape.timed_layers} | {ours / layers * 1e3:.1f} | {ours / floor:.2f} | {gram * 1e3:.1f} "
             f"| {route} | {share:.0%} |"

@@ -26,7 +26,7 @@ os.environ["OPENBLAS_NUM_THREADS"] = "1"
 import naive
 import torch
 
-from headgram.geometry.costs import flops
+from headgram.geometry.costs import Route, flops
 from headgram.geometry.grouping import key_head
 from headgram.geometry.heads import spectrum
 from headgram.geometry.pairs import pair_products
@@ -157,6 +157,13 @@ def growth_table(device: str, rounds: int) -> list[str]:
     return [f"Of {base.name}: {first[0]:.2f} s for the spectra, {first[1]:.2f} s for the inner products.", "", *rows]
 
 
+def route_taken(shape: Shape, q: torch.Tensor, k: torch.Tensor) -> tuple[Route, int]:
+    """To the inner products of the timed layers, and the operations that it takes for one head."""
+    one = q[:, :1], k[:, :1]
+    route = pair_products(*one, *one, "auto").route
+    return route, flops(route, shape.timed_layers, shape.timed_layers, shape.rank, shape.hidden, True)
+
+
 def pairs_table(device: str, rounds: int) -> list[str]:
     """A row per shape: all pairs of layers, both inner products (the loop: one of them)."""
     rate = gemm_rate(torch.bfloat16 if device == "cuda" else torch.float32, device, 8192 if device == "cuda" else 1024)
@@ -171,9 +178,8 @@ def pairs_table(device: str, rounds: int) -> list[str]:
         ours, loop = seconds(
             lambda q=q, k=k: pair_products(q, k, q, k, "auto"), lambda q=q, k=k: naive.gram(q, k), rounds=rounds, device=device
         )
-        one = (shape.timed_layers, shape.timed_layers, shape.rank, shape.hidden, True)
-        route = pair_products(q[:, :1], k[:, :1], q[:, :1], k[:, :1], "auto").route
-        share = flops(route, *one) * shape.timed_heads / ours / rate
+        route, operations = route_taken(shape, q, k)
+        share = operations * shape.timed_heads / ours / rate
         rows.append(
             f"| {shape.name} | {shape.timed_layers}, {shape.timed_heads} | {route} | {ours / shape.timed_heads:.3f} "
             f"| {share:.0%} | {loop / ours:.2f} |"

@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterator
 from typing import TypeVar
 
 import torch
-from torch import Tensor
 
 from headgram.errors import HeadgramError
 
@@ -21,9 +20,9 @@ Result = TypeVar("Result")
 _log = logging.getLogger(__name__)
 
 
-def at_once(tensor: Tensor) -> bool:
-    """Whether the device of a tensor wants many heads at once."""
-    return tensor.device.type not in ONE_BY_ONE
+def at_once(device: torch.device) -> bool:
+    """Whether a device wants many heads at once."""
+    return device.type not in ONE_BY_ONE
 
 
 def in_batches(indices: range, size: int, measure: Callable[[slice], Result]) -> Iterator[Result]:

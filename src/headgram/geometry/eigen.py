@@ -21,10 +21,10 @@ from typing import Any
 import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
-from numpy.typing import NDArray
 from torch import Tensor
 
 from headgram.geometry.batches import at_once
+from headgram.geometry.residuals import off_identity
 
 #: Residuals and overlaps of vectors above this many units of rounding, for each row, are not trusted.
 _ROUNDING = 8 * np.finfo(np.float64).eps
@@ -35,7 +35,7 @@ _FEW = 1 / 6
 #: Columns that LAPACK works on at once.
 _BLOCK = 32
 #: From this version on, torch solves a batch of matrices of more than 32 rows at once on a GPU.
-_BATCHED_IN_TORCH = (2, 12)
+_BATCHED_IN_TORCH = "2.12"
 
 _log = logging.getLogger(__name__)
 
@@ -53,7 +53,7 @@ def largest_magnitude(
         How many eigenvectors, at most `n`; of unit length, their signs undetermined.
     """
     n = matrices.shape[-1]
-    if not at_once(matrices) and count <= _FEW * n:
+    if not at_once(matrices.device) and count <= _FEW * n:
         found = [_few(matrix, count) for matrix in matrices]
         return torch.stack([values for values, _ in found]), torch.stack([vectors for _, vectors in found])
     return _all(matrices, count)
@@ -72,7 +72,7 @@ def largest_singular(
         How many vectors of each side, at most `min(n, m)`. Those of values that are zero to rounding may be zero.
     """
     n = matrices.shape[-1]
-    if not at_once(matrices) or matrices.shape[-2] != n:
+    if not at_once(matrices.device) or matrices.shape[-2] != n:
         u, s, vh = torch.linalg.svd(matrices)
         return u[..., :count].mT, s, vh[:, :count]
     zeros = torch.zeros_like(matrices)
@@ -85,15 +85,11 @@ def largest_singular(
     )
     limit = _ROUNDING * n
     lost = ((s[:, :count] > _ZERO * s[:, :1]) & ~alive[..., 0]).any(1)
-    wrong = lost | ~((_off_identity(left, alive) <= limit) & (_off_identity(right, alive) <= limit))
+    wrong = lost | ~((off_identity(left) <= limit) & (off_identity(right) <= limit))
     if bool(wrong.any()):
         u, exact, vh = (found.to(s.device) for found in torch.linalg.svd(matrices[wrong].cpu()))
         left[wrong], s[wrong], right[wrong] = u[..., :count].mT, exact, vh[:, :count]
     return left, s, right
-
-
-def _off_identity(rows: Float[Tensor, "heads k n"], alive: Bool[Tensor, "heads k 1"]) -> Float[Tensor, " heads"]:
-    return (rows @ rows.mT - torch.diag_embed(alive[..., 0].to(rows.dtype))).abs().amax((-1, -2))
 
 
 def _all(matrices: Float[Tensor, "heads n n"], count: int) -> tuple[Float[Tensor, "heads n"], Float[Tensor, "heads count n"]]:
@@ -104,18 +100,14 @@ def _all(matrices: Float[Tensor, "heads n n"], count: int) -> tuple[Float[Tensor
 
 def _decomposed(matrices: Float[Tensor, "heads n n"]) -> tuple[Float[Tensor, "heads n"], Float[Tensor, "heads n n"]]:
     """All eigenvalues, ascending, and eigenvectors as columns."""
-    if not at_once(matrices):
+    if not at_once(matrices.device):
         values, vectors = torch.linalg.eigh(matrices)
         return values, vectors
     try:
         values, vectors = _batched_eigh(matrices)
     except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
         values, vectors = matrices.new_zeros(matrices.shape[:-1]), torch.zeros_like(matrices)
-    n = matrices.shape[-1]
-    off_identity = (vectors.mT @ vectors - torch.eye(n, dtype=matrices.dtype, device=matrices.device)).abs().amax((-1, -2))
-    residual = (matrices @ vectors - vectors * values[:, None]).abs().amax((-1, -2))
-    limit = _ROUNDING * n
-    wrong = ~((off_identity <= limit) & (residual <= limit * values.abs().amax(-1)))  # also where one is not a number
+    wrong = ~_hold(matrices, values, vectors)
     if bool(wrong.any()):
         _log.warning(
             "headgram: %d of %d eigenproblems did not hold on the GPU, and are solved on the CPU", wrong.sum(), len(wrong)
@@ -126,7 +118,7 @@ def _decomposed(matrices: Float[Tensor, "heads n n"]) -> tuple[Float[Tensor, "he
 
 def _batched_eigh(matrices: Float[Tensor, "heads n n"]) -> tuple[Tensor, Tensor]:
     """By torch; where torch is older and would solve one after the other, by CuPy if it is installed."""
-    cupy = _cupy() if _torch_version() < _BATCHED_IN_TORCH else None
+    cupy = _cupy() if torch.__version__ < _BATCHED_IN_TORCH else None  # compared as versions
     if cupy and matrices.device.type == "cuda":
         with cupy.cuda.Device(matrices.device.index):
             found = cupy.linalg.eigh(cupy.from_dlpack(matrices))
@@ -145,10 +137,6 @@ def _cupy() -> Any:
     return cupy
 
 
-def _torch_version() -> tuple[int, ...]:
-    return tuple(int(part) for part in torch.__version__.split(".")[:2])
-
-
 def _few(matrix: Float[Tensor, "n n"], count: int) -> tuple[Float[Tensor, " n"], Float[Tensor, "count n"]]:
     """Of one matrix, on a CPU."""
     from scipy.linalg.lapack import dormqr, dstein, dsterf, dsytrd  # costs time where no spectrum is measured
@@ -163,19 +151,22 @@ def _few(matrix: Float[Tensor, "n n"], count: int) -> tuple[Float[Tensor, " n"],
     blocks, ends = np.ones(n, dtype=np.int32), np.full(n, n, dtype=np.int32)
     columns, not_converged = dstein(diagonal, beside, values[wanted], blocks, ends)
     columns[1:], _, _ = dormqr("L", "N", reflectors[1:, :-1], scales, columns[1:], lwork=_BLOCK * n)
-    if failed or not_converged or not _holds(a, values[wanted], columns):
+    if failed or not_converged or not _hold(matrix[None], *(torch.from_numpy(each)[None] for each in (values[wanted], columns))):
         ascending, vectors = _all(matrix[None], count)
         return ascending[0], vectors[0]
     rows = columns[:, np.searchsorted(wanted, order[:count])].T
     return torch.from_numpy(values[order]), torch.from_numpy(np.ascontiguousarray(rows))
 
 
-def _holds(a: NDArray[np.float64], values: NDArray[np.float64], columns: NDArray[np.float64]) -> bool:
-    """Whether columns are orthonormal eigenvectors, as far as rounding lets them."""
-    off_identity = np.abs(columns.T @ columns - np.eye(len(values))).max()
-    residual = np.abs(a @ columns - columns * values).max()
-    limit = _ROUNDING * len(a)
-    return bool(off_identity <= limit and residual <= limit * np.abs(values).max())
+def _hold(
+    matrices: Float[Tensor, "heads n n"], values: Float[Tensor, "heads k"], columns: Float[Tensor, "heads n k"]
+) -> Bool[Tensor, " heads"]:
+    """Whether columns are orthonormal eigenvectors, as far as rounding lets them; not where one is not a number."""
+    identity = torch.eye(values.shape[-1], dtype=values.dtype, device=values.device)
+    overlap = (columns.mT @ columns - identity).abs().amax((-1, -2))
+    residual = (matrices @ columns - columns * values[:, None]).abs().amax((-1, -2))
+    limit = _ROUNDING * matrices.shape[-1]
+    return (overlap <= limit) & (residual <= limit * values.abs().amax(-1))
 
 
 def _by_magnitude(values: Float[Tensor, "heads n"]) -> Int[Tensor, "heads n"]:

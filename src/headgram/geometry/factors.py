@@ -63,7 +63,7 @@ def products(q: Float[Tensor, "heads rank hidden"], k: Float[Tensor, "#heads ran
 
 def _with_itself(weights: Float[Tensor, "heads rank hidden"]) -> Float[Tensor, "heads rank rank"]:
     """`W W^T`. On a CPU one triangle of it is computed, by BLAS' routine for that, which torch does not call."""
-    if at_once(weights):
+    if at_once(weights.device):
         return weights @ weights.mT
     from scipy.linalg.blas import dsyrk  # costs time where no spectrum is measured
 
@@ -76,7 +76,7 @@ def column_norms(
 ) -> Float[Tensor, "heads hidden"]:
     """Norms of the columns of `R W` for an upper triangular `R`: on a CPU by BLAS' routine for that, in half the operations."""
     heads, (p, rank) = max(len(triangle), len(weights)), triangle.shape[1:]
-    if at_once(weights) or p != rank:
+    if at_once(weights.device) or p != rank:
         return (triangle @ weights).square().sum(1).sqrt()
     from scipy.linalg.blas import dtrmm  # costs time where no spectrum is measured
 

@@ -123,7 +123,7 @@ def _measured(w_q: Tensor, w_k: Tensor, topk: int) -> Iterator[Spectrum]:
     def measure(run: slice, keys: int | Tensor) -> Spectrum:
         return _measure_batch(w_q[run].double(), w_k[keys].double().view(-1, rank, hidden), topk)
 
-    if at_once(w_q):
+    if at_once(w_q.device):
         reads = key_head(heads, len(w_k)).to(w_q.device)
         yield from in_batches(range(heads), size, lambda run: measure(run, reads[run]))
     else:

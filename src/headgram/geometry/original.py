@@ -36,7 +36,7 @@ def _measure(
     q: Float[Tensor, "heads rank hidden"], k: Float[Tensor, "heads rank hidden"], topk: int
 ) -> tuple[Float[Tensor, " heads"], Float[Tensor, "heads k hidden"]]:
     products = k @ q.mT
-    if at_once(products):
+    if at_once(products.device):
         _, s, right = largest_singular(products.double(), topk)
         s, right = s.float(), right.float()
     else:

@@ -99,7 +99,7 @@ def pair_products(
     same = w_q_a is w_q_b and w_k_a is w_k_b
     weights = [(w_q_a, w_k_a), (w_q_b, w_k_b)][: 1 if same else 2]
     (n_a, heads, rank, hidden), kv_heads = w_q_a.shape, w_k_a.shape[1]
-    tensor_cores = at_once(w_q_a) and all(each.dtype == torch.bfloat16 for pair in weights for each in pair)
+    tensor_cores = at_once(w_q_a.device) and all(each.dtype == torch.bfloat16 for pair in weights for each in pair)
     route = cheapest(n_a, len(w_q_b), min(rank, hidden), hidden, same, _prices(w_q_a, tensor_cores))
     narrow = precision == "auto" and max(each.element_size() for pair in weights for each in pair) <= 4
 
@@ -117,7 +117,7 @@ def pair_products(
                 whole[again] = part
         return inner, ~accurate.cpu()
 
-    parts = list(in_batches(range(heads), heads if at_once(w_q_a) else 1, measure))
+    parts = list(in_batches(range(heads), heads if at_once(w_q_a.device) else 1, measure))
     products, transposed = (torch.cat(values).movedim(0, 2) for values in zip(*(inner for inner, _ in parts), strict=True))
     if not (is_finite(products) and is_finite(transposed)):
         for name, each in (("query", w_q_a), ("key", w_k_a), ("query", w_q_b), ("key", w_k_b)):
@@ -127,7 +127,7 @@ def pair_products(
 
 
 def _prices(weights: Tensor, tensor_cores: bool) -> Prices:
-    if not at_once(weights):
+    if not at_once(weights.device):
         return CPU
     return replace(TENSOR_CORES, longest=longest_sum(weights.device)) if tensor_cores else GPU
 
@@ -189,7 +189,7 @@ class _Scaled(NamedTuple):
 def _scaled(weights: Float[Tensor, "heads layers rank hidden"], dtype: torch.dtype) -> _Scaled:
     wide = weights.to(dtype)
     norm = torch.linalg.vector_norm(wide, dim=(-1, -2), dtype=torch.float32)
-    alive = (wide != 0).any(-1).any(-1) if at_once(wide) or bool((norm < _NORMS[0]).any()) else norm > 0
+    alive = (wide != 0).any(-1).any(-1) if at_once(wide.device) or bool((norm < _NORMS[0]).any()) else norm > 0
     # Where squares may under- or overflow, no norm is known; nothing is accurate then.
     norm = norm.double().where(~alive | ((norm > _NORMS[0]) & (norm < _NORMS[1])), torch.nan)
     unit = torch.ldexp(torch.ones_like(norm), norm.log2().floor().where(norm > 0, 0))

@@ -59,7 +59,7 @@ def direction_residuals(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """How far the directions are from orthonormal, and from what `g` does to them."""
     kept = right.shape[1]
-    orthogonality = torch.stack([_off_identity(rows) for rows in (right, left, signed)]).amax(0)
+    orthogonality = torch.stack([off_identity(rows) for rows in (right, left, signed)]).amax(0)
     keys = once(k)
     g_both = torch.cat([right, signed], 1) @ q.mT @ keys
     g_right, g_signed = g_both[:, :kept], (g_both[:, kept:] + signed @ keys.mT @ q) / 2
@@ -68,7 +68,7 @@ def direction_residuals(
     return orthogonality, singular, eigen
 
 
-def _off_identity(rows: Float[Tensor, "heads k hidden"]) -> Float[Tensor, " heads"]:
+def off_identity(rows: Float[Tensor, "heads k hidden"]) -> Float[Tensor, " heads"]:
     """Largest entry of `|V V^T - I|`, zero rows (padding) left out."""
     product = rows @ rows.mT
     present = (rows != 0).any(-1).to(rows.dtype)

@@ -142,7 +142,7 @@ def by_strips(a: Side, b: Side) -> Inner:
     heads, n_a, _, hidden = a.q.shape
     n_b = b.q.shape[1]
     same = a is b
-    padded_a, padded_b = (layers if at_once(a.q) else _padded(layers) for layers in (n_a, n_b))
+    padded_a, padded_b = (layers if at_once(a.q.device) else _padded(layers) for layers in (n_a, n_b))
     rows = heads * (padded_a if same else padded_a + padded_b)
     size = _block(STRIP_BYTES[a.q.device.type] // (2 * rows * max(4, a.q.itemsize)), hidden)
     forms_a = _Blocks(a, size, padded_a)

@@ -13,7 +13,7 @@ import torch
 
 from headgram.artifacts import Provenance, record_of, seal, written_whole
 from headgram.errors import HeadgramError
-from headgram.geometry.batches import ONE_BY_ONE
+from headgram.geometry.batches import at_once
 from headgram.geometry.grouping import key_head
 from headgram.geometry.heads import Spectrum, spectrum
 from headgram.geometry.original import original_quantities
@@ -56,16 +56,16 @@ def measure_shard(
     source = Weights(weights, provenance.identity.upstream[0])
     device, topk = provenance.device, config["eigen"]["topk"]
     place = f"model {provenance.model}, stack {provenance.stack}"
-    at_once = 1 if device in ONE_BY_ONE else max(1, _BATCH_BYTES // source.layer_bytes)
+    together = max(1, _BATCH_BYTES // source.layer_bytes) if at_once(torch.device(device)) else 1
     rows: list[dict[str, Any]] = []
     kept: dict[str, list[torch.Tensor]] = {}
     worst = 0.0
-    for start in range(0, len(layers), at_once):
-        run = layers[start : start + at_once]
+    for start in range(0, len(layers), together):
+        run = layers[start : start + together]
         pairs = [_on(device, *source.layer(layer)) for layer in run]
-        result, scores = _measured(pairs, run, topk, place)
-        worst = max(worst, _largest_residual(result, config["eigen"]["tolerance"], run, place))
         w_q, w_k = _below_one_another(pairs)
+        result, scores = _measured((w_q, w_k), pairs, run, topk, place)
+        worst = max(worst, _largest_residual(result, config["eigen"]["tolerance"], run, place))
         rows += _rows(result, scores, run, reads=key_head(*source.heads).tolist(), rank=w_q.shape[1], hidden=w_q.shape[2])
         tensors_of_run = _directions(result)
         if config["original"]["enabled"]:
@@ -91,14 +91,16 @@ def _below_one_another(pairs: Sequence[Pair]) -> Pair:
     return w_q, w_k
 
 
-def _measured(pairs: Sequence[Pair], layers: Sequence[int], topk: int, place: str) -> tuple[Spectrum, list[LayerScores]]:
+def _measured(
+    all_heads: Pair, pairs: Sequence[Pair], layers: Sequence[int], topk: int, place: str
+) -> tuple[Spectrum, list[LayerScores]]:
     """Spectra of all heads of some layers, and the scores of these layers."""
     try:
-        return spectrum(*_below_one_another(pairs), topk), [layer_scores(*pair) for pair in pairs]
+        return spectrum(*all_heads, topk), [layer_scores(*pair) for pair in pairs]
     except HeadgramError as error:
         if len(layers) > 1:  # one by one, to say which
             for pair, layer in zip(pairs, layers, strict=True):
-                _measured([pair], [layer], topk, place)
+                _measured(pair, [pair], [layer], topk, place)
         raise HeadgramError(f"{place}, layer {layers[0]}: {error}") from None
 
 

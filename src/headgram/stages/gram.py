@@ -13,7 +13,7 @@ import pyarrow as pa
 import torch
 
 from headgram.artifacts import Provenance, record_of, seal
-from headgram.geometry.batches import ONE_BY_ONE
+from headgram.geometry.batches import at_once
 from headgram.geometry.grouping import key_head
 from headgram.geometry.pairs import Precision, pair_products
 from headgram.tables import GRAM, read_table, write_table
@@ -79,7 +79,7 @@ def _tile(source: Weights, own: Sequence[int], other: Sequence[int], precision: 
 def _batches(source: Weights, layers: int, device: str) -> Iterator[tuple[range, range]]:
     """Query heads and the key heads that they read: on a CPU one after the other; else as many as may be in memory."""
     heads, kv_heads = source.heads
-    if device in ONE_BY_ONE or heads % kv_heads:
+    if not at_once(torch.device(device)) or heads % kv_heads:
         for head, kv in enumerate(key_head(heads, kv_heads).tolist()):
             yield range(head, head + 1), range(kv, kv + 1)
         return
