@@ -86,7 +86,7 @@ bytes: $(VENV)/installed-dev ## Count what reading takes, and renew the table in
 	$(BIN)/python docs/bytes_read.py
 
 config-docs: $(VENV)/installed ## Generate the JSON schema and the table of options
-	$(BIN)/python -m headgram.config_docs
+	$(BIN)/python -m headgram.study.options_docs
 
 lock-requirements: ## Pin all that follows from envs/*.in
 	rm -rf build/pins && $(PYTHON) -m venv build/pins

@@ -23,14 +23,14 @@ import kernels
 import naive
 import torch
 
-from headgram.artifacts import Identity, Provenance, record_of, seal
 from headgram.geometry import eigen
 from headgram.geometry.heads import spectrum
 from headgram.geometry.pairs import pair_products
 from headgram.geometry.routes import longest_sum
+from headgram.results.factors import Weights, write_weights
+from headgram.results.record import Identity, Provenance, record_of, seal
 from headgram.stages.eigen import measure_shard
 from headgram.stages.gram import measure_row
-from headgram.weights_file import Weights, write_weights
 
 CONFIG = {"eigen": {"topk": 8, "tolerance": 1e-9}, "original": {"enabled": True}, "gram": {"precision": "auto"}}
 EXTRACT = Identity("extract", "{}", "benchmark", "benchmark")

@@ -28,7 +28,7 @@ SIZES = {"num_hidden_layers": 8, "num_attention_heads": 16, "num_key_value_heads
 
 def main() -> None:
     """Write the table."""
-    from headgram.config_docs import renewed
+    from headgram.study.options_docs import renewed
 
     with hub() as server, tempfile.TemporaryDirectory() as folder:
         tensors = llama_tensors(**SIZES)

@@ -5,8 +5,8 @@ from importlib.metadata import version
 from pathlib import Path
 
 import headgram
-from headgram.config_docs import renewed
-from headgram.prove import known_types, markdown, prove
+from headgram.proofs.prove import known_types, markdown, prove
+from headgram.study.options_docs import renewed
 
 PAGE = Path(__file__).with_name("families.md")
 #: What the paper's code measures: where, the models, and their `model_type`.

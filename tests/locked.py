@@ -1,6 +1,6 @@
 """Entries of a lock, made up; imports no torch, as the plan does not."""
 
-from headgram.lock import LockedModel, LockedStack
+from headgram.study.lock import LockedModel, LockedStack
 
 
 def locked_llama(name="m", layers=12, heads=12, kv_heads=4, rank=64, hidden=768, dtype="BF16") -> LockedModel:

@@ -9,9 +9,11 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from headgram.version import __version__ as __version__
+
 if TYPE_CHECKING:
-    from headgram.atlas import Atlas as Atlas
-    from headgram.atlas import open_atlas as open_atlas
+    from headgram.atlas.reader import Atlas as Atlas
+    from headgram.atlas.reader import open_atlas as open_atlas
     from headgram.checkpoints.checkpoint import Checkpoint as Checkpoint
     from headgram.checkpoints.checkpoint import Stack as Stack
     from headgram.checkpoints.checkpoint import open_checkpoint as open_checkpoint
@@ -20,11 +22,10 @@ if TYPE_CHECKING:
     from headgram.geometry.heads import spectrum as spectrum
     from headgram.geometry.pairs import gram as gram
 
-__version__ = "0.1.0"
 
 _HOMES = {
-    "Atlas": "headgram.atlas",
-    "open_atlas": "headgram.atlas",
+    "Atlas": "headgram.atlas.reader",
+    "open_atlas": "headgram.atlas.reader",
     "Checkpoint": "headgram.checkpoints.checkpoint",
     "Stack": "headgram.checkpoints.checkpoint",
     "open_checkpoint": "headgram.checkpoints.checkpoint",

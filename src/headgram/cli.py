@@ -34,9 +34,9 @@ def lock(
     upgrade: Annotated[Optional[list[str]], typer.Option(help="Resolve this model anew; may be repeated.")] = None,  # noqa: UP045
 ) -> None:
     """Resolve the rows of the manifest that the lock lacks, and pin them."""
-    from headgram.lock import lock_path, missing_rows, read_lock, write_lock
-    from headgram.manifest import read_manifest
-    from headgram.resolve import resolve_all
+    from headgram.study.lock import lock_path, missing_rows, read_lock, write_lock
+    from headgram.study.manifest import read_manifest
+    from headgram.study.resolve import resolve_all
 
     table = read_manifest(manifest)
     names = [row.name for row in table.rows]
@@ -61,7 +61,7 @@ def inspect(
     from rich.console import Console
     from rich.table import Table
 
-    from headgram.derive import open_or_derive
+    from headgram.proofs.adopt import open_or_derive
 
     checkpoint, derived = open_or_derive(source, revision)
     with checkpoint:
@@ -104,8 +104,8 @@ def show(
     top: _Top = 5,
 ) -> None:
     """Show a measured model: its layers, its most and least symmetric heads, its strongest couplings; of all stacks."""
-    from headgram.atlas import open_atlas
-    from headgram.display import console, show_model, show_models
+    from headgram.atlas.display import console, show_model, show_models
+    from headgram.atlas.reader import open_atlas
 
     atlas = open_atlas(results)
     if model is None:
@@ -124,10 +124,10 @@ def compare(
     out: Annotated[Optional[Path], typer.Option(help="Also write a row per head to this CSV file.")] = None,  # noqa: UP045
 ) -> None:
     """Show which heads moved between two measured models: cosines, overlaps, numbers; of the first stack."""
-    from headgram.artifacts import write_text
-    from headgram.atlas import open_atlas
-    from headgram.compare import compare as compare_models
-    from headgram.display import console, show_comparison
+    from headgram.atlas.compare import compare as compare_models
+    from headgram.atlas.display import console, show_comparison
+    from headgram.atlas.reader import open_atlas
+    from headgram.results.record import write_text
 
     comparison = compare_models(open_atlas(results), before, after, stack)
     show_comparison(comparison, top, console())
@@ -146,8 +146,8 @@ def export(
     results: _Results = Path("results"),
 ) -> None:
     """Write all tables of the atlas as CSV or NetCDF."""
-    from headgram.atlas import open_atlas
-    from headgram.export import export_csv, export_netcdf
+    from headgram.atlas.export import export_csv, export_netcdf
+    from headgram.atlas.reader import open_atlas
 
     atlas = open_atlas(results)
     for model in models or []:
@@ -162,8 +162,8 @@ def verify(
     manifest: Annotated[Path, typer.Option(help="Its lock says which checkpoints are meant; may be absent.")] = _MANIFEST,
 ) -> None:
     """Re-check every artifact: bytes, schemas, identities, and the checkpoint it is of; name what is wrong."""
-    from headgram.lock import lock_path, read_lock
-    from headgram.verify import verify as find_problems
+    from headgram.atlas.verify import verify as find_problems
+    from headgram.study.lock import lock_path, read_lock
 
     files, problems = find_problems(results, read_lock(lock_path(manifest)))
     for problem in problems:
@@ -185,7 +185,7 @@ def measure(
 ) -> None:
     """Measure one model in one process, and write the original script's two files."""
     from headgram.measure import measure_model
-    from headgram.seed_format import directions_path
+    from headgram.results.original import directions_path
 
     measure_model(model, out, topk, revision, stack, dtype, device)
     print(f"wrote {out} and {directions_path(out)}")
@@ -194,9 +194,9 @@ def measure(
 @app.command()
 def adopt(model_type: Annotated[str, typer.Argument(help="A type that transformers knows and headgram does not.")]) -> None:
     """Find the known types whose layout an unknown one has, proven on tiny random models of it."""
-    from headgram.architectures.registry import families
-    from headgram.derive import representative
-    from headgram.prove import adopt as prove_in_families
+    from headgram.families.registry import families
+    from headgram.proofs.adopt import representative
+    from headgram.proofs.prove import adopt as prove_in_families
 
     first = {family.name: representative(family) for family in families()}
     proofs = prove_in_families(model_type)
@@ -208,8 +208,8 @@ def adopt(model_type: Annotated[str, typer.Argument(help="A type that transforme
             print(f"headgram: '{model_type}' has tensors like those of '{known}', but {proof.problem}", file=sys.stderr)
     if not any(proof.ok for proof in proofs):
         raise HeadgramError(
-            f"no known layout is proven for '{model_type}': describe its own in src/headgram/architectures/, and its tiny "
-            "configuration in src/headgram/proofs.toml, until `headgram prove` agrees"
+            f"no known layout is proven for '{model_type}': describe its own in src/headgram/families/, and its tiny "
+            "configuration in src/headgram/proofs/tiny_models.toml, until `headgram prove` agrees"
         )
 
 
@@ -219,8 +219,8 @@ def prove(
     as_markdown: Annotated[bool, typer.Option("--markdown", help="Print the table as Markdown.")] = False,
 ) -> None:
     """Prove the registry: compare headgram's weights with the scores of tiny random models, built by transformers."""
-    from headgram.prove import COLUMNS, known_types, markdown
-    from headgram.prove import prove as prove_type
+    from headgram.proofs.prove import COLUMNS, known_types, markdown
+    from headgram.proofs.prove import prove as prove_type
 
     proofs = []
     for model_type in model_types or known_types():

@@ -6,12 +6,12 @@ from pathlib import Path
 
 import torch
 
-from headgram.derive import open_or_derive
-from headgram.devices import leased_device, require_device, usable
 from headgram.geometry.heads import spectrum
 from headgram.geometry.original import original_quantities
 from headgram.geometry.pairs import pair_products
-from headgram.seed_format import directions_path, write_seed_files
+from headgram.proofs.adopt import open_or_derive
+from headgram.results.original import directions_path, write_seed_files
+from headgram.run.devices import leased_device, require_device, usable
 from headgram.stages.extract import read_layers
 
 

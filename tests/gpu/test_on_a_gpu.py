@@ -6,15 +6,15 @@ import pytest
 import torch
 
 import headgram
-from headgram.artifacts import Identity, Provenance, record_of, seal
 from headgram.geometry import eigen, heads, pairs
 from headgram.geometry.neighbours import nearest_heads
 from headgram.geometry.overlaps import overlaps
 from headgram.geometry.scores import layer_scores
+from headgram.results.factors import write_weights
+from headgram.results.record import Identity, Provenance, record_of, seal
+from headgram.results.tables import read_table
 from headgram.stages.eigen import measure_shard
 from headgram.stages.gram import measure_row
-from headgram.tables import read_table
-from headgram.weights_file import write_weights
 
 pytestmark = pytest.mark.gpu
 

@@ -17,8 +17,8 @@ from pathlib import Path
 import filelock
 import psutil
 
-from headgram.artifacts import checksum, read_record
 from headgram.errors import HeadgramError
+from headgram.results.record import checksum, read_record
 from pipeline.conftest import Project, edit, new_project
 from tiny import write_llama, write_manifest
 
@@ -176,7 +176,7 @@ def jobs_of(project: Project) -> list[psutil.Process]:
 def servers(run: subprocess.Popen) -> list[psutil.Process]:
     """The process that a run's jobs are copies of; none before it is started."""
     with contextlib.suppress(psutil.Error):
-        return [child for child in psutil.Process(run.pid).children() if "headgram.forkserver" in child.cmdline()]
+        return [child for child in psutil.Process(run.pid).children() if "headgram.run.forkserver" in child.cmdline()]
     return []
 
 

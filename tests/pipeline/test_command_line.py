@@ -8,8 +8,8 @@ import xarray as xr
 from typer.testing import CliRunner
 
 import headgram
+from headgram.atlas.compare import compare
 from headgram.cli import app
-from headgram.compare import compare
 from pipeline.conftest import Project, new_project
 from tiny import llama_tensors, write_llama, write_manifest
 

@@ -26,7 +26,7 @@ rule job:
 JOB = """
 import json, os, time
 from pathlib import Path
-from headgram.devices import leased_device
+from headgram.run.devices import leased_device
 
 with leased_device(True) as device:
     start = time.time()

@@ -14,7 +14,7 @@ from typer.main import get_command
 
 import headgram
 from headgram.cli import app
-from headgram.manifest import read_manifest
+from headgram.study.manifest import read_manifest
 from pipeline.conftest import ROOT
 
 PAGES = [*sorted(ROOT.glob("*.md")), *sorted(ROOT.glob("docs/*.md")), *sorted(ROOT.glob("config/*.md"))]

@@ -8,9 +8,9 @@ import pandas as pd
 import pytest
 
 from browser import LOCAL, SCREENSHOTS, browser, opened
-from headgram.artifacts import read_record
-from headgram.prove import _models
+from headgram.proofs.prove import _models
 from headgram.report.names import PROFILE_FIGURES, STACK_FIGURES
+from headgram.results.record import read_record
 from pipeline.conftest import edit, new_project
 from tiny import write_bert, write_llama, write_manifest
 

@@ -8,7 +8,7 @@ import time
 
 from locked import locked_llama
 
-from headgram.lock import write_lock
+from headgram.study.lock import write_lock
 
 _MEASURE = """
 import json, resource, subprocess, sys

@@ -9,7 +9,7 @@ import torch
 
 import headgram
 from headgram.measure import measure_model
-from headgram.prove import _models
+from headgram.proofs.prove import _models
 from pipeline.conftest import edit, new_project
 from tiny import write_manifest
 

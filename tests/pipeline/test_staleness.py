@@ -110,11 +110,11 @@ def test_jobs_of_an_earlier_cut_are_not_made_again(finished, tmp_path):
         ("stages/gram.py", ("gram", "merge", "derive")),
         ("stages/merge.py", ("merge", "derive")),
         ("stages/derive.py", ("derive",)),
-        ("seed_format.py", ("merge", "derive")),
+        ("results/original.py", ("merge", "derive")),
         ("checkpoints/stores.py", ALL),
-        ("artifacts.py", ALL),
-        ("atlas.py", ()),
-        ("plan.py", ()),
+        ("results/record.py", ALL),
+        ("atlas/reader.py", ()),
+        ("study/plan.py", ()),
         ("cli.py", ()),
     ],
 )
@@ -134,7 +134,7 @@ def test_one_byte_of_a_script(finished, tmp_path):
 
 def test_one_byte_of_a_family_file_concerns_its_models(finished, tmp_path):
     project = finished.copy(tmp_path / "project")
-    with (project.folder / "src" / "headgram" / "architectures" / "bert.toml").open("a") as file:
+    with (project.folder / "src" / "headgram" / "families" / "bert.toml").open("a") as file:
         file.write("#\n")
     assert project.planned() == jobs(*ALL, models=["tiny-bert"])
 

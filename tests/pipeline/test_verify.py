@@ -11,8 +11,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import headgram
-from headgram.artifacts import _sealed_text
-from headgram.verify import verify
+from headgram.atlas.verify import verify
+from headgram.results.record import _sealed_text
 from pipeline.conftest import edit
 
 
@@ -120,7 +120,7 @@ def test_missing_and_foreign_files_are_named(finished, tmp_path):
 
 
 def test_tables_that_contradict_each_other_are_named(finished, tmp_path):
-    from headgram.verify import _identity_problems
+    from headgram.atlas.verify import _identity_problems
 
     folder = finished.copy(tmp_path / "project").folder / "results" / "atlas"
     files = {name: folder / name / "model=tiny-llama" / f"{name}.parquet" for name in ("heads", "spectra", "gram")}
@@ -138,7 +138,7 @@ def test_tables_that_contradict_each_other_are_named(finished, tmp_path):
 
 
 def test_derived_tables_that_contradict_the_merged_ones_are_named(finished, tmp_path):
-    from headgram.verify import _derived_problems
+    from headgram.atlas.verify import _derived_problems
 
     folder = finished.copy(tmp_path / "project").folder / "results" / "atlas"
     files = {name: folder / name / "model=tiny-llama" / f"{name}.parquet" for name in ("overlap", "layers", "models")}

@@ -9,7 +9,8 @@ import pyarrow as pa
 import pytest
 import torch
 
-from headgram.artifacts import (
+from headgram.errors import HeadgramError
+from headgram.results.record import (
     Identity,
     Provenance,
     canonical,
@@ -23,8 +24,7 @@ from headgram.artifacts import (
     write_text,
     written_whole,
 )
-from headgram.errors import HeadgramError
-from headgram.tables import read_table, write_table
+from headgram.results.tables import read_table, write_table
 
 IDENTITY = Identity("eigen", '{"eigen":{"topk":8}}', "fingerprint", "code", ("upstream",))
 

@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from headgram.config import Config, load_config
-from headgram.config_docs import SCHEMA_PATH, TABLE_PATH, readme_text, schema_text
 from headgram.errors import HeadgramError
+from headgram.study.options import Config, load_config
+from headgram.study.options_docs import SCHEMA_PATH, TABLE_PATH, readme_text, schema_text
 
 ROOT = Path(__file__).parents[2]
 

@@ -5,11 +5,11 @@ import json
 import pytest
 import torch
 
-import headgram.architectures.registry as registry
+import headgram.families.registry as registry
 from headgram import HeadgramError, open_checkpoint
-from headgram.manifest import read_manifest
-from headgram.prove import _models
-from headgram.resolve import resolve, resolve_all
+from headgram.proofs.prove import _models
+from headgram.study.manifest import read_manifest
+from headgram.study.resolve import resolve, resolve_all
 from tiny import write_llama, write_manifest
 
 

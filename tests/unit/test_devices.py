@@ -8,12 +8,12 @@ import time
 
 import pytest
 
-from headgram.devices import leased_device, require_device, visible_gpus, wants_gpu
 from headgram.errors import HeadgramError
+from headgram.run.devices import leased_device, require_device, visible_gpus, wants_gpu
 
 HOLDER = """
 import os, time
-from headgram.devices import leased_device
+from headgram.run.devices import leased_device
 with leased_device(True) as device:
     print(device, os.environ["CUDA_VISIBLE_DEVICES"], flush=True)
     time.sleep({seconds})

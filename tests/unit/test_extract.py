@@ -5,9 +5,9 @@ import json
 import pytest
 
 import headgram.stages.extract as stage
-from headgram.artifacts import Identity, Provenance
 from headgram.checkpoints.checkpoint import open_checkpoint
 from headgram.errors import HeadgramError
+from headgram.results.record import Identity, Provenance
 from tiny import write_llama
 
 

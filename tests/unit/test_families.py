@@ -16,12 +16,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from headgram.architectures import layouts
-from headgram.architectures.registry import Family, StackRule, families, family_of
 from headgram.checkpoints.checkpoint import open_checkpoint
 from headgram.checkpoints.dimensions import find_rules
 from headgram.errors import HeadgramError
-from headgram.prove import TOLERANCE, Proof, _models, known_types, prove
+from headgram.families import layouts
+from headgram.families.registry import Family, StackRule, families, family_of
+from headgram.proofs.prove import TOLERANCE, Proof, _models, known_types, prove
 
 #: Prefixes of published checkpoints that transformers reads, but no longer writes: type, what it writes, what it reads.
 OLD_PREFIXES = [
@@ -266,8 +266,8 @@ def test_prefixes_that_transformers_reads_but_no_longer_writes(tmp_path: Path, m
 @pytest.mark.parametrize(
     ("statement", "unwanted"),
     [
-        ("import headgram.architectures.registry", "torch"),
-        ("import headgram.architectures.layouts", "torch"),
+        ("import headgram.families.registry", "torch"),
+        ("import headgram.families.layouts", "torch"),
         ("from headgram import open_checkpoint; open_checkpoint({folder!r}).qk('self', 0)", "transformers"),
     ],
 )

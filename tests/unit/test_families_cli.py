@@ -7,9 +7,9 @@ import dataclasses
 import pytest
 from typer.testing import CliRunner
 
-from headgram.architectures import layouts
 from headgram.cli import app
 from headgram.errors import HeadgramError
+from headgram.families import layouts
 
 RUN = CliRunner()
 

@@ -10,7 +10,7 @@ import torch
 from gguf import GGUFWriter
 
 from headgram.checkpoints.checkpoint import open_checkpoint
-from headgram.prove import quiet
+from headgram.proofs.prove import quiet
 
 HEADS, LAYERS, VOCABULARY = 4, 2, 32064  # phi3 pads with token 32000
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from headgram import forkserver
+from headgram.run import forkserver
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the server is for Linux only")
 
@@ -30,7 +30,7 @@ import sys
 imported = "torch" in sys.modules
 import os
 from pathlib import Path
-from headgram.forkserver import hand_over
+from headgram.run.forkserver import hand_over
 hand_over(Path(__file__))
 """
 
@@ -138,7 +138,7 @@ def test_ctrl_c_does_to_a_copy_what_it_would_do_to_its_script(tmp_path, ignored)
     starter = f"""
 import signal, subprocess, sys
 signal.signal(signal.SIGINT, signal.{"SIG_IGN" if ignored else "SIG_DFL"})
-from headgram import forkserver
+from headgram.run import forkserver
 server = forkserver.start()
 code = subprocess.Popen([sys.executable, "script.py"])
 signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -168,7 +168,7 @@ def test_a_script_runs_by_itself_where_the_server_is_gone(server, tmp_path):
 
 
 def test_the_server_ends_with_the_process_that_started_it(tmp_path):
-    starter = "from headgram import forkserver; import time; print(forkserver.start().pid, flush=True); time.sleep(300)"
+    starter = "from headgram.run import forkserver; import time; print(forkserver.start().pid, flush=True); time.sleep(300)"
     process = subprocess.Popen([sys.executable, "-c", starter], stdout=subprocess.PIPE, text=True)
     server = psutil.Process(int(process.stdout.readline()))
     process.kill()

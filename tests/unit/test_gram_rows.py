@@ -4,9 +4,9 @@ import pytest
 import torch
 
 import headgram.stages.gram as stage
-from headgram.artifacts import Identity, Provenance, record_of, seal
-from headgram.tables import read_table
-from headgram.weights_file import write_weights
+from headgram.results.factors import write_weights
+from headgram.results.record import Identity, Provenance, record_of, seal
+from headgram.results.tables import read_table
 
 pytestmark = pytest.mark.usefixtures("both_ways")
 

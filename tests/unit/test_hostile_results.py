@@ -15,7 +15,10 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from headgram.artifacts import (
+from headgram.atlas.verify import verify
+from headgram.errors import HeadgramError
+from headgram.results.factors import Weights
+from headgram.results.record import (
     Identity,
     Provenance,
     _sealed_text,
@@ -26,12 +29,9 @@ from headgram.artifacts import (
     seal,
     write_text,
 )
-from headgram.config import load_config, read_options
-from headgram.errors import HeadgramError
-from headgram.manifest import read_manifest
-from headgram.tables import read_table
-from headgram.verify import verify
-from headgram.weights_file import Weights
+from headgram.results.tables import read_table
+from headgram.study.manifest import read_manifest
+from headgram.study.options import load_config, read_options
 
 IDENTITY = Identity("extract", "{}", "fingerprint", "code")
 

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from headgram.errors import HeadgramError
-from headgram.lock import Lock, changes, lock_path, missing_rows, read_lock, write_lock
-from headgram.manifest import read_manifest
-from headgram.resolve import resolve, resolve_all
+from headgram.study.lock import Lock, changes, lock_path, missing_rows, read_lock, write_lock
+from headgram.study.manifest import read_manifest
+from headgram.study.resolve import resolve, resolve_all
 from tiny import llama_tensors, write_bert, write_llama, write_manifest
 
 
@@ -68,7 +68,7 @@ def test_the_fingerprint_is_the_content_not_the_place(manifest, tmp_path):
 
 def test_a_changed_byte_of_a_large_file_is_found_by_extraction(tmp_path, monkeypatch):
     """A sample of the file may miss a byte, the digest of a layer does not."""
-    from headgram.artifacts import Identity, Provenance
+    from headgram.results.record import Identity, Provenance
     from headgram.stages.extract import extract
 
     monkeypatch.chdir(tmp_path)

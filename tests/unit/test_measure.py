@@ -58,11 +58,11 @@ def test_output_name_must_end_in_json(tmp_path):
 
 
 def test_a_gpu_that_torch_cannot_use_is_left_alone(tmp_path, monkeypatch, capsys):
-    import headgram.devices
+    import headgram.run.devices
 
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert headgram.devices.require_device("auto")
+    assert headgram.run.devices.require_device("auto")
     measure_model(str(write_llama(tmp_path / "model")), tmp_path / "out.json", 8, None, None, "bfloat16", "auto")
     assert "computing on the CPU" in capsys.readouterr().out
     assert (tmp_path / "out.json").exists()

@@ -11,9 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from locked import locked_llama
 
-from headgram.config import Config, load_config
-from headgram.plan import make_plan
-from headgram.staleness import modules_of
+from headgram.study.keys import modules_of
+from headgram.study.options import Config, load_config
+from headgram.study.plan import make_plan
 
 SCRIPTS = Path(__file__).parents[2] / "workflow" / "scripts"
 
@@ -104,8 +104,8 @@ import json, resource, sys, time
 from pathlib import Path
 sys.path.insert(0, {str(Path(__file__).parents[1])!r})
 from locked import locked_llama
-from headgram.config import Config
-from headgram.plan import make_plan
+from headgram.study.options import Config
+from headgram.study.plan import make_plan
 start = time.monotonic()
 plan = make_plan({{f"m{{i}}": locked_llama() for i in range(1000)}}, Config(), Path({str(SCRIPTS)!r}))
 print(json.dumps({{"models": len(plan.models), "seconds": time.monotonic() - start, "torch": "torch" in sys.modules}}))

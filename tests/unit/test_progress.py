@@ -6,7 +6,7 @@ import pytest
 from rich.console import Console
 from snakemake_interface_logger_plugins.common import LogEvent
 
-from headgram.progress import LINE_SECONDS, ProgressHandler, Tally
+from headgram.run.progress import LINE_SECONDS, ProgressHandler, Tally
 
 
 class Clock:

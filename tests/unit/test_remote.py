@@ -12,15 +12,15 @@ from checkpoint_files import config_bytes, llama_tensors, safetensors_bytes, sha
 from hub_server import Fault, serving
 from huggingface_hub import constants, hf_hub_download
 
-from headgram.artifacts import Identity, Provenance
 from headgram.checkpoints import hub as hub_module
 from headgram.checkpoints import remote
 from headgram.checkpoints.checkpoint import open_checkpoint
 from headgram.errors import HeadgramError
-from headgram.lock import changes
-from headgram.manifest import Row
-from headgram.resolve import resolve
+from headgram.results.record import Identity, Provenance
 from headgram.stages.extract import extract
+from headgram.study.lock import changes
+from headgram.study.manifest import Row
+from headgram.study.resolve import resolve
 
 REPO = "someone/tiny"
 
@@ -377,7 +377,7 @@ def test_opening_a_checkpoint_imports_no_transformers(hub, tmp_path):
 
 def test_reading_the_plan_imports_nothing_heavy():
     code = (
-        "import sys, headgram.checkpoints.sources, headgram.lock, headgram.plan;"
+        "import sys, headgram.checkpoints.sources, headgram.study.lock, headgram.study.plan;"
         "print([name for name in ('torch', 'transformers', 'huggingface_hub') if name in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)

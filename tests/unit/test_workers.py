@@ -10,7 +10,7 @@ import psutil
 import pytest
 
 from headgram.errors import HeadgramError
-from headgram.workers import workers
+from headgram.report.workers import workers
 
 linux = pytest.mark.skipif(sys.platform != "linux", reason="elsewhere the job does the work itself")
 
@@ -57,7 +57,7 @@ def test_a_killed_process_is_said_in_a_sentence():
 @linux
 def test_the_processes_end_with_theirs(tmp_path):
     script = (
-        "import os, time\nfrom headgram.workers import workers\n"
+        "import os, time\nfrom headgram.report.workers import workers\n"
         "with workers(2) as pool:\n"
         "    busy = [pool.submit(time.sleep, 300) for _ in range(2)]\n"
         "    print(os.getpid(), flush=True)\n"

@@ -6,11 +6,11 @@ from pathlib import Path
 
 from snakemake.exceptions import WorkflowError
 
-from headgram.artifacts import canonical, has_key, is_fresh
-from headgram.devices import require_device, wants_gpu
+from headgram.results.record import canonical, has_key, is_fresh
+from headgram.run.devices import require_device, wants_gpu
 from headgram.errors import HeadgramError
 from headgram.report.names import PROFILE_FIGURES, STACK_FIGURES
-from headgram.startup import Run
+from headgram.run.startup import Run
 
 
 @contextlib.contextmanager

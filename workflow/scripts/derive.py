@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-from headgram.job import by_place, running
+from headgram.run.job import by_place, running
 
 with running(snakemake) as provenance:
     from headgram.stages.derive import Derived, Merged, derive

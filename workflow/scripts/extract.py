@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-from headgram.job import running
+from headgram.run.job import running
 
 with running(snakemake) as provenance:
     from headgram.stages.extract import extract

@@ -11,14 +11,14 @@ from typing import TYPE_CHECKING, Any, Self
 from jaxtyping import Float
 from torch import Tensor
 
-from headgram.architectures.layouts import LAYOUTS, Dimensions, check_shapes, undo_gguf_permutation
-from headgram.architectures.registry import Family, StackRule, family_of, family_of_gguf
 from headgram.checkpoints.dimensions import find_layers, find_rules
 from headgram.checkpoints.gguf_store import GgufStore
 from headgram.checkpoints.opening import locate, open_store
 from headgram.checkpoints.sources import HUB_DIGEST, Location
 from headgram.checkpoints.stores import TensorStore
 from headgram.errors import HeadgramError
+from headgram.families.layouts import LAYOUTS, Dimensions, check_shapes, undo_gguf_permutation
+from headgram.families.registry import Family, StackRule, family_of, family_of_gguf
 from headgram.geometry.checks import is_finite
 
 if TYPE_CHECKING:

@@ -6,10 +6,10 @@ import itertools
 from collections.abc import Mapping
 from typing import Any, Self
 
-from headgram.architectures.layouts import Dimensions
-from headgram.architectures.registry import Family, Names, StackRule
 from headgram.checkpoints.stores import TensorStore
 from headgram.errors import HeadgramError
+from headgram.families.layouts import Dimensions
+from headgram.families.registry import Family, Names, StackRule
 
 #: Far more than any model has; a configuration that declares more is damaged or hostile.
 _MOST_LAYERS = 10_000

@@ -14,7 +14,7 @@ import numpy as np
 import pandas as pd
 
 from headgram.report.columns import columns
-from headgram.tables import QUARTILES, SIDES, read_table
+from headgram.results.tables import QUARTILES, SIDES, read_table
 
 #: The tables that a report reads.
 TABLES = ("heads", "spectra", "gram", "overlap", "layers", "models", "neighbours")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from headgram.tables import HEAD_NUMBERS
+from headgram.results.tables import HEAD_NUMBERS
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from headgram.report import pictures
 from headgram.report.arrays import StackArrays, StackSummary
 from headgram.report.columns import columns
 from headgram.report.names import PROFILE_FIGURES, STACK_FIGURES
-from headgram.tables import SIDES
+from headgram.results.tables import SIDES
 
 #: As many models as colours that are told apart.
 COMPARED = 8

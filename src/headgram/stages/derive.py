@@ -12,10 +12,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import torch
 
-from headgram.artifacts import Provenance, check, record_of, seal
 from headgram.geometry.neighbours import MEASURES, Neighbours, nearest_heads
 from headgram.geometry.overlaps import overlaps
-from headgram.tables import (
+from headgram.results.record import Provenance, check, record_of, seal
+from headgram.results.tables import (
     HEAD_NUMBERS,
     LAYER_SCORES,
     LAYERS,

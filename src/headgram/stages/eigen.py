@@ -11,15 +11,15 @@ from typing import Any
 import pyarrow as pa
 import torch
 
-from headgram.artifacts import Provenance, record_of, seal, written_whole
 from headgram.errors import HeadgramError
 from headgram.geometry.batches import at_once
 from headgram.geometry.grouping import key_head
 from headgram.geometry.heads import Spectrum, spectrum
 from headgram.geometry.original import original_quantities
 from headgram.geometry.scores import LayerScores, layer_scores, symmetry_score
-from headgram.tables import HEADS, LAYER_SCORES, SCALARS, write_table
-from headgram.weights_file import Weights
+from headgram.results.factors import Weights
+from headgram.results.record import Provenance, record_of, seal, written_whole
+from headgram.results.tables import HEADS, LAYER_SCORES, SCALARS, write_table
 
 #: Bytes of the weights of the layers that a GPU works on at once, as stored.
 _BATCH_BYTES = 512 * 2**20

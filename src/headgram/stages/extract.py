@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from headgram.artifacts import Provenance, record_of, seal
 from headgram.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from headgram.errors import HeadgramError
 from headgram.geometry.checks import is_finite
-from headgram.weights_file import write_weights
+from headgram.results.factors import write_weights
+from headgram.results.record import Provenance, record_of, seal
 
 _DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 

@@ -12,12 +12,12 @@ import numpy as np
 import pyarrow as pa
 import torch
 
-from headgram.artifacts import Provenance, record_of, seal
 from headgram.geometry.batches import at_once
 from headgram.geometry.grouping import key_head
 from headgram.geometry.pairs import Precision, pair_products
-from headgram.tables import GRAM, read_table, write_table
-from headgram.weights_file import Weights
+from headgram.results.factors import Weights
+from headgram.results.record import Provenance, record_of, seal
+from headgram.results.tables import GRAM, read_table, write_table
 
 #: Bytes of the weights of the heads that a GPU works on at once, as stored.
 _BATCH_BYTES = 512 * 2**20

@@ -12,10 +12,10 @@ import numpy as np
 import pyarrow as pa
 import torch
 
-from headgram.artifacts import Provenance, check, record_of, scratch, seal, written_whole
 from headgram.errors import HeadgramError
-from headgram.seed_format import directions_path, write_seed_files
-from headgram.tables import GRAM, HEADS, SPECTRA, read_table, write_table
+from headgram.results.original import directions_path, write_seed_files
+from headgram.results.record import Provenance, check, record_of, scratch, seal, written_whole
+from headgram.results.tables import GRAM, HEADS, SPECTRA, read_table, write_table
 
 
 @dataclass(frozen=True)

@@ -7,11 +7,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from headgram.artifacts import Provenance, check, seal, write_text
 from headgram.report.arrays import StackSummary, read_model
 from headgram.report.figures import profile_figures, stack_figures
 from headgram.report.page import EMBEDDED, beside, index_pack, model_pack, page, page_shell
-from headgram.workers import workers
+from headgram.report.workers import workers
+from headgram.results.record import Provenance, check, seal, write_text
 
 
 @dataclass(frozen=True)

@@ -27,8 +27,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import IO, Any
 
-import headgram
 from headgram.errors import HeadgramError
+from headgram.version import __version__
 
 #: Raised when the meaning or the layout of a file changes.
 SCHEMA = 1
@@ -103,7 +103,7 @@ class Provenance:
         """What the content depends on: the same for every run that gives the same bytes."""
         return {
             "schema": SCHEMA,
-            "headgram": headgram.__version__,
+            "headgram": __version__,
             **self.identity.described(),
             "model": self.model,
             "stack": self.stack,

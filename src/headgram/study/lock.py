@@ -2,7 +2,7 @@
 
 `models.lock.json` lies beside its manifest. It holds sizes, samples and digests of the content, so that a study can be
 re-run to the byte, the whole plan is known before anything runs, and a checkpoint that changed is noticed. Reading and
-checking a lock needs no torch; only `headgram.resolve` opens checkpoints.
+checking a lock needs no torch; only `headgram.study.resolve` opens checkpoints.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 import filelock
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from headgram.artifacts import write_text
 from headgram.checkpoints.sources import HUB_DIGEST, Location, locate_here
 from headgram.errors import HeadgramError
-from headgram.manifest import Row
+from headgram.results.record import write_text
+from headgram.study.manifest import Row
 
 if TYPE_CHECKING:
     from headgram.checkpoints.hub import RemoteLocation

@@ -34,7 +34,7 @@ from typing import Any
 #: Names the server's socket, in the environment of jobs.
 _ADDRESS = "HEADGRAM_FORKSERVER"
 #: What every job imports, and extraction, which comes first.
-_FIRST = ("headgram.stages.extract", "headgram.job", "headgram.lock", "snakemake.iocontainers", "snakemake.logging")
+_FIRST = ("headgram.stages.extract", "headgram.run.job", "headgram.study.lock", "snakemake.iocontainers", "snakemake.logging")
 #: What later jobs import, also what libraries import when they are first used.
 _LATER = (
     *("headgram.stages.eigen", "scipy.linalg.blas", "scipy.linalg.lapack", "headgram.stages.gram"),
@@ -63,7 +63,7 @@ def start() -> subprocess.Popen[bytes] | None:
         listener.bind(f"\0{address}")
         listener.listen(_BACKLOG)
         server = subprocess.Popen(
-            [sys.executable, "-P", "-m", "headgram.forkserver", str(listener.fileno())],
+            [sys.executable, "-P", "-m", "headgram.run.forkserver", str(listener.fileno())],
             stdin=subprocess.PIPE,  # closed when this process ends, which tells the server
             pass_fds=[listener.fileno()],
             env=os.environ | _ONE_THREAD,
@@ -209,9 +209,9 @@ def main() -> None:
     on_interrupt = signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the run, which waits for its jobs
     for module in _FIRST:
         importlib.import_module(module)
-    from headgram import artifacts  # which a script that hands itself over need not wait for
+    from headgram.results import record  # which a script that hands itself over need not wait for
 
-    artifacts.library_versions()  # which remembers them
+    record.library_versions()  # which remembers them
     warnings.filterwarnings("ignore", "This process .* is multi-threaded", DeprecationWarning)  # arrow's allocator has a thread
     _share_memory()
     serve(socket.socket(fileno=int(sys.argv[1])), sys.stdin.fileno(), on_interrupt)

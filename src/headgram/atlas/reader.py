@@ -52,7 +52,7 @@ class Atlas:
         """
         import pandas as pd
 
-        from headgram.tables import TABLES, read_table
+        from headgram.results.tables import TABLES, read_table
 
         if name not in TABLES:
             raise HeadgramError(f"the atlas has no table '{name}'; there are: {', '.join(TABLES)}")

@@ -13,7 +13,7 @@ from functools import cache
 from pathlib import Path
 
 #: The folder of this package. Found without importing what is in it.
-_PACKAGE = Path(__file__).parent
+_PACKAGE = Path(__file__).parent.parent
 
 
 @cache

@@ -1,4 +1,4 @@
-"""`python -m headgram.config_docs`: write the JSON schema and the table of options from the configuration's models."""
+"""`python -m headgram.study.options_docs`: write the JSON schema and the table of options from the configuration's models."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 from pydantic import BaseModel
 from pydantic_core import PydanticUndefined
 
-from headgram.config import Config
+from headgram.study.options import Config
 
 SCHEMA_PATH = Path("config/config.schema.json")
 TABLE_PATH = Path("config/README.md")

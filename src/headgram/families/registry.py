@@ -12,10 +12,10 @@ from typing import Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from headgram.architectures.layouts import LAYOUTS
 from headgram.errors import HeadgramError, UnknownTypeError
+from headgram.families.layouts import LAYOUTS
 
-_FOLDER = files("headgram.architectures")
+_FOLDER = files("headgram.families")
 
 
 class _Entry(BaseModel):
@@ -120,7 +120,7 @@ def family_of(model_type: str) -> Family:
     raise UnknownTypeError(
         model_type,
         f"the model type '{model_type}' is not known{_nearest(model_type, owners)}; add it to a file in "
-        "src/headgram/architectures/ or set `model_type` in the manifest to a known type with the same layout "
+        "src/headgram/families/ or set `model_type` in the manifest to a known type with the same layout "
         f"(`headgram adopt {model_type}` looks for one)",
     )
 
@@ -138,7 +138,7 @@ def family_of_gguf(architecture: str) -> Family:
         return owners[architecture]
     raise HeadgramError(
         f"the GGUF architecture '{architecture}' is not known{_nearest(architecture, owners)}; add it to a file in "
-        "src/headgram/architectures/ or set `model_type` in the manifest to a known type with the same layout"
+        "src/headgram/families/ or set `model_type` in the manifest to a known type with the same layout"
     )
 
 

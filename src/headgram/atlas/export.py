@@ -6,9 +6,9 @@ import io
 from collections.abc import Sequence
 from pathlib import Path
 
-from headgram.artifacts import written_whole
-from headgram.atlas import Atlas
-from headgram.tables import TABLES
+from headgram.atlas.reader import Atlas
+from headgram.results.record import written_whole
+from headgram.results.tables import TABLES
 
 
 def export_csv(atlas: Atlas, models: Sequence[str], folder: Path) -> list[Path]:

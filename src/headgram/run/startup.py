@@ -12,16 +12,16 @@ from typing import TYPE_CHECKING, Any
 
 import filelock
 
-from headgram import forkserver
-from headgram.artifacts import remove_temporaries, write_text
-from headgram.config import load_config, read_options
 from headgram.errors import HeadgramError
-from headgram.lock import Lock, LockedModel, changes, file_times, lock_path, missing_rows, read_lock, write_lock
-from headgram.manifest import read_manifest
-from headgram.plan import Plan, make_plan
+from headgram.results.record import remove_temporaries, write_text
+from headgram.run import forkserver
+from headgram.study.lock import Lock, LockedModel, changes, file_times, lock_path, missing_rows, read_lock, write_lock
+from headgram.study.manifest import read_manifest
+from headgram.study.options import load_config, read_options
+from headgram.study.plan import Plan, make_plan
 
 if TYPE_CHECKING:
-    from headgram.progress import ProgressHandler
+    from headgram.run.progress import ProgressHandler
 
 #: Remembers, in the results folder, the files that were found to be what was locked.
 _SEEN = ".sources.json"
@@ -107,7 +107,7 @@ class Run:
         if workflow.local_exec and not workflow.deployment_settings.deployment_method:
             self._forkserver = forkserver.start()
 
-        from headgram.progress import show_progress  # costs time that a dry run need not spend
+        from headgram.run.progress import show_progress  # costs time that a dry run need not spend
 
         self._progress = show_progress(workflow)
 
@@ -142,7 +142,7 @@ def _resolve_elsewhere(manifest: Path, doubtful: Sequence[str]) -> tuple[dict[st
 
     Opening checkpoints imports torch, which this process must not.
     """
-    command = [sys.executable, "-m", "headgram.resolve", str(manifest), *doubtful]
+    command = [sys.executable, "-m", "headgram.study.resolve", str(manifest), *doubtful]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
     if done.returncode:
         raise HeadgramError(f"The models of {manifest} could not be resolved: see the error above.")

@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from headgram.errors import HeadgramError
-from headgram.forkserver import hand_over
+from headgram.run.forkserver import hand_over
 
 if TYPE_CHECKING:
-    from headgram.artifacts import Provenance
+    from headgram.results.record import Provenance
 
 
 @contextlib.contextmanager
@@ -28,7 +28,7 @@ def running(snakemake: Any) -> Iterator[Provenance]:
     """
     hand_over(Path(sys.argv[0]))
     # Only now: a script that hands itself over need not wait for it.
-    from headgram.devices import leased_device, usable
+    from headgram.run.devices import leased_device, usable
 
     log = Path(snakemake.log[0])
     try:
@@ -69,7 +69,7 @@ def _append(log: Path, text: str) -> None:
 
 
 def _provenance(snakemake: Any, device: str) -> Provenance:
-    from headgram.artifacts import Identity, Provenance
+    from headgram.results.record import Identity, Provenance
 
     identity = Identity(
         stage=snakemake.rule,

@@ -29,10 +29,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from headgram.architectures.registry import Family, adopting, families, family_of
 from headgram.checkpoints.checkpoint import Checkpoint, Stack, open_checkpoint
 from headgram.errors import HeadgramError
-from headgram.probe import Call, neutralise, scores_of
+from headgram.families.registry import Family, adopting, families, family_of
+from headgram.proofs.probe import Call, neutralise, scores_of
 
 #: The columns of a table of proofs, and what `Proof.cells` holds.
 COLUMNS = ("model type", "family", "layout", "stacks", "heads/key heads×rank", "residual", "ok")
@@ -100,7 +100,7 @@ def known_types() -> list[str]:
 
 
 def prove(model_type: str, flags: Mapping[str, bool] = NO_FLAGS) -> Proof:
-    """Prove one model type: every shape in `proofs.toml`, as base model and with a head on top.
+    """Prove one model type: every shape in `tiny_models.toml`, as base model and with a head on top.
 
     `flags` are switches of its configuration that the tiny models should have too: they may change the layout.
 
@@ -156,7 +156,7 @@ def adopt(model_type: str, flags: Mapping[str, bool] = NO_FLAGS) -> list[Proof]:
     if model_type not in CONFIG_MAPPING:
         raise HeadgramError(
             f"the installed transformers does not know the model type '{model_type}', so that nothing can be proven about it: "
-            "describe its layout in src/headgram/architectures/, with a test that compares it with the model's own scores"
+            "describe its layout in src/headgram/families/, with a test that compares it with the model's own scores"
         )
     proofs = []
     for family in _openers(model_type, flags):
@@ -206,11 +206,11 @@ def _openers(model_type: str, flags: Mapping[str, bool]) -> list[Family]:
 
 @cache
 def _data() -> dict[str, Any]:
-    return tomllib.loads((files("headgram") / "proofs.toml").read_text(encoding="utf-8"))
+    return tomllib.loads((files("headgram.proofs") / "tiny_models.toml").read_text(encoding="utf-8"))
 
 
 def _models(model_type: str, flags: Mapping[str, bool] = NO_FLAGS) -> Iterator[tuple[nn.Module, dict[str, Any]]]:
-    """The tiny models of a type, with random weights and biases, and the type's entry in `proofs.toml`."""
+    """The tiny models of a type, with random weights and biases, and the type's entry in `tiny_models.toml`."""
     from transformers import AutoConfig
     from transformers.models.auto import modeling_auto
 
@@ -225,7 +225,7 @@ def _models(model_type: str, flags: Mapping[str, bool] = NO_FLAGS) -> Iterator[t
             with torch.device("meta"):
                 size = sum(weight.numel() for weight in cls(config).parameters())
             if size > _LARGEST_MODEL:
-                raise HeadgramError(f"the tiny {cls.__name__} has {size:,} weights: proofs.toml leaves a size at its default")
+                raise HeadgramError(f"the tiny {cls.__name__} has {size:,} weights: tiny_models.toml leaves a size out")
             torch.manual_seed(_SEED)
             model = cls(config).eval()
             with torch.no_grad():

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from headgram.architectures.registry import Family, families
 from headgram.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from headgram.checkpoints.opening import locate
 from headgram.errors import HeadgramError, UnknownTypeError
+from headgram.families.registry import Family, families
 
 
 def open_or_derive(
@@ -41,7 +41,7 @@ def derive(model_type: str, config: Mapping[str, Any]) -> str:
     HeadgramError
         If transformers does not know the type, or no layout, or more than one, is proven.
     """
-    from headgram.prove import adopt  # imports transformers
+    from headgram.proofs.prove import adopt  # imports transformers
 
     flags = {key: value for key, value in config.items() if isinstance(value, bool)}
     tried = adopt(model_type, flags)
@@ -52,7 +52,7 @@ def derive(model_type: str, config: Mapping[str, Any]) -> str:
         raise HeadgramError(
             f"the model type '{model_type}' is not known, and {count} proven for it ({reasons or 'none has its tensors'}): set "
             "`model_type` in the manifest to a known type with the same layout if you know one, or describe its own in "
-            "src/headgram/architectures/"
+            "src/headgram/families/"
         )
     return representative(next(family for family in families() if family.name == proofs[0].family))
 

@@ -1,7 +1,8 @@
 """From rows of the manifest to entries of the lock: checkpoints are opened, and what they hold is pinned.
 
-`python -m headgram.resolve MANIFEST [NAME…]` is the process in which a run resolves the rows that its lock lacks, and compares
-the named ones with it. It prints one JSON object, `{"models": entries by name, "problems": sentences}`, and writes nothing.
+`python -m headgram.study.resolve MANIFEST [NAME…]` is the process in which a run resolves the rows that its lock lacks, and
+compares the named ones with it. It prints one JSON object, `{"models": entries by name, "problems": sentences}`, and writes
+nothing.
 """
 
 from __future__ import annotations
@@ -12,13 +13,13 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from headgram.artifacts import canonical, digest
 from headgram.checkpoints.checkpoint import open_checkpoint
 from headgram.checkpoints.sources import Location
-from headgram.derive import open_or_derive
 from headgram.errors import HeadgramError
-from headgram.lock import LockedModel, LockedStack, changed_message, lock_path, locked_file, missing_rows, read_lock
-from headgram.manifest import Row, read_manifest
+from headgram.proofs.adopt import open_or_derive
+from headgram.results.record import canonical, digest
+from headgram.study.lock import LockedModel, LockedStack, changed_message, lock_path, locked_file, missing_rows, read_lock
+from headgram.study.manifest import Row, read_manifest
 
 if TYPE_CHECKING:
     from headgram.checkpoints.hub import RemoteLocation

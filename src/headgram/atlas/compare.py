@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from headgram.artifacts import read_record
-from headgram.atlas import Atlas
+from headgram.atlas.reader import Atlas
 from headgram.errors import HeadgramError
 from headgram.geometry.pairs import gram
-from headgram.tables import HEAD_NUMBERS, SIDES
-from headgram.weights_file import Weights
+from headgram.results.factors import Weights
+from headgram.results.record import read_record
+from headgram.results.tables import HEAD_NUMBERS, SIDES
 
 if TYPE_CHECKING:
     import pandas as pd

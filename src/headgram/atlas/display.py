@@ -12,8 +12,8 @@ from rich.table import Table
 if TYPE_CHECKING:
     import pandas as pd
 
-    from headgram.atlas import Atlas
-    from headgram.compare import Comparison
+    from headgram.atlas.compare import Comparison
+    from headgram.atlas.reader import Atlas
 
 #: Characters of a line at least: what every table fits into. On a narrower terminal lines go on below; no number is cut.
 _WIDTH = 104
@@ -193,7 +193,7 @@ def _couplings(atlas: Atlas, model: str, stack: str) -> pd.DataFrame:
 
 def _numbers(heads: pd.DataFrame) -> Table:
     """The median of every number of the heads, before and after."""
-    from headgram.tables import HEAD_NUMBERS
+    from headgram.results.tables import HEAD_NUMBERS
 
     table = _empty("Medians over heads")
     table.add_column("number")

@@ -14,12 +14,12 @@ from pathlib import Path
 
 from pydantic import BaseModel
 
-from headgram.architectures.registry import family_of, family_of_gguf, family_text
-from headgram.artifacts import Identity, canonical, digest
-from headgram.config import Config
+from headgram.families.registry import family_of, family_of_gguf, family_text
 from headgram.geometry.costs import cheapest, flops
-from headgram.lock import LockedModel, LockedStack
-from headgram.staleness import code_digest, page_digest
+from headgram.results.record import Identity, canonical, digest
+from headgram.study.keys import code_digest, page_digest
+from headgram.study.lock import LockedModel, LockedStack
+from headgram.study.options import Config
 
 #: What one core does, roughly; only the sizes of jobs follow from it.
 _FLOPS_PER_SECOND = 40e9

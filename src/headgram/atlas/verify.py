@@ -12,10 +12,10 @@ import numpy as np
 import pandas as pd
 import pyarrow as pa
 
-from headgram.artifacts import Identity, damages, read_record
 from headgram.errors import HeadgramError
-from headgram.lock import Lock
-from headgram.tables import HEAD_NUMBERS, QUARTILES, SIDES, TABLES, read_table
+from headgram.results.record import Identity, damages, read_record
+from headgram.results.tables import HEAD_NUMBERS, QUARTILES, SIDES, TABLES, read_table
+from headgram.study.lock import Lock
 
 #: Where artifacts are, below the results folder; logs are nobody's results.
 _FOLDERS = ("atlas", "models", "provenance", "seed", "report")

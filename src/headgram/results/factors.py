@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from headgram.artifacts import check, record_of, written_whole
+from headgram.results.record import check, record_of, written_whole
 
 
 def write_weights(

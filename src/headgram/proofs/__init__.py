@@ -1,0 +1,1 @@
+"""The registry of families against running models."""

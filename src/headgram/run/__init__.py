@@ -1,0 +1,1 @@
+"""How jobs and their processes are started and watched."""
