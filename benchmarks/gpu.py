@@ -27,7 +27,7 @@ from headgram.geometry import eigen
 from headgram.geometry.heads import spectrum
 from headgram.geometry.pairs import pair_products
 from headgram.geometry.routes import longest_sum
-from headgram.results.factors import Weights, write_weights
+from headgram.results.factors import FactorFiles, write_factors
 from headgram.results.record import Identity, Provenance, record_of, seal
 from headgram.stages.eigen import measure_shard
 from headgram.stages.gram import measure_row
@@ -83,7 +83,7 @@ def kernels_table() -> list[str]:
 def end_to_end(shape: kernels.Shape, folder: Path) -> list[str]:
     """From the weights on disk to the tables, against the script's arithmetic on the same weights."""
     path = folder / "layers.pt"
-    write_weights(path, range(shape.layers), *shape.weights("cpu"))
+    write_factors(path, range(shape.layers), dict(zip(("query", "key"), shape.weights("cpu"), strict=True)))
     seal(record_of(path), Provenance(EXTRACT, shape.name, "self"), [path])
     layers = list(range(shape.layers))
 
@@ -98,7 +98,7 @@ def end_to_end(shape: kernels.Shape, folder: Path) -> list[str]:
             measure_row(folder / "gram.parquet", [path], [layers], CONFIG, provenance("gram"))
 
     def read() -> tuple[torch.Tensor, torch.Tensor]:
-        source = Weights([path], EXTRACT.key)
+        source = FactorFiles([path], EXTRACT.key)
         q, k = zip(*(source.layer(layer) for layer in layers), strict=True)
         return torch.stack(q).cuda(), torch.stack(k).cuda()
 

@@ -7,7 +7,7 @@ import pytest
 from jaxtyping import install_import_hook
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-install_import_hook("headgram.geometry", "beartype.beartype")
+install_import_hook(["headgram.forms.heads", "headgram.forms.transforms", "headgram.geometry"], "beartype.beartype")
 
 hypothesis.settings.register_profile("headgram", deadline=None, derandomize=True, print_blob=True)
 hypothesis.settings.load_profile("headgram")

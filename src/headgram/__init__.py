@@ -18,9 +18,9 @@ if TYPE_CHECKING:
     from headgram.checkpoints.checkpoint import Stack as Stack
     from headgram.checkpoints.checkpoint import open_checkpoint as open_checkpoint
     from headgram.errors import HeadgramError as HeadgramError
-    from headgram.geometry.heads import Spectrum as Spectrum
-    from headgram.geometry.heads import spectrum as spectrum
-    from headgram.geometry.pairs import gram as gram
+    from headgram.geometry.spectra import Spectrum as Spectrum
+    from headgram.tensors import gram as gram
+    from headgram.tensors import spectrum as spectrum
 
 
 _HOMES = {
@@ -30,9 +30,9 @@ _HOMES = {
     "Stack": "headgram.checkpoints.checkpoint",
     "open_checkpoint": "headgram.checkpoints.checkpoint",
     "HeadgramError": "headgram.errors",
-    "Spectrum": "headgram.geometry.heads",
-    "spectrum": "headgram.geometry.heads",
-    "gram": "headgram.geometry.pairs",
+    "Spectrum": "headgram.geometry.spectra",
+    "spectrum": "headgram.tensors",
+    "gram": "headgram.tensors",
 }
 __all__ = sorted(_HOMES)  # noqa: PLE0605  (a computed list of the names above)
 

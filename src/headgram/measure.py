@@ -6,9 +6,10 @@ from pathlib import Path
 
 import torch
 
-from headgram.geometry.heads import spectrum
+from headgram.forms.circuits import qk
 from headgram.geometry.original import original_quantities
-from headgram.geometry.pairs import pair_products
+from headgram.geometry.same_index import same_index_products
+from headgram.geometry.spectra import spectra
 from headgram.proofs.adopt import open_or_derive
 from headgram.results.original import directions_path, write_seed_files
 from headgram.run.devices import leased_device, require_device, usable
@@ -29,13 +30,15 @@ def measure_model(model: str, out: Path, topk: int, revision: str | None, stack:
         where = usable(leased)
         chosen = checkpoint.stack(stack) if stack else checkpoint.stacks[0]
         w_q, w_k = (weight.to(where) for weight in read_layers(checkpoint, chosen.name, chosen.layers, dtype))
-        original = [original_quantities(q, k, topk) for q, k in zip(w_q, w_k, strict=True)]
-        eigenvalues = [spectrum(q, k, topk).symmetric_eigenvalues for q, k in zip(w_q, w_k, strict=True)]
+        layers = [qk(q, k) for q, k in zip(w_q, w_k, strict=True)]
+        original = [original_quantities(heads, topk) for heads in layers]
+        eigenvalues = [spectra(heads, topk).symmetric_eigenvalues for heads in layers]
+        whole = qk(w_q, w_k)
         write_seed_files(
             out,
             model,
             head_dim=chosen.rank,
-            gram=pair_products(w_q, w_k, w_q, w_k, "auto").gram.cpu(),
+            gram=same_index_products(whole, whole, chosen.heads).gram.cpu(),
             fro_sq=torch.stack([fro_sq for fro_sq, _ in original]).cpu(),
             eig_dirs=torch.stack([directions for _, directions in original]).cpu(),
             symmetric_eigenvalues=torch.stack(eigenvalues).cpu(),

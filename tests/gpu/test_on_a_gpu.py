@@ -6,15 +6,17 @@ import pytest
 import torch
 
 import headgram
-from headgram.geometry import eigen, heads, pairs
+from headgram.forms.circuits import qk
+from headgram.geometry import eigen, inner
 from headgram.geometry.neighbours import nearest_heads
 from headgram.geometry.overlaps import overlaps
 from headgram.geometry.scores import layer_scores
-from headgram.results.factors import write_weights
+from headgram.results.factors import write_factors
 from headgram.results.record import Identity, Provenance, record_of, seal
 from headgram.results.tables import read_table
 from headgram.stages.eigen import measure_shard
 from headgram.stages.gram import measure_row
+from same_index import pair_products
 
 pytestmark = pytest.mark.gpu
 
@@ -67,15 +69,15 @@ def test_spectra_of_degenerate_forms(dtype):
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("same", [True, False])
 def test_inner_products(monkeypatch, route, dtype, shape, same):
-    monkeypatch.setattr(pairs, "cheapest", lambda *_: route)
+    monkeypatch.setattr(inner, "cheapest", lambda *_: route)
     a = weights(5, *shape, dtype)
     b = a if same else weights(4, *shape, dtype, seed=1)
-    known = pairs.pair_products(*a, *b)
+    known = pair_products(*a, *b)
     a = [each.cuda() for each in a]
     b = a if same else [each.cuda() for each in b]
     for precision, tolerance in (("auto", 1e-6), ("float64", 1e-12)):
-        found = pairs.pair_products(*a, *b, precision)
-        norms = [pairs.pair_products(*each, *each).gram.diagonal().T.sqrt() for each in (a, b)]
+        found = pair_products(*a, *b, precision)
+        norms = [pair_products(*each, *each).gram.diagonal().T.sqrt() for each in (a, b)]
         bound = tolerance * (norms[0][:, None] * norms[1]).cpu()
         for name in ("gram", "transposed"):
             assert ((getattr(found, name).cpu() - getattr(known, name)).abs() <= bound).all()
@@ -85,15 +87,15 @@ def test_inner_products(monkeypatch, route, dtype, shape, same):
 def test_forms_much_smaller_than_their_weights_are_measured_in_float64():
     q, k = weights(3, 4, 2, 16, 96, torch.bfloat16)
     q[1, 2, 1::2], k[1, 1, 1::2] = q[1, 2, ::2], -k[1, 1, ::2]
-    found = pairs.pair_products(q.cuda(), k.cuda(), q.cuda(), k.cuda(), "auto")
-    known = pairs.pair_products(q, k, q, k)
+    found = pair_products(q.cuda(), k.cuda(), q.cuda(), k.cuda(), "auto")
+    known = pair_products(q, k, q, k)
     assert found.exact.tolist() == [False, False, True, False]
     torch.testing.assert_close(found.gram.cpu()[..., 2], known.gram[..., 2], rtol=1e-10, atol=1e-10)
 
 
 def test_scores_overlaps_and_neighbours():
     q, k = (each[0] for each in weights(1, 9, 3, 64, 1200, torch.bfloat16))
-    assert layer_scores(q.cuda(), k.cuda()) == pytest.approx(layer_scores(q, k), abs=1e-9)
+    assert layer_scores(qk(q.cuda(), k.cuda())) == pytest.approx(layer_scores(qk(q, k)), abs=1e-9)
     directions = [torch.linalg.qr(torch.randn(6, 5, 64, 8)).Q.mT for _ in range(3)]
     torch.testing.assert_close(overlaps(directions[0][:, 0], "cuda"), overlaps(directions[0][:, 0]))
     values = torch.rand(6, 5, 8).sort(descending=True).values
@@ -106,7 +108,7 @@ def test_a_shard_and_a_row_are_those_of_the_cpu(tmp_path):
     q, k = weights(6, 8, 4, 32, 256, torch.bfloat16)
     extract = Identity("extract", "{}", "f", "c")
     path = tmp_path / "layers-000-005.pt"
-    write_weights(path, range(6), q, k)
+    write_factors(path, range(6), {"query": q, "key": k})
     seal(record_of(path), Provenance(extract, "m", "self"), [path])
     config = {"eigen": {"topk": 8, "tolerance": 1e-9}, "original": {"enabled": True}, "gram": {"precision": "auto"}}
     tables, tensors = {}, {}

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 import headgram
-from headgram.geometry.pairs import pair_products
+from same_index import pair_products
 
 
 @pytest.fixture(scope="module")

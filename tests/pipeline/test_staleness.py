@@ -98,10 +98,10 @@ def test_jobs_of_an_earlier_cut_are_not_made_again(finished, tmp_path):
 @pytest.mark.parametrize(
     ("module", "stages"),
     [
-        ("geometry/grouping.py", ("eigen", "gram", "merge", "derive")),
-        ("geometry/heads.py", ("eigen", "merge", "derive")),
+        ("forms/heads.py", ALL),
+        ("geometry/spectra.py", ("eigen", "merge", "derive")),
         ("geometry/residuals.py", ("eigen", "merge", "derive")),
-        ("geometry/pairs.py", ("gram", "merge", "derive")),
+        ("geometry/inner.py", ("gram", "merge", "derive")),
         ("geometry/scores.py", ("eigen", "merge", "derive")),
         ("geometry/overlaps.py", ("derive",)),
         ("geometry/original.py", ("eigen", "merge", "derive")),

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import headgram.stages.gram as stage
-from headgram.results.factors import write_weights
+from headgram.results.factors import write_factors
 from headgram.results.record import Identity, Provenance, record_of, seal
 from headgram.results.tables import read_table
 
@@ -19,7 +19,11 @@ def weights(tmp_path):
     generator = torch.Generator().manual_seed(0)
     extract = Identity("extract", "{}", "f", "c")
     path = tmp_path / "weights" / "layers-000-005.pt"
-    write_weights(path, range(6), torch.randn(6, 4, 3, 8, generator=generator), torch.randn(6, 2, 3, 8, generator=generator))
+    write_factors(
+        path,
+        range(6),
+        {"query": torch.randn(6, 4, 3, 8, generator=generator), "key": torch.randn(6, 2, 3, 8, generator=generator)},
+    )
     seal(record_of(path), Provenance(extract, "m", "self"), [path])
     return path, Provenance(Identity("gram", "{}", "f", "c", (extract.key,)), "m", "self")
 

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from headgram.atlas.verify import verify
 from headgram.errors import HeadgramError
-from headgram.results.factors import Weights
+from headgram.results.factors import FactorFiles
 from headgram.results.record import (
     Identity,
     Provenance,
@@ -148,11 +148,11 @@ def forged(path: Path, content: bytes, **changes: object) -> Path:
 def test_pickles_in_results_run_nothing(tmp_path):
     path = tmp_path / "layers-000-001.pt"
     bomb = Bomb(tmp_path / "executed")
-    torch.save({"layers": [0], "w_q": bomb, "w_k": bomb}, path)
+    torch.save({"layers": [0], "query": bomb, "key": bomb}, path)
     for content in (path.read_bytes(), pickle.dumps(bomb)):
         forged(path, content)
         with pytest.raises((pickle.UnpicklingError, RuntimeError)):
-            Weights([path], IDENTITY.key)
+            FactorFiles([path], IDENTITY.key)
     assert not (tmp_path / "executed").exists()
 
 

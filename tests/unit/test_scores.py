@@ -7,6 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import headgram
+from headgram.forms.circuits import qk
 from headgram.geometry import scores
 from headgram.geometry.scores import layer_scores, symmetry_score
 
@@ -73,7 +74,7 @@ def test_layers_agree_with_the_definition(layer, block):
     q, k = layer
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(scores, "BLOCK", {"cpu": block})
-        result = layer_scores(q, k)
+        result = layer_scores(qk(q, k))
     symmetry, direction, margin = defined(sum(form(q, k, head) for head in range(len(q))))
     assert result.symmetry_score == pytest.approx(symmetry, abs=1e-9)
     if margin > 1e-8:
@@ -85,7 +86,7 @@ def test_exchanging_the_sides_changes_the_sign(layer):
     q, k = layer
     k = k.repeat_interleave(len(q) // len(k), 0)
     torch.testing.assert_close(directionality(q, k), -directionality(k, q), rtol=0, atol=1e-9)
-    one, other = layer_scores(q, k), layer_scores(k, q)
+    one, other = layer_scores(qk(q, k)), layer_scores(qk(k, q))
     assert one.directionality == pytest.approx(-other.directionality, abs=1e-9)
     assert one.symmetry_score == pytest.approx(other.symmetry_score, abs=1e-9)
 
@@ -98,15 +99,15 @@ def test_known_forms():
     signs[..., 3] *= 100
     assert directionality(plain, signs).tolist() == [-1]
     assert directionality(signs, plain).tolist() == [1]
-    assert layer_scores(plain, signs).directionality == -1
+    assert layer_scores(qk(plain, signs)).directionality == -1
     q, k = (torch.randn(1, 64, 200, generator=generator, dtype=torch.float64) for _ in range(2))
     identity = torch.eye(50, dtype=torch.float64)[None] * 0.1
     assert directionality(identity, identity).item() == 0
-    assert layer_scores(identity, identity) == (1, 0)
+    assert layer_scores(qk(identity, identity)) == (1, 0)
     heads = torch.cat([q, k]), torch.cat([k, q])  # g + g^T
-    assert layer_scores(*heads).symmetry_score == pytest.approx(1)
+    assert layer_scores(qk(*heads)).symmetry_score == pytest.approx(1)
     opposite = torch.cat([q, -q]), torch.cat([k, k])  # g - g
-    assert layer_scores(*opposite) == (0, 0)
+    assert layer_scores(qk(*opposite)) == (0, 0)
 
 
 def test_a_form_that_cancels_is_zero():
@@ -120,8 +121,8 @@ def test_memory_is_bounded_for_many_small_blocks(monkeypatch):
     """However wide a model is: columns taken a few at a time give what all give at once."""
     generator = torch.Generator().manual_seed(1)
     q, k = (torch.randn(n, 6, 90, generator=generator) for n in (8, 2))
-    whole = layer_scores(q, k)
+    whole = layer_scores(qk(q, k))
     monkeypatch.setattr(scores, "BLOCK", {"cpu": 7})
     for columns in (1, 20):
         monkeypatch.setattr(scores, "BATCH_BYTES", columns * 8 * 4 * 2 * 6)
-        assert layer_scores(q, k) == pytest.approx(whole, abs=1e-12)
+        assert layer_scores(qk(q, k)) == pytest.approx(whole, abs=1e-12)

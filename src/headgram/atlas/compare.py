@@ -11,8 +11,8 @@ import torch
 
 from headgram.atlas.reader import Atlas
 from headgram.errors import HeadgramError
-from headgram.geometry.pairs import gram
-from headgram.results.factors import Weights
+from headgram.geometry.same_index import same_index_products
+from headgram.results.factors import FactorFiles
 from headgram.results.record import read_record
 from headgram.results.tables import HEAD_NUMBERS, SIDES
 
@@ -115,7 +115,7 @@ def _overlaps(a: torch.Tensor, b: torch.Tensor) -> np.ndarray:
     return torch.cat(found).numpy()
 
 
-def _weights(atlas: Atlas, model: str, stack: str) -> Weights:
+def _weights(atlas: Atlas, model: str, stack: str) -> FactorFiles:
     """The extracted weights from which a model was measured."""
     record: dict[str, Any] = read_record(atlas.results / "provenance" / f"{model}.json")
     key = record["stages"]["extract"]["key"]
@@ -123,17 +123,17 @@ def _weights(atlas: Atlas, model: str, stack: str) -> Weights:
     current = [path for path in sorted(folder.glob("*.json")) if read_record(path)["key"] == key]
     if not current:
         raise HeadgramError(f"the extracted weights of {model} are no longer in {folder}, so there are no cosines")
-    return Weights([path.with_suffix(".pt") for path in current], key)
+    return FactorFiles([path.with_suffix(".pt") for path in current], key)
 
 
-def _cosines(heads: pd.DataFrame, a: Weights, b: Weights) -> np.ndarray:
+def _cosines(heads: pd.DataFrame, a: FactorFiles, b: FactorFiles) -> np.ndarray:
     """Cosines of every layer and head, 0 where a form is zero. Weights are mapped: a layer of both is read at a time."""
     layers = dict.fromkeys(heads.index.get_level_values("layer"))
     try:
-        pairs = [[weight[None] for weights in (a, b) for weight in weights.layer(layer)] for layer in layers]
+        pairs = [(a.read([layer]), b.read([layer])) for layer in layers]
     except KeyError as error:
         raise HeadgramError(f"the extracted weights of layer {error} are incomplete, so there are no cosines") from None
-    products = torch.cat([gram(*weights).flatten() for weights in pairs]).numpy()
+    products = torch.cat([same_index_products(*pair, a.heads, "float64").gram.flatten() for pair in pairs]).numpy()
     norms = np.sqrt(heads["fro_sq_a"].to_numpy()), np.sqrt(heads["fro_sq_b"].to_numpy())
     alive = (norms[0] > 0) & (norms[1] > 0)
     one, other = (np.where(alive, norm, 1) for norm in norms)

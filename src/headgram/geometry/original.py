@@ -11,23 +11,19 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from headgram.forms.heads import Heads
 from headgram.geometry.batches import at_once
 from headgram.geometry.eigen import largest_singular
-from headgram.geometry.grouping import key_head
 
 #: Bytes of float32 weights of a batch of heads. A constant, so that the last bit of the result does not depend on the machine.
 BATCH_BYTES = 128 * 2**20
 
 
-def original_quantities(
-    w_q: Float[Tensor, "heads rank hidden"], w_k: Float[Tensor, "kv_heads rank hidden"], topk: int
-) -> tuple[Float[Tensor, " heads"], Float[Tensor, "heads k hidden"]]:
-    """The script's `fro_sq` (H,), float64, and `eig_dirs` (H, k, d), float32, of one layer."""
-    heads, rank, hidden = w_q.shape
-    reads = key_head(heads, len(w_k))
-    size = max(1, BATCH_BYTES // (2 * 4 * rank * hidden))
-    batches = [slice(start, start + size) for start in range(0, heads, size)]
-    measured = [_measure(w_q[batch].float(), w_k[reads[batch]].float(), min(topk, rank)) for batch in batches]
+def original_quantities(heads: Heads, topk: int) -> tuple[Float[Tensor, " heads"], Float[Tensor, "heads k hidden"]]:
+    """The script's `fro_sq` (H,), float64, and `eig_dirs` (H, k, d), float32, of `qk` forms."""
+    size = max(1, BATCH_BYTES // (2 * 4 * heads.rank * heads.widths[0]))
+    batches = [slice(start, start + size) for start in range(0, len(heads), size)]
+    measured = [_measure(heads.right(batch).float(), heads.left(batch).float(), min(topk, heads.rank)) for batch in batches]
     fro_sq, directions = (torch.cat(values) for values in zip(*measured, strict=True))
     return fro_sq, directions
 

@@ -1,6 +1,6 @@
 """The identities that every result must satisfy, as relative residuals.
 
-All are relative to `sum_i ‖q_i‖ ‖k_i‖` over the rows (or its square), the size at which rounding enters: a healthy result
+All are relative to `sum_i ‖a_i‖ ‖b_i‖` over the rows (or its square), the size at which rounding enters: a healthy result
 shows about 1e-14, a wrong layout, sign or scale shows 1e-3 and more.
 """
 
@@ -12,18 +12,18 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from headgram.geometry.factors import Products, once
+from headgram.geometry.triangles import Products, once
 
 
 class Residuals(NamedTuple):
     """One value per head, `(H,)` each."""
 
-    energy: Float[Tensor, " heads"]  # sum(s²) = ‖g‖_F²
-    trace: Float[Tensor, " heads"]  # sum(λ) = tr g
-    symmetric_energy: Float[Tensor, " heads"]  # sum(λ²) = (‖g‖_F² + <g, g^T>) / 2
+    energy: Float[Tensor, " heads"]  # sum(s²) = ‖X‖_F²
+    trace: Float[Tensor, " heads"]  # sum(λ) = tr X
+    symmetric_energy: Float[Tensor, " heads"]  # sum(λ²) = (‖X‖_F² + <X, X^T>) / 2
     orthogonality: Float[Tensor, " heads"]  # V V^T = U U^T = I, signed ones too
-    singular: Float[Tensor, " heads"]  # g v = s u
-    eigen: Float[Tensor, " heads"]  # (g + g^T) w / 2 = λ w
+    singular: Float[Tensor, " heads"]  # X v = s u
+    eigen: Float[Tensor, " heads"]  # (X + X^T) w / 2 = λ w
 
     def largest(self) -> Float[Tensor, " heads"]:
         return torch.stack(self).amax(0)
@@ -35,21 +35,21 @@ def identity_residuals(
     eigenvalues: Float[Tensor, "heads 2*rank"],
     unit: Float[Tensor, " heads"],
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """How far the spectra are from what products of the weights themselves say; `unit` is `sum_i ‖q_i‖ ‖k_i‖`.
+    """How far the spectra are from what products of the weights themselves say; `unit` is `sum_i ‖a_i‖ ‖b_i‖`.
 
-    `‖g‖_F² = sum((W_K W_K^T) * (W_Q W_Q^T))`, `tr g = sum(W_Q * W_K)`, `<g, g^T> = tr((W_Q W_K^T)²)`.
+    `‖X‖_F² = sum((A A^T) * (B B^T))`, `tr X = sum(A * B)`, `<X, X^T> = tr((B A^T)²)`.
     """
-    fro_sq = (of.qq * of.kk).sum((-1, -2))
-    self_overlap = (of.qk * of.qk.mT).sum((-1, -2))
+    fro_sq = (of.bb * of.aa).sum((-1, -2))
+    self_overlap = (of.ba * of.ba.mT).sum((-1, -2))
     energy = (s.square().sum(-1) - fro_sq).abs() / unit.square()
-    trace = (eigenvalues.sum(-1) - of.qk.diagonal(dim1=1, dim2=2).sum(-1)).abs() / unit
+    trace = (eigenvalues.sum(-1) - of.ba.diagonal(dim1=1, dim2=2).sum(-1)).abs() / unit
     symmetric_energy = (eigenvalues.square().sum(-1) - (fro_sq + self_overlap) / 2).abs() / unit.square()
     return energy, trace, symmetric_energy
 
 
 def direction_residuals(
-    q: Float[Tensor, "heads rank hidden"],
-    k: Float[Tensor, "#heads rank hidden"],
+    b: Float[Tensor, "heads rank hidden"],
+    a: Float[Tensor, "#heads rank hidden"],
     s: Float[Tensor, "heads rank"],
     right: Float[Tensor, "heads k hidden"],
     left: Float[Tensor, "heads k hidden"],
@@ -57,14 +57,14 @@ def direction_residuals(
     signed: Float[Tensor, "heads k hidden"],
     unit: Float[Tensor, " heads"],
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """How far the directions are from orthonormal, and from what `g` does to them."""
+    """How far the directions are from orthonormal, and from what `X` does to them."""
     kept = right.shape[1]
     orthogonality = torch.stack([off_identity(rows) for rows in (right, left, signed)]).amax(0)
-    keys = once(k)
-    g_both = torch.cat([right, signed], 1) @ q.mT @ keys
-    g_right, g_signed = g_both[:, :kept], (g_both[:, kept:] + signed @ keys.mT @ q) / 2
-    singular = (g_right - s[:, :kept, None] * left).norm(dim=-1).amax(-1) / unit
-    eigen = (g_signed - eigenvalues[:, :kept, None] * signed).norm(dim=-1).amax(-1) / unit
+    left_factor = once(a)
+    both = torch.cat([right, signed], 1) @ b.mT @ left_factor
+    of_right, of_signed = both[:, :kept], (both[:, kept:] + signed @ left_factor.mT @ b) / 2
+    singular = (of_right - s[:, :kept, None] * left).norm(dim=-1).amax(-1) / unit
+    eigen = (of_signed - eigenvalues[:, :kept, None] * signed).norm(dim=-1).amax(-1) / unit
     return orthogonality, singular, eigen
 
 

@@ -1,14 +1,16 @@
-"""Two exact routes to the inner products of forms `g_i = K_i^T Q_i`; `headgram.geometry.costs` chooses between them.
+"""Two exact routes to the inner products of forms `X = A^T B`; `headgram.geometry.costs` chooses between them.
 
-*Products*: all that is needed is in `m × m` matrices,
+*Products*: all that is needed is in `r × r` matrices,
 
-    <g_a, g_b>   = sum((K_a K_b^T) * (Q_a Q_b^T))
-    <g_a, g_b^T> = sum((Q_a K_b^T) * (K_a Q_b^T))
+    <X, Y>   = sum((A_x A_y^T) * (B_x B_y^T))
+    <X, Y^T> = sum((B_x A_y^T) * (A_x B_y^T))
 
-which costs four products per pair of layers. *Strips*: form each `g`, block by block, and take inner products of vectors. Of a
-block `X = g[I, J]` and its mirror `Y = g[J, I]^T`, the sum and the difference are blocks of twice the symmetric and twice the
-antisymmetric part, so both inner products follow from one pass: `<g_a, g_b> = <S_a, S_b> + <A_a, A_b>`, and with a minus
-`<g_a, g_b^T>`. Forming costs every layer once, not every pair: it wins where there are many layers for the width.
+which costs four products for every pair of factors; heads that share a factor share its products. *Strips*: form each `X`, block
+by block, and take inner products of vectors. Of a block `X[I, J]` and its mirror `X[J, I]^T`, the sum and the difference are
+blocks of
+twice the symmetric part `S` and twice the antisymmetric part `T`, so both inner products follow from one pass:
+`<X, Y> = <S_x, S_y> + <T_x, T_y>`, and with a minus `<X, Y^T>`. Forming costs every head once, not every pair: it wins where
+there are many heads for the width. Symmetric forms need a quarter of the products, and no `T`.
 
 Results are float64; products are taken in the precision of the sides. Those of bfloat16 are exact in float32, which is what
 tensor cores deliver them in; sums of them are cut into pieces that the device adds up accurately.
@@ -24,10 +26,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from headgram.forms.heads import Heads
 from headgram.geometry.batches import at_once
-from headgram.geometry.costs import TRIANGLE
+from headgram.geometry.costs import TRIANGLE, TRIANGLE_ROWS
 
-#: Bytes of the four products of a block of layers, and of one block of all forms. Constants, so that the blocking, and with it
+#: Bytes of the four products of a block of heads, and of one block of all forms. Constants, so that the blocking, and with it
 #: the last bit of the result, does not depend on the machine. A block of forms should lie in a cache.
 PRODUCT_BYTES = {"cpu": 256 * 2**20, "cuda": 2 * 2**30}
 STRIP_BYTES = {"cpu": 12 * 2**20, "cuda": 512 * 2**20}
@@ -39,18 +42,11 @@ _BIAS = 1e-7
 _LONGEST = 2**14
 
 
-class Side(NamedTuple):
-    """The forms of some heads in some layers; every key head is read by `H / K` query heads, which are neighbours."""
-
-    k: Float[Tensor, "kv_heads layers m hidden"]
-    q: Float[Tensor, "heads layers m hidden"]
-
-
 class Inner(NamedTuple):
-    """`<g_a, g_b>` and `<g_a, g_b^T>`."""
+    """`<X, Y>` and `<X, Y^T>`."""
 
-    gram: Float[Tensor, "heads layers_a layers_b"]
-    transposed: Float[Tensor, "heads layers_a layers_b"]
+    gram: Float[Tensor, "n_x n_y"]
+    transposed: Float[Tensor, "n_x n_y"]
 
 
 def multiplied(
@@ -95,118 +91,147 @@ def _by_tensor_cores(
     return torch.bmm(a.float(), b.float(), out=out)
 
 
-def by_products(a: Side, b: Side) -> Inner:
-    """Inner products of every layer of `a` with every layer of `b`, from products of their weights."""
-    heads, n_a, rank, _ = a.q.shape
-    n_b = b.q.shape[1]
-    same = a is b
-    # Of a run of layers with itself: rows of blocks, from the diagonal on.
-    rows = math.ceil(n_a / TRIANGLE) if same else n_a
-    most = max(1, PRODUCT_BYTES[a.q.device.type] // (4 * max(4, a.q.itemsize) * heads * rank**2))
+def by_products(x: Heads, y: Heads) -> Inner:
+    """Inner products of every form of `x` with every form of `y`, square forms of one width, from products of their factors."""
+    same = x is y
+    symmetric = x.is_symmetric and y.is_symmetric
+    # Of one set: rows of blocks, from the diagonal on.
+    rows = math.ceil(len(x) / TRIANGLE) if same else len(x)
+    most = max(1, PRODUCT_BYTES[x.device.type] // (4 * max(4, x.a.itemsize) * x.rank * y.rank))
     rows = max(1, min(rows, math.isqrt(most)))
     columns = most // rows
-    gram = torch.zeros(heads, n_a, n_b, dtype=torch.float64, device=a.q.device)
-    transposed = torch.zeros_like(gram)
-    for i in range(0, n_a, rows):
-        k_a, q_a = a.k[:, i : i + rows], a.q[:, i : i + rows]
-        for j in range(i if same else 0, n_b, columns):
-            k_b, q_b = b.k[:, j : j + columns], b.q[:, j : j + columns]
-            block = slice(None), slice(i, i + rows), slice(j, j + columns)
-            gram[block] = _contracted(_products(q_a, q_b), _products(k_a, k_b))
-            transposed[block] = _contracted(_products(q_a, k_b), _products(k_a, q_b))
+    gram = torch.zeros(len(x), len(y), dtype=torch.float64, device=x.device)
+    transposed = gram if symmetric else torch.zeros_like(gram)
+    for i in range(0, len(x), rows):
+        some_x = x.take(slice(i, i + rows))
+        for j in range(i if same else 0, len(y), columns):
+            some_y = y.take(slice(j, j + columns))
+            block = slice(i, i + rows), slice(j, j + columns)
+            if symmetric:
+                products = _products(some_x.b, some_y.b)
+                gram[block] = _contracted(products, products.clone(), _places(some_x, some_y, "bb", "bb"))
+                continue
+            aa, bb = _products(some_x.a, some_y.a), _products(some_x.b, some_y.b)
+            gram[block] = _contracted(bb, aa, _places(some_x, some_y, "bb", "aa"))
+            ba, ab = _products(some_x.b, some_y.a), _products(some_x.a, some_y.b)
+            transposed[block] = _contracted(ba, ab, _places(some_x, some_y, "ba", "ab"))
     if same:
-        gram, transposed = (whole.triu() + whole.triu(1).mT for whole in (gram, transposed))
+        gram = gram.triu() + gram.triu(1).mT
+        transposed = gram if symmetric else transposed.triu() + transposed.triu(1).mT
     return Inner(gram, transposed)
 
 
-def _products(
-    a: Float[Tensor, "heads_a layers_a m hidden"], b: Float[Tensor, "heads_b layers_b m hidden"]
-) -> Float[Tensor, "heads layers_a m layers_b m"]:
-    """`W_a W_b^T` of every pair of layers and every head, of as many as the side of more heads has."""
-    (heads_a, n_a, rank, hidden), (heads_b, n_b, _, _) = a.shape, b.shape
-    if heads_a < heads_b:
-        a = a.repeat_interleave(heads_b // heads_a, 0)
-    # Heads that share `b` are rows of one product.
-    wide = multiplied(a.reshape(heads_b, -1, hidden), b.reshape(heads_b, -1, hidden).mT)
-    return wide.view(max(heads_a, heads_b), n_a, rank, n_b, rank)
+def _products(a: Float[Tensor, "n_a m width"], b: Float[Tensor, "n_b l width"]) -> Float[Tensor, "n_a m n_b l"]:
+    """`W_a W_b^T` of every pair of factors: one large product."""
+    wide = multiplied(a.reshape(1, -1, a.shape[2]), b.reshape(1, -1, b.shape[2]).mT)
+    return wide.view(len(a), a.shape[1], len(b), b.shape[1])
 
 
-def _contracted(x: Float[Tensor, "heads a m b m"], y: Float[Tensor, "some_heads a m b m"]) -> Float[Tensor, "heads a b"]:
-    """Sums of the products of entries, in float64; each of `y` belongs to as many neighbours of `x`."""
-    x.view(len(y), -1, *x.shape[1:]).mul_(y[:, None])
-    return x.sum((2, 4), dtype=torch.float64)
+def _places(x: Heads, y: Heads, one: str, other: str) -> list[tuple[Tensor, Tensor]]:
+    """Where the products of each pair of heads are, in two arrays of products; sides are named by the letters `a` and `b`."""
+    reads = {"a": (x.reads_a, y.reads_a), "b": (x.reads_b, y.reads_b)}
+    return [(reads[sides[0]][0], reads[sides[1]][1]) for sides in (one, other)]
 
 
-def by_strips(a: Side, b: Side) -> Inner:
+def _contracted(
+    first: Float[Tensor, "some m some_more l"], second: Float[Tensor, "few m few_more l"], places: list[tuple[Tensor, Tensor]]
+) -> Float[Tensor, "n_x n_y"]:
+    """Sums of the products of entries, in float64, of every pair of heads; overwrites `first`."""
+    first, second = (_spread(each, *where) for each, where in zip((first, second), places, strict=True))
+    return first.mul_(second).sum((1, 3), dtype=torch.float64)
+
+
+def _spread(products: Float[Tensor, "some m more l"], rows: Tensor, columns: Tensor) -> Float[Tensor, "n_x m n_y l"]:
+    """The products of each pair of heads, repeated where heads share a factor; as they are where none do."""
+    for axis, places in ((0, rows), (2, columns)):
+        if not torch.equal(places, torch.arange(products.shape[axis])):
+            products = products.index_select(axis, places.to(products.device))
+    return products
+
+
+def by_strips(x: Heads, y: Heads) -> Inner:
     """The same, from blocks of the forms themselves."""
-    heads, n_a, _, hidden = a.q.shape
-    n_b = b.q.shape[1]
-    same = a is b
-    padded_a, padded_b = (layers if at_once(a.q.device) else _padded(layers) for layers in (n_a, n_b))
-    rows = heads * (padded_a if same else padded_a + padded_b)
-    size = _block(STRIP_BYTES[a.q.device.type] // (2 * rows * max(4, a.q.itemsize)), hidden)
-    forms_a = _Blocks(a, size, padded_a)
-    forms_b = forms_a if same else _Blocks(b, size, padded_b)
-    symmetric = torch.zeros(heads, padded_a, padded_b, dtype=torch.float64, device=a.q.device)
-    antisymmetric = torch.zeros_like(symmetric)
-    for i in range(0, hidden, size):
-        for j in range(i, hidden, size):
-            s_a, a_a = forms_a.parts(i, j)
-            s_b, a_b = (s_a, a_a) if same else forms_b.parts(i, j)
+    same = x is y
+    symmetric = x.is_symmetric and y.is_symmetric
+    padded_x, padded_y = (len(heads) if at_once(x.device) else _padded(len(heads)) for heads in (x, y))
+    rows = padded_x if same else padded_x + padded_y
+    width = x.widths[0]
+    size = _block(STRIP_BYTES[x.device.type] // (2 * rows * max(4, x.a.itemsize)), width)
+    blocks_x = _Blocks(x, size, padded_x)
+    blocks_y = blocks_x if same else _Blocks(y, size, padded_y)
+    even = torch.zeros(padded_x, padded_y, dtype=torch.float64, device=x.device)
+    odd = torch.zeros_like(even)
+    for i in range(0, width, size):
+        for j in range(i, width, size):
+            even_x, odd_x = blocks_x.parts(i, j)
+            even_y, odd_y = (even_x, odd_x) if same else blocks_y.parts(i, j)
             share = 0.25 if i == j else 0.5  # a block off the diagonal stands for its mirror too; both parts are twice theirs
-            symmetric.add_(_summed(s_a, s_b), alpha=share)
-            antisymmetric.add_(_summed(a_a, a_b), alpha=share)
-    return Inner((symmetric + antisymmetric)[:, :n_a, :n_b], (symmetric - antisymmetric)[:, :n_a, :n_b])
+            even.add_(_summed(even_x, even_y), alpha=share)
+            if not symmetric:
+                odd.add_(_summed(odd_x, odd_y), alpha=share)
+    if same:
+        even, odd = (whole.triu() + whole.triu(1).mT for whole in (even, odd))
+    return Inner((even + odd)[: len(x), : len(y)], (even - odd)[: len(x), : len(y)])
 
 
-def _summed(
-    x: Float[Tensor, "heads padded_a block"], y: Float[Tensor, "heads padded_b block"]
-) -> Float[Tensor, "heads padded_a padded_b"]:
+def _summed(x: Float[Tensor, "padded_x block"], y: Float[Tensor, "padded_y block"]) -> Float[Tensor, "padded_x padded_y"]:
+    """`x y^T`; of `x` with itself, only what lies on and above the diagonal counts."""
+    rows = TRIANGLE_ROWS if x is y else len(x)
+    total = torch.zeros(len(x), len(y), dtype=torch.float64, device=x.device)
+    for start in range(0, len(x), rows):
+        own, other = x[start : start + rows], y[start if x is y else 0 :]
+        total[start : start + rows, len(y) - len(other) :] = _summed_whole(own, other)
+    return total
+
+
+def _summed_whole(x: Float[Tensor, "some block"], y: Float[Tensor, "more block"]) -> Float[Tensor, "some more"]:
     """`x y^T`, long sums in float64: in float32 the rounding of 65,000 positive terms would show."""
-    whole = x.shape[2] - x.shape[2] % _TERMS
-    pieces_x, pieces_y = (side[..., :whole].unflatten(2, (-1, _TERMS)).transpose(1, 2) for side in (x, y))
-    total: Tensor = (pieces_x @ pieces_y.mT).sum(1, dtype=torch.float64)
-    return total + x[..., whole:] @ y[..., whole:].mT
+    whole = x.shape[1] - x.shape[1] % _TERMS
+    pieces_x, pieces_y = (side[:, :whole].unflatten(1, (-1, _TERMS)).transpose(0, 1) for side in (x, y))
+    total: Tensor = (pieces_x @ pieces_y.mT).sum(0, dtype=torch.float64)
+    return total + x[:, whole:] @ y[:, whole:].mT
 
 
 class _Blocks:
-    """Blocks of the forms of one side, in memory that is used again; zero forms fill up to `padded` layers."""
+    """Blocks of the forms of a set, in memory that is used again; zero forms fill up to `padded` heads."""
 
-    def __init__(self, side: Side, size: int, padded: int) -> None:
-        self._k, self._q = side.k.repeat_interleave(len(side.q) // len(side.k), 0).flatten(0, 1), side.q.flatten(0, 1)
-        self._heads, self._layers, _, self._hidden = side.q.shape
-        self._size = size
-        last = self._hidden % size or size
-        dtype = torch.promote_types(side.q.dtype, torch.float32)
+    def __init__(self, heads: Heads, size: int, padded: int) -> None:
+        self._a = heads.left()
+        self._b = self._a if heads.is_symmetric else heads.right()
+        self._heads, self._width, self._size = len(heads), heads.widths[0], size
+        last = self._width % size or size
+        dtype = torch.promote_types(heads.b.dtype, torch.float32)
         self._memory = {
-            (rows, columns): side.q.new_zeros(2, self._heads, padded, rows * columns, dtype=dtype)
-            for rows in {min(size, self._hidden), last}
-            for columns in {min(size, self._hidden), last}
+            (rows, columns): heads.b.new_zeros(2, padded, rows * columns, dtype=dtype)
+            for rows in {min(size, self._width), last}
+            for columns in {min(size, self._width), last}
         }
 
-    def parts(self, i: int, j: int) -> tuple[Float[Tensor, "heads padded block"], Float[Tensor, "heads padded block"]]:
+    def parts(self, i: int, j: int) -> tuple[Float[Tensor, "padded block"], Float[Tensor, "padded block"]]:
         """Twice the symmetric and (up to sign) twice the antisymmetric part at rows `i…`, columns `j…`, flattened."""
-        k, q = self._k, self._q
-        rows, columns = slice(i, min(i + self._size, self._hidden)), slice(j, min(j + self._size, self._hidden))
+        a, b = self._a, self._b
+        rows, columns = slice(i, min(i + self._size, self._width)), slice(j, min(j + self._size, self._width))
         x, y = self._memory[rows.stop - i, columns.stop - j]
-        shape = (len(q), rows.stop - i, columns.stop - j)
-        block, mirror = (half[:, : self._layers].view(shape) for half in (x, y))
-        multiplied(k[:, :, rows].mT, q[:, :, columns], out=block)
+        shape = (self._heads, rows.stop - i, columns.stop - j)
+        block, mirror = (half[: self._heads].view(shape) for half in (x, y))
+        multiplied(a[:, :, rows].mT, b[:, :, columns], out=block)
+        if a is b:
+            return x.mul_(2), y
         if i == j:
             mirror.copy_(block.mT)
         else:
-            multiplied(q[:, :, rows].mT, k[:, :, columns], out=mirror)
+            multiplied(b[:, :, rows].mT, a[:, :, columns], out=mirror)
         x.add_(y)
         torch.sub(x, y, alpha=2, out=y)
         return x, y
 
 
-def _block(elements: int, hidden: int) -> int:
+def _block(elements: int, width: int) -> int:
     """The side of a square block of at most about so many elements; the width is cut into nearly equal blocks."""
-    count = math.ceil(hidden / max(16, math.isqrt(elements)))
-    return min(hidden, 16 * math.ceil(hidden / count / 16))
+    count = math.ceil(width / max(16, math.isqrt(elements)))
+    return min(width, 16 * math.ceil(width / count / 16))
 
 
-def _padded(layers: int) -> int:
+def _padded(heads: int) -> int:
     """A multiple of four: on a CPU, matrix products of 30 rows run at half the speed of 32."""
-    return 4 * math.ceil(layers / 4)
+    return 4 * math.ceil(heads / 4)

@@ -7,10 +7,10 @@ the query side, its columns the key side.
     symmetry        (‖S‖_F² - ‖A‖_F²) / ‖g‖_F² = <g, g^T> / ‖g‖_F²       S, A: symmetric and antisymmetric part
     directionality  (Q - K) / (Q + K)                                   Q, K: sums of the query and key side's large norms
 
-where a norm counts as large if it exceeds the mean of its side's `d` norms by more than two standard deviations. With
-`W_K^T = U R`, `U` orthonormal, the norms of a head's query side are those of the columns of `R W_Q`, and the key side's follow in
-the same way: its `g` is never formed (`headgram.geometry.heads`). The form of a layer, the sum of its heads' forms, is met in
-pairs of blocks, so that it is never held whole.
+where a norm counts as large if it exceeds the mean of its side's `d` norms by more than two standard deviations. Of any form `X
+= A^T B`, the right side takes the place of the queries. With `A^T = U R`, `U` orthonormal, the norms of a head's right side are
+those of the columns of `R B`, and the left side's follow in the same way: `X` is never formed (`headgram.geometry.spectra`). The
+form of a layer, the sum of its heads' forms, is met in pairs of blocks, so that it is never held whole.
 """
 
 from __future__ import annotations
@@ -23,8 +23,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from headgram.errors import HeadgramError
+from headgram.forms.heads import Heads
+from headgram.forms.transforms import transposed
 from headgram.geometry.checks import is_finite
-from headgram.geometry.grouping import groups
 from headgram.geometry.ratios import ratio
 
 #: Bytes of float64 working memory of the weights that blocks of a layer's form are made of. A constant, so that the last bit of
@@ -33,7 +34,7 @@ BATCH_BYTES = 256 * 2**20
 #: Rows and columns of a block of the layer's form: on a CPU, a few blocks should lie in a cache.
 BLOCK = {"cpu": 512, "cuda": 4096}
 
-#: Norms below this many units of rounding of `‖W_Q‖ ‖W_K‖` cannot be told from zero.
+#: Norms below this many units of rounding of `‖A‖ ‖B‖` cannot be told from zero.
 _ZERO = 16 * torch.finfo(torch.float64).eps
 #: Standard deviations above the mean from which on a norm is large.
 _DEVIATIONS = 2
@@ -53,63 +54,59 @@ def symmetry_score(fro_sq: Float[Tensor, "*shape"], self_overlap: Float[Tensor, 
     return ratio(self_overlap, fro_sq).clamp(-1, 1)
 
 
-def directionality(query: Float[Tensor, "*n hidden"], key: Float[Tensor, "*n hidden"]) -> Float[Tensor, "*n"]:
-    """Of forms, from the norms of their query and of their key side: in `[-1, 1]`, 0 for zero forms."""
-    large_query, large_key = _large(query), _large(key)
-    return ratio(large_query - large_key, large_query + large_key)
+def directionality(right: Float[Tensor, "*n hidden"], left: Float[Tensor, "*n hidden"]) -> Float[Tensor, "*n"]:
+    """Of forms, from the norms of their right and of their left side: in `[-1, 1]`, 0 for zero forms."""
+    large_right, large_left = _large(right), _large(left)
+    return ratio(large_right - large_left, large_right + large_left)
 
 
 @torch.no_grad()
-def layer_scores(w_q: Float[Tensor, "heads rank hidden"], w_k: Float[Tensor, "kv_heads rank hidden"]) -> LayerScores:
-    """Scores of a layer's form `sum_h W_K[h]^T W_Q[h]`, key heads repeated.
-
-    Parameters
-    ----------
-    w_q : (H, r, d)
-        Query weights, any floating dtype, any device.
-    w_k : (K, r, d)
-        Key weights; query head `h` reads key head `h * K // H`.
+def layer_scores(heads: Heads) -> LayerScores:
+    """Scores of the sum of some heads' forms, `sum_h A_h^T B_h`: of a layer, where these are its heads.
 
     Raises
     ------
     HeadgramError
-        If the form overflows float64.
+        If the sum overflows float64.
     """
-    heads, rank, hidden = w_q.shape
-    readers = [members for _, members in groups(heads, len(w_k))]
-    size = max(1, BATCH_BYTES // (8 * 4 * len(w_k) * rank))
-    slices = [slice(start, min(start + size, hidden)) for start in range(0, hidden, size)]
+    if len(heads.b) < len(heads.a):
+        turned = layer_scores(transposed(heads))
+        return LayerScores(turned.symmetry_score, -turned.directionality)
+    readers = [heads.reads_b[heads.reads_a == left].to(heads.device) for left in range(len(heads.a))]
+    width = heads.widths[0]
+    size = max(1, BATCH_BYTES // (8 * 4 * len(heads.a) * heads.rank))
+    slices = [slice(start, min(start + size, width)) for start in range(0, width, size)]
 
     def sides(columns: slice) -> tuple[Float[Tensor, "rows n"], Float[Tensor, "rows n"]]:
-        """Columns of the queries, summed over those that read one key head, and of the keys; all heads below one another."""
-        q = torch.cat([w_q[members.start : members.stop, :, columns].double().sum(0) for members in readers])
-        return q, w_k[..., columns].double().flatten(0, 1)
+        """Columns of the right factors, summed over those that go with one left factor, and of the left ones."""
+        b = torch.cat([heads.b[..., columns][members].double().sum(0) for members in readers])
+        return b, heads.a[..., columns].double().flatten(0, 1)
 
-    query, key = (torch.zeros(hidden, dtype=torch.float64, device=w_q.device) for _ in range(2))
-    overlap, weight_q, weight_k = (torch.zeros((), dtype=torch.float64, device=w_q.device) for _ in range(3))
-    for i, own in enumerate(slices):
-        q, k = sides(own)
-        weight_q, weight_k = weight_q + q.square().sum(), weight_k + k.square().sum()
-        for other in slices[i:]:
-            q_other, k_other = (q, k) if other is own else sides(other)
-            for a, b in _blocks(q.shape[1], q_other.shape[1], other is own, BLOCK[w_q.device.type]):
-                diagonal = other is own and a == b
-                block = k[:, a].T @ q_other[:, b]  # g[a, b]
-                mirror = block.T if diagonal else q[:, a].T @ k_other[:, b]  # g[b, a]^T
+    right, left = (torch.zeros(width, dtype=torch.float64, device=heads.device) for _ in range(2))
+    overlap, weight_b, weight_a = (torch.zeros((), dtype=torch.float64, device=heads.device) for _ in range(3))
+    for place, own in enumerate(slices):
+        b, a = sides(own)
+        weight_b, weight_a = weight_b + b.square().sum(), weight_a + a.square().sum()
+        for other in slices[place:]:
+            b_other, a_other = (b, a) if other is own else sides(other)
+            for i, j in _blocks(b.shape[1], b_other.shape[1], other is own, BLOCK[heads.device.type]):
+                diagonal = other is own and i == j
+                block = a[:, i].T @ b_other[:, j]  # X[i, j]
+                mirror = block.T if diagonal else b[:, i].T @ a_other[:, j]  # X[j, i]^T
                 overlap = overlap + (block * mirror).sum() * (1 if diagonal else 2)
                 squares = block.square()
-                key[own][a] += squares.sum(1)
-                query[other][b] += squares.sum(0)
+                left[own][i] += squares.sum(1)
+                right[other][j] += squares.sum(0)
                 if not diagonal:
                     squares = mirror.square()
-                    query[own][a] += squares.sum(1)
-                    key[other][b] += squares.sum(0)
-    if not all(is_finite(value) for value in (query, key, overlap)):
+                    right[own][i] += squares.sum(1)
+                    left[other][j] += squares.sum(0)
+    if not all(is_finite(value) for value in (right, left, overlap)):
         raise HeadgramError("The form of a layer overflows float64: rescale its weights.")
-    fro_sq = query.sum()
-    if fro_sq.sqrt() <= _ZERO * weight_q.sqrt() * weight_k.sqrt():
+    fro_sq = right.sum()
+    if fro_sq.sqrt() <= _ZERO * weight_b.sqrt() * weight_a.sqrt():
         return LayerScores(0.0, 0.0)
-    return LayerScores(symmetry_score(fro_sq, overlap).item(), directionality(query.sqrt(), key.sqrt()).item())
+    return LayerScores(symmetry_score(fro_sq, overlap).item(), directionality(right.sqrt(), left.sqrt()).item())
 
 
 def _blocks(rows: int, columns: int, same: bool, size: int) -> Iterator[tuple[slice, slice]]:

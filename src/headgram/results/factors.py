@@ -1,9 +1,9 @@
-"""Extracted weights: the `.pt` files between extraction and measurement."""
+"""Extracted factors: the `.pt` files between extraction and measurement."""
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,61 +11,54 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from headgram.forms.circuits import CIRCUITS, shared_head
+from headgram.forms.heads import Heads
 from headgram.results.record import check, record_of, written_whole
 
 
-def write_weights(
-    path: Path,
-    layers: Sequence[int],
-    w_q: Float[Tensor, "layers heads rank hidden"],
-    w_k: Float[Tensor, "layers kv_heads rank hidden"],
-) -> None:
-    """Write the weights of a group of layers."""
+def write_factors(path: Path, layers: Sequence[int], factors: Mapping[str, Float[Tensor, "layers heads rank width"]]) -> None:
+    """Write the factors of a group of layers, by role: queries `(n, H, r, d)`, keys `(n, K, r, d)`, …"""
     with written_whole(path) as file:
-        torch.save({"layers": list(layers), "w_q": w_q, "w_k": w_k}, file)
+        torch.save({"layers": list(layers), **factors}, file)
 
 
-class Weights:
-    """Query and key weights of some layers, in checked files.
+class FactorFiles:
+    """The factors of one circuit of some layers, in checked files.
 
     A file is mapped for as long as something is read of it, no longer: pages once read would count as memory of the job.
     """
 
-    def __init__(self, paths: Sequence[Path], key: str) -> None:
+    def __init__(self, paths: Sequence[Path], key: str, circuit: str = "qk") -> None:
+        self._circuit = CIRCUITS[circuit]
         self._home: dict[int, tuple[Path, int]] = {}
         for path in paths:
             check(record_of(path), key)
             self._home.update({layer: (path, i) for i, layer in enumerate(_mapped(path)["layers"])})
+        first = _mapped(next(path for path, _ in self._home.values()))
+        own, shared = (first[role][0] for role in self._circuit.roles)
+        self.heads, self.kv_heads = len(own), len(shared)
+        self.rank, self.width = own.shape[1:]
+        #: Bytes of one layer's factors, as stored.
+        self.layer_bytes = int(own.nbytes + shared.nbytes)
 
-    def layer(self, layer: int) -> tuple[Float[Tensor, "heads rank hidden"], Float[Tensor, "kv_heads rank hidden"]]:
-        """`W_Q (H, r, d)` and `W_K (K, r, d)` of one layer."""
-        path, i = self._home[layer]
-        group = _mapped(path)
-        return group["w_q"][i].clone(), group["w_k"][i].clone()
+    def read(self, layers: Sequence[int], heads: range | None = None) -> Heads:
+        """The heads of some layers, all of them or those of neighbouring indices, layer by layer.
 
-    @property
-    def heads(self) -> tuple[int, int]:
-        """`H` and `K`."""
-        group = _mapped(next(path for path, _ in self._home.values()))
-        return len(group["w_q"][0]), len(group["w_k"][0])
-
-    @property
-    def layer_bytes(self) -> int:
-        """Bytes of the weights of one layer, as stored."""
-        group = _mapped(next(path for path, _ in self._home.values()))
-        return int(group["w_q"][0].nbytes + group["w_k"][0].nbytes)
-
-    def of_heads(
-        self, layers: Sequence[int], heads: range, kv_heads: range
-    ) -> tuple[Float[Tensor, "layers some_heads rank hidden"], Float[Tensor, "layers some_kv_heads rank hidden"]]:
-        """The weights of neighbouring query heads and of neighbouring key heads in several layers."""
-        queries, keys = [], []
+        Raises
+        ------
+        KeyError
+            If no file holds a layer.
+        """
+        heads = heads if heads is not None else range(self.heads)
+        reads = shared_head(self.heads, self.kv_heads)[heads.start : heads.stop]
+        first, last = int(reads[0]), int(reads[-1])
+        own, shared = [], []
         for path, places in itertools.groupby((self._home[layer] for layer in layers), key=lambda home: home[0]):
             group = _mapped(path)
             for _, i in places:
-                queries.append(group["w_q"][i, heads.start : heads.stop].clone())
-                keys.append(group["w_k"][i, kv_heads.start : kv_heads.stop].clone())
-        return torch.stack(queries), torch.stack(keys)
+                own.append(group[self._circuit.own][i, heads.start : heads.stop].clone())
+                shared.append(group[self._circuit.shared][i, first : last + 1].clone())
+        return self._circuit.heads(torch.stack(own), torch.stack(shared), reads - first)
 
 
 def _mapped(path: Path) -> dict[str, Any]:

@@ -12,12 +12,13 @@ import pyarrow as pa
 import torch
 
 from headgram.errors import HeadgramError
+from headgram.forms.circuits import shared_head
+from headgram.forms.heads import Heads
 from headgram.geometry.batches import at_once
-from headgram.geometry.grouping import key_head
-from headgram.geometry.heads import Spectrum, spectrum
 from headgram.geometry.original import original_quantities
 from headgram.geometry.scores import LayerScores, layer_scores, symmetry_score
-from headgram.results.factors import Weights
+from headgram.geometry.spectra import Spectrum, spectra
+from headgram.results.factors import FactorFiles
 from headgram.results.record import Provenance, record_of, seal, written_whole
 from headgram.results.tables import HEADS, LAYER_SCORES, SCALARS, write_table
 
@@ -29,9 +30,6 @@ _SHARD = pa.schema(
     + [(name, pa.float64()) for name in LAYER_SCORES]  # the same for every head of a layer
     + [("singular_values", pa.list_(pa.float64())), ("symmetric_eigenvalues", pa.list_(pa.float64()))]
 )
-
-
-Pair = tuple[torch.Tensor, torch.Tensor]  # W_Q (H, r, d) and W_K (K, r, d)
 
 
 def measure_shard(
@@ -53,23 +51,23 @@ def measure_shard(
     HeadgramError
         If a residual exceeds the tolerance: names model, stack, layer and head.
     """
-    source = Weights(weights, provenance.identity.upstream[0])
+    source = FactorFiles(weights, provenance.identity.upstream[0])
     device, topk = provenance.device, config["eigen"]["topk"]
     place = f"model {provenance.model}, stack {provenance.stack}"
     together = max(1, _BATCH_BYTES // source.layer_bytes) if at_once(torch.device(device)) else 1
+    reads = shared_head(source.heads, source.kv_heads).tolist()
     rows: list[dict[str, Any]] = []
     kept: dict[str, list[torch.Tensor]] = {}
     worst = 0.0
     for start in range(0, len(layers), together):
         run = layers[start : start + together]
-        pairs = [_on(device, *source.layer(layer)) for layer in run]
-        w_q, w_k = _below_one_another(pairs)
-        result, scores = _measured((w_q, w_k), pairs, run, topk, place)
+        heads = source.read(run).to(device)
+        result, scores = _measured(heads, run, topk, place)
         worst = max(worst, _largest_residual(result, config["eigen"]["tolerance"], run, place))
-        rows += _rows(result, scores, run, reads=key_head(*source.heads).tolist(), rank=w_q.shape[1], hidden=w_q.shape[2])
+        rows += _rows(result, scores, run, reads, rank=source.rank, hidden=source.width)
         tensors_of_run = _directions(result)
         if config["original"]["enabled"]:
-            fro_sq, eig_dirs = original_quantities(w_q, w_k, topk)
+            fro_sq, eig_dirs = original_quantities(heads, topk)
             tensors_of_run |= {"original_fro_sq": fro_sq, "original_eig_dirs": eig_dirs}
         for name, value in tensors_of_run.items():
             kept.setdefault(name, []).append(value.cpu().unflatten(0, (len(run), -1)))
@@ -79,28 +77,16 @@ def measure_shard(
     seal(record_of(table), replace(provenance, residual=worst), [table, tensors])
 
 
-def _on(device: str, w_q: torch.Tensor, w_k: torch.Tensor) -> Pair:
-    return w_q.to(device), w_k.to(device)
-
-
-def _below_one_another(pairs: Sequence[Pair]) -> Pair:
-    """The weights of several layers as if of one, with all their heads: there too, head `h` reads key head `h * K // H`."""
-    if len(pairs) == 1:
-        return pairs[0]
-    w_q, w_k = (torch.cat(weights) for weights in zip(*pairs, strict=True))
-    return w_q, w_k
-
-
-def _measured(
-    all_heads: Pair, pairs: Sequence[Pair], layers: Sequence[int], topk: int, place: str
-) -> tuple[Spectrum, list[LayerScores]]:
+def _measured(heads: Heads, layers: Sequence[int], topk: int, place: str) -> tuple[Spectrum, list[LayerScores]]:
     """Spectra of all heads of some layers, and the scores of these layers."""
+    count = len(heads) // len(layers)
+    apart = [heads.take(slice(start, start + count)) for start in range(0, len(heads), count)]
     try:
-        return spectrum(*all_heads, topk), [layer_scores(*pair) for pair in pairs]
+        return spectra(heads, topk), [layer_scores(each) for each in apart]
     except HeadgramError as error:
         if len(layers) > 1:  # one by one, to say which
-            for pair, layer in zip(pairs, layers, strict=True):
-                _measured(pair, [pair], [layer], topk, place)
+            for each, layer in zip(apart, layers, strict=True):
+                _measured(each, [layer], topk, place)
         raise HeadgramError(f"{place}, layer {layers[0]}: {error}") from None
 
 

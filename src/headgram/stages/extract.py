@@ -13,7 +13,7 @@ from torch import Tensor
 from headgram.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from headgram.errors import HeadgramError
 from headgram.geometry.checks import is_finite
-from headgram.results.factors import write_weights
+from headgram.results.factors import write_factors
 from headgram.results.record import Provenance, record_of, seal
 
 _DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
@@ -52,7 +52,7 @@ def extract(
                     raise HeadgramError(_changed(f"{name} changed while it was read", provenance.model))
     except HeadgramError as error:
         raise HeadgramError(f"model {provenance.model}, stack {provenance.stack}: {error}") from None
-    write_weights(output, layers, w_q, w_k)
+    write_factors(output, layers, {"query": w_q, "key": w_k})
     seal(record_of(output), provenance, [output])
 
 

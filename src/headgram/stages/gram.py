@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,15 +12,10 @@ import numpy as np
 import pyarrow as pa
 import torch
 
-from headgram.geometry.batches import at_once
-from headgram.geometry.grouping import key_head
-from headgram.geometry.pairs import Precision, pair_products
-from headgram.results.factors import Weights
+from headgram.geometry.inner import Precision, inner_products
+from headgram.results.factors import FactorFiles
 from headgram.results.record import Provenance, record_of, seal
 from headgram.results.tables import GRAM, read_table, write_table
-
-#: Bytes of the weights of the heads that a GPU works on at once, as stored.
-_BATCH_BYTES = 512 * 2**20
 
 _TILE = pa.schema([field for field in GRAM if field.name in ("layer_a", "layer_b", "head", "gram", "transposed")])
 
@@ -46,7 +41,7 @@ def measure_row(
     """
     precision = config["gram"]["precision"]
     provenance = replace(provenance, precision="float32 where accurate" if precision == "auto" else precision)
-    source = Weights(weights, provenance.identity.upstream[0])
+    source = FactorFiles(weights, provenance.identity.upstream[0])
     own = tiles[0]
     tables = []
     paths = [_tile_path(output, own, other) for other in tiles]
@@ -62,32 +57,18 @@ def measure_row(
         path.unlink(missing_ok=True)  # the same job of a killed run may still be at work beside this one
 
 
-def _tile(source: Weights, own: Sequence[int], other: Sequence[int], precision: Precision, device: str) -> pa.Table:
-    """So many heads at a time are in memory."""
-    products, transposed, exact = [], [], 0
-    for heads, kv_heads in _batches(source, len({*own, *other}), device):
-        q_a, k_a = (weights.to(device) for weights in source.of_heads(own, heads, kv_heads))
-        q_b, k_b = (q_a, k_a) if other == own else (weights.to(device) for weights in source.of_heads(other, heads, kv_heads))
-        result = pair_products(q_a, k_a, q_b, k_b, precision)
-        products.append(result.gram.cpu())
-        transposed.append(result.transposed.cpu())
-        exact += int(result.exact.sum())
-    print(f"layers {own[0]}-{own[-1]} with {other[0]}-{other[-1]}: by {result.route}; {exact} heads in float64", flush=True)
-    return _tile_table(torch.cat(products, 2), torch.cat(transposed, 2), own, other)
-
-
-def _batches(source: Weights, layers: int, device: str) -> Iterator[tuple[range, range]]:
-    """Query heads and the key heads that they read: on a CPU one after the other; else as many as may be in memory."""
-    heads, kv_heads = source.heads
-    if not at_once(torch.device(device)) or heads % kv_heads:
-        for head, kv in enumerate(key_head(heads, kv_heads).tolist()):
-            yield range(head, head + 1), range(kv, kv + 1)
-        return
-    readers = heads // kv_heads
-    count = max(1, _BATCH_BYTES * kv_heads // (layers * source.layer_bytes))
-    for start in range(0, kv_heads, count):
-        stop = min(start + count, kv_heads)
-        yield range(start * readers, stop * readers), range(start, stop)
+def _tile(source: FactorFiles, own: Sequence[int], other: Sequence[int], precision: Precision, device: str) -> pa.Table:
+    """Equal head indices of every two layers; one index at a time is in memory."""
+    parts = []
+    for head in range(source.heads):
+        of_own = source.read(own, range(head, head + 1)).to(device)
+        of_other = of_own if other == own else source.read(other, range(head, head + 1)).to(device)
+        parts.append(inner_products(of_own, of_other, precision))
+    exact = sum(bool(part.exact_x.any() or part.exact_y.any()) for part in parts)
+    print(f"layers {own[0]}-{own[-1]} with {other[0]}-{other[-1]}: by {parts[0].route}; {exact} heads in float64", flush=True)
+    products = torch.stack([part.gram.cpu() for part in parts], -1)
+    transposed = torch.stack([part.transposed.cpu() for part in parts], -1)
+    return _tile_table(products, transposed, own, other)
 
 
 def _tile_path(output: Path, own: Sequence[int], other: Sequence[int]) -> Path:

@@ -15,7 +15,7 @@ from pathlib import Path
 from pydantic import BaseModel
 
 from headgram.families.registry import family_of, family_of_gguf, family_text
-from headgram.geometry.costs import cheapest, flops
+from headgram.geometry.costs import Sizes, cheapest, flops
 from headgram.results.record import Identity, canonical, digest
 from headgram.study.keys import code_digest, page_digest
 from headgram.study.lock import LockedModel, LockedStack
@@ -168,10 +168,10 @@ def _plan_stack(stack: LockedStack, config: Config) -> StackPlan:
     )
 
 
-def _tile_flops(layers: int, rank: int, width: int) -> int:
+def _tile_flops(layers: int, rank: int, width: int) -> float:
     """Operations of one head in a tile of a run of layers with itself."""
-    shape = (layers, layers, rank, width, True)
-    return flops(cheapest(*shape), *shape)
+    sizes = Sizes.unshared(layers, layers, rank, width, same=True)
+    return flops(cheapest(sizes), sizes)
 
 
 def _cut(layers: Layers, size: float) -> list[Layers]:

@@ -1,10 +1,10 @@
-"""The spectrum of every head of one layer.
+"""The spectrum of every head of a set.
 
-A head's metric is `g = W_K^T W_Q`, of size `(d, d)` and of rank at most `r`. It is never formed: everything follows from the
-small matrices of `headgram.geometry.factors`. Products of the weights are factored where that is accurate, to a few units of
-rounding of `sum_i ‖q_i‖ ‖k_i‖` over the rows; the weights themselves elsewhere: where `2r > d`, where rows are nearly dependent
-and where one is zero. Rows are balanced before: `g` does not change if a query row is multiplied by what its key row is divided
-by, rounding does.
+A form `X = A^T B` is of size `(d, d)` and of rank at most `r`. It is never formed: everything follows from the small matrices of
+`headgram.geometry.triangles`. Products of the factors are factored where that is accurate, to a few units of rounding of `sum_i
+‖a_i‖ ‖b_i‖` over the rows; the factors themselves elsewhere: where `2r > d`, where rows are nearly dependent and where one is
+zero. Rows are balanced before: `X` does not change if a row of `B` is multiplied by what its row of `A` is divided by, rounding
+does.
 """
 
 from __future__ import annotations
@@ -18,41 +18,42 @@ from jaxtyping import Float
 from torch import Tensor
 
 from headgram.errors import HeadgramError
+from headgram.forms.heads import Heads
+from headgram.forms.transforms import transposed
 from headgram.geometry.batches import at_once, in_batches
 from headgram.geometry.checks import check_weights, is_finite
 from headgram.geometry.eigen import largest_magnitude, largest_singular
-from headgram.geometry.factors import Factors, Products, by_cholesky, by_householder, column_norms, products
-from headgram.geometry.grouping import groups, key_head
 from headgram.geometry.ratios import ratio
 from headgram.geometry.residuals import Residuals, direction_residuals, identity_residuals
 from headgram.geometry.scores import directionality
+from headgram.geometry.triangles import Products, Triangles, by_cholesky, by_householder, column_norms, products
 
 #: Bytes of float64 working memory that one batch of heads may take; bounds the peak, never the result.
 BATCH_BYTES = {"cpu": 128 * 2**20, "cuda": 4 * 2**30}
 
-#: Singular values below this many units of rounding of `sum_i ‖q_i‖ ‖k_i‖` cannot be told from zero.
+#: Singular values below this many units of rounding of `sum_i ‖a_i‖ ‖b_i‖` cannot be told from zero.
 _ZERO = 16 * torch.finfo(torch.float64).eps
 
 
 @dataclass(frozen=True)
 class Spectrum:
-    """What is measured of the `H` query heads of one layer; float64, on the device of the weights.
+    """What is measured of `H` heads; float64, on the device of the weights.
 
     `k = min(topk, r)`; ranks that fall short are padded with zeros: zero values, zero rows.
 
     Attributes
     ----------
     singular_values : (H, r)
-        Singular values of `g`, descending.
+        Singular values of `X`, descending.
     right, left : (H, k, d)
-        Rows `v_i` (query side) and `u_i` (key side) with `g v_i = s_i u_i`. The entry of largest
+        Rows `v_i` (of `qk` the query side) and `u_i` (the key side) with `X v_i = s_i u_i`. The entry of largest
         magnitude of every `v_i` is positive (ties: the first), `u_i` follows.
     symmetric_eigenvalues : (H, 2r)
-        Signed eigenvalues of `(g + g^T)/2`, largest magnitude first (ties: the positive one first).
+        Signed eigenvalues of `(X + X^T)/2`, largest magnitude first (ties: the positive one first).
     signed : (H, k, d)
         Eigenvectors of the `k` largest of them, signed like `right`.
     fro_sq, trace, self_overlap : (H,)
-        `‖g‖_F²`, `tr g` and `<g, g^T> = tr(g g)`.
+        `‖X‖_F²`, `tr X` and `<X, X^T> = tr(X X)`.
     spectral_norm, nuclear_norm : (H,)
         `s_1` and `sum(s)`.
     stable_rank, effective_rank : (H,)
@@ -62,7 +63,7 @@ class Spectrum:
     positive_energy : (H,)
         Share of `sum(λ²)` at `λ > 0`.
     directionality : (H,)
-        In `[-1, 1]`: 1 if only the query side has large norms, -1 if only the key side has (see
+        In `[-1, 1]`: 1 if only the right side has large norms, -1 if only the left side has (see
         `headgram.geometry.scores`).
     residual : (H,)
         Largest residual of the identities that every result must satisfy, see `headgram.geometry.residuals`.
@@ -89,91 +90,104 @@ class Spectrum:
 
 
 @torch.no_grad()
-def spectrum(w_q: Float[Tensor, "heads rank hidden"], w_k: Float[Tensor, "kv_heads rank hidden"], topk: int = 8) -> Spectrum:
-    """Measure every head of one layer.
+def spectra(heads: Heads, topk: int = 8) -> Spectrum:
+    """Measure every head of a set.
 
     Parameters
     ----------
-    w_q : (H, r, d)
-        Query weights, any floating dtype, any device: `q = W_Q x`.
-    w_k : (K, r, d)
-        Key weights; query head `h` reads key head `h * K // H`.
+    heads
+        Square forms.
     topk
         Directions to keep.
 
     Raises
     ------
     HeadgramError
-        If the shapes do not fit together, a weight is not finite, or a norm overflows float64.
+        If the forms are not square, a weight is not finite, or a norm overflows float64.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from headgram.forms.circuits import ov
+    >>> from headgram.geometry.spectra import spectra
+    >>> found = spectra(ov(w_v=torch.randn(2, 4, 16), w_o=torch.randn(6, 4, 16)), topk=3)
+    >>> found.singular_values.shape, found.right.shape
+    (torch.Size([6, 4]), torch.Size([6, 3, 16]))
     """
-    _check_weights(w_q, w_k, topk)
-    result = _joined(list(_measured(w_q, w_k, topk)))
+    _check(heads, topk)
+    shared_right = len(heads.b) < len(heads.a)
+    result = _joined(list(_measured(transposed(heads) if shared_right else heads, topk)))
     if not all(is_finite(getattr(result, field.name)) for field in fields(Spectrum)):
         raise HeadgramError("A head's norm overflows float64: rescale its weights.")
-    return result
+    return _of_transposed(result) if shared_right else result
 
 
-def _measured(w_q: Tensor, w_k: Tensor, topk: int) -> Iterator[Spectrum]:
-    """Batches of heads, in order: on a CPU of heads that share the products of their key head, else of any."""
-    heads, rank, hidden = w_q.shape
+def _of_transposed(result: Spectrum) -> Spectrum:
+    """The spectrum of `X`, from that of `X^T`."""
+    sign = _sign(result.left)
+    return replace(result, right=result.left * sign, left=result.right * sign, directionality=-result.directionality)
+
+
+def _measured(heads: Heads, topk: int) -> Iterator[Spectrum]:
+    """Batches of heads, in order: on a CPU of heads that share the products of their left factor, else of any."""
     # Working memory per head: the weights of both sides and products of their size, directions, and small change.
-    per_head = 8 * hidden * (4 * rank + 6 * min(topk, rank)) + 8 * 32 * rank * rank
-    size = max(1, BATCH_BYTES[w_q.device.type] // per_head)
+    rank, width = heads.rank, heads.widths[0]
+    per_head = 8 * width * (4 * rank + 6 * min(topk, rank)) + 8 * 32 * rank * rank
+    size = max(1, BATCH_BYTES[heads.device.type] // per_head)
 
-    def measure(run: slice, keys: int | Tensor) -> Spectrum:
-        return _measure_batch(w_q[run].double(), w_k[keys].double().view(-1, rank, hidden), topk)
+    def measure(run: slice, left: slice) -> Spectrum:
+        return _measure_batch(heads.right(run).double(), heads.left(left).double(), topk)
 
-    if at_once(w_q.device):
-        reads = key_head(heads, len(w_k)).to(w_q.device)
-        yield from in_batches(range(heads), size, lambda run: measure(run, reads[run]))
-    else:
-        for kv, members in groups(heads, len(w_k)):
-            yield from in_batches(members, size, partial(measure, keys=kv))
+    if at_once(heads.device):
+        yield from in_batches(range(len(heads)), size, lambda run: measure(run, run))
+        return
+    start = 0
+    for count in heads.reads_a.unique_consecutive(return_counts=True)[1].tolist():
+        one = slice(start, start + 1)  # which stands for all that share its left factor
+        yield from in_batches(range(start, start + count), size, partial(measure, left=one))
+        start += count
 
 
 def _joined(batches: Sequence[Spectrum]) -> Spectrum:
     return Spectrum(**{field.name: torch.cat([getattr(batch, field.name) for batch in batches]) for field in fields(Spectrum)})
 
 
-def _check_weights(w_q: Tensor, w_k: Tensor, topk: int) -> None:
-    if w_q.ndim != 3 or w_k.ndim != 3 or w_q.shape[1:] != w_k.shape[1:] or 0 in w_q.shape or 0 in w_k.shape:
-        raise HeadgramError(
-            f"Query weights (H, r, d) and key weights (K, r, d) do not fit together: {tuple(w_q.shape)} and {tuple(w_k.shape)}."
-        )
-    if len(w_k) > len(w_q):
-        raise HeadgramError(f"There are more key heads ({len(w_k)}) than query heads ({len(w_q)}).")
+def _check(heads: Heads, topk: int) -> None:
+    rows, columns = heads.widths
+    if rows != columns:
+        raise HeadgramError(f"Spectra are measured of square forms, not of ({rows}, {columns}).")
     if topk < 1:
         raise HeadgramError(f"topk is {topk}, but at least one direction must be kept.")
-    check_weights("query", w_q)
-    check_weights("key", w_k)
+    check_weights("left", heads.a)
+    check_weights("right", heads.b)
 
 
-def _measure_batch(q: Float[Tensor, "heads rank hidden"], k: Float[Tensor, "#heads rank hidden"], topk: int) -> Spectrum:
-    """Everything of a batch of heads and of the key head that they read; float64."""
-    if 2 * q.shape[1] > q.shape[2]:
-        return _balanced_spectrum(q, k, topk)
-    of = products(q, k)
-    factors, trusted = by_cholesky(q, k, of)
+def _measure_batch(b: Float[Tensor, "heads rank hidden"], a: Float[Tensor, "#heads rank hidden"], topk: int) -> Spectrum:
+    """Everything of a batch of heads, and of the left factor that they share or of one for each; float64."""
+    if 2 * b.shape[1] > b.shape[2]:
+        return _balanced_spectrum(b, a, topk)
+    of = products(b, a)
+    factors, trusted = by_cholesky(b, a, of)
     if bool(trusted.all()):
-        return _from_factors(factors, of, q, k, topk)
+        return _from_factors(factors, of, b, a, topk)
     parts, order = [], []
     for these, measure in ((trusted, _cholesky_spectrum), (~trusted, _balanced_spectrum)):
         if len(heads := these.nonzero().flatten()):
-            parts.append(measure(q[heads], k if len(k) == 1 else k[heads], topk))
+            parts.append(measure(b[heads], a if len(a) == 1 else a[heads], topk))
             order.append(heads)
     places = torch.cat(order).argsort()
     joined = _joined(parts)
     return Spectrum(**{field.name: getattr(joined, field.name)[places] for field in fields(Spectrum)})
 
 
-def _cholesky_spectrum(q: Float[Tensor, "heads rank hidden"], k: Float[Tensor, "#heads rank hidden"], topk: int) -> Spectrum:
-    of = products(q, k)
-    return _from_factors(by_cholesky(q, k, of)[0], of, q, k, topk)
+def _cholesky_spectrum(b: Float[Tensor, "heads rank hidden"], a: Float[Tensor, "#heads rank hidden"], topk: int) -> Spectrum:
+    of = products(b, a)
+    return _from_factors(by_cholesky(b, a, of)[0], of, b, a, topk)
 
 
-def _balanced_spectrum(q: Float[Tensor, "heads rank hidden"], k: Float[Tensor, "#heads rank hidden"], topk: int) -> Spectrum:
-    q, k, unit = _balanced(q, k)
-    result = _from_factors(by_householder(q, k), products(q, k), q, k, topk)
+def _balanced_spectrum(b: Float[Tensor, "heads rank hidden"], a: Float[Tensor, "#heads rank hidden"], topk: int) -> Spectrum:
+    b, a, unit = _balanced(b, a)
+    result = _from_factors(by_householder(b, a), products(b, a), b, a, topk)
     powers = {"singular_values": 1, "symmetric_eigenvalues": 1, "trace": 1, "spectral_norm": 1, "nuclear_norm": 1}
     powers |= {"fro_sq": 2, "self_overlap": 2}
     scaled = {name: getattr(result, name) for name in powers}
@@ -182,12 +196,12 @@ def _balanced_spectrum(q: Float[Tensor, "heads rank hidden"], k: Float[Tensor, "
 
 
 def _from_factors(
-    factors: Factors, of: Products, q: Float[Tensor, "heads rank hidden"], k: Float[Tensor, "#heads rank hidden"], topk: int
+    factors: Triangles, of: Products, b: Float[Tensor, "heads rank hidden"], a: Float[Tensor, "#heads rank hidden"], topk: int
 ) -> Spectrum:
-    rank = q.shape[1]
+    rank = b.shape[1]
     kept = min(topk, rank)
-    lengths = [product.diagonal(dim1=1, dim2=2).sqrt() for product in (of.qq, of.kk)]
-    unit = (lengths[0] * lengths[1]).sum(1)  # (H,): at most ‖W_Q‖ ‖W_K‖, and the same however rows are balanced
+    lengths = [product.diagonal(dim1=1, dim2=2).sqrt() for product in (of.bb, of.aa)]
+    unit = (lengths[0] * lengths[1]).sum(1)  # (H,): at most ‖A‖ ‖B‖, and the same however rows are balanced
     zero = _ZERO * unit
 
     left, s, right = largest_singular(factors.core, min(kept, *factors.core.shape[1:]))
@@ -209,7 +223,7 @@ def _from_factors(
     unit = unit.where(unit > 0, 1)
     residuals = Residuals(
         *identity_residuals(of, s, eigenvalues, unit),
-        *direction_residuals(q, k, s, right, left, eigenvalues, signed, unit),
+        *direction_residuals(b, a, s, right, left, eigenvalues, signed, unit),
     )
     return Spectrum(
         singular_values=s,
@@ -218,7 +232,7 @@ def _from_factors(
         symmetric_eigenvalues=eigenvalues,
         signed=signed,
         fro_sq=energy,
-        trace=of.qk.diagonal(dim1=1, dim2=2).sum(1) * (energy > 0),
+        trace=of.ba.diagonal(dim1=1, dim2=2).sum(1) * (energy > 0),
         self_overlap=2 * power - energy,
         spectral_norm=s[:, 0],
         nuclear_norm=s.sum(-1),
@@ -226,34 +240,34 @@ def _from_factors(
         effective_rank=torch.exp(-torch.special.xlogy(share, share).sum(-1)) * (energy > 0),
         symmetry=ratio(power, energy).clamp(0, 1),
         positive_energy=ratio(eigenvalues.clamp_min(0).square().sum(-1), power),
-        directionality=directionality(*_column_norms(factors, q, k, zero)),
+        directionality=directionality(*_column_norms(factors, b, a, zero)),
         residual=residuals.largest(),
     )
 
 
 def _column_norms(
-    factors: Factors, q: Float[Tensor, "heads rank hidden"], k: Float[Tensor, "#heads rank hidden"], zero: Float[Tensor, " heads"]
+    of: Triangles, b: Float[Tensor, "heads rank hidden"], a: Float[Tensor, "#heads rank hidden"], zero: Float[Tensor, " heads"]
 ) -> tuple[Float[Tensor, "heads hidden"], Float[Tensor, "heads hidden"]]:
-    """Norms of the columns of `g` and of `g^T`; those below `zero`, which are rounding, are 0."""
-    norms = column_norms(factors.triangle_k, q), column_norms(factors.triangle_q, k)
-    query, key = (norm.where(norm > zero[:, None], 0) for norm in norms)
-    return query, key
+    """Norms of the columns of `X` and of `X^T`; those below `zero`, which are rounding, are 0."""
+    norms = column_norms(of.triangle_a, b), column_norms(of.triangle_b, a)
+    right, left = (norm.where(norm > zero[:, None], 0) for norm in norms)
+    return right, left
 
 
 def _balanced(
-    q: Float[Tensor, "heads rank hidden"], k: Float[Tensor, "#heads rank hidden"]
+    b: Float[Tensor, "heads rank hidden"], a: Float[Tensor, "#heads rank hidden"]
 ) -> tuple[Float[Tensor, "heads rank hidden"], Float[Tensor, "heads rank hidden"], Float[Tensor, " heads"]]:
     """Weights of a form whose rows come in pairs of equal size and are at most about 1, and the factor to the given form.
 
     All factors are powers of two, so nothing is rounded. A row whose partner is zero adds nothing to the form.
     """
-    size_q, size_k = (weight.abs().amax(-1, keepdim=True) for weight in (q, k))
-    alive = (size_q > 0) & (size_k > 0)
-    shift = ((size_k.log2() - size_q.log2()) / 2).round().where(alive, 0)
-    q, k = torch.ldexp(q, shift).where(alive, 0), torch.ldexp(k, -shift).where(alive, 0)
-    largest = torch.maximum(q.abs(), k.abs()).amax((-1, -2), keepdim=True)
+    size_b, size_a = (weight.abs().amax(-1, keepdim=True) for weight in (b, a))
+    alive = (size_b > 0) & (size_a > 0)
+    shift = ((size_a.log2() - size_b.log2()) / 2).round().where(alive, 0)
+    b, a = torch.ldexp(b, shift).where(alive, 0), torch.ldexp(a, -shift).where(alive, 0)
+    largest = torch.maximum(b.abs(), a.abs()).amax((-1, -2), keepdim=True)
     exponent = largest.log2().floor().where(largest > 0, 0)
-    return torch.ldexp(q, -exponent), torch.ldexp(k, -exponent), torch.exp2(2 * exponent.flatten())
+    return torch.ldexp(b, -exponent), torch.ldexp(a, -exponent), torch.exp2(2 * exponent.flatten())
 
 
 def _sign(rows: Float[Tensor, "heads k hidden"]) -> Float[Tensor, "heads k 1"]:

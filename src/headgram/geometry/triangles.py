@@ -1,12 +1,12 @@
-"""All of a head's form in small matrices: two factorisations of the same quantities.
+"""All of a head's form `X = A^T B` in small matrices: two factorisations of the same quantities.
 
-With thin factorisations `W_Q^T = U_q R_q`, `W_K^T = U_k R_k` and `[W_Q; W_K]^T = B [S_q | S_k]`, all bases orthonormal,
+With thin factorisations `B^T = U_b R_b`, `A^T = U_a R_a` and `[B; A]^T = U [S_b | S_a]`, all bases orthonormal,
 
-    g           = U_k (R_k R_q^T) U_q^T                    singular values and directions
-    (g + g^T)/2 = B ½(S_k S_q^T + S_q S_k^T) B^T           signed spectrum: always a symmetric problem
+    X           = U_a (R_a R_b^T) U_b^T                    singular values and directions
+    (X + X^T)/2 = U ½(S_a S_b^T + S_b S_a^T) U^T           signed spectrum: always a symmetric problem
 
 *Householder* QR of the weights is backward stable whatever they are: `2r > d`, repeated rows, zero heads (Golub & Van Loan,
-Matrix Computations, 5.2). *Cholesky* factors the products `[W_Q; W_K] [W_Q; W_K]^T`, which are needed anyway, several times
+Matrix Computations, 5.2). *Cholesky* factors the products `[B; A] [B; A]^T`, which are needed anyway, several times
 faster, and loses what the condition of the rows costs: bases are orthonormal to `ε κ²`, values exact to `ε κ` (Yamamoto et al.,
 ETNA 44, 2015). Rows are scaled to length one first, which is the best diagonal scaling up to a factor; its result is trusted
 where no pivot is small.
@@ -29,8 +29,8 @@ from headgram.geometry.batches import at_once
 _PIVOT = 0.05
 _TINY, _HUGE = 1e-100, 1e100
 
-#: Row vectors of the bases of queries, of keys and of both -> the same vectors, as wide as the model. Together: the weights, much
-#: larger than all else, are passed over once.
+#: Row vectors of the bases of right factors, of left factors and of both -> the same vectors, as wide as the model. Together: the
+#: weights, much larger than all else, are passed over once.
 Lift = Callable[
     [Float[Tensor, "heads k n"], Float[Tensor, "heads k n"], Float[Tensor, "heads l m"]],
     tuple[Float[Tensor, "heads k hidden"], Float[Tensor, "heads k hidden"], Float[Tensor, "heads l hidden"]],
@@ -38,27 +38,27 @@ Lift = Callable[
 
 
 class Products(NamedTuple):
-    """Products of the weights of some heads that may share their keys."""
+    """Products of the factors of some heads that may share their left factor."""
 
-    qq: Float[Tensor, "heads rank rank"]  # W_Q W_Q^T
-    qk: Float[Tensor, "heads rank rank"]  # W_Q W_K^T
-    kk: Float[Tensor, "#heads rank rank"]  # W_K W_K^T: one, or one for each
+    bb: Float[Tensor, "heads rank rank"]  # B B^T
+    ba: Float[Tensor, "heads rank rank"]  # B A^T
+    aa: Float[Tensor, "#heads rank rank"]  # A A^T: one, or one for each
 
 
 @dataclass(frozen=True)
-class Factors:
+class Triangles:
     """The small matrices of some heads, and the maps from their row vectors to the width of the model."""
 
     core: Float[Tensor, "heads n_left n_right"]
     symmetric: Float[Tensor, "heads m m"]
-    triangle_q: Float[Tensor, "heads p rank"]  # R with R^T R = W_Q W_Q^T, so that ‖R x‖ = ‖W_Q^T x‖
-    triangle_k: Float[Tensor, "#heads p_k rank"]
+    triangle_b: Float[Tensor, "heads p rank"]  # R with R^T R = B B^T, so that ‖R x‖ = ‖B^T x‖
+    triangle_a: Float[Tensor, "#heads p_k rank"]
     lift: Lift
 
 
-def products(q: Float[Tensor, "heads rank hidden"], k: Float[Tensor, "#heads rank hidden"]) -> Products:
+def products(b: Float[Tensor, "heads rank hidden"], a: Float[Tensor, "#heads rank hidden"]) -> Products:
     """The products that both spectra and their checks need."""
-    return Products(_with_itself(q), q @ once(k).mT, _with_itself(k))
+    return Products(_with_itself(b), b @ once(a).mT, _with_itself(a))
 
 
 def _with_itself(weights: Float[Tensor, "heads rank hidden"]) -> Float[Tensor, "heads rank rank"]:
@@ -88,60 +88,60 @@ def column_norms(
     return norms
 
 
-def once(k: Float[Tensor, "#heads rank hidden"]) -> Float[Tensor, "*heads rank hidden"]:
-    """Keys that all heads read, as one matrix: products with it are then one product of all heads' rows."""
-    return k[0] if len(k) == 1 else k
+def once(a: Float[Tensor, "#heads rank hidden"]) -> Float[Tensor, "*heads rank hidden"]:
+    """A factor that all heads read, as one matrix: products with it are then one product of all heads' rows."""
+    return a[0] if len(a) == 1 else a
 
 
-def by_householder(q: Float[Tensor, "heads rank hidden"], k: Float[Tensor, "heads rank hidden"]) -> Factors:
+def by_householder(b: Float[Tensor, "heads rank hidden"], a: Float[Tensor, "heads rank hidden"]) -> Triangles:
     """Of float64 weights whose rows are balanced."""
-    rank = q.shape[1]
-    basis, r = torch.linalg.qr(torch.cat([q, k], dim=1).mT)  # (H, d, m), (H, m, 2r), m = min(d, 2r)
-    r_q, r_k = r[..., :rank], r[..., rank:]
-    # R_q is upper triangular: its rows below n are zero, so W_Q^T = basis[:, :, :n] R_q[:n] is a thin QR as it stands.
+    rank = b.shape[1]
+    basis, r = torch.linalg.qr(torch.cat([b, a], dim=1).mT)  # (H, d, m), (H, m, 2r), m = min(d, 2r)
+    r_b, r_a = r[..., :rank], r[..., rank:]
+    # R_b is upper triangular: its rows below n are zero, so B^T = basis[:, :, :n] R_b[:n] is a thin QR as it stands.
     n = min(rank, r.shape[-2])
-    basis_k, core_k = torch.linalg.qr(r_k)  # (H, m, n), (H, n, r)
-    symmetric = r_k @ r_q.mT
-    return Factors(
-        core=core_k @ r_q[:, :n].mT,
+    basis_a, core_a = torch.linalg.qr(r_a)  # (H, m, n), (H, n, r)
+    symmetric = r_a @ r_b.mT
+    return Triangles(
+        core=core_a @ r_b[:, :n].mT,
         symmetric=(symmetric + symmetric.mT) / 2,
-        triangle_q=r_q[:, :n],
-        triangle_k=core_k,
-        lift=lambda right, left, signed: (right @ basis[..., :n].mT, left @ basis_k.mT @ basis.mT, signed @ basis.mT),
+        triangle_b=r_b[:, :n],
+        triangle_a=core_a,
+        lift=lambda right, left, signed: (right @ basis[..., :n].mT, left @ basis_a.mT @ basis.mT, signed @ basis.mT),
     )
 
 
 def by_cholesky(
-    q: Float[Tensor, "heads rank hidden"], k: Float[Tensor, "#heads rank hidden"], of: Products
-) -> tuple[Factors, Bool[Tensor, " heads"]]:
+    b: Float[Tensor, "heads rank hidden"], a: Float[Tensor, "#heads rank hidden"], of: Products
+) -> tuple[Triangles, Bool[Tensor, " heads"]]:
     """Of float64 weights and their products; and which heads to trust. Nothing is said of the others."""
-    rank = q.shape[1]
-    gram = torch.cat([torch.cat([of.qq, of.qk], 2), torch.cat([of.qk.mT, of.kk.expand_as(of.qq)], 2)], 1)
+    rank = b.shape[1]
+    gram = torch.cat([torch.cat([of.bb, of.ba], 2), torch.cat([of.ba.mT, of.aa.expand_as(of.bb)], 2)], 1)
     lengths_sq = gram.diagonal(dim1=1, dim2=2)
-    lengths, lengths_k = lengths_sq.sqrt(), of.kk.diagonal(dim1=1, dim2=2).sqrt()
+    lengths, lengths_a = lengths_sq.sqrt(), of.aa.diagonal(dim1=1, dim2=2).sqrt()
     upper, failed = torch.linalg.cholesky_ex((gram / lengths[:, :, None] / lengths[:, None, :]).mT, upper=True)
-    # Of the keys alone: a product of orthonormal factors leaves the triangle of their own Gram matrix.
-    upper_k, failed_k = torch.linalg.cholesky_ex((of.kk / lengths_k[:, :, None] / lengths_k[:, None, :]).mT, upper=True)
+    # Of the left factors alone: a product of orthonormal factors leaves the triangle of their own Gram matrix.
+    upper_a, failed_a = torch.linalg.cholesky_ex((of.aa / lengths_a[:, :, None] / lengths_a[:, None, :]).mT, upper=True)
     smallest = upper.diagonal(dim1=1, dim2=2).amin(1)
     in_range = ((lengths_sq > _TINY) & (lengths_sq < _HUGE)).all(1)
-    trusted = (failed == 0) & (failed_k == 0) & (smallest >= _PIVOT) & in_range
+    trusted = (failed == 0) & (failed_a == 0) & (smallest >= _PIVOT) & in_range
 
-    s_q, s_k = upper[:, :, :rank] * lengths[:, None, :rank], upper[:, :, rank:] * lengths[:, None, rank:]
-    r_q, r_k = s_q[:, :rank], upper_k * lengths_k[:, None]
-    half = s_k @ r_q.mT  # the rows of S_q below r are zero
+    s_b, s_a = upper[:, :, :rank] * lengths[:, None, :rank], upper[:, :, rank:] * lengths[:, None, rank:]
+    r_b, r_a = s_b[:, :rank], upper_a * lengths_a[:, None]
+    half = s_a @ r_b.mT  # the rows of S_b below r are zero
     symmetric = torch.nn.functional.pad(half, (0, rank))
 
     def lift(right: Tensor, left: Tensor, signed: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Rows of the bases `W^T (R D)^-1`."""
         right = _solved(upper[:, :rank, :rank], right) / lengths[:, None, :rank]
-        left = _solved(upper_k, left) / lengths_k[:, None]
+        left = _solved(upper_a, left) / lengths_a[:, None]
         signed = _solved(upper, signed) / lengths[:, None]
         kept = right.shape[1]
-        on_q = torch.cat([right, signed[..., :rank]], 1) @ q
-        on_k = torch.cat([left, signed[..., rank:]], 1) @ once(k)
-        return on_q[:, :kept], on_k[:, :kept], on_q[:, kept:] + on_k[:, kept:]
+        on_b = torch.cat([right, signed[..., :rank]], 1) @ b
+        on_a = torch.cat([left, signed[..., rank:]], 1) @ once(a)
+        return on_b[:, :kept], on_a[:, :kept], on_b[:, kept:] + on_a[:, kept:]
 
-    return Factors(r_k @ r_q.mT, (symmetric + symmetric.mT) / 2, triangle_q=r_q, triangle_k=r_k, lift=lift), trusted
+    return Triangles(r_a @ r_b.mT, (symmetric + symmetric.mT) / 2, triangle_b=r_b, triangle_a=r_a, lift=lift), trusted
 
 
 def _solved(triangle: Float[Tensor, "#heads m m"], rows: Float[Tensor, "heads k m"]) -> Float[Tensor, "heads k m"]:

@@ -1,0 +1,83 @@
+"""From one set of heads to another: the forms turned round, multiplied with themselves, or in other coordinates.
+
+With a thin factorisation `A^T = U R`, `U` orthonormal, `A = R^T U^T`, so
+
+    X^T X = (R B)^T (R B)      the reading side of a form       X = A^T B
+    X X^T = (S A)^T (S A)      its writing side                 B^T = V S
+
+which are symmetric forms of one factor each. Inner products of these are compositions: `<g^T g, o o^T> = ‖g o‖_F²`.
+"""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Float, Shaped
+from torch import Tensor
+
+from headgram.forms.heads import Heads
+
+
+def transposed(heads: Heads) -> Heads:
+    """The forms `X^T = B^T A`."""
+    return Heads(heads.b, heads.a, heads.reads_b, heads.reads_a)
+
+
+def right_gram(heads: Heads) -> Heads:
+    """The forms `X^T X`, `(width_b, width_b)`, in float64: of `qk` the query side, of `ov` what a head reads."""
+    return Heads.symmetric(_triangles(heads.a)[heads.reads_a.to(heads.device)] @ heads.right().double())
+
+
+def left_gram(heads: Heads) -> Heads:
+    """The forms `X X^T`, `(width_a, width_a)`, in float64: of `qk` the key side, of `ov` what a head writes."""
+    return right_gram(transposed(heads))
+
+
+def with_orthonormal_left(heads: Heads) -> Heads:
+    """The same forms in float64 with orthonormal left factors, `m = min(r, width)` rows: `X = U (R B)`.
+
+    No product of these factors is larger than the forms themselves, so nothing cancels where a form is much smaller than its
+    weights.
+    """
+    basis, upper = torch.linalg.qr(heads.a.double().mT)
+    right = upper[heads.reads_a.to(heads.device)] @ heads.right().double()
+    return Heads(basis.mT, right, heads.reads_a, torch.arange(len(heads)))
+
+
+def scaled(
+    heads: Heads, left: Shaped[Tensor, "#n_a width_a"] | None = None, right: Shaped[Tensor, "#n_b width_b"] | None = None
+) -> Heads:
+    """The forms `diag(left) X diag(right)`, in float64: of a norm's gain before what a factor reads.
+
+    Parameters
+    ----------
+    left, right : (width,) or one row for every factor
+        A gain for each channel of the residual stream; None leaves a side as it is.
+    """
+    a, b = (_gained(*side) for side in ((heads.a, left), (heads.b, right)))
+    return heads.with_factors(a, b)
+
+
+def centred(heads: Heads, left: bool = False, right: bool = False) -> Heads:
+    """The forms of a stream whose mean is taken away first, as LayerNorm does: `C X C`, `C = I - 1 1^T / d`, in float64."""
+    a, b = (
+        factors.double() - factors.double().mean(-1, keepdim=True) if wanted else factors
+        for factors, wanted in ((heads.a, left), (heads.b, right))
+    )
+    return heads.with_factors(a, b)
+
+
+def difference(one: Heads, other: Heads) -> Heads:
+    """The forms `X_i - Y_i`, of rank at most `r_x + r_y`, exactly, in float64: the factors lie below one another."""
+    a = torch.cat([one.left().double(), other.left().double()], 1)
+    b = torch.cat([one.right().double(), -other.right().double()], 1)
+    return Heads(a, b, torch.arange(len(one)), torch.arange(len(one)))
+
+
+def _gained(factors: Float[Tensor, "n rank width"], gain: Tensor | None) -> Float[Tensor, "n rank width"]:
+    return factors if gain is None else factors.double() * (gain.double() if gain.ndim == 1 else gain.double()[:, None])
+
+
+def _triangles(factors: Float[Tensor, "n rank width"]) -> Float[Tensor, "n m rank"]:
+    """`R` of every `W^T = U R`, float64."""
+    upper: Tensor = torch.linalg.qr(factors.double().mT, mode="r")[1]
+    return upper

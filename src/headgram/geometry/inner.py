@@ -1,0 +1,227 @@
+"""The Frobenius inner products of the forms of two sets of heads, `<X, Y>` and `<X, Y^T>`: all heads with all heads.
+
+How they are formed is said in `headgram.geometry.routes`. In float64 the left factors are made orthonormal before: then no
+product is larger than the forms themselves, and nothing cancels where a form is much smaller than its weights. Weights of at
+most 32 bits may be multiplied in float32, which is several times faster; on a GPU, bfloat16 by tensor cores into float32. The
+error is then a few units of rounding of `‖A‖ ‖B‖ / √r`, the size of the form of random weights; so each form's norm is looked
+at, and a head whose form is much smaller than that is measured again in float64.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Literal, NamedTuple
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from headgram.errors import HeadgramError
+from headgram.forms.heads import Heads
+from headgram.forms.transforms import with_orthonormal_left
+from headgram.geometry.batches import at_once, in_batches
+from headgram.geometry.checks import check_weights, is_finite
+from headgram.geometry.costs import CPU, GPU, TENSOR_CORES, Prices, Route, Sizes, cheapest
+from headgram.geometry.routes import Inner, by_products, by_strips, longest_sum, multiplied
+
+#: In float32, forms may be this much smaller than those of random weights of the same norms.
+_SMALL = 0.1
+
+#: Frobenius norms of weights that can be trusted in float32.
+_NORMS = 1e-15, 1e15
+
+#: Bytes of float64 working memory; a constant, so that the blocking does not depend on the machine.
+EXACT_BYTES = {"cpu": 512 * 2**20, "cuda": 8 * 2**30}
+
+Precision = Literal["auto", "float64"]
+
+
+@dataclass(frozen=True)
+class InnerProducts:
+    """Inner products of every form of one set with every form of another; float64, on the device of the weights.
+
+    Attributes
+    ----------
+    gram : (n_x, n_y)
+        `[i, j] = <X_i, Y_j> = tr(X_i^T Y_j)`.
+    transposed : (n_x, n_y)
+        `[i, j] = <X_i, Y_j^T> = tr(X_i Y_j)`. With `gram` it gives the inner products of the symmetric parts,
+        `(gram + transposed) / 2`, and of the antisymmetric parts, `(gram - transposed) / 2`.
+    exact_x, exact_y : (n_x,), (n_y,)
+        Which heads were measured in float64.
+    route
+        How: `products` or `strips`, see `headgram.geometry.routes`.
+    """
+
+    gram: Float[Tensor, "n_x n_y"]
+    transposed: Float[Tensor, "n_x n_y"]
+    exact_x: Bool[Tensor, " n_x"]
+    exact_y: Bool[Tensor, " n_y"]
+    route: Route
+
+
+@torch.no_grad()
+def inner_products(x: Heads, y: Heads, precision: Precision = "auto") -> InnerProducts:
+    """Inner products of every form of `x` with every form of `y`.
+
+    Parameters
+    ----------
+    x, y
+        Sets of square forms of one width. One triangle is computed, and mirrored, where both are the same object.
+    precision
+        `float64`, or `auto`: float32 where weights are no wider and no form is too small for it. The error is then
+        below `1e-6 ‖X‖ ‖Y‖`.
+
+    Raises
+    ------
+    HeadgramError
+        If the widths do not fit together, a weight is not finite, or a product overflows float64.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from headgram.forms.circuits import qk
+    >>> from headgram.geometry.inner import inner_products
+    >>> heads = qk(torch.randn(3, 4, 2, 8), torch.randn(3, 2, 2, 8))  # three layers of four heads, two of which share a key
+    >>> inner_products(heads, heads).gram.shape
+    torch.Size([12, 12])
+    """
+    if len({*x.widths, *y.widths}) > 1:
+        raise HeadgramError(f"Inner products are taken of square forms of one width, not of {x.widths} and {y.widths}.")
+    wide = max(factors.element_size() for heads in (x, y) for factors in (heads.a, heads.b))
+    tensor_cores = at_once(x.device) and all(each.dtype == torch.bfloat16 for each in (x.a, x.b, y.a, y.b))
+    route = cheapest(_sizes(x, y), _prices(x.device, tensor_cores))
+
+    def measure(run: slice) -> _Part:
+        some = x if run == slice(0, len(x)) else x.take(run)
+        if precision == "float64" or wide > 4:
+            return _Part(_in_float64(some, y, route), *(torch.ones(len(each), dtype=torch.bool) for each in (some, y)))
+        return _in_float32(some, y, route, torch.bfloat16 if tensor_cores else torch.float32)
+
+    parts = list(in_batches(range(len(x)), len(x), measure))  # in pieces only where memory runs out
+    gram, transposed = (torch.cat(values) for values in zip(*(part.inner for part in parts), strict=True))
+    if not (is_finite(gram) and is_finite(transposed)):
+        for name, factors in (("left", x.a), ("right", x.b), ("left", y.a), ("right", y.b)):
+            check_weights(name, factors)
+        raise HeadgramError("An inner product overflows float64: rescale the weights.")
+    return InnerProducts(gram, transposed, torch.cat([part.exact_x for part in parts]), parts[0].exact_y, route)
+
+
+class _Part(NamedTuple):
+    """Inner products, and which heads of both sides were measured in float64."""
+
+    inner: Inner
+    exact_x: Bool[Tensor, " n_x"]
+    exact_y: Bool[Tensor, " n_y"]
+
+
+def _sizes(x: Heads, y: Heads) -> Sizes:
+    return Sizes(
+        heads=(len(x), len(y)),
+        left=(len(x.a), len(y.a)),
+        right=(len(x.b), len(y.b)),
+        rank=(min(x.rank, x.widths[0]), min(y.rank, y.widths[0])),
+        width=x.widths[0],
+        same=x is y,
+        symmetric=x.is_symmetric and y.is_symmetric,
+    )
+
+
+def _prices(device: torch.device, tensor_cores: bool) -> Prices:
+    if not at_once(device):
+        return CPU
+    return replace(TENSOR_CORES, longest=longest_sum(device)) if tensor_cores else GPU
+
+
+def _multiplied(x: Heads, y: Heads, route: Route) -> Inner:
+    return (by_strips if route == "strips" else by_products)(x, y)
+
+
+def _in_float64(x: Heads, y: Heads, route: Route) -> Inner:
+    """Products in float64, a block of heads at a time."""
+    same = x is y
+    gram = torch.zeros(len(x), len(y), dtype=torch.float64, device=x.device)
+    inner = Inner(gram, torch.zeros_like(gram))
+    step = max(1, EXACT_BYTES[x.device.type] // (128 * max(x.rank, y.rank) * x.widths[0]))
+
+    for i in range(0, len(x), step):
+        block_x = _exact(x.take(slice(i, i + step)))
+        for j in range(i if same else 0, len(y), step):
+            own = same and i == j
+            block_y = block_x if own else _exact(y.take(slice(j, j + step)))
+            for whole, values in zip(inner, _multiplied(block_x, block_y, route), strict=True):
+                whole[i : i + step, j : j + step] = values
+                if same and not own:
+                    whole[j : j + step, i : i + step] = values.mT
+    return inner
+
+
+def _exact(heads: Heads) -> Heads:
+    """The same forms in float64, from factors no larger than they are."""
+    return heads.to(torch.float64) if heads.is_symmetric else with_orthonormal_left(heads)
+
+
+class _Scaled(NamedTuple):
+    """Forms of factors that are each divided by the power of two below their Frobenius norm.
+
+    In float32; in bfloat16, where that is multiplied with float32 results.
+    """
+
+    heads: Heads
+    unit: Float[Tensor, " n"]  # of each form, the product of those powers, float64
+    norm: Float[Tensor, " n"]  # `‖A‖ ‖B‖` after it, between 1 and 4, or 0; NaN where it is not known; float64
+
+
+def _scaled(heads: Heads, dtype: torch.dtype) -> _Scaled:
+    a, unit_a, norm_a = _scaled_factors(heads.a, dtype)
+    b, unit_b, norm_b = (a, unit_a, norm_a) if heads.is_symmetric else _scaled_factors(heads.b, dtype)
+    reads_a, reads_b = heads.reads_a.to(heads.device), heads.reads_b.to(heads.device)
+    return _Scaled(heads.with_factors(a, b), unit_a[reads_a] * unit_b[reads_b], norm_a[reads_a] * norm_b[reads_b])
+
+
+def _scaled_factors(
+    factors: Float[Tensor, "n rank width"], dtype: torch.dtype
+) -> tuple[Float[Tensor, "n rank width"], Float[Tensor, " n"], Float[Tensor, " n"]]:
+    wide = factors.to(dtype)
+    norm = torch.linalg.vector_norm(wide, dim=(-1, -2), dtype=torch.float32)
+    alive = (wide != 0).any(-1).any(-1) if at_once(wide.device) or bool((norm < _NORMS[0]).any()) else norm > 0
+    # Where squares may under- or overflow, no norm is known; nothing is accurate then.
+    norm = norm.double().where(~alive | ((norm > _NORMS[0]) & (norm < _NORMS[1])), torch.nan)
+    unit = torch.ldexp(torch.ones_like(norm), norm.log2().floor().where(norm > 0, 0))
+    return wide * (1 / unit).to(wide.dtype)[:, None, None], unit, norm / unit
+
+
+def _in_float32(x: Heads, y: Heads, route: Route, dtype: torch.dtype) -> _Part:
+    """Products in float32 of weights in `dtype`; rows and columns of heads for which that is not accurate, in float64."""
+    same = x is y
+    of_x = _scaled(x, dtype)
+    of_y = of_x if same else _scaled(y, dtype)
+    inner = _multiplied(of_x.heads, of_y.heads, route)
+    norms_sq = [inner.gram.diagonal()] if same else [_norms_sq(of_x.heads), _norms_sq(of_y.heads)]
+    rough = [
+        ~(norm_sq >= _SMALL**2 * each.norm.square() / each.heads.rank)  # also where one is not finite
+        for each, norm_sq in zip((of_x, of_y), norms_sq, strict=False)
+    ]
+    rough_x, rough_y = (rough[0].cpu(), rough[-1].cpu())
+    whole = Inner(*(values * of_x.unit[:, None] * of_y.unit for values in inner))
+    if bool(rough_x.any()):
+        places = rough_x.nonzero().flatten()
+        for values, exact in zip(whole, _in_float64(x.take(places), y, route), strict=True):
+            values[places.to(values.device)] = exact
+            if same:
+                values[:, places.to(values.device)] = exact.mT
+    if bool(rough_y.any()) and not same:
+        places = rough_y.nonzero().flatten()
+        for values, exact in zip(whole, _in_float64(x, y.take(places), route), strict=True):
+            values[:, places.to(values.device)] = exact
+    return _Part(whole, rough_x, rough_y)
+
+
+def _norms_sq(heads: Heads) -> Float[Tensor, " n"]:
+    """`‖X‖²` of every form."""
+    of_a, of_b = (_own_products(factors) for factors in (heads.a, heads.b))
+    return (of_a[heads.reads_a.to(heads.device)] * of_b[heads.reads_b.to(heads.device)]).sum((-1, -2), dtype=torch.float64)
+
+
+def _own_products(factors: Float[Tensor, "n m width"]) -> Float[Tensor, "n m m"]:
+    return multiplied(factors, factors.mT)
