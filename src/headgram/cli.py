@@ -124,10 +124,10 @@ def compare(
     out: Annotated[Optional[Path], typer.Option(help="Also write a row per head to this CSV file.")] = None,  # noqa: UP045
 ) -> None:
     """Show which heads moved between two measured models: cosines, overlaps, numbers; of the first stack."""
-    from headgram.artifacts import write_text
     from headgram.atlas import open_atlas
     from headgram.compare import compare as compare_models
     from headgram.display import console, show_comparison
+    from headgram.files import write_text
 
     comparison = compare_models(open_atlas(results), before, after, stack)
     show_comparison(comparison, top, console())

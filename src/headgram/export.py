@@ -6,8 +6,8 @@ import io
 from collections.abc import Sequence
 from pathlib import Path
 
-from headgram.artifacts import written_whole
 from headgram.atlas import Atlas
+from headgram.files import written_whole
 from headgram.tables import TABLES
 
 

@@ -13,8 +13,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from headgram.artifacts import write_text, written_whole
 from headgram.errors import HeadgramError
+from headgram.files import write_text, written_whole
 
 
 def directions_path(json_path: Path) -> Path:

@@ -7,8 +7,9 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from headgram.artifacts import Provenance, parquet_metadata, written_whole
+from headgram.artifacts import Provenance, parquet_metadata
 from headgram.errors import HeadgramError
+from headgram.files import written_whole
 
 #: The measured scalars of a head: fields of `headgram.Spectrum`, columns of `heads`.
 SCALARS = (

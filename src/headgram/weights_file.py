@@ -11,7 +11,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from headgram.artifacts import check, record_of, written_whole
+from headgram.artifacts import check, record_of
+from headgram.files import written_whole
 
 
 def write_weights(

@@ -11,8 +11,9 @@ from typing import Any
 import pyarrow as pa
 import torch
 
-from headgram.artifacts import Provenance, record_of, seal, written_whole
+from headgram.artifacts import Provenance, record_of, seal
 from headgram.errors import HeadgramError
+from headgram.files import written_whole
 from headgram.geometry.batches import at_once
 from headgram.geometry.grouping import key_head
 from headgram.geometry.heads import Spectrum, spectrum

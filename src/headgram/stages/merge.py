@@ -12,8 +12,9 @@ import numpy as np
 import pyarrow as pa
 import torch
 
-from headgram.artifacts import Provenance, check, record_of, scratch, seal, written_whole
+from headgram.artifacts import Provenance, check, record_of, seal
 from headgram.errors import HeadgramError
+from headgram.files import scratch, written_whole
 from headgram.seed_format import directions_path, write_seed_files
 from headgram.tables import GRAM, HEADS, SPECTRA, read_table, write_table
 
@@ -77,9 +78,6 @@ def merge(parts: Mapping[str, StackParts], atlas: Atlas, config: Mapping[str, An
             main = next(iter(parts))  # the script knows one stack per model: the first
             _write_seed(atlas.seed, provenance.model, shards[main], rows[main], directions[main])
             written += [atlas.seed, directions_path(atlas.seed)]
-        else:
-            for path in (atlas.seed, directions_path(atlas.seed)):
-                path.unlink(missing_ok=True)
     worst = max(record["residual"] for record in records["eigen"])
     jobs = {stage: _summary(found) for stage, found in records.items()}
     seal(atlas.record, replace(provenance, residual=worst), written, {"jobs": jobs})
