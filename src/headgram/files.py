@@ -39,7 +39,8 @@ def written_whole(path: Path) -> Iterator[IO[bytes]]:
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
-        _flush_folder(path.parent)
+        for folder in (path.parent, *_folders_above(path)):
+            _flush_folder(folder)
     except BaseException as error:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
@@ -168,21 +169,31 @@ def refuse_links(path: Path, results: Path | None = None) -> None:
     HeadgramError
         Names the link, and says what to do.
     """
-    if results is None:
-        if RESULTS not in os.environ:
-            return
-        results = Path(os.environ[RESULTS])
-    if link := link_on_the_way(path, results):
+    results = results or _results()
+    if results and (link := link_on_the_way(path, results)):
         raise HeadgramError(link_message(link, results))
+
+
+def _results() -> Path | None:
+    """The results folder of the run that this process belongs to, if it belongs to one."""
+    return Path(os.environ[RESULTS]) if RESULTS in os.environ else None
 
 
 def link_on_the_way(path: Path, results: Path) -> Path | None:
     """The first folder between the results folder and a path in it that is a symbolic link."""
+    return next((folder for folder in _folders_to(path, results) if folder.is_symlink()), None)
+
+
+def _folders_to(path: Path, results: Path) -> list[Path]:
+    """The folders from the results folder, which does not count, to the one that holds a path; none for a path elsewhere."""
     inside = Path(os.path.relpath(path, results)).parts
-    if os.pardir in inside:
-        return None
-    folders = (results.joinpath(*inside[:count]) for count in range(1, len(inside)))
-    return next((folder for folder in folders if folder.is_symlink()), None)
+    return [] if os.pardir in inside else [results.joinpath(*inside[:count]) for count in range(1, len(inside))]
+
+
+def _folders_above(path: Path) -> list[Path]:
+    """What lies above the folder of a file of a run, up to the results folder: the names of new folders are kept there."""
+    results = _results()
+    return [folder.parent for folder in reversed(_folders_to(path, results))] if results else []
 
 
 def link_message(link: Path, results: Path) -> str:

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 
@@ -199,7 +200,7 @@ def test_every_file_of_a_run_is_on_the_disk_before_the_next_one_is_named(project
     changed(project)
     project.run()
     events = [json.loads(line) for line in log.read_text().splitlines()]
-    results = str(project.folder / "results")
+    results = str(project.folder.resolve() / "results")
     by_process = {process: [event for number, *event in events if number == process] for process, *_ in events}
     renamed = set()
     for seen in by_process.values():
@@ -207,6 +208,7 @@ def test_every_file_of_a_run_is_on_the_disk_before_the_next_one_is_named(project
             if event[0] == "rename" and event[2].startswith(results):
                 source, target = event[1:]
                 assert seen[i - 1] == ["flush", source]
-                assert seen[i + 1] == ["flush", target.rpartition("/")[0]]
+                above = [str(folder) for folder in Path(target).parents if str(folder).startswith(results)]
+                assert seen[i + 1 : i + 1 + len(above)] == [["flush", folder] for folder in above]
                 renamed.add(target.removeprefix(results + "/"))
     assert {"atlas/heads/model=tiny-llama/heads.parquet", "provenance/tiny-bert.json", "report/index.json"} <= renamed
