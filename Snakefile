@@ -20,14 +20,16 @@ rule all:
     default_target: True
     input:
         [final_files(model) for model in PLAN.models],
-        f"{REPORT}/index.html" if PLAN.config.report.enabled else [],
+        [f"{REPORT}/index.html", *reported_figures()]
+        if PLAN.config.report.enabled
+        else [],
 
 
 onstart:
     with headgram_errors():
         if workflow.local_exec:
             require_device(PLAN.config.device)
-        RUN.begin(workflow)
+        RUN.begin(workflow, beside_outputs)
 
 
 onsuccess:

@@ -127,7 +127,7 @@ def compare(
     from headgram.atlas.compare import compare as compare_models
     from headgram.atlas.display import console, show_comparison
     from headgram.atlas.reader import open_atlas
-    from headgram.results.record import write_text
+    from headgram.results.files import write_text
 
     comparison = compare_models(open_atlas(results), before, after, stack)
     show_comparison(comparison, top, console())

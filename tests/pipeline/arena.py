@@ -18,7 +18,8 @@ import filelock
 import psutil
 
 from headgram.errors import HeadgramError
-from headgram.results.record import checksum, read_record
+from headgram.results.files import checksum
+from headgram.results.record import read_record
 from pipeline.conftest import Project, edit, new_project
 from tiny import write_llama, write_manifest
 
@@ -138,7 +139,7 @@ class Arena:
         self.figures.lost += sum(path.stat().st_size if path.exists() else 1 for path in lost)
         self.figures.lost += sum(len(self.expected.get(name, b"-")) for name in differing)
         assert (redone, lost, differing) == ([], [], [])
-        leftovers = [path for path in self.results.rglob("*") if path.name.endswith(".tmp") or path.name.startswith("tile-")]
+        leftovers = [path for path in self.results.rglob("*") if path.name.endswith(".tmp") or "-tile-" in path.name]
         assert leftovers == []
         with filelock.FileLock(self.results / ".lock", timeout=0):
             pass

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import psutil
 
-from headgram.results.record import checksum
+from headgram.results.files import checksum
 from pipeline.arena import MODEL, STAGES, UNREADABLE, Arena, Figures, copies, jobs_of, new_arena, servers, stage_of, wait_for
 from pipeline.conftest import new_project
 from pipeline.slurm_cluster import OPTIONS, missing, slurm_cluster

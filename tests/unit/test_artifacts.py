@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from headgram.errors import HeadgramError
+from headgram.results.files import remove_temporaries, write_text, written_whole
 from headgram.results.record import (
     Identity,
     Provenance,
@@ -19,10 +20,7 @@ from headgram.results.record import (
     is_fresh,
     read_record,
     record_of,
-    remove_temporaries,
     seal,
-    write_text,
-    written_whole,
 )
 from headgram.results.tables import read_table, write_table
 
@@ -174,10 +172,12 @@ def save_to_a_full_disk(path):
 
 
 def test_what_killed_jobs_left_is_removed_and_nothing_else(tmp_path):
-    for name in (".layers-000-001.pt.123.tmp", "layers.tmp", ".keep.tmp", "a.pt"):
+    ours = [".layers-000-001.pt.123.tmp", ".m.pt-self-right.7.tmp", "..row-000.parquet-tile-000-001-000-001.8.tmp"]
+    others = ["layers.tmp", ".keep.tmp", "a.pt", ".notes.123.tmp", ".layers-000-001.txt.123.tmp", ".layers-000-001.pt.old.tmp"]
+    for name in ours + others:
         (tmp_path / name).touch()
-    remove_temporaries(tmp_path)
-    assert sorted(path.name for path in tmp_path.iterdir()) == [".keep.tmp", "a.pt", "layers.tmp"]
+    remove_temporaries(tmp_path / name for name in ("layers-000-001.pt", "a.pt", "m.pt", "row-000.parquet"))
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(others)
 
 
 def test_equal_tables_give_equal_bytes(tmp_path):

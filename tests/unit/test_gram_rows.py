@@ -46,11 +46,14 @@ def test_finished_tiles_are_kept(tmp_path, weights, monkeypatch):
     monkeypatch.setattr(stage, "_tile", dies_at_the_third)
     with pytest.raises(KeyboardInterrupt):
         stage.measure_row(row, [path], TILES, CONFIG, provenance)
-    assert sorted(file.name for file in row.parent.iterdir()) == ["tile-000-001-000-001.parquet", "tile-000-001-002-003.parquet"]
+    assert sorted(file.name for file in row.parent.iterdir()) == [
+        f".row-000.parquet-tile-{tile}" for tile in ("000-001-000-001", "000-001-002-003")
+    ]
 
-    damaged = bytearray((row.parent / "tile-000-001-002-003.parquet").read_bytes())
+    tile = row.parent / ".row-000.parquet-tile-000-001-002-003"
+    damaged = bytearray(tile.read_bytes())
     damaged[40] ^= 1
-    (row.parent / "tile-000-001-002-003.parquet").write_bytes(damaged)
+    tile.write_bytes(damaged)
     calls.clear()
     monkeypatch.setattr(stage, "_tile", lambda *arguments: calls.append(1) or compute(*arguments))
     stage.measure_row(row, [path], TILES, CONFIG, provenance)
@@ -66,7 +69,7 @@ def test_the_same_job_of_a_killed_run_may_end_meanwhile(tmp_path, weights, monke
     compute = stage._tile
 
     def the_other_ends(*arguments):
-        for tile in tmp_path.glob("tile-*"):
+        for tile in tmp_path.glob("*-tile-*"):
             tile.unlink()
         return compute(*arguments)
 
@@ -75,7 +78,7 @@ def test_the_same_job_of_a_killed_run_may_end_meanwhile(tmp_path, weights, monke
     monkeypatch.setattr(stage, "_tile", the_other_ends)
     stage.measure_row(row, [path], TILES, CONFIG, provenance)
     assert row.read_bytes() == expected
-    assert not list(tmp_path.glob("tile-*"))
+    assert not list(tmp_path.glob("*-tile-*"))
 
 
 def test_upper_triangle_only(tmp_path, weights):

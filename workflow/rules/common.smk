@@ -269,6 +269,45 @@ def derive_input(wildcards):
     }
 
 
+def stack_figures():
+    """Of every figure of a stack: its file, and the names of figure, model and stack."""
+    return [
+        (f"{REPORT}/figures/{figure}/{model}/{stack}.svg", figure, model, stack)
+        for figure in STACK_FIGURES
+        for model, plan in PLAN.models.items()
+        for stack in plan.stacks
+    ]
+
+
+def beside_outputs(job):
+    """What a job writes besides the outputs that Snakemake knows: a report, a model's files.
+
+    Snakemake remembers with every output all inputs of its job, and here both would grow with the manifest.
+    """
+    if job.rule.name != "report" or STORAGE:
+        return []
+    figures = [file for file, *_ in stack_figures()]
+    return [f"{REPORT}/data/{model}.js" for model in PLAN.models] + figures
+
+
+def reported_figures():
+    """For `snakemake --report`: the figures of stacks that are there. No rule's output, so that they are the last rule's input."""
+    found = []
+    for file, figure, model, stack in stack_figures():
+        if Path(file).is_file():
+            labels = {"stack": stack, "picture": STACK_FIGURES[figure]}
+            caption = f"workflow/report/{figure}.rst"
+            shown = report(
+                file,
+                caption=caption,
+                category="Models",
+                subcategory=model,
+                labels=labels,
+            )
+            found.append(shown)
+    return found
+
+
 def report_input(_):
     run_if_other(PLAN.report.key, f"{REPORT}/index.json")
     return {

@@ -4,19 +4,24 @@ rule report:
         unpack(report_input),
     output:
         page=f"{REPORT}/index.html",
-        # Folders, for Snakemake remembers with every output all of the job's inputs, and both grow with the manifest.
-        data=directory(f"{REPORT}/data"),
-        figures=[
-            report(
-                directory(f"{REPORT}/figures/{figure}"),
-                patterns=["{model}/{stack}.svg"],
-                caption=f"../report/{figure}.rst",
-                category="Models",
-                subcategory="{model}",
-                labels={"stack": "{stack}", "picture": label},
-            )
-            for figure, label in STACK_FIGURES.items()
-        ],
+        # Folders only where results are in object storage, which must know of all that it is to keep. On a disk, Snakemake would
+        # empty them before a job, of strangers' files too; there the record names the files.
+        data=directory(f"{REPORT}/data") if STORAGE else [],
+        figures=(
+            [
+                report(
+                    directory(f"{REPORT}/figures/{figure}"),
+                    patterns=["{model}/{stack}.svg"],
+                    caption=f"../report/{figure}.rst",
+                    category="Models",
+                    subcategory="{model}",
+                    labels={"stack": "{stack}", "picture": label},
+                )
+                for figure, label in STACK_FIGURES.items()
+            ]
+            if STORAGE
+            else []
+        ),
         profiles=[
             report(
                 f"{REPORT}/figures/{figure}.svg",

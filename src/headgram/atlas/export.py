@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from headgram.atlas.reader import Atlas
-from headgram.results.record import written_whole
+from headgram.results.files import written_whole
 from headgram.results.tables import TABLES
 
 

@@ -13,12 +13,15 @@ import pandas as pd
 import pyarrow as pa
 
 from headgram.errors import HeadgramError
+from headgram.results.files import link_message
 from headgram.results.record import Identity, damages, read_record
 from headgram.results.tables import HEAD_NUMBERS, QUARTILES, SIDES, TABLES, read_table
 from headgram.study.lock import Lock
 
 #: Where artifacts are, below the results folder; logs are nobody's results.
 _FOLDERS = ("atlas", "models", "provenance", "seed", "report")
+#: Where records are.
+_RECORDS = ("models", "provenance", "report")
 #: Snakemake's, in folders that are a job's output; empty.
 _FOLDER_DATE = ".snakemake_timestamp"
 #: What held when it was written still holds, up to the rounding of forms that are much smaller than their weights.
@@ -40,15 +43,17 @@ def verify(results: Path, lock: Lock | None = None) -> tuple[int, list[str]]:
     HeadgramError
         If there is nothing to check.
     """
-    paths = sorted(path for folder in ("models", "provenance", "report") for path in (results / folder).rglob("*.json"))
-    if not paths:
+    folders = [results / folder for folder in _FOLDERS]
+    links = sorted(path for folder in folders for path in (folder, *folder.rglob("*")) if path.is_symlink() and path.is_dir())
+    inside = [path for folder in folders if folder not in links for path in folder.rglob("*")]
+    paths = sorted(path for path in inside if path.suffix == ".json" and path.relative_to(results).parts[0] in _RECORDS)
+    if not paths and not links:
         raise HeadgramError(f"{results} holds no artifact to verify")
-    found = (path for folder in _FOLDERS for path in (results / folder).rglob("*") if not path.is_dir())
-    present = {_place(path) for path in found if path.name != _FOLDER_DATE}
+    present = {_place(path) for path in inside if not path.is_dir() and path.name != _FOLDER_DATE}
     sealed = {_place(path) for path in paths}
     records: dict[Path, dict[str, Any]] = {}
     unreadable: set[str] = set()  # models
-    problems = []
+    problems = [link_message(link, results) for link in links]
     for path in paths:
         try:
             records[path] = read_record(path)

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from headgram.forms.circuits import CIRCUITS, shared_head
 from headgram.forms.heads import Heads
-from headgram.results.record import check, record_of, written_whole
+from headgram.results.files import written_whole
+from headgram.results.record import check, record_of
 
 
 def write_factors(path: Path, layers: Sequence[int], factors: Mapping[str, Float[Tensor, "layers heads rank width"]]) -> None:

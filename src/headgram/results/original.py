@@ -14,7 +14,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from headgram.errors import HeadgramError
-from headgram.results.record import write_text, written_whole
+from headgram.results.files import write_text, written_whole
 
 
 def directions_path(json_path: Path) -> Path:

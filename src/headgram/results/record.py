@@ -1,4 +1,4 @@
-"""Every file that headgram writes: whole or not at all, with its provenance, checked when it is read.
+"""Artifacts: what a job writes, with its provenance, checked when it is read.
 
 A job's files are an *artifact*: one or more data files and a provenance record, `NAME.json`, which is written last. The
 record holds the artifact's key and the checksum of every data file. The key is a digest of all that the content follows
@@ -9,30 +9,28 @@ artifact is fresh if its key is the one that the plan asks for, whatever Snakema
 from __future__ import annotations
 
 import contextlib
-import errno
 import hashlib
 import json
 import os
 import platform
-import re
 import resource
 import stat
 import sys
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from headgram.errors import HeadgramError
+from headgram.results.files import checksum, refuse_links, write_text
 from headgram.version import __version__
 
 #: Raised when the meaning or the layout of a file changes.
 SCHEMA = 1
-_TEMPORARY = re.compile(r"\..+\.[0-9]+\.tmp")
 _LIBRARIES = ("torch", "numpy", "scipy", "pandas", "pyarrow", "safetensors", "gguf")
 
 
@@ -112,81 +110,6 @@ class Provenance:
             "versions": library_versions(),
             **self.origin,
         }
-
-
-@contextlib.contextmanager
-def written_whole(path: Path) -> Iterator[IO[bytes]]:
-    """Open a temporary file that becomes `path` when the block ends, and vanishes if it fails.
-
-    Raises
-    ------
-    HeadgramError
-        If the disk is full or refuses; says which file.
-    """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with temporary.open("wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except BaseException as error:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
-        # torch reports a failed write as a RuntimeError of its own, with the system's error behind it.
-        if failure := _system_error(error):
-            raise HeadgramError(f"{path} cannot be written: {_reason(failure)}.") from error
-        raise
-
-
-def _system_error(error: BaseException | None) -> OSError | None:
-    """The error of the operating system that an exception is, or was raised while handling."""
-    while error is not None and not isinstance(error, OSError):
-        error = error.__context__
-    return error
-
-
-def _reason(error: OSError) -> str:
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return "the disk is full; free some space and run again"
-    return error.strerror or str(error)
-
-
-@contextlib.contextmanager
-def scratch(beside: Path) -> Iterator[Callable[[str, int], Path]]:
-    """Yield a function that reserves a file, by name and bytes, in the folder of `beside`; all vanish when the block ends.
-
-    Raises
-    ------
-    HeadgramError
-        If the disk has no room for them.
-    """
-    made: list[Path] = []
-
-    def reserve(name: str, size: int) -> Path:
-        path = beside.with_name(f".{beside.name}-{name}.{os.getpid()}.tmp")
-        made.append(path)
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with path.open("wb") as file:
-                # Really allocated, where the system can: a mapped file that finds no room later kills the process.
-                getattr(os, "posix_fallocate", lambda number, _, length: os.ftruncate(number, length))(file.fileno(), 0, size)
-        except OSError as error:
-            raise HeadgramError(f"{path} cannot be written: {_reason(error)}.") from error
-        return path
-
-    try:
-        yield reserve
-    finally:
-        for path in made:
-            path.unlink(missing_ok=True)
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a text file whole."""
-    with written_whole(path) as file:
-        file.write(text.encode())
 
 
 def record_of(path: Path) -> Path:
@@ -315,6 +238,7 @@ def check(record: Path, key: str, reads: Collection[Path] | None = None) -> dict
     HeadgramError
         Names the file that does not fit, and what to do.
     """
+    refuse_links(record)
     content = read_record(record)
     if content["key"] != key:
         raise HeadgramError(
@@ -342,19 +266,6 @@ def damages(record: Path, content: Mapping[str, Any], reads: Collection[Path] | 
                 yield f"{path} is not what was written: its checksum differs"
         except OSError as error:
             yield f"{path} cannot be read ({error.strerror})"
-
-
-def checksum(path: Path) -> str:
-    """BLAKE2b of a file, as 32 hexadecimal digits."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
-
-
-def remove_temporaries(folder: Path) -> None:
-    """Remove what killed jobs left half-written. Only for the one run that holds the results folder."""
-    for path in folder.rglob(".*.tmp"):
-        if _TEMPORARY.fullmatch(path.name):
-            path.unlink(missing_ok=True)
 
 
 def parquet_metadata(provenance: Provenance) -> Mapping[bytes, bytes]:

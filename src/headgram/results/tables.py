@@ -8,7 +8,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from headgram.errors import HeadgramError
-from headgram.results.record import Provenance, parquet_metadata, written_whole
+from headgram.results.files import written_whole
+from headgram.results.record import Provenance, parquet_metadata
 
 #: The measured scalars of a head: fields of `headgram.Spectrum`, columns of `heads`.
 SCALARS = (

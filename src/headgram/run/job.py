@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 import os
 import sys
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from headgram.errors import HeadgramError
+from headgram.results.files import open_new, refuse_links
 from headgram.run.forkserver import hand_over
 
 if TYPE_CHECKING:
@@ -53,9 +55,10 @@ def by_place(paths: Iterable[str]) -> dict[tuple[str, str, str], Path]:
 
 @contextlib.contextmanager
 def _output_to(log: Path) -> Iterator[None]:
+    refuse_links(log)
     try:
         log.parent.mkdir(parents=True, exist_ok=True)
-        file = log.open("w", buffering=1)
+        file = io.TextIOWrapper(open_new(log), encoding="utf-8", line_buffering=True)
     except OSError as error:
         raise HeadgramError(f"The log {log} cannot be written: {error.strerror}.") from None
     with file, contextlib.redirect_stdout(file), contextlib.redirect_stderr(file):
@@ -64,8 +67,10 @@ def _output_to(log: Path) -> Iterator[None]:
 
 def _append(log: Path, text: str) -> None:
     """The log is second to the terminal: where the disk is full, it stays short."""
-    with contextlib.suppress(OSError), log.open("a") as file:
-        print(text, file=file)
+    with contextlib.suppress(OSError, HeadgramError):
+        refuse_links(log)
+        with log.open("a") as file:
+            print(text, file=file)
 
 
 def _provenance(snakemake: Any, device: str) -> Provenance:

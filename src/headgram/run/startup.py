@@ -2,20 +2,34 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 import subprocess
 import sys
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import filelock
 
 from headgram.errors import HeadgramError
-from headgram.results.record import remove_temporaries, write_text
+from headgram.results.claims import NAME as CLAIMS
+from headgram.results.claims import Writing, claim, settle
+from headgram.results.files import RESULTS, remove_temporaries, write_text
 from headgram.run import forkserver
-from headgram.study.lock import Lock, LockedModel, changes, file_times, lock_path, missing_rows, read_lock, write_lock
+from headgram.study.lock import (
+    Lock,
+    LockedModel,
+    changes,
+    file_times,
+    lock_path,
+    missing_rows,
+    read_lock,
+    remove_temporaries_of,
+    write_lock,
+)
 from headgram.study.manifest import read_manifest
 from headgram.study.options import load_config, read_options
 from headgram.study.plan import Plan, make_plan
@@ -43,6 +57,7 @@ class Run:
         self._held: filelock.BaseFileLock | None = None
         self._forkserver: subprocess.Popen[bytes] | None = None
         self._progress: ProgressHandler | None = None
+        os.environ[RESULTS] = os.path.normpath(self._results.absolute())  # for the jobs of this run
         self.plan: Plan = make_plan(self._locked() if is_job else self._checked(), config, scripts)
 
     def _locked(self) -> dict[str, LockedModel]:
@@ -52,6 +67,11 @@ class Run:
 
     def _checked(self) -> dict[str, LockedModel]:
         """The entries of the manifest's models, new ones resolved, old ones compared with their sources."""
+        if self._results.is_symlink() and not self._results.exists():
+            raise HeadgramError(
+                f"The results folder {self._results} is a link to {self._results.readlink()}, which is not there: "
+                "make that folder, or remove the link."
+            )
         if self._results.exists() and not self._results.is_dir():
             raise HeadgramError(f"The results folder {self._results} is a file: give another one (--config results=…).")
         manifest = read_manifest(self._manifest)
@@ -75,24 +95,28 @@ class Run:
             if any(time > locked_at for _, time in times.values()) and seen.get(name) != _sighting(known[name], times)
         ]
 
-    def begin(self, workflow: Any) -> None:
-        """Take the results folder, remove what killed jobs left behind, write the lock, and show the run's progress.
+    def begin(self, workflow: Any, beside: Callable[[Any], Sequence[str]]) -> None:
+        """Take the results folder, claim what jobs will write, remove what killed jobs left, write the lock, show the progress.
 
         Parameters
         ----------
         workflow
             Snakemake's, as the Snakefile knows it.
+        beside
+            The files that a job writes beside the outputs that Snakemake knows.
 
         Raises
         ------
         HeadgramError
-            If another run holds the results folder, or it cannot be written.
+            If another run holds the results folder, it cannot be written, a folder in it is a symbolic link, or somebody's file
+            lies where a job would write.
         """
         try:
             self._results.mkdir(parents=True, exist_ok=True)
             self._held = filelock.FileLock(self._results / ".lock", timeout=0)
             self._held.acquire()
-            remove_temporaries(self._results)
+            remove_temporaries(self._results / name for name in (_SEEN, CLAIMS))
+            claim(self._results, _writings(workflow, beside))
             sightings = {name: _sighting(model.entry, file_times(model.entry)) for name, model in self.plan.models.items()}
             write_text(self._results / _SEEN, json.dumps(sightings, indent=1) + "\n")
         except filelock.Timeout:
@@ -101,6 +125,7 @@ class Run:
             ) from None
         except OSError as error:
             raise HeadgramError(f"The results folder {self._results} cannot be written ({error.strerror or error}).") from None
+        remove_temporaries_of(lock_path(self._manifest))
         if self._new:
             write_lock(lock_path(self._manifest), self._new)
         # Jobs elsewhere, or in an environment of their own, cannot be copies of a process of this one.
@@ -112,15 +137,26 @@ class Run:
         self._progress = show_progress(workflow)
 
     def end(self) -> None:
-        """End the process that jobs are copies of, say how far the run came, and leave nothing to wait for."""
+        """End the process that jobs are copies of, remove what is no longer part of the results, say how far the run came."""
         if self._forkserver:
             forkserver.stop(self._forkserver)
         if self._progress:
             self._progress.stop(last_line=True)
+        if self._held:
+            with contextlib.suppress(HeadgramError):  # a full disk: the next run does it
+                settle(self._results)
         # Snakemake's scheduler leaves one behind, to look again for jobs in a second, for which the process would wait.
         for thread in threading.enumerate():
             if isinstance(thread, threading.Timer):
                 thread.cancel()
+
+
+def _writings(workflow: Any, beside: Callable[[Any], Sequence[str]]) -> Iterator[Writing]:
+    """What the jobs of a run will write in the results folder; what they keep in object storage is not on this disk."""
+    for job in workflow.dag.needrun_jobs():
+        files = [Path(file) for file in (*job.output, *job.log) if not file.is_storage]
+        if "record" in job.output.keys() and files:  # noqa: SIM118  (Snakemake's outputs are a list with names)
+            yield Writing(Path(job.output.record), [*files, *map(Path, beside(job))])
 
 
 def _read_sightings(path: Path) -> dict[str, Any]:

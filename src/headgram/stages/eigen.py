@@ -19,7 +19,8 @@ from headgram.geometry.original import original_quantities
 from headgram.geometry.scores import LayerScores, layer_scores, symmetry_score
 from headgram.geometry.spectra import Spectrum, spectra
 from headgram.results.factors import FactorFiles
-from headgram.results.record import Provenance, record_of, seal, written_whole
+from headgram.results.files import written_whole
+from headgram.results.record import Provenance, record_of, seal
 from headgram.results.tables import HEADS, LAYER_SCORES, SCALARS, write_table
 
 #: Bytes of the weights of the layers that a GPU works on at once, as stored.

@@ -72,7 +72,8 @@ def _tile(source: FactorFiles, own: Sequence[int], other: Sequence[int], precisi
 
 
 def _tile_path(output: Path, own: Sequence[int], other: Sequence[int]) -> Path:
-    return output.with_name(f"tile-{own[0]:03d}-{own[-1]:03d}-{other[0]:03d}-{other[-1]:03d}.parquet")
+    """A hidden file beside the row, of a name that only headgram gives."""
+    return output.with_name(f".{output.name}-tile-{own[0]:03d}-{own[-1]:03d}-{other[0]:03d}-{other[-1]:03d}")
 
 
 def _finished(path: Path, provenance: Provenance) -> pa.Table | None:

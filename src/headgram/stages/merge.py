@@ -13,8 +13,9 @@ import pyarrow as pa
 import torch
 
 from headgram.errors import HeadgramError
+from headgram.results.files import scratch, written_whole
 from headgram.results.original import directions_path, write_seed_files
-from headgram.results.record import Provenance, check, record_of, scratch, seal, written_whole
+from headgram.results.record import Provenance, check, record_of, seal
 from headgram.results.tables import GRAM, HEADS, SPECTRA, read_table, write_table
 
 
@@ -77,9 +78,6 @@ def merge(parts: Mapping[str, StackParts], atlas: Atlas, config: Mapping[str, An
             main = next(iter(parts))  # the script knows one stack per model: the first
             _write_seed(atlas.seed, provenance.model, shards[main], rows[main], directions[main])
             written += [atlas.seed, directions_path(atlas.seed)]
-        else:
-            for path in (atlas.seed, directions_path(atlas.seed)):
-                path.unlink(missing_ok=True)
     worst = max(record["residual"] for record in records["eigen"])
     jobs = {stage: _summary(found) for stage, found in records.items()}
     seal(atlas.record, replace(provenance, residual=worst), written, {"jobs": jobs})

@@ -11,7 +11,8 @@ from headgram.report.arrays import StackSummary, read_model
 from headgram.report.figures import profile_figures, stack_figures
 from headgram.report.page import EMBEDDED, beside, index_pack, model_pack, page, page_shell
 from headgram.report.workers import workers
-from headgram.results.record import Provenance, check, seal, write_text
+from headgram.results.files import write_text
+from headgram.results.record import Provenance, check, seal
 
 
 @dataclass(frozen=True)
@@ -62,7 +63,6 @@ def write_report(sources: Sequence[Source], report: Report, provenance: Provenan
         text = page(shell.result(), index_pack(summaries), packs)
     written += _write({report.figures / f"{name}.svg": text for name, text in profiles.items()})
     written += _write({report.page: text})
-    _remove_others([report.data, report.figures], written)
     seal(report.record, provenance, written)
 
 
@@ -81,9 +81,3 @@ def _write(texts: Mapping[Path, str]) -> list[Path]:
     for path, text in texts.items():
         write_text(path, text)
     return list(texts)
-
-
-def _remove_others(folders: Sequence[Path], written: Sequence[Path]) -> None:
-    """Remove what earlier reports wrote of models that are no longer in the manifest."""
-    for path in [path for folder in folders for path in folder.rglob("*") if path.is_file() and path not in written]:
-        path.unlink()

@@ -17,7 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from headgram.checkpoints.sources import HUB_DIGEST, Location, locate_here
 from headgram.errors import HeadgramError
-from headgram.results.record import write_text
+from headgram.results.files import remove_temporaries, temporaries_in, write_text
 from headgram.study.manifest import Row
 
 if TYPE_CHECKING:
@@ -122,10 +122,23 @@ def read_lock(path: Path) -> Lock:
 def write_lock(path: Path, entries: dict[str, LockedModel]) -> None:
     """Add entries to the lock on disk, which another process may have changed meanwhile."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with filelock.FileLock(path.with_name(f".{path.name}.lock")):
+    with _held(path):
+        remove_temporaries([path])
         models = {**read_lock(path).models, **entries}
         content = Lock(models=dict(sorted(models.items()))).model_dump(mode="json")
         write_text(path, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+
+
+def remove_temporaries_of(path: Path) -> None:
+    """Remove what a killed process left half-written of a lock."""
+    if temporaries_in(path.parent, [path.name]):
+        with _held(path):
+            remove_temporaries([path])
+
+
+def _held(path: Path) -> filelock.BaseFileLock:
+    """Only one process at a time changes a lock."""
+    return filelock.FileLock(path.with_name(f".{path.name}.lock"))
 
 
 def missing_rows(rows: Iterable[Row], lock: Lock) -> list[Row]:

@@ -1,0 +1,148 @@
+"""Which files below results are headgram's: a run claims what its jobs will write, and never takes what is somebody else's.
+
+Snakemake removes what a job will write, its record too, before the job starts. So a run says beforehand, in a file of its own,
+which files are headgram's: those that a record names, those that an earlier run claimed, and those that are not there yet. All
+else that lies where a job would write is in the way, and the run does not begin. When a run ends, what the earlier record of an
+artifact named and the new one does not is removed, if it still is what was written.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from headgram.errors import HeadgramError
+from headgram.results.files import checksum, link_on_the_way, refuse_links, remove_temporaries, write_text
+from headgram.results.record import read_record
+
+#: In the results folder.
+NAME = ".claims.json"
+
+
+@dataclass(frozen=True)
+class Writing:
+    """What a job is about to write: its artifact's record, and all files, the record and the log too."""
+
+    record: Path
+    files: Sequence[Path]
+
+
+#: By file, relative to the results folder: its artifact's record, bytes and checksum, if a record names it; else None.
+Claims = dict[str, list[Any] | None]
+
+
+def claim(results: Path, writings: Iterable[Writing]) -> None:
+    """Claim what jobs are about to write, and remove what killed jobs left half-written of it. For the run that holds the folder.
+
+    Raises
+    ------
+    HeadgramError
+        If a file of somebody else is in the way, or a folder on the way is a symbolic link.
+    """
+    writings = list(writings)
+    for folder in {path.parent for writing in writings for path in writing.files}:
+        refuse_links(folder / "file", results)
+    claims, known = _read(results), dict[str, list[Any] | None]()
+    for writing in writings:
+        known |= _known_by_record(results, writing)
+    claims |= known
+    for writing in writings:
+        for path in writing.files:
+            name = _name(path, results)
+            if os.path.lexists(path) and (name not in claims or _is_folder(path)):
+                raise HeadgramError(
+                    f"{path} is in the way: headgram would write there, but no record of headgram names what lies there; "
+                    "move it elsewhere, or delete it, and run again"
+                )
+            claims.setdefault(name, None)
+    _write(results, claims)
+    folders = {
+        folder for folder in {Path(name).parent for name in claims} if not link_on_the_way(results / folder / "file", results)
+    }
+    remove_temporaries(results / name for name in claims if Path(name).parent in folders)
+
+
+def settle(results: Path) -> None:
+    """Remove what earlier records named and those of the same artifacts no longer do, unless somebody changed it since."""
+    claims = _read(results)
+    kept: Claims = {}
+    named: dict[str, set[str] | None] = {}
+    for name, entry in claims.items():
+        if entry is None:
+            kept[name] = None
+            continue
+        record, size, blake2b = entry
+        if record not in named:
+            named[record] = _named(results / record, results)
+        if (still := named[record]) is None or name in still:
+            kept[name] = entry
+            continue
+        with contextlib.suppress(OSError):
+            _remove(results / name, results, size, blake2b)
+    if kept != claims:
+        _write(results, kept)
+
+
+def _remove(path: Path, results: Path, size: int, blake2b: str) -> None:
+    """Remove a file that still is what was written."""
+    ours = link_on_the_way(path, results) is None and path.is_file() and not path.is_symlink()
+    if ours and path.stat().st_size == size and checksum(path) == blake2b:
+        path.unlink()
+
+
+def _known_by_record(results: Path, writing: Writing) -> Claims:
+    """What the record of an artifact, as it is now, makes headgram's: its files, itself, and its job's log."""
+    try:
+        content = read_record(writing.record)
+    except HeadgramError:
+        return {}
+    logs = [path for path in writing.files if path.suffix == ".log"]
+    claims: Claims = {_name(path, results): None for path in (writing.record, *logs)}
+    record = _name(writing.record, results)
+    for name, entry in content["files"].items():
+        place = _name(writing.record.parent / name, results)
+        if not place.startswith(os.pardir):  # whoever made the record, it speaks of results only
+            claims[place] = [record, entry["bytes"], entry["blake2b"]]
+    return claims
+
+
+def _named(record: Path, results: Path) -> set[str] | None:
+    """The files that a record names now; None if it cannot be read."""
+    try:
+        return {_name(record.parent / name, results) for name in read_record(record)["files"]}
+    except HeadgramError:
+        return None
+
+
+def _name(path: Path, results: Path) -> str:
+    return Path(os.path.relpath(path, results)).as_posix()
+
+
+def _is_folder(path: Path) -> bool:
+    return path.is_dir() and not path.is_symlink()
+
+
+def _read(results: Path) -> Claims:
+    """What earlier runs claimed; nothing if that is lost or damaged, for then records say what is headgram's."""
+    try:
+        content = json.loads((results / NAME).read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return {name: entry for name, entry in content.items() if _is_claim(name, entry)} if isinstance(content, dict) else {}
+
+
+def _is_claim(name: str, entry: Any) -> bool:
+    """Whether a claim is one, of a file below the results folder."""
+    if entry is not None and not (isinstance(entry, list) and [type(part) for part in entry] == [str, int, str]):
+        return False
+    places = [name] if entry is None else [name, entry[0]]
+    return all(not Path(place).is_absolute() and os.pardir not in Path(place).parts and "\0" not in place for place in places)
+
+
+def _write(results: Path, claims: Mapping[str, list[Any] | None]) -> None:
+    write_text(results / NAME, json.dumps(claims, indent=0, sort_keys=True, ensure_ascii=False) + "\n")

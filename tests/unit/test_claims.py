@@ -1,0 +1,113 @@
+"""What is headgram's below results, and what becomes of everything else."""
+
+import json
+
+import pytest
+
+from headgram.errors import HeadgramError
+from headgram.results.claims import NAME, Writing, claim, settle
+from headgram.results.files import write_text
+from headgram.results.record import Identity, Provenance, seal
+
+
+def artifact(results, *names, text="ours"):
+    """A sealed artifact of some data files, and how a job announces that it will write it."""
+    record = results / "provenance" / "m.json"
+    for name in names:
+        write_text(results / name, text)
+    seal(record, Provenance(Identity("merge", "{}", "f", "c"), "m", None), [results / name for name in names])
+    return Writing(record, [record, *(results / name for name in names)])
+
+
+def files_of(results):
+    return {
+        str(path.relative_to(results)): path.read_bytes() for path in results.rglob("*") if path.is_file() and path.name != NAME
+    }
+
+
+def test_what_is_not_there_yet_is_claimed_and_may_then_lie_there_without_a_record(tmp_path):
+    writing = Writing(tmp_path / "a.json", [tmp_path / "a.json", tmp_path / "a.pt"])
+    claim(tmp_path, [writing])
+    write_text(tmp_path / "a.pt", "left by a killed job")
+    claim(tmp_path, [writing])
+
+
+@pytest.mark.parametrize("kind", ["file", "empty", "link", "dangling link", "folder"])
+def test_what_no_record_names_is_in_the_way_and_stays(tmp_path, kind):
+    writing = Writing(tmp_path / "a.json", [tmp_path / "a.json", tmp_path / "a.pt"])
+    path = tmp_path / "a.pt"
+    if kind == "folder":
+        path.mkdir()
+    elif "link" in kind:
+        path.symlink_to("/nowhere" if "dangling" in kind else "/etc/hostname")
+    else:
+        path.write_text("" if kind == "empty" else "mine")
+    for _ in range(2):
+        with pytest.raises(HeadgramError, match="a.pt is in the way: .* move it elsewhere, or delete it, and run again"):
+            claim(tmp_path, [writing])
+    assert [entry.name for entry in tmp_path.iterdir()] == ["a.pt"]
+
+
+def test_a_folder_in_the_place_of_a_claimed_file_is_in_the_way(tmp_path):
+    writing = Writing(tmp_path / "a.json", [tmp_path / "a.json", tmp_path / "a.pt"])
+    claim(tmp_path, [writing])
+    (tmp_path / "a.pt").mkdir()
+    with pytest.raises(HeadgramError, match="a.pt is in the way"):
+        claim(tmp_path, [writing])
+
+
+@pytest.mark.parametrize("lost", ["[]", "{", '{"../a": null, "/b": null, "c": 3, "d": [1, 2, 3]}', "[" * 10**5, None])
+def test_where_claims_are_lost_records_say_what_is_ours(tmp_path, lost):
+    writing = artifact(tmp_path, "a.pt", "b.pt")
+    if lost is not None:
+        (tmp_path / NAME).write_text(lost)
+    claim(tmp_path, [writing])
+    assert set(json.loads((tmp_path / NAME).read_text())) == {"a.pt", "b.pt", "provenance/m.json"}
+
+
+def test_what_an_artifact_no_longer_holds_is_removed_when_the_run_ends(tmp_path):
+    """Though Snakemake removed the old record, and a run was killed in between; nothing else goes."""
+    old = artifact(tmp_path, "seed/m.json", "seed/changed.json", "a.pt")
+    others = {"seed/mine.json": b"mine", "notes.txt": b"mine"}
+    for name, content in others.items():
+        (tmp_path / name).write_bytes(content)
+    writing = Writing(old.record, [old.record, tmp_path / "a.pt"])
+    claim(tmp_path, [writing])
+    old.record.unlink()
+    (tmp_path / "seed" / "changed.json").write_text("edited")
+    settle(tmp_path)
+    assert (tmp_path / "seed" / "m.json").exists()  # while no record says otherwise
+    claim(tmp_path, [writing])
+    artifact(tmp_path, "a.pt", text="new")
+    settle(tmp_path)
+    assert set(files_of(tmp_path)) == {*others, "seed/changed.json", "a.pt", "provenance/m.json"}
+    assert {name: files_of(tmp_path)[name] for name in others} == others
+    assert "seed/m.json" not in json.loads((tmp_path / NAME).read_text())
+    with pytest.raises(HeadgramError, match="changed.json is in the way"):
+        claim(tmp_path, [Writing(old.record, [*old.files])])
+
+
+def test_nothing_is_removed_beyond_a_link_or_outside(tmp_path):
+    """Whatever claims and records say."""
+    results, outside = tmp_path / "results", tmp_path / "outside"
+    writing = artifact(results, "seed/m.json", "../outside/x.json", "a.pt")
+    claim(results, [Writing(writing.record, [writing.record, results / "a.pt"])])
+    (results / "seed").rename(outside / "seed")
+    (results / "seed").symlink_to(outside / "seed")
+    artifact(results, "a.pt")
+    settle(results)
+    assert (outside / "seed" / "m.json").exists()
+    assert (outside / "x.json").exists()
+
+
+def test_links_on_the_way_are_refused_before_anything_is_read_or_removed(tmp_path):
+    results, outside = tmp_path / "results", tmp_path / "outside"
+    writing = artifact(results, "atlas/a.pt")
+    (results / "atlas").rename(outside)
+    (results / "atlas").symlink_to(outside)
+    (outside / ".a.pt.1.tmp").touch()
+    with pytest.raises(HeadgramError, match="atlas is a symbolic link"):
+        claim(results, [writing])
+    (results / "atlas").unlink()
+    claim(results, [writing])
+    assert (outside / ".a.pt.1.tmp").exists()
