@@ -46,9 +46,9 @@ def lock(
     missing = missing_rows(table.rows, read_lock(lock_path(manifest)))
     chosen = [row for row in table.rows if row in missing or row.name in (upgrade or [])]
     resolved, problems = resolve_all(chosen, progress=lambda line: print(line, file=sys.stderr))
-    table.check(*problems)
-    if chosen:
+    if resolved:
         write_lock(lock_path(manifest), resolved)
+    table.check(*problems)
     print(f"{lock_path(manifest)}: {len(chosen)} locked, {len(names) - len(chosen)} already locked")
 
 
@@ -60,6 +60,7 @@ def inspect(
     """Show what a checkpoint holds, without reading its weights."""
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
     from headgram.proofs.adopt import open_or_derive
 
@@ -77,6 +78,10 @@ def inspect(
     commit = f", commit {location.commit}" if location.commit else ""
     console.print(f"[bold]{source}[/bold]: {checkpoint.architecture}{how}, {location.format}{commit}", highlight=False)
     console.print(table)
+    if location.choice.index is not None:
+        console.print("each tensor is read from the file that the index names for it", highlight=False)
+    if others := location.choice.passed_over:
+        console.print(Text(f"not read, since these were found first: {', '.join(others)}"))
     console.print(f"{len(location.weights)} weight file(s), {total:,} bytes; q and k are {share:.1%} of them", highlight=False)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +12,7 @@ import torch
 from checkpoint_files import config_bytes, llama_tensors, safetensors_bytes, sharded, single
 from hub_server import Fault, serving
 from huggingface_hub import constants, hf_hub_download
+from safetensors.torch import save
 
 from headgram.checkpoints import hub as hub_module
 from headgram.checkpoints import remote
@@ -382,3 +384,22 @@ def test_reading_the_plan_imports_nothing_heavy():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_the_index_is_the_law_at_the_hub_too(hub):
+    tensors, key = llama_tensors(), "model.layers.0.self_attn.q_proj.weight"
+    shards = {"a.safetensors": save(tensors), "b.safetensors": save({key: torch.zeros_like(tensors[key]), "own": torch.ones(1)})}
+    homes = dict.fromkeys(tensors, "a.safetensors") | {"own": "b.safetensors"}
+
+    def files(index: dict) -> dict[str, bytes]:
+        return {
+            **shards,
+            "config.json": config_bytes(),
+            "model.safetensors.index.json": json.dumps({"weight_map": index}).encode(),
+        }
+
+    hub.add(REPO, files(homes))
+    assert_reads(tensors)
+    hub.add(REPO, files(homes | {"model.layers.1.self_attn.k_proj.weight": "b.safetensors"}))
+    with pytest.raises(HeadgramError, match=r"is in b\.safetensors, which lacks it"):
+        open_checkpoint(REPO)

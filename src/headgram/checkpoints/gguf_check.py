@@ -22,6 +22,9 @@ _STRING, _ARRAY = 8, 9
 _MOST_AXES = 4
 #: Elements of all arrays; a tokenizer of 262,144 words has 1.3 million. The library makes Python objects of each.
 _MOST_ELEMENTS = 2**22
+#: Known models have some dozens of entries and some thousands of tensors. The library makes Python objects of each.
+_MOST_ENTRIES = 10_000
+_MOST_TENSORS = 100_000
 #: No type has less than a bit per weight.
 _MOST_VALUES_PER_BYTE = 8
 
@@ -41,8 +44,14 @@ class _Walk:
             self._order = ">"
         tensors, entries = self._count("Q", "tensors", 24), self._count("Q", "metadata entries", 13)
         elements = 0
+        if entries > _MOST_ENTRIES or tensors > _MOST_TENSORS:
+            raise ValueError(f"{entries} metadata entries and {tensors} tensors, which no real model has")
+        keys: set[bytes] = set()
         for _ in range(entries):
-            self._string()
+            key = self._string()
+            if key in keys:
+                raise ValueError(f"the metadata {key.decode(errors='replace')!r:.200} twice")
+            keys.add(key)
             elements += self.value(self._number("I"), _MOST_ELEMENTS - elements)
         for _ in range(tensors):
             self._tensor()
@@ -53,7 +62,7 @@ class _Walk:
             self._skip(_SCALAR_BYTES[kind])
             return 0
         if kind == _STRING:
-            self._string()
+            self._skip_string()
             return 0
         if kind != _ARRAY:
             raise ValueError(f"metadata of the unknown type {kind}")
@@ -64,13 +73,13 @@ class _Walk:
             self._skip(length * _SCALAR_BYTES[inner])
         elif inner == _STRING:
             for _ in range(length):
-                self._string()
+                self._skip_string()
         else:
             raise ValueError(f"an array of the unknown type {inner}")
         return length
 
     def _tensor(self) -> None:
-        self._string()
+        self._skip_string()
         axes = self._number("I")
         if axes > _MOST_AXES:
             raise ValueError(f"a tensor with {axes} axes")
@@ -79,7 +88,10 @@ class _Walk:
             raise ValueError(f"a tensor of {' × '.join(map(str, sizes))} values, more than the file can hold")
         self._skip(12)
 
-    def _string(self) -> None:
+    def _string(self) -> bytes:
+        return bytes(self._take(self._number("Q")))
+
+    def _skip_string(self) -> None:
         self._skip(self._number("Q"))
 
     def _count(self, code: str, what: str, least_bytes: int) -> int:

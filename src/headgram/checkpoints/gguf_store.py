@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from headgram.checkpoints.gguf_check import array_bytes, check_header
+from headgram.checkpoints.homes import Homes
 from headgram.checkpoints.stores import TensorStore
 from headgram.errors import HeadgramError
 
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
 
 #: Arrays of more elements than this are a tokenizer's: others have an element for each layer.
 _LONG = 4096
+#: A tokenizer's metadata, and the header's own counts, which the library shows as if they were metadata.
+_NOT_ASKED = ("tokenizer.", "GGUF.")
 #: As which the gguf library reports a file that it cannot read.
 _DAMAGE = (ValueError, IndexError, KeyError, TypeError, OSError, ArithmeticError)
 
@@ -27,22 +30,28 @@ _DAMAGE = (ValueError, IndexError, KeyError, TypeError, OSError, ArithmeticError
 class GgufStore(TensorStore):
     """One GGUF file, or the parts of a split one. Also holds the metadata, which names the architecture."""
 
-    def __init__(self, paths: Iterable[Path]) -> None:
+    def __init__(self, paths: Mapping[str, Path]) -> None:
         reader_type = _reader_type()
-        self._tensors: dict[str, Any] = {}
+        parts: dict[str, dict[str, Any]] = {}
         self.metadata: dict[str, Any] = {}
-        for path in paths:
+        for name, path in paths.items():
             check_header(path)
             try:
                 reader = reader_type(path)
                 if reader.byte_order == "S":
                     raise HeadgramError(f"{path} is in the other byte order than this machine: convert it")
                 for field in reader.fields.values():
-                    if not field.name.startswith("tokenizer.") and field.data:  # not of an array without elements
-                        self.metadata.setdefault(field.name, field.contents())
+                    if not field.name.startswith(_NOT_ASKED) and field.data:  # not of an array without elements
+                        self._add(field.name, field.contents(), path)
             except _DAMAGE as error:
                 raise HeadgramError(f"{path} is not a whole GGUF file ({error}): fetch it again") from None
-            self._tensors.update({tensor.name: tensor for tensor in reader.tensors})
+            parts[name] = {tensor.name: tensor for tensor in reader.tensors}
+        self._tensors = Homes(parts)
+
+    def _add(self, key: str, value: Any, path: Path) -> None:
+        """Take metadata of a part; parts may repeat it, but differ only in which part they are."""
+        if self.metadata.setdefault(key, value) != value and not key.startswith("split."):
+            raise HeadgramError(f"{path} states another {key!r:.200} than the parts before it: fetch all parts of one model")
 
     def __contains__(self, name: str) -> bool:
         return name in self._tensors

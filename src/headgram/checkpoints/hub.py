@@ -28,7 +28,7 @@ from huggingface_hub.errors import (
 from huggingface_hub.hf_api import ModelInfo
 from huggingface_hub.utils import build_hf_headers, hf_raise_for_status, http_backoff, http_stream_backoff, httpx
 
-from headgram.checkpoints.sources import HUB_DIGEST, LARGEST_JSON, choose_weights, format_of, read_json
+from headgram.checkpoints.sources import HUB_DIGEST, LARGEST_JSON, Weights, choose_weights, format_of, read_json
 from headgram.errors import HeadgramError
 
 #: How often in a row a connection may fail without a byte arriving, and the longest pause between two attempts.
@@ -91,18 +91,23 @@ class RemoteLocation:
         """The source in words, for messages."""
         return f"{self.repo} at commit {self.commit[:12]}"
 
-    @cached_property
+    @property
     def weights(self) -> tuple[str, ...]:
         """Names of the weight files, in order."""
-        names = choose_weights(self.files, self._json, self.where)
-        for name in names:
+        return self.choice.files
+
+    @cached_property
+    def choice(self) -> Weights:
+        """Which files are the weights."""
+        choice = choose_weights(self.files, self._json, self.where)
+        for name in choice.files:
             self.file(name)
-        if format_of(names[0]) != "safetensors":
+        if format_of(choice.files[0]) != "safetensors":
             raise HeadgramError(
-                f"{self.where} holds '{names[0]}', and only safetensors can be read at the hub: "
+                f"{self.where} holds '{choice.files[0]}', and only safetensors can be read at the hub: "
                 f"fetch it with `hf download {self.repo} --revision {self.commit}`"
             )
-        return names
+        return choice
 
     def file(self, name: str) -> HubFile:
         """A file of the repository, refused if it has none of this name."""

@@ -46,7 +46,8 @@ def open_store(location: Location | RemoteLocation) -> TensorStore:
         from headgram.checkpoints.remote import RemoteSafetensorsStore
 
         return with_plain_weights(RemoteSafetensorsStore(location), location.config())
-    paths = [location.path(name) for name in location.weights]
+    paths = {name: location.path(name) for name in location.weights}
     if location.format == "gguf":
         return GgufStore(paths)
-    return with_plain_weights(SafetensorsStore(paths) if location.format == "safetensors" else BinStore(paths), location.config())
+    store = SafetensorsStore if location.format == "safetensors" else BinStore
+    return with_plain_weights(store(paths, location.choice.index), location.config())

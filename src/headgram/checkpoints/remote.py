@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 from torch import Tensor
 
+from headgram.checkpoints.homes import Homes
 from headgram.checkpoints.hub import HubFile, RemoteLocation, fetch_into
 from headgram.checkpoints.safetensors_header import PREFIX, TensorPlace, header_length, parse_header
 from headgram.checkpoints.sources import HUB_DIGEST
@@ -51,10 +52,10 @@ class RemoteSafetensorsStore(TensorStore):
 
     def __init__(self, location: RemoteLocation) -> None:
         files = [location.file(name) for name in location.weights]
-        self._home: dict[str, tuple[HubFile, TensorPlace]] = {}
         self._fetched: dict[str, memoryview] = {}
-        for file, places in zip(files, _in_parallel(_read_header, files), strict=True):
-            self._home.update({name: (file, place) for name, place in places.items()})
+        headers = zip(files, _in_parallel(_read_header, files), strict=True)
+        places = {file.name: {name: (file, place) for name, place in header.items()} for file, header in headers}
+        self._home = Homes(places, location.choice.index)
 
     def __contains__(self, name: str) -> bool:
         return name in self._home

@@ -1,4 +1,6 @@
-"""The header of a safetensors file: what tensors it holds, and where. Read here only where the library cannot, at the hub.
+"""The header of a safetensors file: what tensors it holds, and where.
+
+At the hub it is read here, where the library cannot; here it is held against what the library would overlook.
 
 Format: 8 bytes with the header's length, little-endian; the header, a JSON object `name -> {dtype, shape, data_offsets}`;
 the data, without gaps.
@@ -6,11 +8,12 @@ the data, without gaps.
 
 from __future__ import annotations
 
-import json
 import math
 from dataclasses import dataclass
 from itertools import pairwise
+from pathlib import Path
 
+from headgram.checkpoints.sources import parse_json
 from headgram.errors import HeadgramError
 
 #: As in the safetensors library.
@@ -54,6 +57,14 @@ def header_length(prefix: bytes, file_size: int, where: str) -> int:
     return length
 
 
+def check_header(path: Path) -> None:
+    """Refuse a file whose header `parse_header` refuses; the library takes the last of two tensors of one name."""
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        length = header_length(file.read(PREFIX), size, str(path))
+        parse_header(file.read(length), size, str(path))
+
+
 def parse_header(header: bytes, file_size: int, where: str) -> dict[str, TensorPlace]:
     """Every tensor's place, checked against the file's size: no overlap, no gap, no byte outside, no shape that disagrees.
 
@@ -63,7 +74,7 @@ def parse_header(header: bytes, file_size: int, where: str) -> dict[str, TensorP
         Says what is wrong, and with which tensor.
     """
     try:
-        entries = json.loads(header)
+        entries = parse_json(header)
         if not isinstance(entries, dict):
             raise ValueError("no JSON object")
         entries.pop("__metadata__", None)

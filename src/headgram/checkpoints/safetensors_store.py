@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Self
 
 from torch import Tensor
 
+from headgram.checkpoints.homes import Homes
+from headgram.checkpoints.safetensors_header import check_header
 from headgram.checkpoints.stores import TensorStore, bytes_of, float_dtype, known_dtype
 from headgram.errors import HeadgramError
 
@@ -17,17 +19,19 @@ from headgram.errors import HeadgramError
 class SafetensorsStore(TensorStore):
     """One or several safetensors files, mapped into memory."""
 
-    def __init__(self, paths: Iterable[Path]) -> None:
+    def __init__(self, paths: Mapping[str, Path], index: Mapping[str, str] | None = None) -> None:
         from safetensors import SafetensorError, safe_open
 
         self._stack = ExitStack()
-        self._home: dict[str, Any] = {}
-        for path in paths:
+        files: dict[str, dict[str, Any]] = {}
+        for name, path in paths.items():
             try:
                 file = self._stack.enter_context(safe_open(path, framework="pt"))
             except (SafetensorError, OSError) as error:
                 raise HeadgramError(f"{path} is not a whole safetensors file ({error}): fetch it again") from None
-            self._home.update(dict.fromkeys(file.keys(), file))
+            check_header(path)
+            files[name] = dict.fromkeys(file.keys(), file)
+        self._home = Homes(files, index)
 
     def __contains__(self, name: str) -> bool:
         return name in self._home

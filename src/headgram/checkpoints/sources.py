@@ -11,8 +11,8 @@ import hashlib
 import importlib.util
 import json
 import re
-from collections.abc import Callable, Collection
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -24,13 +24,32 @@ _GGUF_SHARD = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.gguf")
 _FORMATS = {".safetensors": "safetensors", ".gguf": "gguf", ".bin": "bin"}
 #: What transformers calls the weights, in the order of preference: `NAME`, or shards that `NAME.index.json` lists.
 _USUAL_NAMES = ("model.safetensors", "pytorch_model.bin")
-#: Configurations and indices are small; the largest known are a few MB.
-LARGEST_JSON = 128 * 2**20
+#: An index of 250,000 tensors takes less; parsed, it takes some twenty times as much.
+LARGEST_JSON = 32 * 2**20
 #: Begins what stands for a file by the hub's own hash of it, instead of by its bytes.
 HUB_DIGEST = "hub:"
 _MOST_SHARDS = 10_000
 _SAMPLES = 64
 _SAMPLE_BYTES = 4096
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Which of a checkpoint's files are its weights.
+
+    Attributes
+    ----------
+    files
+        Their names, in order; one format.
+    index
+        By tensor, the file that it is read from; None where there is no index.
+    passed_over
+        Other weight files beside them, which are not read.
+    """
+
+    files: tuple[str, ...]
+    index: Mapping[str, str] | None = None
+    passed_over: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -41,8 +60,8 @@ class Location:
     ----------
     folder
         The folder that holds every file of the source.
-    weights
-        Names of the weight files inside `folder`, in order; one format.
+    choice
+        Which files inside `folder` are its weights.
     commit
         The hub's commit, where there is one.
     boundary
@@ -51,9 +70,14 @@ class Location:
     """
 
     folder: Path
-    weights: tuple[str, ...]
+    choice: Weights
     commit: str | None
     boundary: Path
+
+    @property
+    def weights(self) -> tuple[str, ...]:
+        """Names of the weight files inside `folder`, in order."""
+        return self.choice.files
 
     @property
     def format(self) -> str:
@@ -132,7 +156,7 @@ def locate_here(source: str, revision: str | None = None) -> Location:
         return Location(path, _weights_in(path, boundary), None, boundary)
     if path.suffix not in _FORMATS:
         raise HeadgramError(f"'{source}' is neither a folder nor a .safetensors, .gguf or .bin file")
-    return Location(path.parent, _gguf_shards(path.name), None, boundary)
+    return Location(path.parent, Weights(_gguf_shards(path.name)), None, boundary)
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -146,12 +170,31 @@ def read_json(path: Path) -> dict[str, Any]:
     if path.stat().st_size > LARGEST_JSON:
         raise HeadgramError(f"{path} is larger than {LARGEST_JSON >> 20} MiB, which no real checkpoint's is")
     try:
-        value = json.loads(path.read_bytes())
+        value = parse_json(path.read_bytes())
     except (ValueError, RecursionError) as error:
         raise HeadgramError(f"{path} is not valid JSON ({error})") from None
     if not isinstance(value, dict):
         raise HeadgramError(f"{path} does not hold a JSON object")
     return value
+
+
+def parse_json(text: bytes) -> Any:
+    """JSON in which no object has a key twice: a reader would have to choose between the two values.
+
+    Raises
+    ------
+    ValueError
+        If it is no JSON, or has a key twice.
+    """
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(pairs)
+        if len(found) < len(pairs):
+            keys = [key for key, _ in pairs]
+            raise ValueError(f"the key {max(keys, key=keys.count)!r:.200} stands there twice")
+        return found
+
+    return json.loads(text, object_pairs_hook=unique)
 
 
 def _inside(boundary: Path, folder: Path, name: str) -> Path:
@@ -200,15 +243,15 @@ def _locate_in_cache(repo: str, revision: str | None) -> Location:
     return Location(folder, _weights_in(folder, boundary), folder.name, boundary)
 
 
-def _weights_in(folder: Path, boundary: Path) -> tuple[str, ...]:
+def _weights_in(folder: Path, boundary: Path) -> Weights:
     names = {path.name for path in folder.iterdir()}
-    weights = choose_weights(names, lambda name: read_json(_inside(boundary, folder, name)), str(folder))
-    for name in weights:
+    choice = choose_weights(names, lambda name: read_json(_inside(boundary, folder, name)), str(folder))
+    for name in choice.files:
         _inside(boundary, folder, name)
-    return weights
+    return choice
 
 
-def choose_weights(names: Collection[str], read_index: Callable[[str], dict[str, Any]], where: str) -> tuple[str, ...]:
+def choose_weights(names: Collection[str], read_index: Callable[[str], dict[str, Any]], where: str) -> Weights:
     """The weight files among a checkpoint's files: safetensors or torch's own, with an index or alone, or GGUF.
 
     Parameters
@@ -233,25 +276,26 @@ def choose_weights(names: Collection[str], read_index: Callable[[str], dict[str,
         or _usual(names, pickle, read_index, where)
     )
     if found:
-        return found
+        others = {name for name in names if "/" not in name and PurePosixPath(name).suffix in _FORMATS} - set(found.files)
+        return replace(found, passed_over=tuple(sorted(others)))
     raise HeadgramError(f"{where} holds no .safetensors and no .gguf file, and no pytorch_model.bin")
 
 
-def _usual(names: Collection[str], whole: str, read_index: Callable[[str], dict[str, Any]], where: str) -> tuple[str, ...]:
+def _usual(names: Collection[str], whole: str, read_index: Callable[[str], dict[str, Any]], where: str) -> Weights | None:
     if f"{whole}.index.json" in names:
         return _shards(read_index(f"{whole}.index.json"), whole, where)
-    return (whole,) if whole in names else ()
+    return Weights((whole,)) if whole in names else None
 
 
-def _only(names: Collection[str], suffix: str, where: str) -> tuple[str, ...]:
+def _only(names: Collection[str], suffix: str, where: str) -> Weights | None:
     """The one model among the files with a suffix; a split GGUF model is one."""
     found = sorted(name for name in names if name.endswith(suffix) and "/" not in name)
     if len({_GGUF_SHARD.sub(r"\1", name) for name in found}) > 1:
         raise HeadgramError(f"{where} holds several *{suffix} files: name the one that is meant")
-    return _gguf_shards(found[0]) if found else ()
+    return Weights(_gguf_shards(found[0])) if found else None
 
 
-def _shards(index: dict[str, Any], whole: str, where: str) -> tuple[str, ...]:
+def _shards(index: dict[str, Any], whole: str, where: str) -> Weights:
     """The files that an index names. They may only be weight files of the same format."""
     named = index.get("weight_map")
     if not isinstance(named, dict) or not named or not all(isinstance(name, str) for name in named.values()):
@@ -266,7 +310,7 @@ def _shards(index: dict[str, Any], whole: str, where: str) -> tuple[str, ...]:
             raise HeadgramError(
                 f"{where}: {whole}.index.json names {name!r:.200}, which is no {PurePosixPath(whole).suffix} file"
             )
-    return files
+    return Weights(files, named)
 
 
 def _gguf_shards(name: str) -> tuple[str, ...]:
