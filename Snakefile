@@ -20,7 +20,7 @@ rule all:
     default_target: True
     input:
         [final_files(model) for model in PLAN.models],
-        f"{REPORT}/index.html" if PLAN.config.report.enabled else [],
+        PATHS.report("index.html") if PLAN.config.report.enabled else [],
 
 
 onstart:

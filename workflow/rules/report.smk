@@ -3,12 +3,12 @@ rule report:
     input:
         unpack(report_input),
     output:
-        page=f"{REPORT}/index.html",
+        page=PATHS.report("index.html"),
         # Folders, for Snakemake remembers with every output all of the job's inputs, and both grow with the manifest.
-        data=directory(f"{REPORT}/data"),
+        data=directory(PATHS.report("data")),
         figures=[
             report(
-                directory(f"{REPORT}/figures/{figure}"),
+                directory(PATHS.report(f"figures/{figure}")),
                 patterns=["{model}/{stack}.svg"],
                 caption=f"../report/{figure}.rst",
                 category="Models",
@@ -19,26 +19,25 @@ rule report:
         ],
         profiles=[
             report(
-                f"{REPORT}/figures/{figure}.svg",
+                PATHS.report(f"figures/{figure}.svg"),
                 caption="../report/profile.rst",
                 category="Along the depth",
                 labels={"column": label},
             )
             for figure, label in PROFILE_FIGURES.items()
         ],
-        record=f"{REPORT}/index.json",
+        record=RECORDS["report"],
     log:
-        f"{JOB_LOGS}/report.log",
+        PATHS.log("report"),
     conda:
         ENVIRONMENT
     threads: 2
     resources:
         mem_mb=memory_mb,
     params:
-        config=PLAN.report.config,
-        fingerprint=PLAN.report.fingerprint,
-        code=PLAN.report.code,
-        upstream=canonical(PLAN.report.upstream),
+        identity=canonical(PLAN.report.described()),
+        results=RESULTS,
+        record=RECORDS["report"],
         models=canonical(list(PLAN.models)),
     message:
         "Reporting on all models"

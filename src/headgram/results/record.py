@@ -28,6 +28,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from headgram.errors import HeadgramError
+from headgram.results.asked import still_asked_for
 from headgram.version import __version__
 
 #: Raised when the meaning or the layout of a file changes.
@@ -130,7 +131,8 @@ def written_whole(path: Path) -> Iterator[IO[bytes]]:
             yield file
             file.flush()
             os.fsync(file.fileno())
-        temporary.replace(path)
+        with still_asked_for():
+            temporary.replace(path)
     except BaseException as error:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)

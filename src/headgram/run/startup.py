@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import filelock
 
 from headgram.errors import HeadgramError
+from headgram.results.asked import ask_for
 from headgram.results.record import remove_temporaries, write_text
 from headgram.run import forkserver
 from headgram.study.lock import Lock, LockedModel, changes, file_times, lock_path, missing_rows, read_lock, write_lock
@@ -93,6 +94,7 @@ class Run:
             self._held = filelock.FileLock(self._results / ".lock", timeout=0)
             self._held.acquire()
             remove_temporaries(self._results)
+            ask_for(self._results, self.plan.records())
             sightings = {name: _sighting(model.entry, file_times(model.entry)) for name, model in self.plan.models.items()}
             write_text(self._results / _SEEN, json.dumps(sightings, indent=1) + "\n")
         except filelock.Timeout:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 import torch
@@ -20,6 +20,9 @@ from headgram.geometry.scores import LayerScores, layer_scores, symmetry_score
 from headgram.results.factors import Weights
 from headgram.results.record import Provenance, record_of, seal, written_whole
 from headgram.results.tables import HEADS, LAYER_SCORES, SCALARS, write_table
+
+if TYPE_CHECKING:
+    from headgram.study.options import Config
 
 #: Bytes of the weights of the layers that a GPU works on at once, as stored.
 _BATCH_BYTES = 512 * 2**20
@@ -35,7 +38,7 @@ Pair = tuple[torch.Tensor, torch.Tensor]  # W_Q (H, r, d) and W_K (K, r, d)
 
 
 def measure_shard(
-    table: Path, tensors: Path, weights: Sequence[Path], layers: Sequence[int], config: Mapping[str, Any], provenance: Provenance
+    table: Path, tensors: Path, weights: Sequence[Path], layers: Sequence[int], options: Config, provenance: Provenance
 ) -> None:
     """Measure a shard and write its table and its directions.
 
@@ -45,8 +48,8 @@ def measure_shard(
         The Parquet file (a row per head: scalars and values) and the `.pt` file (directions, float32).
     weights
         Extracted weights that hold all the layers.
-    config
-        `{"eigen": {"topk", "tolerance", …}, "original": {"enabled"}}`.
+    options
+        Sections `eigen` and `original` are read.
 
     Raises
     ------
@@ -54,7 +57,7 @@ def measure_shard(
         If a residual exceeds the tolerance: names model, stack, layer and head.
     """
     source = Weights(weights, provenance.identity.upstream[0])
-    device, topk = provenance.device, config["eigen"]["topk"]
+    device, topk = provenance.device, options.eigen.topk
     place = f"model {provenance.model}, stack {provenance.stack}"
     together = max(1, _BATCH_BYTES // source.layer_bytes) if at_once(torch.device(device)) else 1
     rows: list[dict[str, Any]] = []
@@ -65,10 +68,10 @@ def measure_shard(
         pairs = [_on(device, *source.layer(layer)) for layer in run]
         w_q, w_k = _below_one_another(pairs)
         result, scores = _measured((w_q, w_k), pairs, run, topk, place)
-        worst = max(worst, _largest_residual(result, config["eigen"]["tolerance"], run, place))
+        worst = max(worst, _largest_residual(result, options.eigen.tolerance, run, place))
         rows += _rows(result, scores, run, reads=key_head(*source.heads).tolist(), rank=w_q.shape[1], hidden=w_q.shape[2])
         tensors_of_run = _directions(result)
-        if config["original"]["enabled"]:
+        if options.original.enabled:
             fro_sq, eig_dirs = original_quantities(w_q, w_k, topk)
             tensors_of_run |= {"original_fro_sq": fro_sq, "original_eig_dirs": eig_dirs}
         for name, value in tensors_of_run.items():

@@ -11,6 +11,7 @@ from headgram.report.arrays import StackSummary, read_model
 from headgram.report.figures import profile_figures, stack_figures
 from headgram.report.page import EMBEDDED, beside, index_pack, model_pack, page, page_shell
 from headgram.report.workers import workers
+from headgram.results.asked import still_asked_for
 from headgram.results.record import Provenance, check, seal, write_text
 
 
@@ -85,5 +86,6 @@ def _write(texts: Mapping[Path, str]) -> list[Path]:
 
 def _remove_others(folders: Sequence[Path], written: Sequence[Path]) -> None:
     """Remove what earlier reports wrote of models that are no longer in the manifest."""
-    for path in [path for folder in folders for path in folder.rglob("*") if path.is_file() and path not in written]:
-        path.unlink()
+    with still_asked_for():
+        for path in [path for folder in folders for path in folder.rglob("*") if path.is_file() and path not in written]:
+            path.unlink()
