@@ -16,6 +16,7 @@ from headgram.results.record import Identity, Provenance, record_of, seal
 from headgram.results.tables import read_table
 from headgram.stages.eigen import measure_shard
 from headgram.stages.gram import measure_row
+from headgram.study.options import Config
 from same_index import pair_products
 
 pytestmark = pytest.mark.gpu
@@ -110,7 +111,7 @@ def test_a_shard_and_a_row_are_those_of_the_cpu(tmp_path):
     path = tmp_path / "layers-000-005.pt"
     write_factors(path, range(6), {"query": q, "key": k})
     seal(record_of(path), Provenance(extract, "m", "self"), [path])
-    config = {"eigen": {"topk": 8, "tolerance": 1e-9}, "original": {"enabled": True}, "gram": {"precision": "auto"}}
+    options = Config()
     tables, tensors = {}, {}
     for device in ("cpu", "cuda"):
         folder = tmp_path / device
@@ -119,9 +120,9 @@ def test_a_shard_and_a_row_are_those_of_the_cpu(tmp_path):
             (folder / stage).mkdir(parents=True)
             table = folder / stage / "table.parquet"
             if stage == "eigen":
-                measure_shard(table, folder / "directions.pt", [path], range(6), config, provenance)
+                measure_shard(table, folder / "directions.pt", [path], range(6), options, provenance)
             else:
-                measure_row(table, [path], [[0, 1, 2, 3], [4, 5]], config, provenance)
+                measure_row(table, [path], [[0, 1, 2, 3], [4, 5]], options.gram, provenance)
             tables[device, stage] = read_table(table).to_pandas()
         tensors[device] = torch.load(folder / "directions.pt", weights_only=True)
     for stage in ("eigen", "gram"):

@@ -118,17 +118,31 @@ def test_jobs_of_an_earlier_cut_are_not_made_again(finished, tmp_path):
         ("cli.py", ()),
     ],
 )
-def test_one_byte_of_a_module(finished, tmp_path, module, stages):
+def test_a_changed_constant_of_a_module(finished, tmp_path, module, stages):
     project = finished.copy(tmp_path / "project")
     with (project.folder / "src" / "headgram" / module).open("a") as file:
-        file.write("#")
+        file.write("\n_X = 1\n")
     assert project.planned() == jobs(*stages)
 
 
-def test_one_byte_of_a_script(finished, tmp_path):
+def test_comments_and_docstrings_make_nothing_stale(finished, tmp_path):
+    project = finished.copy(tmp_path / "project")
+    folders = (
+        "src/headgram/geometry",
+        "src/headgram/stages",
+        "src/headgram/results",
+        "src/headgram/checkpoints",
+        "workflow/scripts",
+    )
+    for path in (path for folder in folders for path in (project.folder / folder).glob("*.py")):
+        edit(path, '"""', '# Anew.\n"""Anew. ')
+    assert project.planned() == set()
+
+
+def test_a_changed_constant_of_a_script(finished, tmp_path):
     project = finished.copy(tmp_path / "project")
     with (project.folder / "workflow" / "scripts" / "gram.py").open("a") as file:
-        file.write("#\n")
+        file.write("_X = 1\n")
     assert project.planned() == jobs("gram", "merge", "derive")
 
 

@@ -7,10 +7,11 @@ import headgram.stages.gram as stage
 from headgram.results.factors import write_factors
 from headgram.results.record import Identity, Provenance, record_of, seal
 from headgram.results.tables import read_table
+from headgram.study.options import Gram
 
 pytestmark = pytest.mark.usefixtures("both_ways")
 
-CONFIG = {"gram": {"precision": "auto"}}
+CONFIG = Gram(precision="auto")
 TILES = [[0, 1], [2, 3], [4, 5]]
 
 

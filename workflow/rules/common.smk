@@ -7,6 +7,8 @@ from pathlib import Path
 from snakemake.exceptions import WorkflowError
 
 from headgram.results.record import canonical, has_key, is_fresh
+from headgram.results.asked import check_asked_for
+from headgram.results.paths import DERIVED, MERGED, Results
 from headgram.run.devices import require_device, wants_gpu
 from headgram.errors import HeadgramError
 from headgram.report.names import PROFILE_FIGURES, STACK_FIGURES
@@ -36,10 +38,14 @@ GPUS = int(wants_gpu(PLAN.config.device))
 RESULTS = PLAN.config.results
 # Where results are kept, if that is no folder (--default-storage-provider).
 STORAGE = workflow.storage_registry.default_storage_provider
-TABLES = ("heads", "spectra", "gram", "overlap", "neighbours", "layers", "models")
-REPORT = f"{RESULTS}/report"
-STACK = f"{RESULTS}/models/{{model}}/{{stack}}"
-JOB_LOGS = f"{RESULTS}/logs"
+PATHS = Results(RESULTS)
+TABLES = (*MERGED, *DERIVED)
+RECORDS = {
+    stage: PATHS.record(
+        stage, "{model}", "{stack}", "{row}" if stage == "gram" else "{layers}"
+    )
+    for stage in ("extract", "eigen", "gram", "merge", "derive", "report")
+}
 ENVIRONMENT = "../../envs/cuda.yaml" if GPUS else "../../envs/cpu.yaml"
 
 
@@ -72,16 +78,11 @@ def stack_of(wildcards):
     return stacks[wildcards.stack]
 
 
-def stack_folder(wildcards):
-    return STACK.format(model=wildcards.model, stack=wildcards.stack)
-
-
-def identity_of(stage, field):
-    """A param of a rule: one field of the identity of its artifacts. Together they decide what is stale."""
+def identity_of(stage):
+    """A param of a rule: the identity of its artifacts, which decides what is stale."""
 
     def param(wildcards):
-        value = getattr(model_of(wildcards).identities[stage], field)
-        return value if isinstance(value, str) else canonical(value)
+        return canonical(model_of(wildcards).identities[stage].described())
 
     return param
 
@@ -96,18 +97,23 @@ def stages_before(*stages):
     return param
 
 
-def run_if_stale(stage, wildcards, record):
+def run_if_stale(stage, wildcards):
     """Have Snakemake run a job whose artifact is there but belongs to another identity.
 
     Snakemake compares params with what it remembers in `.snakemake`; the artifact's own record also holds where that
     memory is lost. Called by input functions, which see every job of the DAG before it is decided which must run.
     """
-    run_if_other(model_of(wildcards).identities[stage].key, record)
+    run_if_other(
+        model_of(wildcards).identities[stage].key, RECORDS[stage].format(**wildcards)
+    )
 
 
 def run_if_other(key, record):
     if workflow.remote_exec:
-        return  # on a node: whoever sent the job decided
+        # On a node: whoever sent the job decided. Snakemake removes outputs before a job begins: not those of a newer run.
+        with headgram_errors():
+            check_asked_for(Path(RESULTS), PATHS.relative(record), key)
+        return
     if STORAGE is None:
         file = record
         stale = Path(record).exists() and not is_fresh(Path(record), key)
@@ -140,34 +146,28 @@ def in_storage(path):
 
 def weights_of(wildcards, layers):
     """The weight files, with their records, that hold these layers."""
-    folder = f"{stack_folder(wildcards)}/weights"
     groups = stack_of(wildcards).groups_of(layers)
+    model, stack = wildcards.model, wildcards.stack
     return {
-        "weights": [f"{folder}/{group}.pt" for group in groups],
-        "records": [f"{folder}/{group}.json" for group in groups],
+        "weights": [
+            file
+            for group in groups
+            for file in PATHS.data("extract", model, stack, group)
+        ],
+        "records": [PATHS.record("extract", model, stack, group) for group in groups],
     }
-
-
-def table_of(model, table):
-    return f"{RESULTS}/atlas/{table}/model={model}/{table}.parquet"
 
 
 def final_files(model):
     """All files that a merge and a derivation write for a model."""
-    files = [table_of(model, table) for table in TABLES]
-    files += [f"{RESULTS}/atlas/directions/{model}.pt"]
-    files += [f"{RESULTS}/provenance/{of}{model}.json" for of in ("", "derived/")]
-    if PLAN.config.original.enabled:
-        files += [f"{RESULTS}/seed/{model}.json", f"{RESULTS}/seed/{model}-eigdirs.pt"]
-    return files
+    files = [PATHS.table(table, model) for table in TABLES]
+    files += [PATHS.directions(model)]
+    files += [PATHS.record(stage, model) for stage in ("merge", "derive")]
+    return files + (PATHS.original(model) if PLAN.config.original.enabled else [])
 
 
 def extract_input(wildcards):
-    run_if_stale(
-        "extract",
-        wildcards,
-        f"{stack_folder(wildcards)}/weights/{wildcards.layers}.json",
-    )
+    run_if_stale("extract", wildcards)
     return []
 
 
@@ -192,23 +192,13 @@ def eigen_layers(wildcards):
 
 
 def eigen_input(wildcards):
-    run_if_stale(
-        "eigen",
-        wildcards,
-        f"{stack_folder(wildcards)}/eigen/{wildcards.layers}.json",
-    )
+    run_if_stale("eigen", wildcards)
     return weights_of(wildcards, eigen_layers(wildcards))
 
 
 def gram_input(wildcards):
-    run_if_stale(
-        "gram", wildcards, f"{stack_folder(wildcards)}/gram/{wildcards.row}.json"
-    )
+    run_if_stale("gram", wildcards)
     return weights_of(wildcards, stack_of(wildcards).row_layers(wildcards.row))
-
-
-def merge_record(model):
-    return f"{RESULTS}/provenance/{model}.json"
 
 
 def merge_parts(wildcards):
@@ -221,17 +211,15 @@ def merge_parts(wildcards):
 
 def stack_files(wildcards, stage, suffix):
     """Files of the eigen shards or of the Gram rows of all stacks."""
-    parts = merge_parts(wildcards)
-    folder = f"{RESULTS}/models/{wildcards.model}"
     return [
-        f"{folder}/{stack}/{stage}/{name}{suffix}"
-        for stack, shards, rows in parts
+        PATHS.part(stage, wildcards.model, stack, name, suffix)
+        for stack, shards, rows in merge_parts(wildcards)
         for name in (shards if stage == "eigen" else rows)
     ]
 
 
 def merge_input(wildcards):
-    run_if_stale("merge", wildcards, merge_record(wildcards.model))
+    run_if_stale("merge", wildcards)
     return {
         "tables": stack_files(wildcards, "eigen", ".parquet")
         + stack_files(wildcards, "gram", ".parquet"),
@@ -254,15 +242,13 @@ def derive_facts(wildcards):
 
 
 def derive_input(wildcards):
-    run_if_stale(
-        "derive", wildcards, f"{RESULTS}/provenance/derived/{wildcards.model}.json"
-    )
+    run_if_stale("derive", wildcards)
     model = wildcards.model
     return {
-        "heads": f"{RESULTS}/atlas/heads/model={model}/heads.parquet",
-        "gram": f"{RESULTS}/atlas/gram/model={model}/gram.parquet",
-        "directions": f"{RESULTS}/atlas/directions/{model}.pt",
-        "record": merge_record(model),
+        "heads": PATHS.table("heads", model),
+        "gram": PATHS.table("gram", model),
+        "directions": PATHS.directions(model),
+        "record": PATHS.record("merge", model),
         "shards": stack_files(wildcards, "eigen", ".parquet"),
         "shard_files": stack_files(wildcards, "eigen", ".pt")
         + stack_files(wildcards, "eigen", ".json"),
@@ -272,7 +258,7 @@ def derive_input(wildcards):
 def stack_figures():
     """Of every figure of a stack: its file, and the names of figure, model and stack."""
     return [
-        (f"{REPORT}/figures/{figure}/{model}/{stack}.svg", figure, model, stack)
+        (PATHS.report(f"figures/{figure}/{model}/{stack}.svg"), figure, model, stack)
         for figure in STACK_FIGURES
         for model, plan in PLAN.models.items()
         for stack in plan.stacks
@@ -287,7 +273,7 @@ def beside_outputs(job):
     if job.rule.name != "report" or STORAGE:
         return []
     figures = [file for file, *_ in stack_figures()]
-    return [f"{REPORT}/data/{model}.js" for model in PLAN.models] + figures
+    return [PATHS.report(f"data/{model}.js") for model in PLAN.models] + figures
 
 
 def reported_figures():
@@ -309,13 +295,12 @@ def reported_figures():
 
 
 def report_input(_):
-    run_if_other(PLAN.report.key, f"{REPORT}/index.json")
+    run_if_other(PLAN.report.key, RECORDS["report"])
     return {
-        "merged": [f"{RESULTS}/provenance/{model}.json" for model in PLAN.models],
-        "derived": [
-            f"{RESULTS}/provenance/derived/{model}.json" for model in PLAN.models
-        ],
+        "merged": [PATHS.record("merge", model) for model in PLAN.models],
+        "derived": [PATHS.record("derive", model) for model in PLAN.models],
         **{
-            table: [table_of(model, table) for model in PLAN.models] for table in TABLES
+            table: [PATHS.table(table, model) for model in PLAN.models]
+            for table in TABLES
         },
     }

@@ -3,13 +3,13 @@ rule derive:
     input:
         unpack(derive_input),
     output:
-        overlap=f"{RESULTS}/atlas/overlap/model={{model}}/overlap.parquet",
-        neighbours=f"{RESULTS}/atlas/neighbours/model={{model}}/neighbours.parquet",
-        layers=f"{RESULTS}/atlas/layers/model={{model}}/layers.parquet",
-        models=f"{RESULTS}/atlas/models/model={{model}}/models.parquet",
-        record=f"{RESULTS}/provenance/derived/{{model}}.json",
+        overlap=PATHS.table("overlap", "{model}"),
+        neighbours=PATHS.table("neighbours", "{model}"),
+        layers=PATHS.table("layers", "{model}"),
+        models=PATHS.table("models", "{model}"),
+        record=RECORDS["derive"],
     log:
-        f"{JOB_LOGS}/derive/{{model}}.log",
+        PATHS.log("derive", "{model}"),
     conda:
         ENVIRONMENT
     threads: 1
@@ -17,10 +17,9 @@ rule derive:
         gpu=GPUS,
         mem_mb=memory_mb,
     params:
-        config=identity_of("derive", "config"),
-        fingerprint=identity_of("derive", "fingerprint"),
-        code=identity_of("derive", "code"),
-        upstream=identity_of("derive", "upstream"),
+        identity=identity_of("derive"),
+        results=RESULTS,
+        record=RECORDS["derive"],
         shards=lambda wildcards: canonical(derive_shards(wildcards)),
         facts=derive_facts,
     message:

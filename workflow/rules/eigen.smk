@@ -3,11 +3,11 @@ rule eigen:
     input:
         unpack(eigen_input),
     output:
-        table=f"{STACK}/eigen/{{layers}}.parquet",
-        directions=f"{STACK}/eigen/{{layers}}.pt",
-        record=f"{STACK}/eigen/{{layers}}.json",
+        table=PATHS.part("eigen", "{model}", "{stack}", "{layers}", ".parquet"),
+        directions=PATHS.part("eigen", "{model}", "{stack}", "{layers}", ".pt"),
+        record=RECORDS["eigen"],
     log:
-        f"{JOB_LOGS}/eigen/{{model}}/{{stack}}/{{layers}}.log",
+        PATHS.log("eigen", "{model}", "{stack}", "{layers}"),
     conda:
         ENVIRONMENT
     threads: 1
@@ -15,10 +15,9 @@ rule eigen:
         gpu=GPUS,
         mem_mb=memory_mb,
     params:
-        config=identity_of("eigen", "config"),
-        fingerprint=identity_of("eigen", "fingerprint"),
-        code=identity_of("eigen", "code"),
-        upstream=identity_of("eigen", "upstream"),
+        identity=identity_of("eigen"),
+        results=RESULTS,
+        record=RECORDS["eigen"],
         layers=lambda wildcards: canonical(eigen_layers(wildcards)),
     message:
         "Spectra of {wildcards.model}, stack {wildcards.stack}, {wildcards.layers}"

@@ -3,20 +3,19 @@ rule extract:
     input:
         extract_input,
     output:
-        weights=f"{STACK}/weights/{{layers}}.pt",
-        record=f"{STACK}/weights/{{layers}}.json",
+        weights=PATHS.part("extract", "{model}", "{stack}", "{layers}", ".pt"),
+        record=RECORDS["extract"],
     log:
-        f"{JOB_LOGS}/extract/{{model}}/{{stack}}/{{layers}}.log",
+        PATHS.log("extract", "{model}", "{stack}", "{layers}"),
     conda:
         ENVIRONMENT
     threads: 1
     resources:
         mem_mb=memory_mb,
     params:
-        config=identity_of("extract", "config"),
-        fingerprint=identity_of("extract", "fingerprint"),
-        code=identity_of("extract", "code"),
-        upstream=identity_of("extract", "upstream"),
+        identity=identity_of("extract"),
+        results=RESULTS,
+        record=RECORDS["extract"],
         entry=locked_entry,
         layers=extract_layers,
     message:

@@ -3,10 +3,10 @@ rule gram:
     input:
         unpack(gram_input),
     output:
-        table=f"{STACK}/gram/{{row}}.parquet",
-        record=f"{STACK}/gram/{{row}}.json",
+        table=PATHS.part("gram", "{model}", "{stack}", "{row}", ".parquet"),
+        record=RECORDS["gram"],
     log:
-        f"{JOB_LOGS}/gram/{{model}}/{{stack}}/{{row}}.log",
+        PATHS.log("gram", "{model}", "{stack}", "{row}"),
     conda:
         ENVIRONMENT
     threads: 1
@@ -14,10 +14,9 @@ rule gram:
         gpu=GPUS,
         mem_mb=memory_mb,
     params:
-        config=identity_of("gram", "config"),
-        fingerprint=identity_of("gram", "fingerprint"),
-        code=identity_of("gram", "code"),
-        upstream=identity_of("gram", "upstream"),
+        identity=identity_of("gram"),
+        results=RESULTS,
+        record=RECORDS["gram"],
         tiles=lambda wildcards: canonical(stack_of(wildcards).row(wildcards.row)),
     message:
         "Gram matrix of {wildcards.model}, stack {wildcards.stack}, {wildcards.row}"

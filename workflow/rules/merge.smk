@@ -3,28 +3,23 @@ rule merge:
     input:
         unpack(merge_input),
     output:
-        heads=f"{RESULTS}/atlas/heads/model={{model}}/heads.parquet",
-        spectra=f"{RESULTS}/atlas/spectra/model={{model}}/spectra.parquet",
-        gram=f"{RESULTS}/atlas/gram/model={{model}}/gram.parquet",
-        directions=f"{RESULTS}/atlas/directions/{{model}}.pt",
-        seed=(
-            [f"{RESULTS}/seed/{{model}}.json", f"{RESULTS}/seed/{{model}}-eigdirs.pt"]
-            if PLAN.config.original.enabled
-            else []
-        ),
-        record=f"{RESULTS}/provenance/{{model}}.json",
+        heads=PATHS.table("heads", "{model}"),
+        spectra=PATHS.table("spectra", "{model}"),
+        gram=PATHS.table("gram", "{model}"),
+        directions=PATHS.directions("{model}"),
+        seed=PATHS.original("{model}") if PLAN.config.original.enabled else [],
+        record=RECORDS["merge"],
     log:
-        f"{JOB_LOGS}/merge/{{model}}.log",
+        PATHS.log("merge", "{model}"),
     conda:
         ENVIRONMENT
     threads: 1
     resources:
         mem_mb=memory_mb,
     params:
-        config=identity_of("merge", "config"),
-        fingerprint=identity_of("merge", "fingerprint"),
-        code=identity_of("merge", "code"),
-        upstream=identity_of("merge", "upstream"),
+        identity=identity_of("merge"),
+        results=RESULTS,
+        record=RECORDS["merge"],
         parts=lambda wildcards: canonical(merge_parts(wildcards)),
         entry=locked_entry,
         stages=stages_before("extract", "eigen", "gram"),

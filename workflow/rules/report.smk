@@ -3,14 +3,14 @@ rule report:
     input:
         unpack(report_input),
     output:
-        page=f"{REPORT}/index.html",
+        page=PATHS.report("index.html"),
         # Folders only where results are in object storage, which must know of all that it is to keep. On a disk, Snakemake would
         # empty them before a job, of strangers' files too; there the record names the files.
-        data=directory(f"{REPORT}/data") if STORAGE else [],
+        data=directory(PATHS.report("data")) if STORAGE else [],
         figures=(
             [
                 report(
-                    directory(f"{REPORT}/figures/{figure}"),
+                    directory(PATHS.report(f"figures/{figure}")),
                     patterns=["{model}/{stack}.svg"],
                     caption=f"../report/{figure}.rst",
                     category="Models",
@@ -24,26 +24,25 @@ rule report:
         ),
         profiles=[
             report(
-                f"{REPORT}/figures/{figure}.svg",
+                PATHS.report(f"figures/{figure}.svg"),
                 caption="../report/profile.rst",
                 category="Along the depth",
                 labels={"column": label},
             )
             for figure, label in PROFILE_FIGURES.items()
         ],
-        record=f"{REPORT}/index.json",
+        record=RECORDS["report"],
     log:
-        f"{JOB_LOGS}/report.log",
+        PATHS.log("report"),
     conda:
         ENVIRONMENT
     threads: 2
     resources:
         mem_mb=memory_mb,
     params:
-        config=PLAN.report.config,
-        fingerprint=PLAN.report.fingerprint,
-        code=PLAN.report.code,
-        upstream=canonical(PLAN.report.upstream),
+        identity=canonical(PLAN.report.described()),
+        results=RESULTS,
+        record=RECORDS["report"],
         models=canonical(list(PLAN.models)),
     message:
         "Reporting on all models"

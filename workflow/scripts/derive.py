@@ -5,12 +5,11 @@ from pathlib import Path
 
 from headgram.run.job import by_place, running
 
-with running(snakemake) as provenance:
+with running(snakemake) as (provenance, options):
     from headgram.stages.derive import Derived, Merged, derive
 
     tables = by_place(snakemake.input.shards)
     shards = {stack: [tables[stack, "eigen", name] for name in names] for stack, names in json.loads(snakemake.params.shards)}
     merged = Merged(*(Path(snakemake.input[name]) for name in ("heads", "gram", "directions", "record")), shards=shards)
     derived = Derived(*(Path(snakemake.output[name]) for name in ("overlap", "neighbours", "layers", "models", "record")))
-    facts, config = (json.loads(text) for text in (snakemake.params.facts, snakemake.params.config))
-    derive(merged, derived, facts, config, provenance)
+    derive(merged, derived, json.loads(snakemake.params.facts), options.export, provenance)

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from headgram.run.job import running
 
-with running(snakemake) as provenance:
+with running(snakemake) as (provenance, options):
     from headgram.stages.eigen import measure_shard
 
     measure_shard(
@@ -13,6 +13,6 @@ with running(snakemake) as provenance:
         tensors=Path(snakemake.output.directions),
         weights=[Path(path) for path in snakemake.input.weights],
         layers=json.loads(snakemake.params.layers),
-        config=json.loads(snakemake.params.config),
+        options=options,
         provenance=provenance,
     )

@@ -5,10 +5,9 @@ from pathlib import Path
 
 from headgram.run.job import running
 
-with running(snakemake) as provenance:
+with running(snakemake) as (provenance, options):
     from headgram.stages.extract import extract
 
     layers, digests = zip(*json.loads(snakemake.params.layers), strict=True)
-    config = json.loads(snakemake.params.config)
     source = snakemake.params.entry.how_to_open()
-    extract(Path(snakemake.output.weights), source, layers, digests, config["weights"]["dtype"], provenance)
+    extract(Path(snakemake.output.weights), source, layers, digests, options.weights.dtype, provenance)

@@ -5,13 +5,13 @@ from pathlib import Path
 
 from headgram.run.job import running
 
-with running(snakemake) as provenance:
+with running(snakemake) as (provenance, options):
     from headgram.stages.gram import measure_row
 
     measure_row(
         output=Path(snakemake.output.table),
         weights=[Path(path) for path in snakemake.input.weights],
         tiles=json.loads(snakemake.params.tiles),
-        config=json.loads(snakemake.params.config),
+        options=options.gram,
         provenance=provenance,
     )

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from headgram.run.job import by_place, running
 
-with running(snakemake) as provenance:
+with running(snakemake) as (provenance, options):
     from headgram.stages.merge import Atlas, StackParts, merge
 
     tables = by_place(snakemake.input.tables)
@@ -19,4 +19,4 @@ with running(snakemake) as provenance:
         seed=record.parents[1] / "seed" / record.name,
         record=record,
     )
-    merge(parts, atlas, json.loads(snakemake.params.config), provenance)
+    merge(parts, atlas, options, provenance)

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from headgram.run.job import running
 
-with running(snakemake) as provenance:
+with running(snakemake) as (provenance, _):
     from headgram.report.arrays import TABLES
     from headgram.stages.report import Report, Source, write_report
 

@@ -13,15 +13,13 @@ import pandas as pd
 import pyarrow as pa
 
 from headgram.errors import HeadgramError
+from headgram.results.asked import asked_for
 from headgram.results.files import link_message
+from headgram.results.paths import FOLDERS, RECORDS
 from headgram.results.record import Identity, damages, read_record
 from headgram.results.tables import HEAD_NUMBERS, QUARTILES, SIDES, TABLES, read_table
 from headgram.study.lock import Lock
 
-#: Where artifacts are, below the results folder; logs are nobody's results.
-_FOLDERS = ("atlas", "models", "provenance", "seed", "report")
-#: Where records are.
-_RECORDS = ("models", "provenance", "report")
 #: Snakemake's, in folders that are a job's output; empty.
 _FOLDER_DATE = ".snakemake_timestamp"
 #: What held when it was written still holds, up to the rounding of forms that are much smaller than their weights.
@@ -31,7 +29,7 @@ _OVERLAP_TOLERANCE = 1e-5
 
 
 def verify(results: Path, lock: Lock | None = None) -> tuple[int, list[str]]:
-    """Check every artifact of a results folder, and that it is of the checkpoint that the lock pins.
+    """Check every artifact of a results folder: that it is of the locked checkpoint, and what the latest run asks for.
 
     Returns
     -------
@@ -43,10 +41,10 @@ def verify(results: Path, lock: Lock | None = None) -> tuple[int, list[str]]:
     HeadgramError
         If there is nothing to check.
     """
-    folders = [results / folder for folder in _FOLDERS]
+    folders = [results / folder for folder in FOLDERS]
     links = sorted(path for folder in folders for path in (folder, *folder.rglob("*")) if path.is_symlink() and path.is_dir())
     inside = [path for folder in folders if folder not in links for path in folder.rglob("*")]
-    paths = sorted(path for path in inside if path.suffix == ".json" and path.relative_to(results).parts[0] in _RECORDS)
+    paths = sorted(path for path in inside if path.suffix == ".json" and path.relative_to(results).parts[0] in RECORDS)
     if not paths and not links:
         raise HeadgramError(f"{results} holds no artifact to verify")
     present = {_place(path) for path in inside if not path.is_dir() and path.name != _FOLDER_DATE}
@@ -59,7 +57,10 @@ def verify(results: Path, lock: Lock | None = None) -> tuple[int, list[str]]:
             records[path] = read_record(path)
         except HeadgramError as error:
             problems.append(str(error))
+    asked = asked_for(results) or {}
     for path, record in records.items():
+        if record["key"] != asked.get(path.relative_to(results).as_posix(), record["key"]):
+            problems.append(f"{path}: it is not what the latest run asks for: run again")
         files = {name: _place(path.parent / name) for name in record["files"]}
         sealed |= set(files.values())
         damaged = [f"{damage}: delete {path} and run again" for damage in damages(path, record)]

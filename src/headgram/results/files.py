@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import IO
 
 from headgram.errors import HeadgramError
+from headgram.results.asked import still_asked_for
 
 #: In the environment of a run and of its jobs: the results folder.
 RESULTS = "HEADGRAM_RESULTS"
@@ -38,7 +39,8 @@ def written_whole(path: Path) -> Iterator[IO[bytes]]:
             yield file
             file.flush()
             os.fsync(file.fileno())
-        temporary.replace(path)
+        with still_asked_for():
+            temporary.replace(path)
         for folder in (path.parent, *_folders_above(path)):
             _flush_folder(folder)
     except BaseException as error:

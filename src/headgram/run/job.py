@@ -18,26 +18,35 @@ from headgram.results.files import open_new, refuse_links
 from headgram.run.forkserver import hand_over
 
 if TYPE_CHECKING:
-    from headgram.results.record import Provenance
+    from headgram.results.record import Identity, Provenance
+    from headgram.study.options import Config
 
 
 @contextlib.contextmanager
-def running(snakemake: Any) -> Iterator[Provenance]:
+def running(snakemake: Any) -> Iterator[tuple[Provenance, Config]]:
     """Run the body of a script as a job; in a process that has imported torch already, if the run has one.
+
+    Yields what its artifact comes from, and the options that its stage reads; all others have their defaults.
 
     Output goes to the rule's log. A `HeadgramError` is printed as one sentence and ends the job with exit code 1; any
     other error leaves its traceback in the log.
     """
     hand_over(Path(sys.argv[0]))
     # Only now: a script that hands itself over need not wait for it.
+    from headgram.results.asked import Order, working_for
+    from headgram.results.record import Identity
     from headgram.run.devices import leased_device, usable
+    from headgram.study.options import load_config
 
     log = Path(snakemake.log[0])
     try:
         with _output_to(log), leased_device(bool(snakemake.resources.get("gpu", 0))) as device:
             _limit_threads(snakemake.threads)
             _date_no_later_than_now(snakemake.input)
-            yield _provenance(snakemake, usable(device))
+            identity = Identity.read(json.loads(snakemake.params.identity))
+            root, record = snakemake.params.results, snakemake.params.record
+            with working_for(Order(Path(root), os.path.relpath(record, root), identity.key)):
+                yield _provenance(snakemake, identity, usable(device)), load_config(json.loads(identity.config))
     except HeadgramError as error:
         sentence = f"headgram: {error}"
         print(sentence, file=sys.stderr)
@@ -73,16 +82,9 @@ def _append(log: Path, text: str) -> None:
             print(text, file=file)
 
 
-def _provenance(snakemake: Any, device: str) -> Provenance:
-    from headgram.results.record import Identity, Provenance
+def _provenance(snakemake: Any, identity: Identity, device: str) -> Provenance:
+    from headgram.results.record import Provenance
 
-    identity = Identity(
-        stage=snakemake.rule,
-        config=snakemake.params.config,
-        fingerprint=snakemake.params.fingerprint,
-        code=snakemake.params.code,
-        upstream=tuple(json.loads(snakemake.params.upstream)),
-    )
     origin = {}
     if "stages" in snakemake.params.keys():  # noqa: SIM118  (Snakemake's params are a list with names)
         origin = {"lock": snakemake.params.entry.model_dump(mode="json"), "stages": json.loads(snakemake.params.stages)}

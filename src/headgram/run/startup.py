@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import filelock
 
 from headgram.errors import HeadgramError
+from headgram.results.asked import ask_for
 from headgram.results.claims import NAME as CLAIMS
 from headgram.results.claims import Writing, claim, settle
 from headgram.results.files import RESULTS, remove_temporaries, write_text
@@ -117,6 +118,7 @@ class Run:
             self._held.acquire()
             remove_temporaries(self._results / name for name in (_SEEN, CLAIMS))
             claim(self._results, _writings(workflow, beside))
+            ask_for(self._results, self.plan.records())
             sightings = {name: _sighting(model.entry, file_times(model.entry)) for name, model in self.plan.models.items()}
             write_text(self._results / _SEEN, json.dumps(sightings, indent=1) + "\n")
         except filelock.Timeout:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
@@ -27,6 +27,9 @@ from headgram.results.tables import (
     read_table,
     write_table,
 )
+
+if TYPE_CHECKING:
+    from headgram.study.options import Export
 
 #: How many of the nearest heads are kept, by each measure.
 NEAREST = 8
@@ -68,15 +71,13 @@ class _Stack:
     neighbours: dict[str, Neighbours]  # by measure
 
 
-def derive(merged: Merged, derived: Derived, facts: Mapping[str, Any], config: Mapping[str, Any], provenance: Provenance) -> None:
+def derive(merged: Merged, derived: Derived, facts: Mapping[str, Any], options: Export, provenance: Provenance) -> None:
     """Derive one model's tables.
 
     Parameters
     ----------
     facts
         `{"architecture": name, "stored_dtype": {stack: name}}`, as locked.
-    config
-        `{"export": {"compression"}}`.
 
     Raises
     ------
@@ -92,7 +93,7 @@ def derive(merged: Merged, derived: Derived, facts: Mapping[str, Any], config: M
         _stack(name, _of(heads, name), _of(gram, name), merged.directions, shards, provenance.device)
         for name, shards in merged.shards.items()
     ]
-    compression = config["export"]["compression"]
+    compression = options.compression
     write_table(derived.overlap, pa.concat_tables([_overlap_table(stack) for stack in stacks]), provenance, compression)
     neighbours = pa.concat_tables([_neighbours_table(stack) for stack in stacks])
     write_table(derived.neighbours, neighbours, provenance, compression)

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 import torch
@@ -23,6 +23,9 @@ from headgram.results.files import written_whole
 from headgram.results.record import Provenance, record_of, seal
 from headgram.results.tables import HEADS, LAYER_SCORES, SCALARS, write_table
 
+if TYPE_CHECKING:
+    from headgram.study.options import Config
+
 #: Bytes of the weights of the layers that a GPU works on at once, as stored.
 _BATCH_BYTES = 512 * 2**20
 
@@ -34,7 +37,7 @@ _SHARD = pa.schema(
 
 
 def measure_shard(
-    table: Path, tensors: Path, weights: Sequence[Path], layers: Sequence[int], config: Mapping[str, Any], provenance: Provenance
+    table: Path, tensors: Path, weights: Sequence[Path], layers: Sequence[int], options: Config, provenance: Provenance
 ) -> None:
     """Measure a shard and write its table and its directions.
 
@@ -44,8 +47,8 @@ def measure_shard(
         The Parquet file (a row per head: scalars and values) and the `.pt` file (directions, float32).
     weights
         Extracted weights that hold all the layers.
-    config
-        `{"eigen": {"topk", "tolerance", …}, "original": {"enabled"}}`.
+    options
+        Sections `eigen` and `original` are read.
 
     Raises
     ------
@@ -53,7 +56,7 @@ def measure_shard(
         If a residual exceeds the tolerance: names model, stack, layer and head.
     """
     source = FactorFiles(weights, provenance.identity.upstream[0])
-    device, topk = provenance.device, config["eigen"]["topk"]
+    device, topk = provenance.device, options.eigen.topk
     place = f"model {provenance.model}, stack {provenance.stack}"
     together = max(1, _BATCH_BYTES // source.layer_bytes) if at_once(torch.device(device)) else 1
     reads = shared_head(source.heads, source.kv_heads).tolist()
@@ -64,10 +67,10 @@ def measure_shard(
         run = layers[start : start + together]
         heads = source.read(run).to(device)
         result, scores = _measured(heads, run, topk, place)
-        worst = max(worst, _largest_residual(result, config["eigen"]["tolerance"], run, place))
+        worst = max(worst, _largest_residual(result, options.eigen.tolerance, run, place))
         rows += _rows(result, scores, run, reads, rank=source.rank, hidden=source.width)
         tensors_of_run = _directions(result)
-        if config["original"]["enabled"]:
+        if options.original.enabled:
             fro_sq, eig_dirs = original_quantities(heads, topk)
             tensors_of_run |= {"original_fro_sq": fro_sq, "original_eig_dirs": eig_dirs}
         for name, value in tensors_of_run.items():

@@ -3,25 +3,29 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pyarrow as pa
 import torch
 
 from headgram.geometry.inner import Precision, inner_products
+from headgram.results.asked import still_asked_for
 from headgram.results.factors import FactorFiles
 from headgram.results.record import Provenance, record_of, seal
 from headgram.results.tables import GRAM, read_table, write_table
+
+if TYPE_CHECKING:
+    from headgram.study.options import Gram
 
 _TILE = pa.schema([field for field in GRAM if field.name in ("layer_a", "layer_b", "head", "gram", "transposed")])
 
 
 def measure_row(
-    output: Path, weights: Sequence[Path], tiles: Sequence[Sequence[int]], config: Mapping[str, Any], provenance: Provenance
+    output: Path, weights: Sequence[Path], tiles: Sequence[Sequence[int]], options: Gram, provenance: Provenance
 ) -> None:
     """Measure a row of tiles, upper triangle only.
 
@@ -36,10 +40,8 @@ def measure_row(
         Extracted weights that hold all the layers.
     tiles
         The layers of the row's own tile, then those of every later tile.
-    config
-        `{"gram": {"precision", …}}`.
     """
-    precision = config["gram"]["precision"]
+    precision = options.precision
     provenance = replace(provenance, precision="float32 where accurate" if precision == "auto" else precision)
     source = FactorFiles(weights, provenance.identity.upstream[0])
     own = tiles[0]
@@ -53,8 +55,9 @@ def measure_row(
         tables.append(table)
     write_table(output, pa.concat_tables(tables), provenance)
     seal(record_of(output), provenance, [output])
-    for path in paths:
-        path.unlink(missing_ok=True)  # the same job of a killed run may still be at work beside this one
+    with still_asked_for():
+        for path in paths:
+            path.unlink(missing_ok=True)  # the same job of a killed run may still be at work beside this one
 
 
 def _tile(source: FactorFiles, own: Sequence[int], other: Sequence[int], precision: Precision, device: str) -> pa.Table:

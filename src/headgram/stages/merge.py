@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
@@ -17,6 +17,9 @@ from headgram.results.files import scratch, written_whole
 from headgram.results.original import directions_path, write_seed_files
 from headgram.results.record import Provenance, check, record_of, seal
 from headgram.results.tables import GRAM, HEADS, SPECTRA, read_table, write_table
+
+if TYPE_CHECKING:
+    from headgram.study.options import Config
 
 
 @dataclass(frozen=True)
@@ -39,7 +42,7 @@ class Atlas:
     record: Path
 
 
-def merge(parts: Mapping[str, StackParts], atlas: Atlas, config: Mapping[str, Any], provenance: Provenance) -> None:
+def merge(parts: Mapping[str, StackParts], atlas: Atlas, options: Config, provenance: Provenance) -> None:
     """Merge one model.
 
     The record also says how long its parts took, and where.
@@ -48,8 +51,8 @@ def merge(parts: Mapping[str, StackParts], atlas: Atlas, config: Mapping[str, An
     ----------
     parts
         By stack, in the model's order.
-    config
-        `{"export": {"compression"}, "original": {"enabled"}}`.
+    options
+        Sections `export` and `original` are read.
 
     Raises
     ------
@@ -65,7 +68,7 @@ def merge(parts: Mapping[str, StackParts], atlas: Atlas, config: Mapping[str, An
     shards = {name: pa.concat_tables([read_table(path) for path in stack.shards]) for name, stack in parts.items()}
     rows = {name: _gram_table(name, shards[name], stack.rows) for name, stack in parts.items()}
 
-    compression = config["export"]["compression"]
+    compression = options.export.compression
     write_table(atlas.heads, pa.concat_tables([_heads_table(*item) for item in shards.items()]), provenance, compression)
     write_table(atlas.spectra, pa.concat_tables([_spectra_table(*item) for item in shards.items()]), provenance, compression)
     write_table(atlas.gram, pa.concat_tables(rows.values()), provenance, compression)
@@ -74,7 +77,7 @@ def merge(parts: Mapping[str, StackParts], atlas: Atlas, config: Mapping[str, An
         with written_whole(atlas.directions) as file:
             torch.save({name: _public(tensors) for name, tensors in directions.items()}, file)
         written = [atlas.heads, atlas.spectra, atlas.gram, atlas.directions]
-        if config["original"]["enabled"]:
+        if options.original.enabled:
             main = next(iter(parts))  # the script knows one stack per model: the first
             _write_seed(atlas.seed, provenance.model, shards[main], rows[main], directions[main])
             written += [atlas.seed, directions_path(atlas.seed)]

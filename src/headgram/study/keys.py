@@ -2,7 +2,7 @@
 
 Snakemake re-runs a job whose script is newer, but not one whose imported modules changed. The digest covers the stage's
 script, its module and all of headgram that it imports, directly or not; it is found by reading the sources, so nothing
-is imported.
+is imported. What cannot change a result does not count: comments, docstrings, layout, and imports for type checkers only.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ _PACKAGE = Path(__file__).parent.parent
 
 @cache
 def code_digest(stage: str, script: Path) -> str:
-    """BLAKE2b of a stage's script, of `headgram.stages.<stage>`, and of every headgram module that it imports."""
-    state = hashlib.blake2b(script.read_bytes(), digest_size=16)
+    """BLAKE2b of the code of a stage's script, of `headgram.stages.<stage>`, and of every headgram module that it imports."""
+    state = hashlib.blake2b(_code(script).encode(), digest_size=16)
     for path in sorted(modules_of(f"headgram.stages.{stage}")):
-        state.update(path.relative_to(_PACKAGE).as_posix().encode() + b"\0" + path.read_bytes() + b"\0")
+        state.update(path.relative_to(_PACKAGE).as_posix().encode() + b"\0" + _code(path).encode() + b"\0")
     return state.hexdigest()
 
 
@@ -59,10 +59,39 @@ def _source(module: str) -> Path | None:
     return None
 
 
+class _Stripped(ast.NodeTransformer):
+    """Removes texts that nobody uses, docstrings among them, and what only type checkers see."""
+
+    def generic_visit(self, node: ast.AST) -> ast.AST:
+        super().generic_visit(node)
+        if getattr(node, "body", None) == [] and not isinstance(node, ast.Module):
+            node.body = [ast.Pass()]  # type: ignore[attr-defined]
+        return node
+
+    def visit_Expr(self, node: ast.Expr) -> ast.Expr | None:
+        return None if isinstance(node.value, ast.Constant) else node
+
+    def visit_If(self, node: ast.If) -> ast.AST | None:
+        is_for_checkers = isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING"
+        return None if is_for_checkers else self.generic_visit(node)
+
+
+@cache
+def _tree(path: Path) -> ast.Module:
+    tree: ast.Module = _Stripped().visit(ast.parse(path.read_bytes()))
+    return tree
+
+
+@cache
+def _code(path: Path) -> str:
+    """A module's code in one layout. As text: the tree itself looks different in every version of Python."""
+    return ast.unparse(_tree(path))
+
+
 @cache
 def _imports(path: Path) -> list[str]:
     names = []
-    for node in ast.walk(ast.parse(path.read_bytes())):
+    for node in ast.walk(_tree(path)):
         if isinstance(node, ast.Import):
             names += [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom) and node.module and node.level == 0:

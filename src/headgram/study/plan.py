@@ -16,6 +16,7 @@ from pydantic import BaseModel
 
 from headgram.families.registry import family_of, family_of_gguf, family_text
 from headgram.geometry.costs import Sizes, cheapest, flops
+from headgram.results.paths import Results
 from headgram.results.record import Identity, canonical, digest
 from headgram.study.keys import code_digest, page_digest
 from headgram.study.lock import LockedModel, LockedStack
@@ -87,6 +88,18 @@ class Plan:
     config: Config
     models: dict[str, ModelPlan]
     report: Identity  # of the page and the figures of all models
+
+    def records(self) -> dict[str, str]:
+        """The key of every artifact, by its record's path below the results folder."""
+        paths = Results(".")
+        keys = {paths.record("report"): self.report.key}
+        for name, model in self.models.items():
+            key = {stage: identity.key for stage, identity in model.identities.items()}
+            keys |= {paths.record(stage, name): key[stage] for stage in ("merge", "derive")}
+            for stack, plan in model.stacks.items():
+                for stage, parts in (("extract", plan.groups), ("eigen", plan.shards), ("gram", plan.rows)):
+                    keys |= {paths.record(stage, name, stack, part): key[stage] for part in parts}
+        return {paths.relative(path): key for path, key in keys.items()}
 
 
 def make_plan(entries: Mapping[str, LockedModel], config: Config, scripts: Path) -> Plan:

@@ -1,0 +1,78 @@
+"""Where every file of a study lies. The only place that knows.
+
+Every name may also be a wildcard of Snakemake's, such as `{model}`: paths are texts, and nothing is looked up.
+"""
+
+from __future__ import annotations
+
+import posixpath
+from dataclasses import dataclass
+
+#: Tables that a merge and a derivation write for a model.
+MERGED = ("heads", "spectra", "gram")
+DERIVED = ("overlap", "neighbours", "layers", "models")
+#: The folders that hold artifacts, their records among them; logs are nobody's results.
+FOLDERS = ("atlas", "models", "provenance", "seed", "report")
+RECORDS = ("models", "provenance", "report")
+#: Below a stack's folder, the files of each stage that cuts it into jobs: folder, and suffixes of the data files.
+_PARTS = {"extract": ("weights", (".pt",)), "eigen": ("eigen", (".parquet", ".pt")), "gram": ("gram", (".parquet",))}
+
+
+@dataclass(frozen=True)
+class Results:
+    """The paths below one results folder, `root`.
+
+    Examples
+    --------
+    >>> Results("results").record("eigen", "gpt2", "self", "layers-000-011")
+    'results/models/gpt2/self/eigen/layers-000-011.json'
+    >>> Results("results").table("heads", "gpt2")
+    'results/atlas/heads/model=gpt2/heads.parquet'
+    """
+
+    root: str
+
+    def part(self, stage: str, model: str, stack: str, name: str, suffix: str) -> str:
+        """A file of one job of `extract`, `eigen` or `gram`: of a group or shard of layers, or of a row of tiles."""
+        return f"{self.root}/models/{model}/{stack}/{_PARTS[stage][0]}/{name}{suffix}"
+
+    def data(self, stage: str, model: str, stack: str, name: str) -> list[str]:
+        """All data files of one job of `extract`, `eigen` or `gram`."""
+        return [self.part(stage, model, stack, name, suffix) for suffix in _PARTS[stage][1]]
+
+    def record(self, stage: str, model: str = "", stack: str = "", name: str = "") -> str:
+        """The record of an artifact of any stage."""
+        if stage in _PARTS:
+            return self.part(stage, model, stack, name, ".json")
+        return (
+            f"{self.root}/"
+            + {
+                "merge": f"provenance/{model}.json",
+                "derive": f"provenance/derived/{model}.json",
+                "report": "report/index.json",
+            }[stage]
+        )
+
+    def table(self, table: str, model: str) -> str:
+        """A table of the atlas."""
+        return f"{self.root}/atlas/{table}/model={model}/{table}.parquet"
+
+    def directions(self, model: str) -> str:
+        """The directions of a model."""
+        return f"{self.root}/atlas/directions/{model}.pt"
+
+    def original(self, model: str) -> list[str]:
+        """The original script's two files."""
+        return [f"{self.root}/seed/{model}.json", f"{self.root}/seed/{model}-eigdirs.pt"]
+
+    def report(self, name: str) -> str:
+        """A file or folder of the report: `index.html`, `data`, `figures`."""
+        return f"{self.root}/report/{name}"
+
+    def log(self, *names: str) -> str:
+        """The log of a job."""
+        return f"{self.root}/logs/{'/'.join(names)}.log"
+
+    def relative(self, path: str) -> str:
+        """A path below the root, relative to it."""
+        return posixpath.relpath(path, self.root)
