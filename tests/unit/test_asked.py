@@ -4,7 +4,7 @@ import pytest
 
 from headgram.errors import HeadgramError
 from headgram.results.asked import Order, ask_for, asked_for, check_asked_for, working_for
-from headgram.results.record import write_text, written_whole
+from headgram.results.files import write_text, written_whole
 
 RECORD = "models/m/self/eigen/layers-000-001.json"
 

@@ -11,7 +11,7 @@ which are symmetric forms of one factor each. Inner products of these are compos
 from __future__ import annotations
 
 import torch
-from jaxtyping import Float, Shaped
+from jaxtyping import Float
 from torch import Tensor
 
 from headgram.forms.heads import Heads
@@ -44,7 +44,7 @@ def with_orthonormal_left(heads: Heads) -> Heads:
 
 
 def scaled(
-    heads: Heads, left: Shaped[Tensor, "#n_a width_a"] | None = None, right: Shaped[Tensor, "#n_b width_b"] | None = None
+    heads: Heads, left: Float[Tensor, "*of_left width_a"] | None = None, right: Float[Tensor, "*of_right width_b"] | None = None
 ) -> Heads:
     """The forms `diag(left) X diag(right)`, in float64: of a norm's gain before what a factor reads.
 
