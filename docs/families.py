@@ -5,6 +5,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 import headgram
+from headgram.families.registry import families
 from headgram.proofs.prove import known_types, markdown, prove
 from headgram.study.options_docs import renewed
 
@@ -52,6 +53,18 @@ PAPER = (
 )
 
 
+def remarks() -> list[str]:
+    """A table of what the families' data say about single roles."""
+    rows = [
+        (family.name, rule.name, ", ".join(remark.types) or "all", ", ".join(remark.roles), remark.text)
+        for family in families()
+        for rule in family.stacks
+        for remark in rule.remarks
+    ]
+    head = ("family", "stack", "types", "roles", "remark")
+    return ["| " + " | ".join(row) + " |" for row in (head, ("---",) * len(head), *dict.fromkeys(rows))]
+
+
 def main() -> None:
     """Prove every type, and write the page; nothing is written if a proof fails."""
     proofs = [prove(model_type) for model_type in known_types()]
@@ -61,7 +74,10 @@ def main() -> None:
     summary = f"{len(proofs)} model types, proven by headgram {headgram.__version__} with {by}:"
     opened = [(*row, "yes" if row[-1] in known_types() else "no") for row in PAPER]
     rows = [("kind", "models", "model type", "opened"), ("---",) * 4, *((a, b, f"`{c}`", d) for a, b, c, d in opened)]
+    missing = [f"`{proof.model_type}` lacks {reason}" for proof in proofs for reason in proof.missing]
+    summary += f" {'; '.join(missing)}." if missing else " All four roles of every type are proven."
     page = renewed(PAGE.read_text(encoding="utf-8"), "proofs", "families", [summary, "", *markdown(proofs)])
+    page = renewed(page, "remarks", "families", remarks())
     page = renewed(page, "paper", "families", ["| " + " | ".join(row) + " |" for row in rows])
     PAGE.write_text(page, encoding="utf-8")
 

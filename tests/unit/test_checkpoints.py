@@ -1,5 +1,6 @@
 """Opening checkpoints, through the public door."""
 
+import hashlib
 import json
 import os
 import shutil
@@ -208,3 +209,94 @@ def test_a_link_may_not_lead_outside(tmp_path):
 def test_sources_that_are_not_there(source, words):
     with pytest.raises(HeadgramError, match=words):
         open_checkpoint(source)
+
+
+def with_outputs(folder):
+    """A llama that has output projections too, with more columns than rows."""
+    tensors = llama_tensors(2, 4, 2, 16, 32, seed=3)
+    for layer in range(2):
+        tensors[f"model.layers.{layer}.self_attn.o_proj.weight"] = torch.randn(32, 64) + layer
+    return write_llama(folder, layers=2, rank=16, tensors=tensors), tensors
+
+
+def test_values_and_outputs_are_read_by_role(tmp_path):
+    folder, tensors = with_outputs(tmp_path / "m")
+    with open_checkpoint(folder) as checkpoint:
+        stack = checkpoint.stack("self")
+        assert (stack.roles, stack.value_rank, stack.output_width) == (("query", "key", "value", "output"), 16, 32)
+        factors = checkpoint.factors("self", 1)
+        assert list(factors) == list(stack.roles)
+        stored = {role: tensors[f"model.layers.1.self_attn.{role[0]}_proj.weight"] for role in factors}
+        assert torch.equal(factors["value"], stored["value"].view(2, 16, 32))
+        for head, written in enumerate(factors["output"]):
+            assert torch.equal(written.t(), stored["output"][:, 16 * head : 16 * head + 16])
+        for ours, theirs in zip(checkpoint.qk("self", 1), (factors["query"], factors["key"]), strict=True):
+            assert torch.equal(ours, theirs)
+        assert stack.nbytes(["value", "output"]) == 2 * (32 + 64) * 32 * 4
+        assert stack.nbytes(["query", "key"]) == stack.qk_bytes
+
+
+def test_digests_are_of_the_roles_that_are_asked_for(tmp_path):
+    """And that of queries and keys is of their bytes alone, one after the other, as locks have it."""
+    folder, tensors = with_outputs(tmp_path / "m")
+    with open_checkpoint(folder) as checkpoint:
+        for roles in (["query", "key"], ["value", "output"], ["output"]):
+            names = [f"model.layers.0.self_attn.{role[0]}_proj.weight" for role in roles]
+            expected = hashlib.blake2b(b"".join(tensors[name].numpy().tobytes() for name in names), digest_size=16).hexdigest()
+            assert checkpoint.digest("self", 0, roles) == expected
+            assert checkpoint.holds("self", 0, expected, roles)
+            assert not checkpoint.holds("self", 1, expected, roles)
+        assert checkpoint.digest("self", 0) == checkpoint.digest("self", 0, ["query", "key"])
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({}, r"has no role 'output' to read: layer 0: the checkpoint lacks tensor model\.layers\.0\.self_attn\.o_proj\.weight"),
+        (
+            {f"model.layers.{layer}.self_attn.o_proj.weight": torch.zeros(32, 31) for layer in range(4)},
+            r"has no role 'output' to read: layer 0: tensor \S*o_proj\.weight has shape \(32, 31\), but 4 query",
+        ),
+    ],
+)
+def test_a_role_that_cannot_be_read_costs_no_other(tmp_path, changes, sentence):
+    folder = write_llama(tmp_path / "m", tensors=llama_tensors(4, 4, 2, 8, 32, 0) | changes)
+    with open_checkpoint(folder) as checkpoint:
+        assert checkpoint.stack("self").roles == ("query", "key", "value")
+        assert list(checkpoint.factors("self", 0)) == ["query", "key", "value"]
+        for ask in (checkpoint.factors, checkpoint.digest):
+            with pytest.raises(HeadgramError, match=sentence) as error:
+                ask("self", 0, roles=["output"])
+            assert "\n" not in str(error.value)
+        with pytest.raises(HeadgramError, match="unknown role 'gate'; there are: query, key, value, output"):
+            checkpoint.factors("self", 0, ["gate"])
+
+
+def test_a_fused_tensor_is_read_once(tmp_path, monkeypatch):
+    folder = tmp_path / "m"
+    folder.mkdir()
+    config = {"model_type": "gpt2", "n_layer": 1, "n_head": 2, "n_embd": 8}
+    (folder / "config.json").write_text(json.dumps(config))
+    names = ("h.0.attn.c_attn.weight", "h.0.attn.c_proj.weight")
+    save_file({names[0]: torch.randn(8, 24), names[1]: torch.randn(8, 8)}, folder / "model.safetensors")
+    with open_checkpoint(folder) as checkpoint:
+        read = []
+        monkeypatch.setattr(checkpoint, "_store", _Counting(checkpoint._store, read))
+        checkpoint.factors("self", 0, ["query", "value"])
+        assert read == [names[0]]
+        checkpoint.factors("self", 0)
+        assert read == [names[0], *names]
+
+
+class _Counting:
+    """A store that writes down what is read."""
+
+    def __init__(self, store, read):
+        self._store, self._read = store, read
+
+    def read(self, name):
+        self._read.append(name)
+        return self._store.read(name)
+
+    def __exit__(self, *exc):
+        self._store.__exit__(*exc)

@@ -7,13 +7,12 @@ import json
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from safetensors.torch import load_file, save_file
 
 from headgram.checkpoints.checkpoint import open_checkpoint
@@ -76,11 +75,13 @@ def proof_of(model_type: str) -> Proof:
 
 
 @pytest.mark.parametrize("model_type", known_types())
-def test_weights_give_the_models_own_scores(model_type: str, followed: set[tuple[str, int, str]]) -> None:
+def test_weights_give_the_models_own_scores_and_writes(model_type: str, followed: set[tuple[str, int, str]]) -> None:
     proof = proof_of(model_type)
     assert proof.problem is None
     assert proof.residual <= TOLERANCE
     assert len(proof.shapes) >= 2
+    assert {"query", "key"} <= set(proof.roles)
+    assert set(layouts.ROLES) - set(proof.roles) <= {reason.split()[0] for reason in proof.missing}
 
 
 def test_the_page_of_families_is_about_the_registry() -> None:
@@ -107,38 +108,85 @@ def test_every_rule_and_every_prefix_is_proven(followed: set[tuple[str, int, str
         assert {(family.name, prefix) for prefix in family.prefixes} <= prefixes
 
 
-def _transposed(split: object) -> object:
-    """A layout that takes keys for queries: invisible to `x_t^T g x_t`."""
-    return lambda dims, **tensors: tuple(reversed(split(dims, **tensors)))  # type: ignore[operator]
+def _changed(layout: str, change: Callable[[layouts.Dimensions, layouts.Factors], layouts.Factors]) -> tuple[layouts.Part, ...]:
+    """A layout that gives something else."""
+
+    def wrapped(part: layouts.Part) -> layouts.Part:
+        return dataclasses.replace(part, split=lambda dims, **tensors: change(dims, part.split(dims, **tensors)))
+
+    return tuple(wrapped(part) for part in layouts.LAYOUTS[layout])
 
 
-def _other_pairing(split: object) -> object:
+def _exchanged(one: str, other: str) -> Callable[[layouts.Dimensions, layouts.Factors], layouts.Factors]:
+    """One weight for another of the same tensor: keys for queries is invisible to `x_t^T g x_t`."""
+    names = {one: other, other: one}
+    return lambda _, factors: {role: factors[names.get(role, role)] for role in factors}
+
+
+def _reordered(role: str) -> Callable[[layouts.Dimensions, layouts.Factors], layouts.Factors]:
+    """Head `h` for head `h + 1`."""
+    return lambda _, factors: {name: factor.roll(1, 0) if name == role else factor for name, factor in factors.items()}
+
+
+def _other_pairing(dims: layouts.Dimensions, factors: layouts.Factors) -> layouts.Factors:
     """Query head `h` with key head `h mod K` instead of `h // (H / K)`."""
+    if "query" not in factors:
+        return factors
+    q = factors["query"]
+    return {**factors, "query": q.view(-1, dims.kv_heads, dims.rank, dims.hidden).transpose(0, 1).reshape(q.shape)}
 
-    def wrong(dims: layouts.Dimensions, **tensors: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        q, k = split(dims, **tensors)  # type: ignore[operator]
-        return q.view(-1, dims.kv_heads, dims.rank, dims.hidden).transpose(0, 1).reshape(q.shape), k
 
-    return wrong
+def _channel_by_channel(dims: layouts.Dimensions, factors: layouts.Factors) -> layouts.Factors:
+    """Columns of `W_O` as if the channels came first and the heads second."""
+    if "output" not in factors:
+        return factors
+    rows = factors["output"].reshape(dims.value_rank, dims.heads, dims.output_width)
+    return {**factors, "output": rows.transpose(0, 1).contiguous()}
 
 
 @pytest.mark.parametrize(
     ("model_type", "layout", "wrong"),
     [
-        ("gpt_neox", "interleaved", lambda _: layouts.blocks),
-        ("gpt_neox", "interleaved", _transposed),
-        ("codegen", "quarters", lambda _: layouts.blocks),
-        ("phi3", "blocks", lambda _: layouts.interleaved),
-        ("llama", "separate", _other_pairing),
-        ("bert", "separate", _transposed),
+        ("gpt_neox", "interleaved", layouts.LAYOUTS["blocks"]),
+        ("gpt_neox", "interleaved", _changed("interleaved", _exchanged("query", "key"))),
+        ("gpt_neox", "interleaved", _changed("interleaved", _exchanged("key", "value"))),
+        ("codegen", "quarters", layouts.LAYOUTS["blocks"]),
+        ("codegen", "quarters", _changed("quarters", _reordered("value"))),
+        ("phi3", "blocks", layouts.LAYOUTS["interleaved"]),
+        ("llama", "separate", _changed("separate", _other_pairing)),
+        ("llama", "separate", _changed("separate", _reordered("value"))),
+        ("llama", "separate", _changed("separate", _reordered("output"))),
+        ("llama", "separate", _changed("separate", _channel_by_channel)),
+        ("gpt2", "column_blocks", _changed("column_blocks", _reordered("output"))),
+        ("deepseek_v3", "latent", _changed("latent", _reordered("value"))),
+        ("qwen3_next", "gated", _changed("gated", _reordered("output"))),
     ],
 )
-def test_a_wrong_layout_is_off_by_order_one(monkeypatch: pytest.MonkeyPatch, model_type: str, layout: str, wrong: object) -> None:
-    right = layouts.LAYOUTS[layout]
-    monkeypatch.setitem(layouts.LAYOUTS, layout, dataclasses.replace(right, split=wrong(right.split)))  # type: ignore[operator]
+def test_a_wrong_layout_is_off_by_order_one(
+    monkeypatch: pytest.MonkeyPatch, model_type: str, layout: str, wrong: tuple[layouts.Part, ...]
+) -> None:
+    monkeypatch.setitem(layouts.LAYOUTS, layout, wrong)
     proof = prove(model_type)
     assert not proof.ok
     assert proof.residual > 0.1
+
+
+@pytest.mark.parametrize("model_type", ["gpt_oss", "qwen3_next", "bitnet", "laguna", "granite_swa"])
+def test_what_lies_between_values_and_outputs_must_be_remarked(monkeypatch: pytest.MonkeyPatch, model_type: str) -> None:
+    family = family_of(model_type)
+    silent = tuple(rule.model_copy(update={"remarks": ()}) for rule in family.stacks)
+    monkeypatch.setattr("headgram.checkpoints.checkpoint.family_of", lambda _: family.model_copy(update={"stacks": silent}))
+    assert "between values and outputs" in (prove(model_type).problem or "")
+
+
+def test_keys_that_the_data_calls_queries_are_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """BERT's queries and keys exchanged, in data instead of code."""
+    family = family_of("bert")
+    (rule,) = family.stacks
+    names = {**rule.modules, "query": rule.modules["key"], "key": rule.modules["query"]}
+    wrong = family.model_copy(update={"stacks": (rule.model_copy(update={"modules": names}),)})
+    monkeypatch.setattr("headgram.checkpoints.checkpoint.family_of", lambda _: wrong)
+    assert prove("bert").residual > 0.1
 
 
 def test_a_stack_that_the_registry_forgets_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -206,15 +254,17 @@ def test_counts_may_have_older_names(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("layout", layouts.LAYOUTS)
 def test_every_tensor_of_every_layout_is_held_to_its_shape(layout: str) -> None:
-    sizes = {"nope": 3, "rope": 2, "value": 4, "key_latent": 6, "query_latent": 7}
-    dims = layouts.Dimensions(heads=8, kv_heads=2, rank=5, hidden=11, sizes=sizes)
-    shapes = layouts.LAYOUTS[layout].shapes(dims)
-    names = {role: f"layers.0.{role}" for role in shapes}
-    layouts.check_shapes(layout, dims, shapes, names)
-    for role, shape in shapes.items():
-        for wrong in (shape[::-1] if len(shape) > 1 else (*shape, 1), (shape[0] + 1, *shape[1:]), (*shape, 1)):
-            with pytest.raises(HeadgramError, match=rf"tensor layers\.0\.{role} has shape {re.escape(str(wrong))}"):
-                layouts.check_shapes(layout, dims, {**shapes, role: wrong}, names)
+    sizes = {"nope": 3, "rope": 2, "key_latent": 6, "query_latent": 7}
+    dims = layouts.Dimensions(heads=8, kv_heads=2, rank=5, hidden=11, value_rank=4, output_width=13, sizes=sizes)
+    for part in layouts.LAYOUTS[layout]:
+        shapes = part.shapes(dims)
+        assert tuple(shapes) == part.reads
+        names = {role: f"layers.0.{role}" for role in shapes}
+        layouts.check_shapes(part, dims, shapes, names)
+        for role, shape in shapes.items():
+            for wrong in (shape[::-1] if len(shape) > 1 else (*shape, 1), (shape[0] + 1, *shape[1:]), (*shape, 1)):
+                with pytest.raises(HeadgramError, match=rf"tensor layers\.0\.{role} has shape {re.escape(str(wrong))}"):
+                    layouts.check_shapes(part, dims, {**shapes, role: wrong}, names)
 
 
 def test_global_heads_may_be_stated_in_either_way(tmp_path: Path) -> None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-
 import pytest
 from typer.testing import CliRunner
 
@@ -26,12 +24,12 @@ def test_prove_prints_markdown() -> None:
     assert header.startswith("| model type | family | layout |")
     assert set(rule) <= set("| -")
     assert row.startswith("| gpt2 | gpt2 | column_blocks | self | 4/4×12, ")
+    assert "| query, key, value, output |" in row
     assert row.endswith("| yes |")
 
 
 def test_prove_fails_if_a_proof_does(monkeypatch: pytest.MonkeyPatch) -> None:
-    wrong = dataclasses.replace(layouts.LAYOUTS["interleaved"], split=layouts.blocks)
-    monkeypatch.setitem(layouts.LAYOUTS, "interleaved", wrong)
+    monkeypatch.setitem(layouts.LAYOUTS, "interleaved", layouts.LAYOUTS["blocks"])
     result = RUN.invoke(app, ["prove", "--markdown", "gpt2", "gpt_neox"])
     assert result.exit_code == 1
     assert "headgram: gpt_neox: the scores differ by" in result.stderr

@@ -16,7 +16,7 @@ HEADS, LAYERS, VOCABULARY = 4, 2, 32064  # phi3 pads with token 32000
 
 
 def written(path: Path, architecture: str, kv_heads: int, rank: int, fused: bool) -> Path:
-    """A GGUF file with random query and key weights and nothing else, in llama.cpp's naming."""
+    """A GGUF file with random weights of attention and nothing else, in llama.cpp's naming."""
     random = np.random.default_rng(0)
     width = HEADS * rank
     writer = GGUFWriter(path, architecture)
@@ -34,10 +34,15 @@ def written(path: Path, architecture: str, kv_heads: int, rank: int, fused: bool
     writer.add_layer_norm_rms_eps(1e-5)
     writer.add_layer_norm_eps(1e-5)
     writer.add_sliding_window(16)
-    rows = {"attn_qkv": (HEADS + 2 * kv_heads) * rank} if fused else {"attn_q": HEADS * rank, "attn_k": kv_heads * rank}
+    rows = (
+        {"attn_qkv": (HEADS + 2 * kv_heads) * rank}
+        if fused
+        else {"attn_q": HEADS * rank, "attn_k": kv_heads * rank, "attn_v": kv_heads * rank}
+    )
     for layer in range(LAYERS):
         for name, count in rows.items():
             writer.add_tensor(f"blk.{layer}.{name}.weight", random.standard_normal((count, width)).astype(np.float32))
+        writer.add_tensor(f"blk.{layer}.attn_output.weight", random.standard_normal((width, HEADS * rank)).astype(np.float32))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -77,5 +82,7 @@ def test_gguf_weights_are_those_that_transformers_reads(
     with open_checkpoint(path) as ours, open_checkpoint(tmp_path / "saved") as theirs:
         assert ours.stack("self").layers == theirs.stack("self").layers
         for layer in range(LAYERS):
-            for mine, other in zip(ours.qk("self", layer), theirs.qk("self", layer), strict=True):
-                assert torch.equal(mine, other)
+            mine, other = ours.factors("self", layer), theirs.factors("self", layer)
+            assert list(mine) == list(other) == ["query", "key", "value", "output"]
+            for role, factor in mine.items():
+                assert torch.equal(factor, other[role]), role

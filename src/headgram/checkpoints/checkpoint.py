@@ -1,4 +1,4 @@
-"""An opened checkpoint: its stacks, and the query and key weights of any layer."""
+"""An opened checkpoint: its stacks, and the weights of any layer's heads."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from headgram.checkpoints.opening import locate, open_store
 from headgram.checkpoints.sources import HUB_DIGEST, Location
 from headgram.checkpoints.stores import TensorStore
 from headgram.errors import HeadgramError
-from headgram.families.layouts import LAYOUTS, Dimensions, check_shapes, undo_gguf_permutation
+from headgram.families.layouts import LAYOUTS, QK, ROLES, Dimensions, Part, check_shapes, reads_of, undo_gguf_permutation
 from headgram.families.registry import Family, StackRule, family_of, family_of_gguf
 from headgram.geometry.checks import is_finite
 
@@ -42,10 +42,14 @@ class Stack:
         The true indices of its layers in the model.
     heads, kv_heads, rank, hidden
         `H`, `K`, `r` and `d`.
+    value_rank, output_width
+        `r_v`, and the width that heads write to; they differ from `r` and `d` in few families.
     dtype
-        The stored precision, in the file format's own word.
-    qk_bytes
-        Bytes on disk of the tensors that hold its queries and keys.
+        The stored precision of its queries and keys, in the file format's own word.
+    missing
+        The roles that cannot be read, each with a sentence that says why.
+    notes
+        What a reader of a role must know.
     """
 
     name: str
@@ -54,20 +58,56 @@ class Stack:
     kv_heads: int
     rank: int
     hidden: int
+    value_rank: int
+    output_width: int
     dtype: str
-    qk_bytes: int
+    missing: Mapping[str, str]
+    notes: Mapping[str, str]
     _tensors: dict[str, str] = field(repr=False, compare=False)
+    _nbytes: Mapping[str, int] = field(repr=False, compare=False)
     _layout: str = field(repr=False, compare=False)
     _permuted: bool = field(repr=False, compare=False)
     _sizes: Mapping[str, int] = field(repr=False, compare=False)
 
     @property
+    def roles(self) -> tuple[str, ...]:
+        """What can be read: `query` and `key`, and most often `value` and `output`."""
+        return tuple(role for role in ROLES if role not in self.missing)
+
+    @property
+    def qk_bytes(self) -> int:
+        """Bytes on disk of the tensors that hold its queries and keys."""
+        return self.nbytes(QK)
+
+    @property
     def dimensions(self) -> Dimensions:
-        return Dimensions(self.heads, self.kv_heads, self.rank, self.hidden, self._sizes)
+        return Dimensions(self.heads, self.kv_heads, self.rank, self.hidden, self.value_rank, self.output_width, self._sizes)
+
+    def nbytes(self, roles: Iterable[str]) -> int:
+        """Bytes on disk of the tensors that hold these roles, each counted once.
+
+        Raises
+        ------
+        HeadgramError
+            As `Checkpoint.factors`.
+        """
+        keys = {self._tensors[tensor] for tensor in self._reads(roles)}
+        return sum(self._nbytes[key] for key in keys)
+
+    def _reads(self, roles: Iterable[str]) -> list[str]:
+        """What the layout reads for these roles, in the order of the family's data."""
+        roles = tuple(roles)
+        for role in roles:
+            if role not in ROLES:
+                raise HeadgramError(f"unknown role '{role:.60}'; there are: {', '.join(ROLES)}")
+            if role in self.missing:
+                raise HeadgramError(f"the stack '{self.name}' has no role '{role}' to read: {self.missing[role]}")
+        wanted = reads_of(self._layout, roles)
+        return [tensor for tensor in self._tensors if tensor in wanted]
 
 
 class Checkpoint:
-    """Query and key weights, layer by layer; made by `open_checkpoint`. A context manager.
+    """The weights of attention heads, layer by layer; made by `open_checkpoint`. A context manager.
 
     Attributes
     ----------
@@ -101,7 +141,14 @@ class Checkpoint:
         raise HeadgramError(f"there is no stack '{name}'; there are: {', '.join(stack.name for stack in self.stacks)}")
 
     def qk(self, stack_name: str, layer: int) -> tuple[Float[Tensor, "heads rank hidden"], Float[Tensor, "kv_heads rank hidden"]]:
-        """`W_Q (H, r, d)` and `W_K (K, r, d)` of one layer, in stored precision.
+        """`W_Q (H, r, d)` and `W_K (K, r, d)` of one layer, as `factors` reads them."""
+        factors = self.factors(stack_name, layer, QK)
+        return factors["query"], factors["key"]
+
+    def factors(
+        self, stack_name: str, layer: int, roles: Iterable[str] | None = None
+    ) -> dict[str, Float[Tensor, "heads rank width"]]:
+        """The weights of one layer's heads, by role, in stored precision; no tensor is read twice.
 
         At least float32 if the format is quantised, or if the weights are products of stored factors.
 
@@ -109,45 +156,70 @@ class Checkpoint:
         ----------
         stack_name, layer
             The stack, and the layer's true index.
+        roles
+            Any of `query`, `key`, `value`, `output`; all that the stack has if not given.
+
+        Returns
+        -------
+        dict
+            `query (H, r, d)`, `key (K, r, d)`, `value (K, r_v, d)`, and `output (H, r_v, d)`: the columns of `W_O` that a head
+            owns, transposed. Query head `h` reads the key and the value of head `h * K // H`.
 
         Raises
         ------
         HeadgramError
-            If the stack has no such layer, or a weight is not finite.
+            If the stack has no such layer or role, or a weight is not finite.
+
+        Examples
+        --------
+        >>> checkpoint = open_checkpoint("models/tiny-llama")  # doctest: +SKIP
+        >>> checkpoint.factors("self", 0, ["value", "output"])["output"].shape  # doctest: +SKIP
+        torch.Size([4, 8, 32])
         """
         stack = self.stack(stack_name)
-        names = self._names(stack, layer)
-        tensors = {role: self._store.read(name) for role, name in names.items()}
-        for role, name in names.items():
-            if not is_finite(tensors[role]):
+        wanted = tuple(stack.roles if roles is None else roles)
+        names = self._names(stack, layer, wanted)
+        stored = {name: self._store.read(name) for name in dict.fromkeys(names.values())}
+        for name, tensor in stored.items():
+            if not is_finite(tensor):
                 raise HeadgramError(
                     f"layer {layer}: tensor {name} holds a NaN or an infinity: the checkpoint is damaged or its training diverged"
                 )
+        tensors = {tensor: stored[name] for tensor, name in names.items()}
         if stack._permuted:
             counts = {"query": stack.heads, "key": stack.kv_heads}
-            tensors = {role: undo_gguf_permutation(tensor, counts[role]) for role, tensor in tensors.items()}
-        return LAYOUTS[stack._layout].split(stack.dimensions, **tensors)
+            tensors |= {role: undo_gguf_permutation(tensors[role], count) for role, count in counts.items() if role in tensors}
+        factors: dict[str, Tensor] = {}
+        for part in LAYOUTS[stack._layout]:
+            if set(part.gives) & set(wanted):
+                factors |= part.split(stack.dimensions, **{tensor: tensors[tensor] for tensor in part.reads})
+        return {role: factors[role] for role in wanted}
 
-    def prefetch(self, stack_name: str, layers: Iterable[int]) -> None:
+    def prefetch(self, stack_name: str, layers: Iterable[int], roles: Iterable[str] = QK) -> None:
         """Fetch the weights of some layers together, where that is quicker than one by one; they stay in memory until read."""
-        stack = self.stack(stack_name)
-        self._store.prefetch([name for layer in layers for name in self._names(stack, layer).values()])
+        stack, roles = self.stack(stack_name), tuple(roles)
+        self._store.prefetch([name for layer in layers for name in self._unique(stack, layer, roles)])
 
-    def digest(self, stack_name: str, layer: int) -> str:
-        """What one layer's query and key tensors are pinned by in the lock.
+    def digest(self, stack_name: str, layer: int, roles: Iterable[str] = QK) -> str:
+        """What one layer's tensors of some roles are pinned by in the lock.
 
         BLAKE2b of their stored bytes, as 32 hexadecimal digits. At the hub, where reading them all just to lock would be a
         waste, a digest of the files' own hashes and the tensors' places, which begins with `hub:`.
+
+        Raises
+        ------
+        HeadgramError
+            As `factors`.
         """
-        names = self._names(self.stack(stack_name), layer).values()
+        names = self._unique(self.stack(stack_name), layer, roles)
         return self._store.pin(names) or self._content_digest(names)
 
-    def holds(self, stack_name: str, layer: int, digest: str) -> bool:
+    def holds(self, stack_name: str, layer: int, digest: str, roles: Iterable[str] = QK) -> bool:
         """Whether a layer is what was pinned by this digest.
 
         What was pinned at the hub and is read from the local cache now rests on the commit, which both were asked for by.
         """
-        names = self._names(self.stack(stack_name), layer).values()
+        names = self._unique(self.stack(stack_name), layer, roles)
         if digest.startswith(HUB_DIGEST):
             return self._store.pin(names) in (digest, None)
         return self._content_digest(names) == digest
@@ -158,10 +230,14 @@ class Checkpoint:
             state.update(self._store.raw(name))
         return state.hexdigest()
 
-    def _names(self, stack: Stack, layer: int) -> dict[str, str]:
+    def _names(self, stack: Stack, layer: int, roles: Iterable[str]) -> dict[str, str]:
         if layer not in stack.layers:
             raise HeadgramError(f"the stack '{stack.name}' has no layer {layer}; it has {', '.join(map(str, stack.layers))}")
-        return {role: key.format(layer=layer) for role, key in stack._tensors.items()}
+        return {tensor: stack._tensors[tensor].format(layer=layer) for tensor in stack._reads(roles)}
+
+    def _unique(self, stack: Stack, layer: int, roles: Iterable[str]) -> list[str]:
+        """The names of a layer's tensors; one may serve as key and value at once."""
+        return list(dict.fromkeys(self._names(stack, layer, roles).values()))
 
     def __enter__(self) -> Self:
         return self
@@ -223,7 +299,7 @@ def _read_config(
         family = family_of(architecture)
     rules = find_rules(store, family, config, architecture)
     stacks = [
-        _stack(store, rule.name, rule.layout, *find_layers(store, rule, prefix, config, architecture, given))
+        _stack(store, rule, *find_layers(store, rule, prefix, config, architecture, given), architecture)
         for rule, prefix in rules
     ]
     return architecture, family, tuple(stacks)
@@ -249,50 +325,72 @@ def _read_gguf(store: GgufStore, given: dict[str, Any]) -> tuple[str, Family, tu
     rule = StackRule(
         name=family.stacks[0].name,
         layout=family.gguf.layout,
-        tensors=family.gguf.tensors,
+        block="blk.{layer}.",
+        modules=family.gguf.modules,
         layers="block_count",
         heads="attention.head_count",
         kv_heads="attention.head_count_kv",
         hidden="embedding_length",
         head_dim="attention.key_length",
+        remarks=family.stacks[0].remarks,
     )
     found = find_layers(store, rule, "", meta, architecture, given)
-    stack = _stack(store, rule.name, rule.layout, *found, permuted=family.gguf.permuted)
+    stack = _stack(store, rule, *found, architecture, permuted=family.gguf.permuted)
     return given.get("model_type") or architecture, family, (stack,)
 
 
 def _stack(
     store: TensorStore,
-    name: str,
-    layout: str,
+    rule: StackRule,
     tensors: dict[str, str],
     layers: tuple[int, ...],
     dims: Dimensions,
+    architecture: str,
     permuted: bool = False,
 ) -> Stack:
     if dims.heads % dims.kv_heads:
         raise HeadgramError(f"{dims.heads} query heads cannot share {dims.kv_heads} key heads evenly")
-    stored = set()
-    qk_bytes = 0
-    for layer in layers:
-        names = {role: key.format(layer=layer) for role, key in tensors.items()}
-        try:
-            check_shapes(layout, dims, {role: store.shape(key) for role, key in names.items()}, names)
-        except HeadgramError as error:
-            raise HeadgramError(f"layer {layer}: {error}") from None
-        stored |= {store.dtype(key) for key in names.values()}
-        qk_bytes += sum(store.nbytes(key) for key in names.values())
+    remarks = [remark for remark in rule.remarks if architecture in remark.types or not remark.types]
+    missing = {role: remark.text for remark in remarks if remark.unproven for role in remark.roles}
+    for part in LAYOUTS[rule.layout]:
+        problem = _problem(store, part, tensors, layers, dims)
+        if problem and set(part.gives) & set(QK):
+            raise HeadgramError(problem)
+        missing |= {role: problem for role in part.gives if problem and role not in missing}
+    readable = reads_of(rule.layout, tuple(role for role in ROLES if role not in missing))
+    needed = [tensors[tensor].format(layer=layer) for tensor in rule.tensors(QK) for layer in layers]
     return Stack(
-        name=name,
+        name=rule.name,
         layers=layers,
         heads=dims.heads,
         kv_heads=dims.kv_heads,
         rank=dims.rank,
         hidden=dims.hidden,
-        dtype="+".join(sorted(stored)),
-        qk_bytes=qk_bytes,
+        value_rank=dims.value_rank,
+        output_width=dims.output_width,
+        dtype="+".join(sorted({store.dtype(name) for name in needed})),
+        missing={role: missing[role] for role in ROLES if role in missing},
+        notes={role: remark.text for remark in remarks if not remark.unproven for role in remark.roles},
         _tensors=tensors,
-        _layout=layout,
+        _nbytes={tensors[tensor]: sum(store.nbytes(tensors[tensor].format(layer=n)) for n in layers) for tensor in readable},
+        _layout=rule.layout,
         _permuted=permuted,
         _sizes=dims.sizes,
     )
+
+
+def _problem(store: TensorStore, part: Part, tensors: Mapping[str, str], layers: tuple[int, ...], dims: Dimensions) -> str | None:
+    """Why a part of a layout cannot be read from a checkpoint, or None."""
+    if unnamed := [tensor for tensor in part.reads if tensor not in tensors]:
+        return f"the family's data names no tensor for its {unnamed[0]}"
+    for layer in layers:
+        names = {tensor: tensors[tensor].format(layer=layer) for tensor in part.reads}
+        if lacking := [name for name in names.values() if name not in store]:
+            return f"layer {layer}: the checkpoint lacks tensor {lacking[0]}"
+        try:
+            check_shapes(part, dims, {tensor: store.shape(name) for tensor, name in names.items()}, names)
+            for name in names.values():
+                store.dtype(name)  # refuses what cannot be read
+        except HeadgramError as error:
+            return f"layer {layer}: {error}"
+    return None

@@ -8,7 +8,7 @@ from typing import Any, Self
 
 from headgram.checkpoints.stores import TensorStore
 from headgram.errors import HeadgramError
-from headgram.families.layouts import Dimensions
+from headgram.families.layouts import QK, Dimensions
 from headgram.families.registry import Family, Names, StackRule
 
 #: Far more than any model has; a configuration that declares more is damaged or hostile.
@@ -132,7 +132,7 @@ def find_rules(store: TensorStore, family: Family, config: Mapping[str, Any], ar
     required = [rule for rule in missing if not rule.optional or not found]
     if required:
         layer = (_candidates(required[0], Section.of(required[0], config, architecture)) or [0])[0]
-        wanted = family.prefixes[0] + next(iter(required[0].tensors.values()))
+        wanted = family.prefixes[0] + next(iter(required[0].tensors(QK).values()))
         raise HeadgramError(f"the checkpoint lacks tensor {wanted.format(layer=layer)}, under any known prefix")
     return found
 
@@ -140,27 +140,30 @@ def find_rules(store: TensorStore, family: Family, config: Mapping[str, Any], ar
 def find_layers(
     store: TensorStore, rule: StackRule, prefix: str, config: Mapping[str, Any], architecture: str, given: Mapping[str, Any]
 ) -> tuple[dict[str, str], tuple[int, ...], Dimensions]:
-    """The names of a stack's tensors by role, the true indices of its layers, and its dimensions.
+    """The names of a stack's tensors by what the layout calls them, the true indices of its layers, and its dimensions.
 
     Raises
     ------
     HeadgramError
-        If the configuration does not state a count, or the checkpoint lacks a tensor that it should have.
+        If the configuration does not state a count, or the checkpoint lacks a tensor of queries or keys that it should have.
     """
     section = Section.of(rule, config, architecture)
-    tensors = {role: prefix + key for role, key in rule.tensors.items()}
-    layers = _layers(store, rule, tensors, section)
+    tensors = {role: prefix + key for role, key in rule.tensors().items()}
+    needed = {role: tensors[role] for role in rule.tensors(QK)}
+    layers = _layers(store, rule, needed, section)
     section = section.at(layers)
     sizes = {role: section.need(names) for role, names in rule.sizes.items()}
     heads = given.get("heads") or section.need(rule.heads)
     stated = rule.kv_heads if isinstance(rule.kv_heads, int) else rule.kv_heads and section.find(rule.kv_heads)
     kv_heads = given.get("kv_heads") or stated or heads
-    hidden = section.find(rule.hidden) or store.shape(next(iter(tensors.values())).format(layer=layers[0]))[-1]
+    hidden = section.find(rule.hidden) or store.shape(next(iter(needed.values())).format(layer=layers[0]))[-1]
     if {"nope", "rope"} <= sizes.keys():
         rank = sizes["nope"] + sizes["rope"]
     else:
         rank = given.get("head_dim") or (rule.head_dim and section.find(rule.head_dim)) or _even_split(hidden, heads)
-    return tensors, layers, Dimensions(heads, kv_heads, rank, hidden, sizes)
+    value_rank = section.need(rule.value_rank) if rule.value_rank else rank
+    output_width = section.need(rule.output_width) if rule.output_width else hidden
+    return tensors, layers, Dimensions(heads, kv_heads, rank, hidden, value_rank, output_width, sizes)
 
 
 def _candidates(rule: StackRule, section: Section) -> list[int] | None:
@@ -181,7 +184,7 @@ def _candidates(rule: StackRule, section: Section) -> list[int] | None:
 
 def _holds_any(store: TensorStore, rule: StackRule, prefix: str, section: Section) -> bool:
     candidates = _candidates(rule, section)
-    names = [prefix + key for key in rule.tensors.values()]
+    names = [prefix + key for key in rule.tensors(QK).values()]
     return any(all(name.format(layer=layer) in store for name in names) for layer in ([0] if candidates is None else candidates))
 
 

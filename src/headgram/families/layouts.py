@@ -1,7 +1,9 @@
-"""How the query and key weights of one layer lie in the tensors of a checkpoint.
+"""How the weights of one attention layer lie in the tensors of a checkpoint.
 
-A layout takes the named tensors of one layer, as stored, and returns `W_Q (H, r, d)` and `W_K (K, r, d)`. Every function
-checks what it is given against the head counts: a shape that merely happens to divide is not enough.
+Four roles: `query (H, r, d)` and `key (K, r, d)`; `value (K, r_v, d)`, what a head reads from the tokens that it attends to; and
+`output (H, r_v, d)`, what it writes: the columns of `W_O` that a head owns, transposed. A layout is made of parts. Each takes
+some named tensors, as stored, and gives the factors of one or more roles, so that what nobody asks for is not read. Every part
+says which shapes its tensors must have for the head counts: a shape that merely happens to divide is not enough.
 """
 
 from __future__ import annotations
@@ -15,78 +17,129 @@ from headgram.errors import HeadgramError
 if TYPE_CHECKING:
     from torch import Tensor
 
+#: What a tensor of a layer may be to its heads.
+ROLES = ("query", "key", "value", "output")
+#: What the form `g = W_K^T W_Q` is made of; every stack has these two.
+QK = ("query", "key")
+
 
 @dataclass(frozen=True)
 class Dimensions:
     """`H` query heads and `K` key heads of rank `r`, reading a residual stream of width `d`.
 
-    `sizes` holds what a layout needs besides, such as the widths of latent attention's factors.
+    `value_rank` is the rank of values, `output_width` the width that heads write to. `sizes` holds what a layout needs besides,
+    such as the widths of latent attention's factors.
     """
 
     heads: int
     kv_heads: int
     rank: int
     hidden: int
+    value_rank: int
+    output_width: int
     sizes: Mapping[str, int] = field(default_factory=dict)
 
 
 Shapes = dict[str, tuple[int, ...]]
+#: Role -> `(heads, rank, width)`.
+Factors = dict[str, "Tensor"]
 
 
 @dataclass(frozen=True)
-class Layout:
-    """A layout: the shape that every named tensor must have, and the function that takes them apart.
+class Part:
+    """Some tensors that are read together, the roles that they give, and how they are taken apart.
 
-    `sizes` names the entries of `Dimensions.sizes` that it reads.
+    `shapes` has the shape that every tensor must have; its keys are the arguments of `split` besides the dimensions. `sizes`
+    names the entries of `Dimensions.sizes` that they read.
     """
 
+    gives: tuple[str, ...]
+    reads: tuple[str, ...]
     shapes: Callable[[Dimensions], Shapes]
-    split: Callable[..., tuple[Tensor, Tensor]]
+    split: Callable[..., Factors]
     sizes: tuple[str, ...] = ()
 
 
-def _separate_shapes(dims: Dimensions) -> Shapes:
-    return {"query": (dims.heads * dims.rank, dims.hidden), "key": (dims.kv_heads * dims.rank, dims.hidden)}
+def _query_shapes(dims: Dimensions) -> Shapes:
+    return {"query": (dims.heads * dims.rank, dims.hidden)}
 
 
-def separate(dims: Dimensions, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
-    """Two `nn.Linear` weights, head after head: `(H·r, d)` and `(K·r, d)`."""
-    return query.view(dims.heads, dims.rank, dims.hidden), key.view(dims.kv_heads, dims.rank, dims.hidden)
+def queries(dims: Dimensions, query: Tensor) -> Factors:
+    """An `nn.Linear` weight, head after head: `(H·r, d)`."""
+    return {"query": query.view(dims.heads, dims.rank, dims.hidden)}
+
+
+def _key_shapes(dims: Dimensions) -> Shapes:
+    return {"key": (dims.kv_heads * dims.rank, dims.hidden)}
+
+
+def keys(dims: Dimensions, key: Tensor) -> Factors:
+    """An `nn.Linear` weight, head after head: `(K·r, d)`."""
+    return {"key": key.view(dims.kv_heads, dims.rank, dims.hidden)}
+
+
+def _value_shapes(dims: Dimensions) -> Shapes:
+    return {"value": (dims.kv_heads * dims.value_rank, dims.hidden)}
+
+
+def values(dims: Dimensions, value: Tensor) -> Factors:
+    """An `nn.Linear` weight, head after head: `(K·r_v, d)`."""
+    return {"value": value.view(dims.kv_heads, dims.value_rank, dims.hidden)}
+
+
+def _output_shapes(dims: Dimensions) -> Shapes:
+    return {"output": (dims.output_width, dims.heads * dims.value_rank)}
+
+
+def outputs(dims: Dimensions, output: Tensor) -> Factors:
+    """An `nn.Linear` weight whose columns belong to head after head: `(d, H·r_v)`."""
+    return output_rows(dims, output.t().contiguous())
+
+
+def _output_row_shapes(dims: Dimensions) -> Shapes:
+    return {"output": (dims.heads * dims.value_rank, dims.output_width)}
+
+
+def output_rows(dims: Dimensions, output: Tensor) -> Factors:
+    """As `outputs`, but stored `(in, out)`, as GPT-2's `Conv1D` does: `(H·r_v, d)`."""
+    return {"output": output.view(dims.heads, dims.value_rank, dims.output_width)}
 
 
 def _gated_shapes(dims: Dimensions) -> Shapes:
-    return {"query": (dims.heads * 2 * dims.rank, dims.hidden), "key": (dims.kv_heads * dims.rank, dims.hidden)}
+    return {"query": (dims.heads * 2 * dims.rank, dims.hidden)}
 
 
-def gated(dims: Dimensions, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
-    """As `separate`, but every query head is followed by a gate of the same size: `(H·2·r, d)`."""
-    return query.view(dims.heads, 2, dims.rank, dims.hidden)[:, 0], key.view(dims.kv_heads, dims.rank, dims.hidden)
+def gated_queries(dims: Dimensions, query: Tensor) -> Factors:
+    """As `queries`, but every head is followed by a gate of the same size: `(H·2·r, d)`."""
+    return {"query": query.view(dims.heads, 2, dims.rank, dims.hidden)[:, 0]}
 
 
 def _fused_shapes(dims: Dimensions) -> Shapes:
     return {"fused": ((dims.heads + 2 * dims.kv_heads) * dims.rank, dims.hidden)}
 
 
-def blocks(dims: Dimensions, fused: Tensor) -> tuple[Tensor, Tensor]:
+def blocks(dims: Dimensions, fused: Tensor) -> Factors:
     """One weight with the blocks `[q; k; v]`, each head after head: `((H + 2K)·r, d)`."""
     heads = fused.view(-1, dims.rank, dims.hidden)
-    return heads[: dims.heads], heads[dims.heads : dims.heads + dims.kv_heads]
+    keys_end = dims.heads + dims.kv_heads
+    return {"query": heads[: dims.heads], "key": heads[dims.heads : keys_end], "value": heads[keys_end:]}
 
 
 def _column_shapes(dims: Dimensions) -> Shapes:
     return {"fused": (dims.hidden, (dims.heads + 2 * dims.kv_heads) * dims.rank)}
 
 
-def column_blocks(dims: Dimensions, fused: Tensor) -> tuple[Tensor, Tensor]:
+def column_blocks(dims: Dimensions, fused: Tensor) -> Factors:
     """As `blocks`, but stored `(in, out)`, as GPT-2's `Conv1D` does."""
     return blocks(dims, fused.t().contiguous())
 
 
-def interleaved(dims: Dimensions, fused: Tensor) -> tuple[Tensor, Tensor]:
+def interleaved(dims: Dimensions, fused: Tensor) -> Factors:
     """One weight, key head after key head: its query heads, the key head, its value head, `(K·(H/K + 2)·r, d)`."""
     group = dims.heads // dims.kv_heads
     heads = fused.view(dims.kv_heads, group + 2, dims.rank, dims.hidden)
-    return heads[:, :group].reshape(dims.heads, dims.rank, dims.hidden), heads[:, group]
+    query = heads[:, :group].reshape(dims.heads, dims.rank, dims.hidden)
+    return {"query": query, "key": heads[:, group], "value": heads[:, group + 1]}
 
 
 def _quarter_shapes(dims: Dimensions) -> Shapes:
@@ -95,52 +148,46 @@ def _quarter_shapes(dims: Dimensions) -> Shapes:
     return _fused_shapes(dims)
 
 
-def quarters(dims: Dimensions, fused: Tensor) -> tuple[Tensor, Tensor]:
+def quarters(dims: Dimensions, fused: Tensor) -> Factors:
     """CodeGen's one weight in four parts, each a quarter of all heads as `[q; v; k]`: `(4·3·(H/4)·r, d)`."""
     parts = fused.view(4, 3, dims.heads // 4, dims.rank, dims.hidden)
-    return parts[:, 0].reshape(dims.heads, dims.rank, dims.hidden), parts[:, 2].reshape(dims.heads, dims.rank, dims.hidden)
+    order = {"query": 0, "key": 2, "value": 1}
+    return {role: parts[:, place].reshape(dims.heads, dims.rank, dims.hidden) for role, place in order.items()}
 
 
-def _latent_key_shapes(dims: Dimensions) -> Shapes:
-    nope, rope, value, latent = (dims.sizes[name] for name in ("nope", "rope", "value", "key_latent"))
-    return {
-        "key_down": (latent + rope, dims.hidden),
-        "key_gain": (latent,),
-        "key_up": (dims.heads * (nope + value), latent),
-    }
+def _latent_query_shapes(dims: Dimensions) -> Shapes:
+    latent = dims.sizes["query_latent"]
+    return {"query_down": (latent, dims.hidden), "query_gain": (latent,), "query_up": (dims.heads * dims.rank, latent)}
+
+
+def latent_queries(dims: Dimensions, query_down: Tensor, query_gain: Tensor, query_up: Tensor) -> Factors:
+    """Multi-head latent attention: `W_Q` as the product of its factors, in float32 or better.
+
+    A norm between the factors contributes its gain; its data-dependent scale, one number per token, is left out.
+    """
+    return queries(dims, _exact(query_up) @ (_exact(query_gain)[:, None] * _exact(query_down)))
 
 
 def _latent_shapes(dims: Dimensions) -> Shapes:
-    latent = dims.sizes["query_latent"]
-    query: Shapes = {"query_down": (latent, dims.hidden), "query_gain": (latent,), "query_up": (dims.heads * dims.rank, latent)}
-    return query | _latent_key_shapes(dims)
+    nope, rope, latent = (dims.sizes[name] for name in ("nope", "rope", "key_latent"))
+    return {
+        "key_down": (latent + rope, dims.hidden),
+        "key_gain": (latent,),
+        "key_up": (dims.heads * (nope + dims.value_rank), latent),
+    }
 
 
-def _latent_direct_shapes(dims: Dimensions) -> Shapes:
-    return {"query": (dims.heads * dims.rank, dims.hidden)} | _latent_key_shapes(dims)
+def latent(dims: Dimensions, key_down: Tensor, key_gain: Tensor, key_up: Tensor) -> Factors:
+    """Multi-head latent attention: `W_K` and `W_V` as products of their factors, in float32 or better.
 
-
-def latent(
-    dims: Dimensions, query_down: Tensor, query_gain: Tensor, query_up: Tensor, key_down: Tensor, key_gain: Tensor, key_up: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Multi-head latent attention: `W_Q` and `W_K` as products of their factors, in float32 or better.
-
-    A norm between the factors contributes its gain; its data-dependent scale, one number per token, is left out. The last
-    `rope` rows of every key head are shared by all heads.
+    The norm between them as in `latent_queries`. The last `rope` rows of every key head are shared by all heads.
     """
-    query = _exact(query_up) @ (_exact(query_gain)[:, None] * _exact(query_down))
-    return latent_direct(dims, query, key_down, key_gain, key_up)
-
-
-def latent_direct(dims: Dimensions, query: Tensor, key_down: Tensor, key_gain: Tensor, key_up: Tensor) -> tuple[Tensor, Tensor]:
-    """As `latent`, but the queries are projected in one step: `(H·r, d)`."""
+    nope = dims.sizes["nope"]
     down, gain = _exact(key_down), _exact(key_gain)
-    up = _exact(key_up).view(dims.heads, dims.sizes["nope"] + dims.sizes["value"], -1)[:, : dims.sizes["nope"]]
-    own = up @ (gain[:, None] * down[: len(gain)])
-    shared = down[len(gain) :].expand(dims.heads, -1, -1)
+    own = _exact(key_up).view(dims.heads, nope + dims.value_rank, -1) @ (gain[:, None] * down[: len(gain)])
     key = own.new_empty(dims.heads, dims.rank, dims.hidden)
-    key[:, : dims.sizes["nope"]], key[:, dims.sizes["nope"] :] = own, shared
-    return _exact(query).view_as(key), key
+    key[:, :nope], key[:, nope:] = own[:, :nope], down[len(gain) :]
+    return {"key": key, "value": own[:, nope:]}
 
 
 def _exact(tensor: Tensor) -> Tensor:
@@ -148,19 +195,41 @@ def _exact(tensor: Tensor) -> Tensor:
     return tensor if tensor.element_size() >= 4 else tensor.float()
 
 
-LAYOUTS: dict[str, Layout] = {
-    "separate": Layout(_separate_shapes, separate),
-    "gated": Layout(_gated_shapes, gated),
-    "blocks": Layout(_fused_shapes, blocks),
-    "column_blocks": Layout(_column_shapes, column_blocks),
-    "interleaved": Layout(_fused_shapes, interleaved),
-    "quarters": Layout(_quarter_shapes, quarters),
-    "latent": Layout(_latent_shapes, latent, ("nope", "rope", "value", "key_latent", "query_latent")),
-    "latent_direct": Layout(_latent_direct_shapes, latent_direct, ("nope", "rope", "value", "key_latent")),
+_FUSED = ("query", "key", "value")
+_QUERY = Part(("query",), ("query",), _query_shapes, queries)
+_KEY = Part(("key",), ("key",), _key_shapes, keys)
+_VALUE = Part(("value",), ("value",), _value_shapes, values)
+_OUTPUT = Part(("output",), ("output",), _output_shapes, outputs)
+_OUTPUT_ROWS = Part(("output",), ("output",), _output_row_shapes, output_rows)
+_GATED = Part(("query",), ("query",), _gated_shapes, gated_queries)
+_LATENT_QUERY = Part(
+    ("query",), ("query_down", "query_gain", "query_up"), _latent_query_shapes, latent_queries, ("nope", "rope", "query_latent")
+)
+_LATENT = Part(("key", "value"), ("key_down", "key_gain", "key_up"), _latent_shapes, latent, ("nope", "rope", "key_latent"))
+
+LAYOUTS: dict[str, tuple[Part, ...]] = {
+    "separate": (_QUERY, _KEY, _VALUE, _OUTPUT),
+    "gated": (_GATED, _KEY, _VALUE, _OUTPUT),
+    "blocks": (Part(_FUSED, ("fused",), _fused_shapes, blocks), _OUTPUT),
+    "column_blocks": (Part(_FUSED, ("fused",), _column_shapes, column_blocks), _OUTPUT_ROWS),
+    "interleaved": (Part(_FUSED, ("fused",), _fused_shapes, interleaved), _OUTPUT),
+    "quarters": (Part(_FUSED, ("fused",), _quarter_shapes, quarters), _OUTPUT),
+    "latent": (_LATENT_QUERY, _LATENT, _OUTPUT),
+    "latent_direct": (_QUERY, _LATENT, _OUTPUT),
 }
 
 
-def check_shapes(layout: str, dims: Dimensions, shapes: Shapes, names: dict[str, str]) -> None:
+def sizes_of(layout: str) -> set[str]:
+    """The entries of `Dimensions.sizes` that a layout reads."""
+    return {size for part in LAYOUTS[layout] for size in part.sizes}
+
+
+def reads_of(layout: str, roles: tuple[str, ...]) -> set[str]:
+    """The tensors that some roles are made of."""
+    return {tensor for part in LAYOUTS[layout] if set(part.gives) & set(roles) for tensor in part.reads}
+
+
+def check_shapes(part: Part, dims: Dimensions, shapes: Shapes, names: Mapping[str, str]) -> None:
     """Refuse tensors whose shapes disagree with the head counts.
 
     Raises
@@ -168,10 +237,10 @@ def check_shapes(layout: str, dims: Dimensions, shapes: Shapes, names: dict[str,
     HeadgramError
         Names the tensor, its shape and the shape that the configuration asks for.
     """
-    for role, expected in LAYOUTS[layout].shapes(dims).items():
-        if tuple(shapes[role]) != expected:
+    for tensor, expected in part.shapes(dims).items():
+        if tuple(shapes[tensor]) != expected:
             raise HeadgramError(
-                f"tensor {names[role]} has shape {tuple(shapes[role])}, but {dims.heads} query and {dims.kv_heads} key heads "
+                f"tensor {names[tensor]} has shape {tuple(shapes[tensor])}, but {dims.heads} query and {dims.kv_heads} key heads "
                 f"of rank {dims.rank} reading width {dims.hidden} need {expected}: the configuration and the weights disagree"
             )
 

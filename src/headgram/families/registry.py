@@ -13,7 +13,7 @@ from typing import Self
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from headgram.errors import HeadgramError, UnknownTypeError
-from headgram.families.layouts import LAYOUTS
+from headgram.families.layouts import LAYOUTS, QK, ROLES, reads_of, sizes_of
 
 _FOLDER = files("headgram.families")
 
@@ -26,6 +26,23 @@ class _Entry(BaseModel):
 Names = str | tuple[str, ...]
 
 
+class Remark(_Entry):
+    """What a reader of some roles must know, or why they are not read at all."""
+
+    roles: tuple[str, ...]
+    text: str
+    types: tuple[str, ...] = ()  # the model types that it is about; all of the family if there are none
+    unproven: bool = False  # the roles are left out, for the reason that `text` gives
+
+    @model_validator(mode="after")
+    def _known_roles(self) -> Self:
+        if unknown := set(self.roles) - set(ROLES):
+            raise ValueError(f"unknown role {sorted(unknown)[0]!r}")
+        if self.unproven and set(self.roles) & set(QK):
+            raise ValueError("a stack without queries and keys is no stack")
+        return self
+
+
 class StackRule(_Entry):
     """One run of attention layers: where its tensors are, and what the checkpoint's config calls its head counts.
 
@@ -34,7 +51,8 @@ class StackRule(_Entry):
 
     name: str
     layout: str
-    tensors: dict[str, str]  # role -> key below the prefix; `{layer}` stands for the layer's index
+    block: str  # what the modules' names begin with, below the prefix; `{layer}` stands for the layer's index
+    modules: dict[str, str]  # what the layout reads -> the module below `block` that holds it as its weight
     config: str | None = None  # a section of the config, such as `text_config`, looked into before the config itself
     when: dict[str, bool | int | str] = Field(default={})  # what the config must state for this rule to apply
     layers: Names = "num_hidden_layers"
@@ -42,20 +60,31 @@ class StackRule(_Entry):
     kv_heads: Names | int | None = None  # None, or absent from the config: as many key heads as query heads
     hidden: Names = "hidden_size"
     head_dim: Names | None = None  # None, or absent from the config: hidden / heads
+    value_rank: Names | None = None  # None: values have the rank of keys
+    output_width: Names | None = None  # None: heads write to the width that they read
     sizes: dict[str, Names] = Field(default={})  # further sizes that the layout reads
     layer_types: tuple[str, ...] | None = None  # only the layers that the config's `layer_types` calls so
     borrowed: Names | None = None  # so many last layers read the keys of earlier ones, and are left out
     sparse: bool = False  # only some layers hold attention: those with all of the tensors
     optional: bool = False  # a checkpoint may hold another stack alone
     defaults: dict[str, dict[str, int]] = Field(default={})  # model type -> what its published configs may leave unsaid
+    remarks: tuple[Remark, ...] = ()
 
     @model_validator(mode="after")
     def _known_layout(self) -> Self:
         if self.layout not in LAYOUTS:
             raise ValueError(f"unknown layout {self.layout!r}")
-        if set(self.sizes) != set(LAYOUTS[self.layout].sizes):
-            raise ValueError(f"the layout {self.layout!r} reads the sizes {LAYOUTS[self.layout].sizes}")
+        if set(self.sizes) != sizes_of(self.layout):
+            raise ValueError(f"the layout {self.layout!r} reads the sizes {sorted(sizes_of(self.layout))}")
+        known, needed = reads_of(self.layout, ROLES), reads_of(self.layout, QK)
+        if not needed <= set(self.modules) <= known:
+            raise ValueError(f"the layout {self.layout!r} reads {sorted(known)}, and cannot do without {sorted(needed)}")
         return self
+
+    def tensors(self, roles: tuple[str, ...] = ROLES) -> dict[str, str]:
+        """What the layout reads for some roles -> key below the prefix."""
+        wanted = reads_of(self.layout, roles)
+        return {tensor: f"{self.block}{name}.weight" for tensor, name in self.modules.items() if tensor in wanted}
 
 
 class GgufRule(_Entry):
@@ -64,7 +93,7 @@ class GgufRule(_Entry):
     architectures: tuple[str, ...]
     layout: str = "separate"
     permuted: bool = False  # llama.cpp's converter reordered the rows of q and k
-    tensors: dict[str, str] = Field(default={"query": "blk.{layer}.attn_q.weight", "key": "blk.{layer}.attn_k.weight"})
+    modules: dict[str, str] = Field(default={"query": "attn_q", "key": "attn_k", "value": "attn_v", "output": "attn_output"})
 
 
 class Family(_Entry):

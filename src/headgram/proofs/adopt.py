@@ -54,7 +54,8 @@ def derive(model_type: str, config: Mapping[str, Any]) -> str:
             "`model_type` in the manifest to a known type with the same layout if you know one, or describe its own in "
             "src/headgram/families/"
         )
-    return representative(next(family for family in families() if family.name == proofs[0].family))
+    fullest = max(proofs, key=lambda proof: len(proof.roles))
+    return representative(next(family for family in families() if family.name == fullest.family))
 
 
 def representative(family: Family) -> str:

@@ -1,7 +1,9 @@
-"""What attention computes in a running model: the queries, the keys and their inputs, caught where their product is made.
+"""What attention computes in a running model, caught where its two products are made: that of queries and keys, and that of
+weights and values, with the inputs of all and the projection that the second is handed to.
 
 The code of the models is left as it is: hooks tell which module runs and what it is given, and a torch function mode sees
-every matrix product. The first product in a module of shape (tokens, tokens) is that module's scores.
+every matrix product. The first product in a module of shape (tokens, tokens) is that module's scores; the next that has such a
+matrix on its left is its reading of values; the next module with a weight that takes the heads side by side writes.
 """
 
 from __future__ import annotations
@@ -19,19 +21,54 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 _PRODUCTS = (torch.matmul, torch.bmm, torch.baddbmm, Tensor.matmul, Tensor.__matmul__, Tensor.bmm, Tensor.baddbmm)
+_GATES = (torch.sigmoid, Tensor.sigmoid, nn.functional.softplus)
 #: What modules call the input of their keys where it is not that of their queries.
 _KEY_INPUTS = ("key_value_states", "encoder_hidden_states")
 
 
-@dataclass(frozen=True)
+@dataclass
+class Reading:
+    """One product of attention weights and values, `(H, t, s)` and `(H, s, r_v)`, and what is made of it.
+
+    `project` is the module that writes, and `given` what it is given, `(t, H·r_v)`; None until it runs.
+    """
+
+    weights: Float[Tensor, "heads t s"]
+    value: Float[Tensor, "heads s value_rank"]
+    project: nn.Module | None = None
+    given: Float[Tensor, "t all_heads"] | None = None
+
+    @property
+    def heads(self) -> Float[Tensor, "heads t value_rank"]:
+        """What every head has gathered."""
+        return self.weights @ self.value
+
+    def written(self, heads: Float[Tensor, "heads t value_rank"]) -> Float[Tensor, "heads t width"]:
+        """What the model's projection makes of single heads: for each, the places of all others are zero."""
+        assert self.project is not None
+        count, tokens, rank = heads.shape
+        alone = heads.new_zeros(count, tokens, count, rank)
+        alone[range(count), :, range(count)] = heads
+        with torch.no_grad():
+            zero, *made = (_first(self.project(one.reshape(1, tokens, -1))) for one in (torch.zeros_like(alone[0]), *alone))
+        return torch.cat([one - zero for one in made])
+
+
+@dataclass
 class Call:
-    """One product of queries and keys, `(H, t, r)` and `(H, s, r)`, and the inputs `(t, d)` and `(s, d)` that they come from."""
+    """One product of queries and keys, `(H, t, r)` and `(H, s, r)`, and the inputs `(t, d)` and `(s, d)` that they come from.
+
+    `reading` is what the module did next with the softmax of that product, if that was a matrix product. `between` has what lies
+    between values and outputs besides: a `gate`, a `norm`.
+    """
 
     module: str
     query: Float[Tensor, "heads t rank"]
     key: Float[Tensor, "heads s rank"]
     x: Float[Tensor, "t hidden"]
     y: Float[Tensor, "s hidden"]
+    reading: Reading | None = None
+    between: set[str] = field(default_factory=set)
 
     @property
     def layer(self) -> int | None:
@@ -41,7 +78,10 @@ class Call:
 
 
 def scores_of(model: nn.Module, inputs: Mapping[str, Tensor]) -> list[Call]:
-    """Run a model, and catch the product of queries and keys in every module that computes one."""
+    """Run a model, and catch the products of every module that computes attention.
+
+    Gates are open: where a module takes a sigmoid between its scores and its projection, it is one everywhere.
+    """
     with torch.no_grad(), _Watch(model) as watch:
         model(**inputs)
     return watch.calls
@@ -55,8 +95,17 @@ def neutralise(model: nn.Module, attention: set[str]) -> None:
             if "bias" in name:
                 weight.data.zero_()
         for name, norm in module.named_modules():
-            if "norm" in type(norm).__name__.lower() and not list(norm.children()):
+            if _is_norm(norm):
                 norm.forward = _gain(norm.weight) if name.endswith("_a_layernorm") else _same
+
+
+def _is_norm(module: nn.Module) -> bool:
+    return "norm" in type(module).__name__.lower() and not list(module.children())
+
+
+def _first(result: Any) -> Any:
+    """What a module returns, or the first of it."""
+    return result[0] if isinstance(result, tuple) else result
 
 
 def _same(x: Tensor, *_: Any, **__: Any) -> Tensor:
@@ -74,14 +123,15 @@ class _Running:
     module: str
     x: Tensor | None
     y: Tensor | None
-    caught: bool = field(default=False)
+    call: Call | None = None
 
 
 class _Watch(TorchFunctionMode):
-    """Catches, in every module of a model that runs, its first product of shape (tokens, tokens)."""
+    """Catches, in every module of a model that runs, its first product of shape (tokens, tokens), and what follows it."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
+        self._unwritten: Call | None = None
         self.calls: list[Call] = []
         self._model = model
         self._running: list[_Running] = []
@@ -107,34 +157,60 @@ class _Watch(TorchFunctionMode):
             given = {**given, **given.get("kwargs", {})}
             x = given.get("hidden_states", args[0] if args else None)
             y = next((given[name] for name in _KEY_INPUTS if isinstance(given.get(name), Tensor)), x)
+            self._writes(module, args)
             self._running.append(_Running(path, x if isinstance(x, Tensor) else None, y if isinstance(y, Tensor) else None))
 
         return hook
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
+        if func in _GATES and self._unwritten is not None:
+            self._unwritten.between.add("gate")
+            result = torch.ones_like(result)
         if func in _PRODUCTS and self._running:
             query, key = (kwargs["batch1"], kwargs["batch2"]) if kwargs and "batch1" in kwargs else args[-2:]
             self._product(self._running[-1], query, key, result)
         return result
 
-    def _product(self, running: _Running, query: Tensor, key: Tensor, scores: Tensor) -> None:
+    def _product(self, running: _Running, left: Tensor, right: Tensor, product: Tensor) -> None:
         x, y = running.x, running.y
-        if running.caught or x is None or y is None or x.dim() < 2 or tuple(scores.shape[-2:]) != (x.shape[-2], y.shape[-2]):
+        if x is None or y is None or x.dim() < 2:
             return
-        running.caught = True
-        heads = scores.reshape(-1, *scores.shape[-2:]).shape[0]
-
-        def per_head(tensor: Tensor) -> Tensor:
-            flat = tensor.reshape(-1, *tensor.shape[-2:]).double()
-            return flat.repeat_interleave(heads // len(flat), 0)
-
-        self.calls.append(
-            Call(
+        scores = (x.shape[-2], y.shape[-2])
+        if running.call is None and tuple(product.shape[-2:]) == scores:
+            heads = _batch(product)
+            running.call = Call(
                 running.module,
-                per_head(query),
-                per_head(key).transpose(1, 2),
+                _per_head(left, heads),
+                _per_head(right, heads).transpose(1, 2),
                 x.double().reshape(-1, x.shape[-1]),
                 y.double().reshape(-1, y.shape[-1]),
             )
-        )
+            self.calls.append(running.call)
+            self._unwritten = running.call
+        elif running.call is not None and running.call.reading is None and tuple(left.shape[-2:]) == scores:
+            heads = _batch(product)
+            running.call.reading = Reading(_per_head(left, heads), _per_head(right, heads))
+
+    def _writes(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        call, weight = self._unwritten, getattr(module, "weight", None)
+        reading = call.reading if call else None
+        if call is None or reading is None:
+            return
+        if _is_norm(module):
+            call.between.add("norm")
+        if not args or not isinstance(args[0], Tensor) or not isinstance(weight, Tensor) or weight.dim() != 2:
+            return
+        heads, _, rank = reading.value.shape
+        if args[0].shape[-1] == heads * rank and args[0].numel() == reading.weights.shape[1] * heads * rank:
+            reading.project, reading.given = module, args[0].double().reshape(-1, heads * rank)
+            self._unwritten = None
+
+
+def _batch(product: Tensor) -> int:
+    return product.reshape(-1, *product.shape[-2:]).shape[0]
+
+
+def _per_head(tensor: Tensor, heads: int) -> Float[Tensor, "heads rows columns"]:
+    flat = tensor.reshape(-1, *tensor.shape[-2:]).double()
+    return flat.repeat_interleave(heads // len(flat), 0)

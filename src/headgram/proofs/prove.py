@@ -1,12 +1,16 @@
-"""Proofs that the registry is right: headgram's weights against the scores that the models themselves compute.
+"""Proofs that the registry is right: headgram's weights against what the models themselves compute.
 
 For a model type, transformers builds a tiny random model and saves it; headgram opens the saved file. Then the model runs, and
 the product of queries and keys is caught in every attention module. With all positions equal, rotary encodings cancel, so that
 `q_t · k_s = x_s^T g x_t` for every head and every pair of tokens, where `x` is what the attention module receives. All pairs
 are compared, not only `t = s`: a layout that takes keys for queries transposes `g`, which no `x_t^T g x_t` can see.
 
-What `g` leaves out is neutralised in the running model, never in the saved file: biases are set to zero, and norms between
-projection and score pass their input on (those inside latent attention keep their gain).
+Values and outputs are proven by what each head writes: with the attention weights `p` that the model computes, `W_O[h] Σ_t p_t
+W_V[h] y_t` is what the model's own output projection makes of that head alone.
+
+What the forms leave out is neutralised in the running model, never in the saved file: biases are set to zero, and norms between
+projection and score pass their input on (those inside latent attention keep their gain), and gates are open. What of it lies
+between values and outputs must be in a remark of the family's data.
 """
 
 from __future__ import annotations
@@ -31,13 +35,16 @@ from torch import Tensor, nn
 
 from headgram.checkpoints.checkpoint import Checkpoint, Stack, open_checkpoint
 from headgram.errors import HeadgramError
+from headgram.families.layouts import ROLES
 from headgram.families.registry import Family, adopting, families, family_of
 from headgram.proofs.probe import Call, neutralise, scores_of
 
 #: The columns of a table of proofs, and what `Proof.cells` holds.
-COLUMNS = ("model type", "family", "layout", "stacks", "heads/key heads×rank", "residual", "ok")
+COLUMNS = ("model type", "family", "layout", "stacks", "heads/key heads×rank", "roles", "residual", "ok")
 #: A right layout agrees to float32 rounding (some models compute scores in float32); a wrong one is off by about 1.
 TOLERANCE = 1e-5
+#: How far attention weights may sum from 1 before something else must take part in their softmax; some are kept in bfloat16.
+_SUM_TOLERANCE = 1e-2
 #: Tokens per sequence: unlike any size of the tiny models, so that a product of this shape can only be the scores.
 _TOKENS = 7
 #: Frames and their width, where a model hears features instead of sound.
@@ -68,8 +75,12 @@ class Proof:
         Those that were met in the saved checkpoints.
     shapes
         `H/K×r` of every stack that was compared.
+    roles
+        Those that were compared in every stack.
+    missing
+        Why other roles cannot be read.
     residual
-        The largest difference between a score of the model and headgram's, relative to the largest score.
+        The largest difference between a score of the model, or what a head writes, and headgram's, relative to the largest.
     problem
         None if everything agrees; otherwise the first thing that does not.
     """
@@ -79,18 +90,20 @@ class Proof:
     layouts: tuple[str, ...]
     stacks: tuple[str, ...]
     shapes: tuple[str, ...]
+    roles: tuple[str, ...]
+    missing: tuple[str, ...]
     residual: float
     problem: str | None
 
     @property
     def ok(self) -> bool:
-        """Whether every score of every model agreed."""
+        """Whether everything that was compared agreed."""
         return self.problem is None
 
     @property
     def cells(self) -> tuple[str, ...]:
         """The proof as a row of a table with the columns `COLUMNS`."""
-        lists = (", ".join(values) for values in (self.layouts, self.stacks, self.shapes))
+        lists = (", ".join(values) for values in (self.layouts, self.stacks, self.shapes, self.roles))
         return (self.model_type, self.family, *lists, f"{self.residual:.0e}", "yes" if self.ok else "no")
 
 
@@ -111,26 +124,39 @@ def prove(model_type: str, flags: Mapping[str, bool] = NO_FLAGS) -> Proof:
     """
     _need_transformers()
     family = family_of(model_type)
-    stacks: dict[str, None] = {}
-    layouts: dict[str, None] = {}
-    shapes: dict[str, None] = {}
-    worst = 0.0
+    found: list[Stack] = []
+    scores = writes = 0.0
     problem = None
     try:
         with quiet():
             for model, entry in _models(model_type, flags):
                 with _saved(model) as folder, open_checkpoint(folder) as checkpoint:
-                    for stack in checkpoint.stacks:
-                        stacks[stack.name] = layouts[stack._layout] = None
-                        shapes[f"{stack.heads}/{stack.kv_heads}×{stack.rank}"] = None
-                    worst = max(worst, _residual(model, checkpoint, entry))
+                    found += checkpoint.stacks
+                    residuals = _residuals(model, checkpoint, entry)
+                    scores, writes = max(scores, residuals[0]), max(writes, residuals[1])
     except Exception as error:  # whatever transformers raises, the other types should still be proven
         problem = str(error) if isinstance(error, HeadgramError) else f"{type(error).__name__}: {error}"
-    if problem is None and not shapes:
+    if problem is None and not found:
         problem = "transformers has no model of this type alone"
-    if problem is None and not worst <= TOLERANCE:
-        problem = f"the scores differ by {worst:.1e} of the largest"
-    return Proof(model_type, family.name, tuple(layouts), tuple(stacks), tuple(shapes), worst, problem)
+    if problem is None and not scores <= TOLERANCE:
+        problem = f"the scores differ by {scores:.1e} of the largest"
+    if problem is None and not writes <= TOLERANCE:
+        problem = f"what the heads write differs by {writes:.1e} of the largest"
+    return Proof(
+        model_type,
+        family.name,
+        layouts=_each(stack._layout for stack in found),
+        stacks=_each(stack.name for stack in found),
+        shapes=_each(f"{stack.heads}/{stack.kv_heads}×{stack.rank}" for stack in found),
+        roles=tuple(role for role in ROLES if found and all(role in stack.roles for stack in found)),
+        missing=_each(f"{role} of {stack.name}: {why}" for stack in found for role, why in stack.missing.items()),
+        residual=max(scores, writes),
+        problem=problem,
+    )
+
+
+def _each(values: Iterable[str]) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(values))
 
 
 def markdown(proofs: Iterable[Proof]) -> list[str]:
@@ -258,23 +284,25 @@ def _saved(model: Any) -> Iterator[Path]:
         yield Path(folder)
 
 
-def _residual(model: nn.Module, checkpoint: Checkpoint, entry: Mapping[str, Any]) -> float:
-    """The largest relative difference of any score, over all layers of all stacks.
+def _residuals(model: nn.Module, checkpoint: Checkpoint, entry: Mapping[str, Any]) -> tuple[float, float]:
+    """The largest relative difference of any score, and of what any head writes, over all layers of all stacks.
 
     Raises
     ------
     HeadgramError
-        If a layer never ran, or the model has attention that belongs to no stack.
+        If a layer never ran, the model has attention that belongs to no stack, or something lies between values and outputs
+        that no remark tells.
     """
     model.double()
     inputs = _inputs(model, entry)
     neutralise(model, {call.module for call in scores_of(model, inputs)})
     calls = [call for call in scores_of(model, inputs) if call.layer not in entry.get("left_out", [])]
     claimed: set[str] = set()
-    worst = 0.0
+    scores = writes = 0.0
     for stack in checkpoint.stacks:
         for layer in stack.layers:
-            w_q, w_k = (weight.double() for weight in checkpoint.qk(stack.name, layer))
+            weights = {role: weight.double() for role, weight in checkpoint.factors(stack.name, layer).items()}
+            w_q, w_k = weights["query"], weights["key"]
             mine = [call for call in calls if call.layer == layer and call.module not in claimed and _fits(call, stack)]
             if not mine:
                 raise HeadgramError(f"stack '{stack.name}', layer {layer}: the model runs no attention of this shape there")
@@ -282,10 +310,13 @@ def _residual(model: nn.Module, checkpoint: Checkpoint, entry: Mapping[str, Any]
             found = {call.module: _difference(call, w_q * scale, w_k) for call in mine}
             best = min(found, key=lambda module: found[module])
             claimed.add(best)
-            worst = max(worst, *(_difference(call, w_q * scale, w_k) for call in mine if call.module == best))
+            ours = [call for call in mine if call.module == best]
+            scores = max(scores, *(_difference(call, w_q * scale, w_k) for call in ours))
+            if {"value", "output"} <= weights.keys():
+                writes = max(writes, *(_written(call, stack, weights["value"], weights["output"]) for call in ours))
     if unclaimed := sorted({call.module for call in calls} - claimed):
         raise HeadgramError(f"the model's attention at {unclaimed[0]} belongs to no stack")
-    return worst
+    return scores, writes
 
 
 def _fits(call: Call, stack: Stack) -> bool:
@@ -296,8 +327,33 @@ def _difference(call: Call, w_q: Float[Tensor, "heads rank hidden"], w_k: Float[
     """How far the model's scores are from `x_s^T g x_t`, relative to the largest of them."""
     group = len(w_q) // len(w_k)
     ours = (call.x @ w_q.transpose(1, 2)) @ (call.y @ w_k.repeat_interleave(group, 0).transpose(1, 2)).transpose(1, 2)
-    theirs = call.query @ call.key.transpose(1, 2)
-    difference = float((ours - theirs).abs().max() / theirs.abs().max())
+    return _relative(ours, call.query @ call.key.transpose(1, 2))
+
+
+def _written(
+    call: Call, stack: Stack, w_v: Float[Tensor, "kv_heads rank hidden"], w_o: Float[Tensor, "heads rank width"]
+) -> float:
+    """How far what single heads write is from `W_O Σ_t p_t W_V y_t`, and their values from `W_V y`, relative to the largest."""
+    reading = call.reading
+    if reading is None or reading.given is None:
+        raise HeadgramError(f"the model's attention at {call.module} hands its heads to no output projection")
+    if not bool((reading.weights.sum(-1) - 1).abs().max() < _SUM_TOLERANCE):
+        call.between.add("sink")
+    if call.between and not {"value", "output"} & stack.notes.keys():
+        raise HeadgramError(f"the model has a {sorted(call.between)[0]} between values and outputs at {call.module}, unremarked")
+    value = call.y @ w_v.repeat_interleave(len(w_o) // len(w_v), 0).transpose(1, 2)
+    if value.shape != reading.value.shape:
+        return math.inf
+    side_by_side = reading.heads.transpose(0, 1).flatten(1)
+    return max(
+        _relative(value, reading.value),
+        _relative(reading.given, side_by_side),
+        _relative(reading.weights @ value @ w_o, reading.written(reading.heads)),
+    )
+
+
+def _relative(ours: Tensor, theirs: Tensor) -> float:
+    difference = float((ours - theirs).abs().max() / theirs.abs().max()) if ours.shape == theirs.shape else math.inf
     return difference if math.isfinite(difference) else math.inf
 
 
