@@ -14,15 +14,15 @@ from pipeline.conftest import edit, small_project
 #: Before it writes the file named here, the job of the old run waits until it is told to go on.
 _WAITS = """
 import os, time
-import headgram.results.record as record
-_written_whole = record.written_whole
+import headgram.results.files as files
+_written_whole = files.written_whole
 def written_whole(path, *arguments):
     if os.path.exists("hold") and "/{part}" in str(path) and not str(path).endswith(".svg"):
         open("held", "w").close()
         while not os.path.exists("go"):
             time.sleep(0.05)
     return _written_whole(path, *arguments)
-record.written_whole = written_whole
+files.written_whole = written_whole
 """
 
 
