@@ -13,7 +13,7 @@ from headgram.cli import app
 from pipeline.conftest import Project, new_project
 from tiny import llama_tensors, write_llama, write_manifest
 
-TABLES = ("heads", "spectra", "gram", "overlap", "neighbours", "layers", "models")
+TABLES = ("heads", "spectra", "gram", "pairs", "overlap", "neighbours", "layers", "models")
 
 
 def headgram_command(project: Project, *arguments: str) -> str:

@@ -76,6 +76,24 @@ def test_tables_agree_with_an_independent_path(measured, name):
     cosine = atlas.gram(name, value="cosine")
     assert float(np.abs(cosine).max()) <= 1
     np.testing.assert_allclose(np.einsum("aah->ah", cosine.to_numpy()), 1, rtol=1e-6)
+    assert_all_pairs(atlas, name, forms.reshape(layers * heads, hidden, hidden), np.repeat(np.arange(layers), heads))
+
+
+def assert_all_pairs(atlas, name, forms, layer_of):
+    """Every value of the table `pairs` against `g` as a matrix."""
+    forms /= np.linalg.norm(forms, axis=(1, 2), keepdims=True)
+    vectors = forms.reshape(len(forms), -1)
+    cosine = vectors @ vectors.T
+    transposed = vectors @ forms.transpose(0, 2, 1).reshape(len(forms), -1).T
+    for value, expected in (("cosine", cosine), ("transposed", transposed)):
+        found = atlas.pairs(name, value=value).to_numpy().reshape(len(forms), len(forms))
+        assert np.abs(found - expected).max() <= 2e-6
+    table = atlas.table("pairs", name)
+    assert len(table) == len(forms) * (len(forms) - 1) // 2
+    first, second = (list(zip(table[f"layer_{side}"], table[f"head_{side}"], strict=True)) for side in "ab")
+    assert all(a < b for a, b in zip(first, second, strict=True))
+    readers = len(forms) // len(set(zip(layer_of, atlas.table("heads", name)["kv_head"], strict=True)))
+    assert table["shared"].sum() == len(forms) * (readers - 1) // 2
 
 
 @pytest.mark.parametrize("name", [MINILM, SMOLLM2])
@@ -95,6 +113,8 @@ def test_pandas_reads_all_models_at_once(measured):
     gram = pd.read_parquet(measured / "atlas" / "gram")
     assert (gram["layer_a"] <= gram["layer_b"]).all()
     assert len(gram) == 30 * 31 // 2 * 9 + 6 * 7 // 2 * 12
+    pairs = pd.read_parquet(measured / "atlas" / "pairs")
+    assert len(pairs) == 270 * 269 // 2 + 72 * 71 // 2
     provenance = json.loads((measured / "provenance" / f"{MINILM}.json").read_text())
     assert provenance["model"] == MINILM
     assert provenance["stage"] == "merge"

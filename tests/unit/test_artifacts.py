@@ -183,6 +183,6 @@ def test_what_killed_jobs_left_is_removed_and_nothing_else(tmp_path):
 def test_equal_tables_give_equal_bytes(tmp_path):
     table = pa.table({"x": pa.array(range(1000))})
     for name in ("a.parquet", "b.parquet"):
-        write_table(tmp_path / name, table, Provenance(IDENTITY, "m", "self"))
+        write_table(tmp_path / name, [table], Provenance(IDENTITY, "m", "self"))
     assert (tmp_path / "a.parquet").read_bytes() == (tmp_path / "b.parquet").read_bytes()
     assert read_table(tmp_path / "a.parquet").equals(table)

@@ -1,5 +1,6 @@
 """A row of tiles resumes at the tile where it stopped."""
 
+import pandas as pd
 import pytest
 import torch
 
@@ -13,6 +14,15 @@ pytestmark = pytest.mark.usefixtures("both_ways")
 
 CONFIG = Gram(precision="auto")
 TILES = [[0, 1], [2, 3], [4, 5]]
+
+
+@pytest.fixture(params=[True, False], ids=["all pairs", "same index"])
+def every(request):
+    return request.param
+
+
+def _compute(every):
+    return "_all_pairs" if every else "_same_index"
 
 
 @pytest.fixture
@@ -29,13 +39,13 @@ def weights(tmp_path):
     return path, Provenance(Identity("gram", "{}", "f", "c", (extract.key,)), "m", "self")
 
 
-def test_finished_tiles_are_kept(tmp_path, weights, monkeypatch):
+def test_finished_tiles_are_kept(every, tmp_path, weights, monkeypatch):
     path, provenance = weights
-    stage.measure_row(tmp_path / "whole" / "row-000.parquet", [path], TILES, CONFIG, provenance)
+    stage.measure_row(tmp_path / "whole" / "row-000.parquet", [path], TILES, every, CONFIG, provenance)
     expected = (tmp_path / "whole" / "row-000.parquet").read_bytes()
 
     calls = []
-    compute = stage._tile
+    compute = getattr(stage, _compute(every))
 
     def dies_at_the_third(*arguments):
         calls.append(1)
@@ -44,9 +54,9 @@ def test_finished_tiles_are_kept(tmp_path, weights, monkeypatch):
         return compute(*arguments)
 
     row = tmp_path / "killed" / "row-000.parquet"
-    monkeypatch.setattr(stage, "_tile", dies_at_the_third)
+    monkeypatch.setattr(stage, _compute(every), dies_at_the_third)
     with pytest.raises(KeyboardInterrupt):
-        stage.measure_row(row, [path], TILES, CONFIG, provenance)
+        stage.measure_row(row, [path], TILES, every, CONFIG, provenance)
     assert sorted(file.name for file in row.parent.iterdir()) == [
         f".row-000.parquet-tile-{tile}" for tile in ("000-001-000-001", "000-001-002-003")
     ]
@@ -56,50 +66,67 @@ def test_finished_tiles_are_kept(tmp_path, weights, monkeypatch):
     damaged[40] ^= 1
     tile.write_bytes(damaged)
     calls.clear()
-    monkeypatch.setattr(stage, "_tile", lambda *arguments: calls.append(1) or compute(*arguments))
-    stage.measure_row(row, [path], TILES, CONFIG, provenance)
+    monkeypatch.setattr(stage, _compute(every), lambda *arguments: calls.append(1) or compute(*arguments))
+    stage.measure_row(row, [path], TILES, every, CONFIG, provenance)
     assert len(calls) == 2  # the damaged tile and the missing one, not the finished one
     assert row.read_bytes() == expected
     assert sorted(file.name for file in row.parent.iterdir()) == ["row-000.json", "row-000.parquet"]
 
 
-def test_the_same_job_of_a_killed_run_may_end_meanwhile(tmp_path, weights, monkeypatch):
+def test_the_same_job_of_a_killed_run_may_end_meanwhile(every, tmp_path, weights, monkeypatch):
     """It removes the tiles that both wrote, when its row is whole."""
     path, provenance = weights
     row = tmp_path / "row-000.parquet"
-    compute = stage._tile
+    compute = getattr(stage, _compute(every))
 
     def the_other_ends(*arguments):
         for tile in tmp_path.glob("*-tile-*"):
             tile.unlink()
         return compute(*arguments)
 
-    stage.measure_row(row, [path], TILES, CONFIG, provenance)
+    stage.measure_row(row, [path], TILES, every, CONFIG, provenance)
     expected = row.read_bytes()
-    monkeypatch.setattr(stage, "_tile", the_other_ends)
-    stage.measure_row(row, [path], TILES, CONFIG, provenance)
+    monkeypatch.setattr(stage, _compute(every), the_other_ends)
+    stage.measure_row(row, [path], TILES, every, CONFIG, provenance)
     assert row.read_bytes() == expected
     assert not list(tmp_path.glob("*-tile-*"))
 
 
-def test_upper_triangle_only(tmp_path, weights):
+def test_upper_triangle_only(every, tmp_path, weights):
     path, provenance = weights
     row = tmp_path / "row-001.parquet"
-    stage.measure_row(row, [path], TILES[1:], CONFIG, provenance)
-    pairs = {(a, b) for a, b in zip(*(read_table(row)[name].to_pylist() for name in ("layer_a", "layer_b")), strict=True)}
-    assert pairs == {(2, 2), (2, 3), (3, 3), (2, 4), (2, 5), (3, 4), (3, 5)}
+    stage.measure_row(row, [path], TILES[1:], every, CONFIG, provenance)
+    columns = [read_table(row)[name].to_pylist() for name in ("layer_a", "head_a", "layer_b", "head_b")]
+    pairs = [((a, h), (b, i)) for a, h, b, i in zip(*columns, strict=True)]
+    heads = [(layer, head) for layer in range(2, 6) for head in range(4)]
+    wanted = {(a, b) for a in heads[:8] for b in heads if a <= b and (every or a[1] == b[1])}
+    assert set(pairs) == wanted
+    assert len(pairs) == len(wanted)
 
 
-def test_tiles_of_another_configuration_are_not_taken(tmp_path, weights, monkeypatch):
+def test_blocks_of_any_size_give_the_same(every, tmp_path, weights, monkeypatch):
+    """Of several layers, of one, and of some heads of a layer."""
+    path, provenance = weights
+    found = []
+    for size in (2**30, 4 * 3 * 8 * 4 * 2, 4 * 3 * 8 * 4, 4 * 3 * 8 * 3):
+        monkeypatch.setattr(stage, "_BLOCK_BYTES", size)
+        row = tmp_path / f"row-{size:03d}.parquet"
+        stage.measure_row(row, [path], [[0, 1, 2], [3, 4, 5]], every, CONFIG, provenance)
+        found.append(read_table(row).to_pandas())
+    for other in found[1:]:
+        pd.testing.assert_frame_equal(other, found[0], rtol=1e-5, atol=1e-4)
+
+
+def test_tiles_of_another_configuration_are_not_taken(every, tmp_path, weights, monkeypatch):
     path, provenance = weights
     other = Provenance(Identity("gram", "{}", "f", "another", provenance.identity.upstream), "m", "self")
     row = tmp_path / "row-000.parquet"
     monkeypatch.setattr(stage, "seal", lambda *arguments: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
-        stage.measure_row(row, [path], TILES, CONFIG, other)
+        stage.measure_row(row, [path], TILES, every, CONFIG, other)
     monkeypatch.undo()
     calls = []
-    compute = stage._tile
-    monkeypatch.setattr(stage, "_tile", lambda *arguments: calls.append(1) or compute(*arguments))
-    stage.measure_row(row, [path], TILES, CONFIG, provenance)
+    compute = getattr(stage, _compute(every))
+    monkeypatch.setattr(stage, _compute(every), lambda *arguments: calls.append(1) or compute(*arguments))
+    stage.measure_row(row, [path], TILES, every, CONFIG, provenance)
     assert len(calls) == 3

@@ -17,7 +17,12 @@ rule gram:
         identity=identity_of("gram"),
         results=RESULTS,
         record=RECORDS["gram"],
-        tiles=lambda wildcards: canonical(stack_of(wildcards).row(wildcards.row)),
+        tiles=lambda wildcards: canonical(
+            {
+                "tiles": stack_of(wildcards).row(wildcards.row),
+                "all_pairs": stack_of(wildcards).all_pairs,
+            }
+        ),
     message:
         "Gram matrix of {wildcards.model}, stack {wildcards.stack}, {wildcards.row}"
     script:

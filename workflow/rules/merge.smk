@@ -6,6 +6,7 @@ rule merge:
         heads=PATHS.table("heads", "{model}"),
         spectra=PATHS.table("spectra", "{model}"),
         gram=PATHS.table("gram", "{model}"),
+        pairs=PATHS.table("pairs", "{model}"),
         directions=PATHS.directions("{model}"),
         seed=PATHS.original("{model}") if PLAN.config.original.enabled else [],
         record=RECORDS["merge"],

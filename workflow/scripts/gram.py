@@ -11,7 +11,7 @@ with running(snakemake) as (provenance, options):
     measure_row(
         output=Path(snakemake.output.table),
         weights=[Path(path) for path in snakemake.input.weights],
-        tiles=json.loads(snakemake.params.tiles),
+        **json.loads(snakemake.params.tiles),
         options=options.gram,
         provenance=provenance,
     )

@@ -15,7 +15,7 @@ with running(snakemake) as (provenance, options):
     }
     record = Path(snakemake.output.record)
     atlas = Atlas(
-        *(Path(snakemake.output[name]) for name in ("heads", "spectra", "gram", "directions")),
+        *(Path(snakemake.output[name]) for name in ("heads", "spectra", "gram", "pairs", "directions")),
         seed=record.parents[1] / "seed" / record.name,
         record=record,
     )

@@ -113,6 +113,54 @@ class Atlas:
             raise HeadgramError(f"the Gram table has no column '{value}'; there are: {', '.join(get_args(PairColumn))}")
         return self._square("gram", model, stack, value)
 
+    def pairs(self, model: str, stack: str = "self", value: Literal["cosine", "transposed"] = "cosine") -> xr.DataArray:
+        """Cosines of all heads with all heads of one stack.
+
+        Parameters
+        ----------
+        value
+            `cosine` of the two forms, or `transposed`, the cosine of one with the other's transpose.
+
+        Returns
+        -------
+        xarray.DataArray, (L, H, L, H) float32
+            Dimensions `layer_a`, `head_a`, `layer_b`, `head_b`, with the true layer indices; symmetric. NaN where a pair was not
+            measured (`gram.pairs: same`). The attribute `chance` is the deviation `1/d` that the cosine of two forms has if one
+            is turned by random rotations; its mean is 0.
+
+        Raises
+        ------
+        HeadgramError
+            If the model or the stack was not measured.
+
+        Examples
+        --------
+        >>> atlas = headgram.open_atlas("results")  # doctest: +SKIP
+        >>> atlas.pairs("smollm2-135m-instruct").sel(layer_a=18, head_a=6, layer_b=18, head_b=7).item()  # doctest: +SKIP
+        0.9
+        """
+        import numpy as np
+        import xarray as xr
+
+        if value not in ("cosine", "transposed"):
+            raise HeadgramError(f"pairs have no '{value}': ask for 'cosine' or 'transposed'")
+        heads = self.table("heads", model)
+        heads = heads[heads["stack"] == stack]
+        if heads.empty:
+            raise HeadgramError(f"the model '{model}' has no stack '{stack}'; there are: {', '.join(self.stacks(model))}")
+        table = self.table("pairs", model)
+        table = table[table["stack"] == stack]
+        layers, indices = np.unique(heads["layer"]), np.unique(heads["head"])
+        data = np.full((len(layers), len(indices)) * 2, np.nan, dtype=np.float32)
+        a, b = (np.searchsorted(layers, table[name]) for name in ("layer_a", "layer_b"))
+        data[a, table["head_a"], b, table["head_b"]] = data[b, table["head_b"], a, table["head_a"]] = table[value]
+        itself = np.where(heads["fro_sq"] > 0, 1.0, 0.0) if value == "cosine" else heads["symmetry_score"]
+        own = np.searchsorted(layers, heads["layer"])
+        data[own, heads["head"], own, heads["head"]] = itself
+        coordinates = {"layer_a": layers, "head_a": indices, "layer_b": layers, "head_b": indices}
+        attributes = {"model": model, "stack": stack, "chance": 1 / int(heads["hidden"].iloc[0])}
+        return xr.DataArray(data, coords=coordinates, dims=list(coordinates), name=value, attrs=attributes)
+
     def overlap(self, model: str, stack: str = "self", side: Literal["right", "left", "signed"] = "right") -> xr.DataArray:
         """Overlaps of every layer pair's directions: the mean squared cosine of the angles between their subspaces.
 

@@ -17,7 +17,7 @@ from headgram.results.asked import asked_for
 from headgram.results.files import link_message
 from headgram.results.paths import FOLDERS, RECORDS
 from headgram.results.record import Identity, damages, read_record
-from headgram.results.tables import HEAD_NUMBERS, QUARTILES, SIDES, TABLES, read_table
+from headgram.results.tables import HEAD_NUMBERS, QUARTILES, SIDES, TABLES, read_parts, read_table
 from headgram.study.lock import Lock
 
 #: Snakemake's, in folders that are a job's output; empty.
@@ -130,6 +130,21 @@ def _identity_problems(files: dict[str, Path]) -> Iterator[str]:
         yield from _exceptions(name, difference)
     if not gram["cosine"].between(-1, 1).all():
         yield "a cosine lies outside [-1, 1]"
+    yield from _pair_problems(files["pairs"], gram)
+
+
+def _pair_problems(path: Path, gram: pd.DataFrame) -> Iterator[str]:
+    """Whether cosines of all pairs are cosines, and those of equal indices the ones of the table `gram`."""
+    place = ["stack", "layer_a", "layer_b", "head"]
+    equal = []
+    for part in read_parts(path):
+        pairs = part.to_pandas()
+        if not (pairs["cosine"].between(-1, 1).all() and pairs["transposed"].between(-1, 1).all()):
+            yield "a cosine of a pair lies outside [-1, 1]"
+        equal.append(pairs[pairs["head_a"] == pairs["head_b"]].rename(columns={"head_a": "head"}))
+    others = gram[gram["layer_a"] != gram["layer_b"]].set_index(place).sort_index()
+    found = pd.concat(equal).set_index(place).sort_index()
+    yield from _exceptions("the cosine of a pair", found["cosine"] - others["cosine"], tolerance=1e-6)
 
 
 def _derived_problems(files: dict[str, Path]) -> Iterator[str]:
@@ -153,11 +168,11 @@ def _derived_problems(files: dict[str, Path]) -> Iterator[str]:
             yield f"an overlap of {side} directions lies outside [0, 1]"
 
 
-def _exceptions(name: str, difference: pd.Series) -> Iterator[str]:
+def _exceptions(name: str, difference: pd.Series, tolerance: float = _TOLERANCE) -> Iterator[str]:
     worst = difference.abs()
     if worst.isna().any():
         yield f"{name} cannot be formed for every head: rows are missing"
-    elif (worst > _TOLERANCE).any():
+    elif (worst > tolerance).any():
         yield f"{name} fails by {worst.max():.1e} at {', '.join(map(str, worst.index.names))} {worst.idxmax()}"
 
 

@@ -9,7 +9,7 @@ import posixpath
 from dataclasses import dataclass
 
 #: Tables that a merge and a derivation write for a model.
-MERGED = ("heads", "spectra", "gram")
+MERGED = ("heads", "spectra", "gram", "pairs")
 DERIVED = ("overlap", "neighbours", "layers", "models")
 #: The folders that hold artifacts, their records among them; logs are nobody's results.
 FOLDERS = ("atlas", "models", "provenance", "seed", "report")

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import itertools
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import pyarrow as pa
@@ -61,6 +64,13 @@ GRAM = _schema(
     *((name, pa.int32()) for name in ("layer_a", "layer_b", "head")),
     *((name, pa.float64()) for name in ("gram", "cosine", "transposed", "symmetric", "antisymmetric", "z")),
 )
+PAIRS = _schema(
+    ("circuit", pa.string()),
+    ("stack", pa.string()),
+    *((name, pa.int32()) for name in ("layer_a", "head_a", "layer_b", "head_b")),
+    ("shared", pa.bool_()),
+    *((name, pa.float32()) for name in ("cosine", "transposed")),
+)
 OVERLAP = _schema(
     ("stack", pa.string()),
     *((name, pa.int32()) for name in ("layer_a", "layer_b", "head")),
@@ -91,6 +101,7 @@ TABLES = {
     "heads": HEADS,
     "spectra": SPECTRA,
     "gram": GRAM,
+    "pairs": PAIRS,
     "overlap": OVERLAP,
     "neighbours": NEIGHBOURS,
     "layers": LAYERS,
@@ -98,11 +109,18 @@ TABLES = {
 }
 
 
-def write_table(path: Path, table: pa.Table, provenance: Provenance, compression: str = "zstd") -> None:
-    """Write a table whole; equal tables of equal provenance give equal bytes."""
-    table = table.replace_schema_metadata(parquet_metadata(provenance))
-    with written_whole(path) as file:
-        pq.write_table(table, file, compression=compression, write_page_checksum=True)
+def write_table(path: Path, parts: Iterable[pa.Table], provenance: Provenance, compression: str = "zstd") -> None:
+    """Write the parts of a table below one another, each as row groups of its own; equal parts and provenance give equal bytes.
+
+    A part is written before the next one is asked for, so that a table may be larger than memory.
+    """
+    rest = iter(parts)
+    part = next(rest)
+    schema = part.schema.with_metadata(parquet_metadata(provenance))
+    options = {"compression": compression, "write_page_checksum": True}
+    with written_whole(path) as file, pq.ParquetWriter(file, schema, **options) as writer:
+        for each in itertools.chain([part], rest):
+            writer.write_table(each.cast(schema))
 
 
 def read_table(path: Path) -> pa.Table:
@@ -113,10 +131,24 @@ def read_table(path: Path) -> pa.Table:
     HeadgramError
         If it claims many more values than its bytes can hold: a few bytes may stand for billions of equal ones.
     """
-    with path.open("rb") as file:
-        metadata = pq.read_metadata(file)
+    with _checked(path) as file:
+        return file.read()
+
+
+@contextlib.contextmanager
+def _checked(path: Path) -> Iterator[pq.ParquetFile]:
+    """An open Parquet file that claims no more values than its bytes can hold; pages are verified as they are read."""
+    with pq.ParquetFile(path, page_checksum_verification=True) as file:
+        metadata = file.metadata
         groups = [metadata.row_group(i) for i in range(metadata.num_row_groups)]
         values = sum(group.column(j).num_values for group in groups for j in range(group.num_columns))
         if max(values, metadata.num_rows) > max(_FEW_VALUES, _VALUES_PER_BYTE * path.stat().st_size):
             raise HeadgramError(f"{path} claims {values} values, which no table of its size holds: delete it and run again")
-        return pq.read_table(file, page_checksum_verification=True)
+        yield file
+
+
+def read_parts(path: Path) -> Iterator[pa.Table]:
+    """The row groups of a Parquet file, one after the other, as `write_table` was given them; checked as by `read_table`."""
+    with _checked(path) as file:
+        for i in range(file.num_row_groups):
+            yield file.read_row_group(i)

@@ -94,11 +94,11 @@ def derive(merged: Merged, derived: Derived, facts: Mapping[str, Any], options: 
         for name, shards in merged.shards.items()
     ]
     compression = options.compression
-    write_table(derived.overlap, pa.concat_tables([_overlap_table(stack) for stack in stacks]), provenance, compression)
+    write_table(derived.overlap, [pa.concat_tables([_overlap_table(stack) for stack in stacks])], provenance, compression)
     neighbours = pa.concat_tables([_neighbours_table(stack) for stack in stacks])
-    write_table(derived.neighbours, neighbours, provenance, compression)
-    write_table(derived.layers, pa.concat_tables([_layers_table(stack) for stack in stacks]), provenance, compression)
-    write_table(derived.models, pa.concat_tables([_models_table(stack, facts) for stack in stacks]), provenance, compression)
+    write_table(derived.neighbours, [neighbours], provenance, compression)
+    write_table(derived.layers, [pa.concat_tables([_layers_table(stack) for stack in stacks])], provenance, compression)
+    write_table(derived.models, [pa.concat_tables([_models_table(stack, facts) for stack in stacks])], provenance, compression)
     seal(derived.record, provenance, [derived.overlap, derived.neighbours, derived.layers, derived.models])
 
 

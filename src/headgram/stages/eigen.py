@@ -75,7 +75,7 @@ def measure_shard(
             tensors_of_run |= {"original_fro_sq": fro_sq, "original_eig_dirs": eig_dirs}
         for name, value in tensors_of_run.items():
             kept.setdefault(name, []).append(value.cpu().unflatten(0, (len(run), -1)))
-    write_table(table, pa.Table.from_pylist(rows, schema=_SHARD), provenance)
+    write_table(table, [pa.Table.from_pylist(rows, schema=_SHARD)], provenance)
     with written_whole(tensors) as file:
         torch.save({"layers": list(layers)} | {name: torch.cat(values) for name, values in kept.items()}, file)
     seal(record_of(table), replace(provenance, residual=worst), [table, tensors])

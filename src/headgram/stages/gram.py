@@ -1,4 +1,4 @@
-"""Gram rows: the inner products of one tile of layers with itself and all later ones."""
+"""Gram rows: the inner products of the heads of one tile of layers with those of the same and of all later tiles."""
 
 from __future__ import annotations
 
@@ -10,24 +10,37 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import pyarrow as pa
-import torch
 
 from headgram.geometry.inner import Precision, inner_products
 from headgram.results.asked import still_asked_for
 from headgram.results.factors import FactorFiles
 from headgram.results.record import Provenance, record_of, seal
-from headgram.results.tables import GRAM, read_table, write_table
+from headgram.results.tables import read_table, write_table
 
 if TYPE_CHECKING:
     from headgram.study.options import Gram
 
-_TILE = pa.schema([field for field in GRAM if field.name in ("layer_a", "layer_b", "head", "gram", "transposed")])
+#: Bytes of one block's own factors in float32; all heads of two blocks are multiplied at once.
+_BLOCK_BYTES = 128 * 2**20
+
+_TILE = pa.schema(
+    [(name, pa.int32()) for name in ("layer_a", "head_a", "layer_b", "head_b")]
+    + [(name, pa.float64()) for name in ("gram", "transposed")]
+)
+
+#: Neighbouring heads of some layers.
+Block = tuple[Sequence[int], range]
 
 
 def measure_row(
-    output: Path, weights: Sequence[Path], tiles: Sequence[Sequence[int]], options: Gram, provenance: Provenance
+    output: Path,
+    weights: Sequence[Path],
+    tiles: Sequence[Sequence[int]],
+    all_pairs: bool,
+    options: Gram,
+    provenance: Provenance,
 ) -> None:
-    """Measure a row of tiles, upper triangle only.
+    """Measure a row of tiles: each pair of heads once, the first in the order of layer and head first; each head with itself.
 
     Each finished tile is kept beside the row until the row is whole, so that an interrupted job resumes at the tile
     where it stopped.
@@ -35,11 +48,13 @@ def measure_row(
     Parameters
     ----------
     output
-        The row's Parquet file: layer_a, layer_b, head, gram, transposed.
+        The row's Parquet file: layer_a, head_a, layer_b, head_b, gram, transposed.
     weights
         Extracted weights that hold all the layers.
     tiles
         The layers of the row's own tile, then those of every later tile.
+    all_pairs
+        Whether all heads are multiplied with all heads, or only those of the same index.
     """
     precision = options.precision
     provenance = replace(provenance, precision="float32 where accurate" if precision == "auto" else precision)
@@ -50,28 +65,68 @@ def measure_row(
     for other, path in zip(tiles, paths, strict=True):
         table = _finished(path, provenance)
         if table is None:
-            table = _tile(source, own, other, precision, provenance.device)
-            write_table(path, table, provenance)
+            table = (_all_pairs if all_pairs else _same_index)(source, own, other, precision, provenance.device)
+            write_table(path, [table], provenance)
         tables.append(table)
-    write_table(output, pa.concat_tables(tables), provenance)
+    write_table(output, tables, provenance)
     seal(record_of(output), provenance, [output])
     with still_asked_for():
         for path in paths:
             path.unlink(missing_ok=True)  # the same job of a killed run may still be at work beside this one
 
 
-def _tile(source: FactorFiles, own: Sequence[int], other: Sequence[int], precision: Precision, device: str) -> pa.Table:
+def _all_pairs(source: FactorFiles, own: Sequence[int], other: Sequence[int], precision: Precision, device: str) -> pa.Table:
+    """All heads of a tile with all heads of another, or of itself; two blocks of heads at a time are in memory."""
+    same = own == other
+    blocks = [_blocks(source, layers) for layers in (own, other)]
+    places = [np.array([(layer, head) for layers, heads in each for layer in layers for head in heads]) for each in blocks]
+    starts = [np.cumsum([0, *(len(layers) * len(heads) for layers, heads in each)]) for each in blocks]
+    products, transposed = (np.zeros((len(places[0]), len(places[1]))) for _ in range(2))
+    exact, routes = np.zeros(len(places[0]), dtype=bool), set()
+    for i, block in enumerate(blocks[0]):
+        x = source.read(*block).to(device)
+        for j in range(i if same else 0, len(blocks[1])):
+            y = x if same and i == j else source.read(*blocks[1][j]).to(device)
+            found = inner_products(x, y, precision)
+            rows, columns = slice(*starts[0][i : i + 2]), slice(*starts[1][j : j + 2])
+            products[rows, columns], transposed[rows, columns] = found.gram.cpu().numpy(), found.transposed.cpu().numpy()
+            exact[rows] |= found.exact_x.numpy()
+            routes.add(found.route)
+    _say(own, other, " and ".join(sorted(routes)), int(exact.sum()))
+    wanted = np.triu(np.ones_like(products, dtype=bool)) if same else np.ones_like(products, dtype=bool)
+    first, second = np.nonzero(wanted)
+    return _tile_table(places[0][first], places[1][second], products[wanted], transposed[wanted])
+
+
+def _blocks(source: FactorFiles, layers: Sequence[int]) -> list[Block]:
+    """The heads of some layers in order, in blocks of bounded size: of whole layers, or of a layer's heads."""
+    most = max(1, _BLOCK_BYTES // (4 * source.rank * source.width))
+    if most >= source.heads:
+        step = most // source.heads
+        return [(layers[start : start + step], range(source.heads)) for start in range(0, len(layers), step)]
+    heads = [range(start, min(start + most, source.heads)) for start in range(0, source.heads, most)]
+    return [([layer], some) for layer in layers for some in heads]
+
+
+def _same_index(source: FactorFiles, own: Sequence[int], other: Sequence[int], precision: Precision, device: str) -> pa.Table:
     """Equal head indices of every two layers; one index at a time is in memory."""
     parts = []
-    for head in range(source.heads):
-        of_own = source.read(own, range(head, head + 1)).to(device)
-        of_other = of_own if other == own else source.read(other, range(head, head + 1)).to(device)
+    for index in range(source.heads):
+        of_own = source.read(own, range(index, index + 1)).to(device)
+        of_other = of_own if other == own else source.read(other, range(index, index + 1)).to(device)
         parts.append(inner_products(of_own, of_other, precision))
     exact = sum(bool(part.exact_x.any() or part.exact_y.any()) for part in parts)
-    print(f"layers {own[0]}-{own[-1]} with {other[0]}-{other[-1]}: by {parts[0].route}; {exact} heads in float64", flush=True)
-    products = torch.stack([part.gram.cpu() for part in parts], -1)
-    transposed = torch.stack([part.transposed.cpu() for part in parts], -1)
-    return _tile_table(products, transposed, own, other)
+    _say(own, other, parts[0].route, exact)
+    layer_a, layer_b, head = np.meshgrid(own, other, np.arange(source.heads), indexing="ij")
+    upper = layer_a <= layer_b
+    heads_a, heads_b = (np.stack([layers[upper], head[upper]], -1) for layers in (layer_a, layer_b))
+    products = np.stack([part.gram.cpu().numpy() for part in parts], -1)[upper]
+    transposed = np.stack([part.transposed.cpu().numpy() for part in parts], -1)[upper]
+    return _tile_table(heads_a, heads_b, products, transposed)
+
+
+def _say(own: Sequence[int], other: Sequence[int], route: str, exact: int) -> None:
+    print(f"layers {own[0]}-{own[-1]} with {other[0]}-{other[-1]}: by {route}; {exact} heads in float64", flush=True)
 
 
 def _tile_path(output: Path, own: Sequence[int], other: Sequence[int]) -> Path:
@@ -89,9 +144,6 @@ def _finished(path: Path, provenance: Provenance) -> pa.Table | None:
     return table.replace_schema_metadata(None) if mine else None
 
 
-def _tile_table(products: torch.Tensor, transposed: torch.Tensor, own: Sequence[int], other: Sequence[int]) -> pa.Table:
-    """A row per layer pair with `layer_a <= layer_b` and head."""
-    a, b, head = np.meshgrid(own, other, np.arange(products.shape[2]), indexing="ij")
-    upper = a <= b
-    values = [values.numpy()[upper] for values in (products, transposed)]
-    return pa.table([a[upper], b[upper], head[upper], *values], names=_TILE.names).cast(_TILE)
+def _tile_table(first: np.ndarray, second: np.ndarray, products: np.ndarray, transposed: np.ndarray) -> pa.Table:
+    """A row per pair of heads, each given as layer and head."""
+    return pa.table([*first.T, *second.T, products, transposed], names=_TILE.names).cast(_TILE)

@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import torch
 
 from headgram.errors import HeadgramError
 from headgram.results.files import scratch, written_whole
 from headgram.results.original import directions_path, write_seed_files
 from headgram.results.record import Provenance, check, record_of, seal
-from headgram.results.tables import GRAM, HEADS, SPECTRA, read_table, write_table
+from headgram.results.tables import GRAM, HEADS, PAIRS, SPECTRA, read_parts, read_table, write_table
 
 if TYPE_CHECKING:
     from headgram.study.options import Config
@@ -37,6 +38,7 @@ class Atlas:
     heads: Path
     spectra: Path
     gram: Path
+    pairs: Path
     directions: Path
     seed: Path  # the JSON; its directions lie beside it
     record: Path
@@ -67,16 +69,18 @@ def merge(parts: Mapping[str, StackParts], atlas: Atlas, options: Config, proven
 
     shards = {name: pa.concat_tables([read_table(path) for path in stack.shards]) for name, stack in parts.items()}
     rows = {name: _gram_table(name, shards[name], stack.rows) for name, stack in parts.items()}
+    pairs = (table for name, stack in parts.items() for table in _pair_tables(name, shards[name], stack.rows))
 
     compression = options.export.compression
-    write_table(atlas.heads, pa.concat_tables([_heads_table(*item) for item in shards.items()]), provenance, compression)
-    write_table(atlas.spectra, pa.concat_tables([_spectra_table(*item) for item in shards.items()]), provenance, compression)
-    write_table(atlas.gram, pa.concat_tables(rows.values()), provenance, compression)
+    write_table(atlas.heads, [pa.concat_tables([_heads_table(*item) for item in shards.items()])], provenance, compression)
+    write_table(atlas.spectra, [pa.concat_tables([_spectra_table(*item) for item in shards.items()])], provenance, compression)
+    write_table(atlas.gram, [pa.concat_tables(rows.values())], provenance, compression)
+    write_table(atlas.pairs, pairs, provenance, compression)
     with scratch(atlas.directions) as reserve:
         directions = {name: _directions(stack.shards, name, reserve) for name, stack in parts.items()}
         with written_whole(atlas.directions) as file:
             torch.save({name: _public(tensors) for name, tensors in directions.items()}, file)
-        written = [atlas.heads, atlas.spectra, atlas.gram, atlas.directions]
+        written = [atlas.heads, atlas.spectra, atlas.gram, atlas.pairs, atlas.directions]
         if options.original.enabled:
             main = next(iter(parts))  # the script knows one stack per model: the first
             _write_seed(atlas.seed, provenance.model, shards[main], rows[main], directions[main])
@@ -128,21 +132,16 @@ def _matrix(shards: pa.Table, column: str) -> np.ndarray:
 
 
 def _gram_table(stack: str, shards: pa.Table, paths: Sequence[Path]) -> pa.Table:
-    """The rows in order, with what follows from the two inner products of each pair; all 0 where a head is zero."""
-    table = pa.concat_tables([read_table(path) for path in paths])
-    table = table.sort_by([("layer_a", "ascending"), ("layer_b", "ascending"), ("head", "ascending")])
-    norms, positions = _by_layer(shards, np.sqrt(shards["fro_sq"].to_numpy()))
-    head = table["head"].to_numpy()
-    a, b = (norms[positions[table[name].to_numpy()], head] for name in ("layer_a", "layer_b"))
-    alive = (a > 0) & (b > 0)
-    # Where a form is zero but its weights are not, products leave a trace of rounding.
-    gram, transposed = (np.where(alive, table[name].to_numpy(), 0.0) for name in ("gram", "transposed"))
-    # Divide in two steps: the product of two tiny norms may underflow.
-    cosine = np.where(alive, gram / np.where(alive, a, 1) / np.where(alive, b, 1), 0.0).clip(-1, 1)
+    """Equal head indices in order of the layers, with what follows from the two inner products of each pair."""
+    tiles = (tile for path in paths for tile in read_parts(path))
+    table = pa.concat_tables([tile.filter(pc.equal(tile["head_a"], tile["head_b"])) for tile in tiles])
+    table = table.sort_by([("layer_a", "ascending"), ("layer_b", "ascending"), ("head_a", "ascending")])
+    gram, transposed, norms = _products(table, shards)
+    cosine = _over(gram, *norms).clip(-1, 1)
     columns = {
         "layer_a": table["layer_a"],
         "layer_b": table["layer_b"],
-        "head": table["head"],
+        "head": table["head_a"],
         "gram": gram,
         "cosine": cosine,
         "transposed": transposed,
@@ -151,6 +150,41 @@ def _gram_table(stack: str, shards: pa.Table, paths: Sequence[Path]) -> pa.Table
         "z": cosine * shards["hidden"][0].as_py(),
     }
     return _with_stack(stack, pa.table(columns), GRAM)
+
+
+def _pair_tables(stack: str, shards: pa.Table, paths: Sequence[Path]) -> Iterator[pa.Table]:
+    """Tile by tile, every pair of two heads, with cosines and whether they read one key head."""
+    kv_heads, positions = _by_layer(shards, shards["kv_head"].to_numpy())
+    itself = (pc.field("layer_a") == pc.field("layer_b")) & (pc.field("head_a") == pc.field("head_b"))
+    for tile in (part.filter(~itself) for path in paths for part in read_parts(path)):
+        layer_a, head_a, layer_b, head_b = (tile[name].to_numpy() for name in ("layer_a", "head_a", "layer_b", "head_b"))
+        gram, transposed, norms = _products(tile, shards)
+        keys = kv_heads[positions[layer_a], head_a] == kv_heads[positions[layer_b], head_b]
+        columns = {
+            "circuit": pa.array(["qk"]).take(pa.array(np.zeros(len(tile), dtype=np.int32))),
+            **{name: tile[name] for name in ("layer_a", "head_a", "layer_b", "head_b")},
+            "shared": keys & (layer_a == layer_b),
+            "cosine": _over(gram, *norms).clip(-1, 1).astype(np.float32),
+            "transposed": _over(transposed, *norms).clip(-1, 1).astype(np.float32),
+        }
+        yield _with_stack(stack, pa.table(columns), PAIRS)
+
+
+def _products(pairs: pa.Table, shards: pa.Table) -> tuple[np.ndarray, np.ndarray, tuple[np.ndarray, np.ndarray]]:
+    """`<X, Y>` and `<X, Y^T>` of some pairs, 0 where a form is zero, and the norms of both sides."""
+    norms, positions = _by_layer(shards, np.sqrt(shards["fro_sq"].to_numpy()))
+    a, b = (norms[positions[pairs[f"layer_{side}"].to_numpy()], pairs[f"head_{side}"].to_numpy()] for side in "ab")
+    alive = (a > 0) & (b > 0)
+    # Where a form is zero but its weights are not, products leave a trace of rounding.
+    gram, transposed = (np.where(alive, pairs[name].to_numpy(), 0.0) for name in ("gram", "transposed"))
+    return gram, transposed, (a, b)
+
+
+def _over(products: np.ndarray, a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """Products over two norms, 0 where one is 0. Divided in two steps: the product of two tiny norms may underflow."""
+    alive = (a > 0) & (b > 0)
+    ratios: np.ndarray = np.where(alive, products / np.where(alive, a, 1) / np.where(alive, b, 1), 0.0)
+    return ratios
 
 
 def _by_layer(shards: pa.Table, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

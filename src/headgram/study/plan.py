@@ -28,6 +28,8 @@ _FLOPS_PER_SECOND = 40e9
 _JOB_SECONDS = 10.0
 #: The same of a tile of inner products: fewer and larger ones cost fewer operations, but a tile is also what a crash can lose.
 _TILE_SECONDS = 300.0
+#: Operations up to which all heads are multiplied with all heads where the options leave it open.
+MOST_PAIR_FLOPS = 2e14
 _STORED_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
 
 Layers = tuple[int, ...]
@@ -39,6 +41,8 @@ class StackPlan:
 
     Attributes
     ----------
+    all_pairs
+        Whether every two heads are multiplied, or only those of the same index.
     groups
         Layers extracted together, one weights file each.
     shards
@@ -48,6 +52,7 @@ class StackPlan:
     """
 
     stack: LockedStack
+    all_pairs: bool
     groups: dict[str, Layers]
     shards: dict[str, Layers]
     tiles: tuple[Layers, ...]
@@ -165,25 +170,35 @@ def _plan_stack(stack: LockedStack, config: Config) -> StackPlan:
     directions = 4 * 4 * heads * min(config.eigen.topk, rank) * width
     group = budget // 4 // layer_bytes
     shard = min(_JOB_SECONDS / eigen_seconds, budget // 4 // directions)
-    # A head's weights of the layers of both sides of a tile, as stored and in float32, beside products of a constant size.
-    affordable = _TILE_SECONDS * _FLOPS_PER_SECOND / heads
-    lasting = [n for n in range(1, len(stack.layers) + 1) if _tile_flops(n, rank, width) <= affordable]
-    tile = min(max(lasting, default=1), budget // 2 // (2 * 2 * rank * width * (stored + 4)))
+    all_pairs = config.gram.pairs == "all" or (
+        config.gram.pairs == "auto" and _tile_flops(stack, len(stack.layers), True) <= MOST_PAIR_FLOPS
+    )
+    affordable = _TILE_SECONDS * _FLOPS_PER_SECOND
+    lasting = [n for n in range(1, len(stack.layers) + 1) if _tile_flops(stack, n, all_pairs) <= affordable]
+    # Of one index at a time, the weights of the layers of both sides of a tile, as stored and in float32, beside products of a
+    # constant size; of all heads, blocks of a constant size, and the results.
+    fitting = math.isqrt(budget // 4 // 64) // heads if all_pairs else budget // 2 // (2 * 2 * rank * width * (stored + 4))
+    tile = min(max(lasting, default=1), max(1, fitting))
     if config.eigen.layers_per_job != "auto":
         shard = config.eigen.layers_per_job
     if config.gram.layers_per_tile != "auto":
         tile = config.gram.layers_per_tile
     return StackPlan(
         stack=stack,
+        all_pairs=all_pairs,
         groups=_named(_cut(stack.layers, group)),
         shards=_named(_cut(stack.layers, shard)),
         tiles=tuple(_cut(stack.layers, tile)),
     )
 
 
-def _tile_flops(layers: int, rank: int, width: int) -> float:
-    """Operations of one head in a tile of a run of layers with itself."""
-    sizes = Sizes.unshared(layers, layers, rank, width, same=True)
+def _tile_flops(stack: LockedStack, layers: int, all_pairs: bool) -> float:
+    """Operations of a tile of some layers with themselves."""
+    if not all_pairs:
+        sizes = Sizes.unshared(layers, layers, stack.rank, stack.hidden, same=True)
+        return stack.heads * flops(cheapest(sizes), sizes)
+    own, shared = layers * stack.heads, layers * stack.kv_heads
+    sizes = Sizes((own, own), (shared, shared), (own, own), (stack.rank, stack.rank), stack.hidden, same=True)
     return flops(cheapest(sizes), sizes)
 
 
