@@ -24,15 +24,15 @@ import naive
 import torch
 
 from headgram.geometry import eigen
-from headgram.geometry.heads import spectrum
-from headgram.geometry.pairs import pair_products
 from headgram.geometry.routes import longest_sum
 from headgram.results.factors import FactorFiles, write_factors
 from headgram.results.record import Identity, Provenance, record_of, seal
 from headgram.stages.eigen import measure_shard
 from headgram.stages.gram import measure_row
+from headgram.study.options import Config
+from headgram.tensors import gram, spectrum
 
-CONFIG = {"eigen": {"topk": 8, "tolerance": 1e-9}, "original": {"enabled": True}, "gram": {"precision": "auto"}}
+OPTIONS = Config()
 EXTRACT = Identity("extract", "{}", "benchmark", "benchmark")
 #: Layers whose spectra the script's arithmetic is timed on.
 NAIVE_LAYERS = 2
@@ -68,11 +68,11 @@ def kernels_table() -> list[str]:
         problems = problems + problems.mT
         floor = timed(lambda problems=problems: eigen._batched_eigh(problems))
         del problems
-        gram = timed(lambda q=q, k=k: pair_products(q, k, q, k, "auto"))
+        products = timed(lambda q=q, k=k: gram(q, k, q, k))
         route, operations = kernels.route_taken(shape, q, k)
-        share = operations * shape.heads / gram / rate
+        share = operations * shape.heads / products / rate
         rows.append(
-            f"| {shape.name} | {shape.timed_layers} | {ours / layers * 1e3:.1f} | {ours / floor:.2f} | {gram * 1e3:.1f} "
+            f"| {shape.name} | {shape.timed_layers} | {ours / layers * 1e3:.1f} | {ours / floor:.2f} | {products * 1e3:.1f} "
             f"| {route} | {share:.0%} |"
         )
         del q, k, queries, keys
@@ -91,16 +91,17 @@ def end_to_end(shape: kernels.Shape, folder: Path) -> list[str]:
         return Provenance(Identity(stage, "{}", "benchmark", "benchmark", (EXTRACT.key,)), shape.name, "self", "cuda")
 
     def eigen_job() -> None:
-        measure_shard(folder / "eigen.parquet", folder / "eigen.pt", [path], layers, CONFIG, provenance("eigen"))
+        measure_shard(folder / "eigen.parquet", folder / "eigen.pt", [path], layers, OPTIONS, provenance("eigen"))
 
     def gram_job() -> None:
         with contextlib.redirect_stdout(sys.stderr):  # the job's log
-            measure_row(folder / "gram.parquet", [path], [layers], CONFIG, provenance("gram"))
+            measure_row(folder / "gram.parquet", [path], [layers], False, OPTIONS.gram, provenance("gram"))
 
     def read() -> tuple[torch.Tensor, torch.Tensor]:
         source = FactorFiles([path], EXTRACT.key)
-        q, k = zip(*(source.layer(layer) for layer in layers), strict=True)
-        return torch.stack(q).cuda(), torch.stack(k).cuda()
+        heads = source.read(layers)
+        q, k = (factors.unflatten(0, (len(layers), -1)) for factors in (heads.b, heads.a))
+        return q.cuda(), k.cuda()
 
     ours_eigen, ours_gram = timed(eigen_job), timed(gram_job)
     q, k = read()

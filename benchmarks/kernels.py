@@ -26,10 +26,11 @@ os.environ["OPENBLAS_NUM_THREADS"] = "1"
 import naive
 import torch
 
-from headgram.geometry.costs import Route, flops
-from headgram.geometry.grouping import key_head
-from headgram.geometry.heads import spectrum
-from headgram.geometry.pairs import pair_products
+from headgram.forms.circuits import qk, shared_head
+from headgram.geometry.costs import Route, Sizes, flops
+from headgram.geometry.inner import inner_products, sizes_of
+from headgram.geometry.same_index import same_index_products
+from headgram.tensors import gram, spectrum
 
 Timed = Callable[[], object]
 
@@ -88,10 +89,16 @@ def spectra_floor(q: torch.Tensor, k: torch.Tensor) -> None:
     """Bare float64 LAPACK: the products (of a key head once), one symmetric `2r` problem and one `r` SVD for every head."""
     q, k = q.double(), k.double()
     kk = k @ k.mT
-    reads = key_head(len(q), len(k)).to(q.device)
+    reads = shared_head(len(q), len(k)).to(q.device)
     qq, qk = q @ q.mT, q @ k[reads].mT
     torch.linalg.eigh(torch.cat([torch.cat([qq, qk], 2), torch.cat([qk.mT, kk[reads]], 2)], 1))
     torch.linalg.svd(qk)
+
+
+def route_of(q: torch.Tensor, k: torch.Tensor) -> Route:
+    """How inner products of some layers with themselves are formed."""
+    layers = qk(q, k)
+    return same_index_products(layers, layers, q.shape[1]).route
 
 
 def factored_matrix(folder: Path) -> type:
@@ -113,7 +120,7 @@ def spectra_table(device: str, rounds: int, peer: type | None) -> list[str]:
     ]
     for shape in SHAPES:
         q, k = (weights[0] for weights in shape.weights(device))
-        reads = key_head(len(q), len(k)).to(q.device)
+        reads = shared_head(len(q), len(k)).to(q.device)
         timed = [
             lambda q=q, k=k: spectrum(q, k, 8),
             lambda q=q, k=k: spectra_floor(q, k),
@@ -144,7 +151,7 @@ def growth_table(device: str, rounds: int) -> list[str]:
         q, k = shape.weights(device)
         return seconds(
             lambda: [spectrum(*layer, 8) for layer in zip(q, k, strict=True)],
-            lambda: pair_products(q, k, q, k, "auto"),
+            lambda: gram(q, k, q, k),
             rounds=rounds,
             device=device,
         )
@@ -157,11 +164,11 @@ def growth_table(device: str, rounds: int) -> list[str]:
     return [f"Of {base.name}: {first[0]:.2f} s for the spectra, {first[1]:.2f} s for the inner products.", "", *rows]
 
 
-def route_taken(shape: Shape, q: torch.Tensor, k: torch.Tensor) -> tuple[Route, int]:
+def route_taken(shape: Shape, q: torch.Tensor, k: torch.Tensor) -> tuple[Route, float]:
     """To the inner products of the timed layers, and the operations that it takes for one head."""
     one = q[:, :1], k[:, :1]
-    route = pair_products(*one, *one, "auto").route
-    return route, flops(route, shape.timed_layers, shape.timed_layers, shape.rank, shape.hidden, True)
+    route = route_of(*one)
+    return route, flops(route, Sizes.unshared(shape.timed_layers, shape.timed_layers, shape.rank, shape.hidden, same=True))
 
 
 def pairs_table(device: str, rounds: int) -> list[str]:
@@ -175,14 +182,36 @@ def pairs_table(device: str, rounds: int) -> list[str]:
     ]
     for shape in SHAPES:
         q, k = shape.weights(device)
-        ours, loop = seconds(
-            lambda q=q, k=k: pair_products(q, k, q, k, "auto"), lambda q=q, k=k: naive.gram(q, k), rounds=rounds, device=device
-        )
+        ours, loop = seconds(lambda q=q, k=k: gram(q, k, q, k), lambda q=q, k=k: naive.gram(q, k), rounds=rounds, device=device)
         route, operations = route_taken(shape, q, k)
         share = operations * shape.timed_heads / ours / rate
         rows.append(
             f"| {shape.name} | {shape.timed_layers}, {shape.timed_heads} | {route} | {ours / shape.timed_heads:.3f} "
             f"| {share:.0%} | {loop / ours:.2f} |"
+        )
+    return rows
+
+
+def all_pairs_table(device: str, rounds: int) -> list[str]:
+    """A row per shape: all heads of some layers with all of them, both inner products, against the loop over equal indices."""
+    rate = gemm_rate(torch.float32, device, 1024)
+    rows = [
+        "| shape | heads | pairs | route | ours, s | share of the bare rate | loop over equal indices / ours | per pair |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for shape in SHAPES[:2]:
+        whole = replace(shape, timed_heads=shape.heads, timed_layers=shape.layers)
+        q, k = whole.weights(device)
+        heads = qk(q, k)
+        ours, loop = seconds(
+            lambda heads=heads: inner_products(heads, heads), lambda q=q, k=k: naive.gram(q, k), rounds=rounds, device=device
+        )
+        route, pairs = inner_products(heads, heads).route, len(heads) * (len(heads) + 1) // 2
+        share = flops(route, sizes_of(heads, heads)) / ours / rate
+        equal = whole.heads * whole.layers * (whole.layers + 1) // 2
+        rows.append(
+            f"| {shape.name} | {len(heads)} | {pairs} | {route} | {ours:.2f} | {share:.0%} | {loop / ours:.2f} "
+            f"| {loop / equal / (ours / pairs):.0f} |"
         )
     return rows
 
@@ -207,6 +236,7 @@ def main() -> None:
             print(f"### Spectra of a layer, {where}\n", *spectra_table(device, arguments.rounds, peer), sep="\n", end="\n\n")
             print(f"### Growth, {where}\n", *growth_table(device, arguments.rounds), sep="\n", end="\n\n")
         print(f"### Inner products, {where}\n", *pairs_table(device, arguments.rounds), sep="\n", end="\n\n", flush=True)
+        print(f"### All heads with all heads, {where}\n", *all_pairs_table(device, arguments.rounds), sep="\n", end="\n\n")
 
 
 if __name__ == "__main__":

@@ -121,7 +121,7 @@ def check_tables(page, project, model, stack, layer, head, measure, **_):
     nearest = nearest.sort_values("place")
     lines = page.table("neighbours")
     if nearest.empty:
-        assert lines == [["There is no other layer."]]
+        assert lines == [["None was measured."]]
         return
     names = [f"L{a} H{b}" for a, b in zip(nearest["other_layer"], nearest["other_head"], strict=True)]
     assert [line[0] for line in lines] == names
@@ -160,7 +160,7 @@ def test_every_control_changes_every_picture_to_the_values_in_parquet(page, repo
         "head": [3, 1],
         "form": ["transposed", "symmetric", "antisymmetric", "cosine"],
         "side": ["left", "signed", "right"],
-        "measure": ["right", "left", "signed", "form"],
+        "measure": ["right", "left", "signed", "transposed", "cosine"],
         "depth": ["relative", "layer"],
         "scale": ["symlog", "linear"],
         "model": ["t5"],

@@ -1,54 +1,60 @@
-"""Nearest heads against forms that are built and compared one by one."""
-
-import itertools
+"""Nearest heads, overlaps of spans and their nulls, against definitions and simulation."""
 
 import numpy as np
+import pytest
+import scipy.stats
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import headgram
-from headgram.geometry.neighbours import MEASURES, nearest_heads
-
-
-def directions(layers: int, heads: int, rank: int, hidden: int, k: int, seed: int):
-    generator = torch.Generator().manual_seed(seed)
-    w_q, w_k = (torch.randn(layers, heads, rank, hidden, generator=generator, dtype=torch.float64) for _ in range(2))
-    w_q[0, 0] = 0
-    found = [headgram.spectrum(q, k_, topk=k) for q, k_ in zip(w_q, w_k, strict=True)]
-    values = torch.stack([each.singular_values[:, :k] for each in found])
-    return values, *(torch.stack([getattr(each, name) for each in found]) for name in ("right", "left", "signed"))
-
-
-def definition(measure, values, right, left, signed, a, b) -> float:
-    if measure == "form":
-        parts = [np.einsum("i,ix,iy->xy", values[x], left[x], right[x]) for x in (a, b)]
-        norms = np.prod([np.linalg.norm(part) for part in parts])
-        return float((parts[0] * parts[1]).sum() / norms) if norms else 0.0
-    rows = {"right": right, "left": left, "signed": signed}[measure]
-    return float(((rows[a] @ rows[b].T) ** 2).sum() / len(rows[a]))
+from headgram.geometry import neighbours
+from headgram.geometry.neighbours import nearest_heads, span_overlaps
+from headgram.geometry.nulls import cosine_null, overlap_null
 
 
 @settings(max_examples=30)
-@given(st.integers(1, 4), st.integers(1, 3), st.integers(1, 4), st.integers(1, 7), st.integers(0, 99))
-def test_the_nearest_heads_are_those_of_the_definition(layers, heads, rank, count, seed):
-    tensors = directions(layers, heads, rank, 10, min(3, rank), seed)
-    arrays = [tensor.numpy() for tensor in tensors]
-    found = nearest_heads(*tensors, count=count)
-    assert tuple(found) == MEASURES
-    every = list(itertools.product(range(layers), range(heads)))
-    for measure, a in itertools.product(MEASURES, every):
-        expected = {b: definition(measure, *arrays, a, b) for b in every if b[0] != a[0]}
-        best = sorted((abs(value) for value in expected.values()), reverse=True)[:count]
-        layer, head, value = (getattr(found[measure], name)[a].tolist() for name in ("layer", "head", "value"))
-        np.testing.assert_allclose(np.abs(value), best, atol=1e-5)
-        np.testing.assert_allclose(value, [expected[b] for b in zip(layer, head, strict=True)], atol=1e-5)
-        assert len(set(zip(layer, head, strict=True))) == len(layer)
+@given(st.integers(1, 9), st.integers(1, 7), st.integers(0, 99), st.integers(1, 5))
+def test_the_nearest_heads_are_those_of_largest_magnitude(heads, count, seed, rows):
+    random = np.random.default_rng(seed)
+    values = random.integers(-3, 4, (heads, heads)) / 3
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(neighbours, "_ROWS", rows)
+        found = nearest_heads(torch.tensor(values, dtype=torch.float32), count)
+    for head in range(heads):
+        others = [other for other in range(heads) if other != head]
+        expected = sorted(others, key=lambda other, head=head: (-abs(values[head, other]), other))[:count]
+        assert found.place[head].tolist() == expected
+        np.testing.assert_allclose(found.value[head], values[head, expected], rtol=1e-6)
 
 
-def test_equally_near_heads_are_in_the_order_of_layers():
-    values, right, left, signed = (each[:1].repeat(4, *[1] * (each.ndim - 1)) for each in directions(1, 2, 3, 12, 3, 5))
-    found = nearest_heads(values, right, left, signed, count=3)["form"]
-    assert found.layer[1, 1].tolist() == [0, 2, 3]
-    assert found.head[1, 1].tolist() == [1, 1, 1]
-    torch.testing.assert_close(found.value[1, 1], torch.ones(3))
+@settings(max_examples=30)
+@given(st.integers(1, 4), st.integers(1, 3), st.integers(1, 4), st.integers(0, 99), st.sampled_from([1, 2**20]))
+def test_overlaps_of_all_spans_agree_with_the_definition(layers, heads, kept, seed, block):
+    generator = torch.Generator().manual_seed(seed)
+    directions = torch.linalg.qr(torch.randn(layers, heads, 12, kept, generator=generator)).Q.mT.contiguous()
+    directions[0, 0, kept // 2 :] = 0  # of a form of a lower rank
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(neighbours, "_BLOCK_BYTES", block)
+        found = span_overlaps(directions)
+    flat = directions.flatten(0, 1).double().numpy()
+    expected = (np.einsum("aix,bjx->abij", flat, flat) ** 2).sum((2, 3)) / kept
+    np.testing.assert_allclose(found, expected, atol=1e-6)
+    assert torch.equal(found, found.T)
+
+
+@pytest.mark.parametrize(("kept", "width"), [(1, 5), (2, 6), (5, 6), (6, 6)])
+def test_overlaps_of_randomly_turned_spans(kept, width):
+    turned = scipy.stats.ortho_group.rvs(width, size=6000, random_state=0)[:, :kept]
+    overlaps = (turned[:, :, :kept] ** 2).sum((1, 2)) / kept
+    null = overlap_null(kept, width)
+    assert overlaps.mean() == pytest.approx(null.mean, abs=5 * null.deviation / np.sqrt(6000) + 1e-12)
+    assert overlaps.std() == pytest.approx(null.deviation, rel=0.05, abs=1e-12)
+
+
+@pytest.mark.parametrize("two_sided", [True, False])
+@pytest.mark.parametrize("count", [8, 269])
+def test_the_best_of_many_normal_values(two_sided, count):
+    values = np.random.default_rng(1).standard_normal((4000, count))
+    best = (np.abs(values) if two_sided else values).max(1)
+    null = cosine_null(1) if two_sided else overlap_null(1, 3)
+    assert (null.best_of(count) - null.mean) / null.deviation == pytest.approx(best.mean(), rel=0.02)

@@ -56,7 +56,7 @@ def stack(layers: int, heads: int, rank: int, seed=0, facts=None) -> StackArrays
             kind: random.random((pairs, heads))
             for kind in ("cosine", "transposed", "symmetric", "antisymmetric", "right", "left", "signed")
         },
-        neighbours=dict.fromkeys(("form", "right", "left", "signed"), neighbours),
+        neighbours=dict.fromkeys(("cosine", "transposed", "right", "left", "signed"), neighbours),
     )
 
 

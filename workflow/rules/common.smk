@@ -247,6 +247,7 @@ def derive_input(wildcards):
     return {
         "heads": PATHS.table("heads", model),
         "gram": PATHS.table("gram", model),
+        "pairs": PATHS.table("pairs", model),
         "directions": PATHS.directions(model),
         "record": PATHS.record("merge", model),
         "shards": stack_files(wildcards, "eigen", ".parquet"),

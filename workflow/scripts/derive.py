@@ -10,6 +10,6 @@ with running(snakemake) as (provenance, options):
 
     tables = by_place(snakemake.input.shards)
     shards = {stack: [tables[stack, "eigen", name] for name in names] for stack, names in json.loads(snakemake.params.shards)}
-    merged = Merged(*(Path(snakemake.input[name]) for name in ("heads", "gram", "directions", "record")), shards=shards)
+    merged = Merged(*(Path(snakemake.input[name]) for name in ("heads", "gram", "pairs", "directions", "record")), shards=shards)
     derived = Derived(*(Path(snakemake.output[name]) for name in ("overlap", "neighbours", "layers", "models", "record")))
     derive(merged, derived, json.loads(snakemake.params.facts), options.export, provenance)

@@ -90,7 +90,7 @@ def inner_products(x: Heads, y: Heads, precision: Precision = "auto") -> InnerPr
         raise HeadgramError(f"Inner products are taken of square forms of one width, not of {x.widths} and {y.widths}.")
     wide = max(factors.element_size() for heads in (x, y) for factors in (heads.a, heads.b))
     tensor_cores = at_once(x.device) and all(each.dtype == torch.bfloat16 for each in (x.a, x.b, y.a, y.b))
-    route = cheapest(_sizes(x, y), _prices(x.device, tensor_cores))
+    route = cheapest(sizes_of(x, y), _prices(x.device, tensor_cores))
 
     def measure(run: slice) -> _Part:
         some = x if run == slice(0, len(x)) else x.take(run)
@@ -115,7 +115,8 @@ class _Part(NamedTuple):
     exact_y: Bool[Tensor, " n_y"]
 
 
-def _sizes(x: Heads, y: Heads) -> Sizes:
+def sizes_of(x: Heads, y: Heads) -> Sizes:
+    """What the costs of both routes depend on."""
     return Sizes(
         heads=(len(x), len(y)),
         left=(len(x.a), len(y.a)),

@@ -1,11 +1,8 @@
-"""The nearest heads in other layers, by what the top directions of two heads have in common.
+"""The nearest heads of a stack: every head is compared with every other, for indices mean nothing across layers.
 
-Head indices mean nothing across layers, so every head is compared with every head of every other layer:
-
-    form                  cosine of the parts of g that the top k singular triples span, sum_i s_i u_i v_i^T
-    right, left, signed   overlap of the spans of the top k directions, ‖V_a V_b^T‖_F² / k
-
-Products are taken in float32, the precision in which directions are kept.
+cosine                of the two forms
+transposed            cosine of one form with the other's transpose
+right, left, signed   overlap of the spans of the top k directions, ‖V_a V_b^T‖_F² / k
 """
 
 from __future__ import annotations
@@ -16,8 +13,18 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-#: What heads are compared by.
-MEASURES = ("form", "right", "left", "signed")
+from headgram.forms.heads import Heads
+from headgram.geometry.inner import inner_products
+
+#: What heads are compared by: inner products of the forms, and overlaps of directions.
+BY_FORM = ("cosine", "transposed")
+BY_SPAN = ("right", "left", "signed")
+MEASURES = (*BY_FORM, *BY_SPAN)
+
+#: Bytes of the directions of one block, in float32. A constant, so that results do not depend on the machine.
+_BLOCK_BYTES = 64 * 2**20
+#: Rows that are sorted at once.
+_ROWS = 256
 
 
 @dataclass(frozen=True)
@@ -26,89 +33,61 @@ class Neighbours:
 
     Attributes
     ----------
-    layer, head : (L, H, n) int64
-        Which head; `layer` counts along the leading axis of the directions.
-    value : (L, H, n) float32
-        The measure. Cosines are ordered by magnitude: a negative one is nearly the opposite form.
+    place : (N, n) int64
+        Which head, in the order of layers and heads.
+    value : (N, n) float32
+        The measure. Cosines are ordered by magnitude: at -1 one form is the other's negative.
     """
 
-    layer: Int[Tensor, "layers heads n"]
-    head: Int[Tensor, "layers heads n"]
-    value: Float[Tensor, "layers heads n"]
+    place: Int[Tensor, "heads n"]
+    value: Float[Tensor, "heads n"]
 
 
-@torch.no_grad()
-def nearest_heads(
-    singular_values: Float[Tensor, "layers heads k"],
-    right: Float[Tensor, "layers heads k hidden"],
-    left: Float[Tensor, "layers heads k hidden"],
-    signed: Float[Tensor, "layers heads k hidden"],
-    count: int,
-    device: str = "cpu",
-) -> dict[str, Neighbours]:
-    """For every head, the nearest heads of all other layers of its stack.
+def nearest_heads(values: Float[Tensor, "heads heads"], count: int) -> Neighbours:
+    """For every head the others of largest magnitude; equally near ones in their order.
 
     Parameters
     ----------
-    singular_values : (L, H, k)
-        The `k` largest of every head, descending.
-    right, left, signed : (L, H, k, d)
-        The directions, as `headgram.Spectrum` has them; may be mapped from a file, two layers are read at a time.
+    values : (N, N)
+        A measure of every two heads; the diagonal is not looked at.
     count
-        How many neighbours; at most `(L - 1) H` are found.
+        How many; at most `N - 1` are found.
+    """
+    count = min(count, len(values) - 1)
+    places = []
+    for start in range(0, len(values), _ROWS):
+        magnitude = values[start : start + _ROWS].abs()
+        rows = torch.arange(len(magnitude))
+        magnitude[rows, start + rows] = -1
+        places.append(magnitude.sort(dim=1, descending=True, stable=True).indices[:, :count])
+    place = torch.cat(places)
+    return Neighbours(place, values.gather(1, place))
+
+
+def span_overlaps(directions: Float[Tensor, "layers per_layer k hidden"], device: str = "cpu") -> Float[Tensor, "heads heads"]:
+    """Overlaps of the spans of all heads' directions with each other.
+
+    Parameters
+    ----------
+    directions : (L, H, k, d)
+        Orthonormal rows; may be mapped from a file, two blocks of layers are read at a time. Zero rows overlap with nothing.
     device
-        Where the products are taken.
+        Where products are taken, in float32.
 
     Returns
     -------
-    dict of str to Neighbours
-        By measure, in the order of `MEASURES`. Equally near heads are in the order of layer and head.
+    (L H, L H) float32
+        On the CPU.
     """
-    layers, heads, k, _ = right.shape
-    scale = _unit(singular_values).to(device, torch.float32)
-    best = {measure: [_Best(heads, count) for _ in range(layers)] for measure in MEASURES}
-    for a in range(layers):
-        rows = [each[a].to(device, torch.float32) for each in (right, left, signed)]
-        for b in range(a + 1, layers):
-            others = (each[b].to(device, torch.float32) for each in (right, left, signed))
-            products = [_products(*pair) for pair in zip(rows, others, strict=True)]
-            weights = scale[a][:, :, None, None] * scale[b]
-            tables = {"form": (products[0] * products[1] * weights).sum((1, 3)).clamp(-1, 1)}
-            tables |= {measure: (each**2).sum((1, 3)) / k for measure, each in zip(MEASURES[1:], products, strict=True)}
-            for measure, table in tables.items():
-                best[measure][a].offer(b, table.cpu())
-                best[measure][b].offer(a, table.T.cpu())
-    return {measure: _stacked(found) for measure, found in best.items()}
-
-
-def _unit(values: Float[Tensor, "*heads k"]) -> Float[Tensor, "*heads k"]:
-    """Values over their norm, and zeros as they are."""
-    norm = values.norm(dim=-1, keepdim=True)
-    return values / torch.where(norm > 0, norm, 1)
-
-
-def _products(a: Float[Tensor, "heads k hidden"], b: Float[Tensor, "heads k hidden"]) -> Float[Tensor, "heads k heads k"]:
-    """Inner products of all directions of two layers: one matrix product."""
-    return (a.flatten(0, 1) @ b.flatten(0, 1).T).view(*a.shape[:2], *b.shape[:2])
-
-
-class _Best:
-    """The nearest heads that one layer's heads have met, by magnitude; of equal ones, those that came first."""
-
-    def __init__(self, heads: int, count: int) -> None:
-        self.count = count
-        self.value = torch.zeros(heads, 0)
-        self.place = torch.zeros(heads, 0, dtype=torch.int64)
-
-    def offer(self, layer: int, table: Float[Tensor, "heads others"]) -> None:
-        others = table.shape[1]
-        place = layer * others + torch.arange(others).expand(len(table), -1)
-        value, place = torch.cat([self.value, table], 1), torch.cat([self.place, place], 1)
-        order = value.abs().sort(dim=1, descending=True, stable=True).indices[:, : self.count]
-        self.value, self.place = value.gather(1, order), place.gather(1, order)
-
-
-def _stacked(found: list[_Best]) -> Neighbours:
-    place = torch.stack([each.place for each in found])
-    heads = place.shape[1]
-    return Neighbours(layer=place // heads, head=place % heads, value=torch.stack([each.value for each in found]))
+    layers, per_layer, kept, hidden = directions.shape
+    step = max(1, _BLOCK_BYTES // (4 * per_layer * kept * hidden))
+    found = torch.zeros(layers * per_layer, layers * per_layer)
+    for i in range(0, layers, step):
+        own = Heads.symmetric(directions[i : i + step].flatten(0, 1).to(device, torch.float32))
+        for j in range(i, layers, step):
+            other = own if i == j else Heads.symmetric(directions[j : j + step].flatten(0, 1).to(device, torch.float32))
+            part = (inner_products(own, other).gram / kept).float().cpu()
+            rows = slice(i * per_layer, i * per_layer + len(own))
+            columns = slice(j * per_layer, j * per_layer + len(other))
+            found[rows, columns], found[columns, rows] = part, part.mT
+    return found

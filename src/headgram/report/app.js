@@ -547,10 +547,13 @@ function drawText(data) {
   const ofParts = ["symmetric", "antisymmetric"].includes(state.form); // half as many dimensions as d²
   element("form-note").textContent = `The frame is layer ${state.layer}. Random forms: about ±${ofParts ? "√2" : "1"}/d = ±${show((ofParts ? Math.SQRT2 : 1) / meta.hidden)}. Colours are clipped at the outermost pairs.`;
   element("side-note").textContent = `‖V_a V_bᵀ‖² / k: 1 for equal spans, k/d = ${show(meta.expected)} for random ones. Colours are clipped at the outermost pairs.`;
-  element("neighbours-note").textContent = `Among all heads of the other layers, by the top ${meta.directions} directions: ${{
-    form: "cosine of the parts of g that they span; below 0, nearly the opposite form.",
-    right: "overlap of the right (query side) spans.", left: "overlap of the left (key side) spans.", signed: "overlap of the spans of the symmetric parts.",
-  }[state.measure]}`;
+  element("neighbours-note").textContent = `Among all other heads, of this layer too: ${{
+    cosine: "cosine of the two forms; at −1 one is the other's negative.",
+    transposed: "cosine of this form with the other's transpose: near 1, what one looks for with queries the other looks for with keys.",
+    right: `overlap of the spans of the top ${meta.directions} right (query side) directions.`,
+    left: `overlap of the spans of the top ${meta.directions} left (key side) directions.`,
+    signed: `overlap of the spans of the top ${meta.directions} directions of the symmetric parts.`,
+  }[state.measure]} ${["cosine", "transposed"].includes(state.measure) ? `By chance: 0 ± ${show(1 / meta.hidden)}.` : `By chance: ${show(meta.expected)}.`}`;
   element("spectrum-subject").textContent = `of head ${state.head} in layer ${state.layer}`;
   element("profile-subject").textContent = column.label;
   element("chosen-title").textContent = `Layer ${state.layer}, head ${state.head}`;
@@ -599,7 +602,7 @@ function drawTables(data) {
   const found = data.neighbours(state.measure, state.layer, state.head);
   fillTable("neighbours", found.map(({ layer, head, value }) =>
     row(pressed(`L${layer} H${head}`, () => set({ layer, head }), `layer ${layer}, head ${head}`), show(value), bar(Math.abs(value), value < 0 ? "negative" : ""))));
-  if (!found.length) fillTable("neighbours", [row("There is no other layer.")]);
+  if (!found.length) fillTable("neighbours", [row("None was measured.")]);
 }
 
 // ---- Drawing -----------------------------------------------------------------------------------------------------------

@@ -94,7 +94,8 @@ NEIGHBOURS = _schema(
     *((name, pa.int32()) for name in ("layer", "head")),
     ("measure", pa.string()),
     *((name, pa.int32()) for name in ("place", "other_layer", "other_head")),
-    ("value", pa.float64()),
+    ("same_layer", pa.bool_()),
+    *((name, pa.float64()) for name in ("value", "chance", "deviations")),
 )
 #: Every table of the atlas, by name.
 TABLES = {

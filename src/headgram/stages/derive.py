@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,7 +12,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import torch
 
-from headgram.geometry.neighbours import MEASURES, Neighbours, nearest_heads
+from headgram.geometry.neighbours import BY_FORM, BY_SPAN, Neighbours, nearest_heads, span_overlaps
+from headgram.geometry.nulls import Null, cosine_null, overlap_null
 from headgram.geometry.overlaps import overlaps
 from headgram.results.record import Provenance, check, record_of, seal
 from headgram.results.tables import (
@@ -24,6 +25,7 @@ from headgram.results.tables import (
     OVERLAP,
     QUARTILES,
     SIDES,
+    read_parts,
     read_table,
     write_table,
 )
@@ -41,6 +43,7 @@ class Merged:
 
     heads: Path
     gram: Path
+    pairs: Path
     directions: Path
     record: Path
     shards: Mapping[str, Sequence[Path]]
@@ -85,12 +88,12 @@ def derive(merged: Merged, derived: Derived, facts: Mapping[str, Any], options: 
         If an artifact is damaged or belongs to another run.
     """
     merge_key, eigen_key = provenance.identity.upstream
-    check(merged.record, merge_key, [merged.heads, merged.gram, merged.directions])
+    check(merged.record, merge_key, [merged.heads, merged.gram, merged.pairs, merged.directions])
     for path in [path for paths in merged.shards.values() for path in paths]:
         check(record_of(path), eigen_key)
     heads, gram = read_table(merged.heads), read_table(merged.gram)
     stacks = [
-        _stack(name, _of(heads, name), _of(gram, name), merged.directions, shards, provenance.device)
+        _stack(name, _of(heads, name), _of(gram, name), merged, shards, provenance.device)
         for name, shards in merged.shards.items()
     ]
     compression = options.compression
@@ -106,12 +109,11 @@ def _of(table: pa.Table, stack: str) -> pa.Table:
     return table.filter(pc.equal(table["stack"], stack))
 
 
-def _stack(name: str, heads: pa.Table, gram: pa.Table, directions: Path, shards: Sequence[Path], device: str) -> _Stack:
-    mapped = _mapped(directions)[name]
+def _stack(name: str, heads: pa.Table, gram: pa.Table, merged: Merged, shards: Sequence[Path], device: str) -> _Stack:
+    mapped = _mapped(merged.directions)[name]
     layers = mapped["layers"].clone().numpy()
     count, per_layer, kept, hidden = mapped["right"].shape
-    measured = pa.concat_tables([read_table(path).select([*LAYER_SCORES, "singular_values"]) for path in shards])
-    singular = measured["singular_values"].combine_chunks().flatten().to_numpy().reshape(count, per_layer, -1)[..., :kept]
+    measured = pa.concat_tables([read_table(path).select(LAYER_SCORES) for path in shards])
     return _Stack(
         name=name,
         layers=layers,
@@ -126,9 +128,32 @@ def _stack(name: str, heads: pa.Table, gram: pa.Table, directions: Path, shards:
         numbers={column: _by_layer(heads, column, count) for column in HEAD_NUMBERS},
         layer_scores={column: _by_layer(measured, column, count)[:, 0] for column in LAYER_SCORES},
         cosine=_square(gram, "cosine", layers, per_layer),
-        overlap={side: _overlaps(directions, name, side, device) for side in SIDES},
-        neighbours=nearest_heads(torch.tensor(singular), mapped["right"], mapped["left"], mapped["signed"], NEAREST, device),
+        overlap={side: _overlaps(merged.directions, name, side, device) for side in SIDES},
+        neighbours=dict(_neighbours(merged, name, layers, per_layer, device)),
     )
+
+
+def _neighbours(merged: Merged, stack: str, layers: np.ndarray, heads: int, device: str) -> Iterator[tuple[str, Neighbours]]:
+    """The nearest heads by each measure; by forms only where all heads were multiplied with all heads."""
+    for measure in BY_FORM:
+        values = _all_pairs(merged.pairs, stack, measure, layers, heads)
+        if not bool(values.isnan().any()):
+            yield measure, nearest_heads(values, NEAREST)
+    for measure in BY_SPAN:
+        yield measure, nearest_heads(span_overlaps(_mapped(merged.directions)[stack][measure], device), NEAREST)
+
+
+def _all_pairs(path: Path, stack: str, column: str, layers: np.ndarray, heads: int) -> torch.Tensor:
+    """A column of the table `pairs` as (N, N), `N = L H`; 0 on the diagonal, NaN where a pair was not measured."""
+    values = torch.full((len(layers) * heads,) * 2, torch.nan).fill_diagonal_(0)
+    for part in read_parts(path):
+        own = _of(part, stack)
+        a, b = (
+            torch.from_numpy(np.searchsorted(layers, own[f"layer_{side}"].to_numpy()) * heads + own[f"head_{side}"].to_numpy())
+            for side in "ab"
+        )
+        values[a, b] = values[b, a] = torch.tensor(own[column].to_numpy())
+    return values
 
 
 def _by_layer(table: pa.Table, column: str, layers: int) -> np.ndarray:
@@ -175,20 +200,30 @@ def _overlap_table(stack: _Stack) -> pa.Table:
 
 def _neighbours_table(stack: _Stack) -> pa.Table:
     """A row per head, measure and place: the nearest head first."""
-    found = [stack.neighbours[measure] for measure in MEASURES]
-    values = np.stack([each.value.numpy() for each in found], axis=2)  # (L, H, measures, n)
-    shape = values.shape
-    layer, head, measure, place = (index.ravel() for index in np.indices(shape))
+    heads, found = stack.facts["heads"], stack.neighbours
+    values = np.stack([each.value.numpy() for each in found.values()], axis=1)  # (N, measures, n)
+    other = np.stack([each.place.numpy() for each in found.values()], axis=1).ravel()
+    own, measure, place = (index.ravel() for index in np.indices(values.shape))
+    nulls = [_null(name, stack) for name in found]
+    mean, deviation = (np.array([getattr(null, name) for null in nulls])[measure] for name in ("mean", "deviation"))
     columns = {
-        "layer": stack.layers[layer],
-        "head": head,
-        "measure": pa.array(MEASURES).take(pa.array(measure)),
+        "layer": stack.layers[own // heads],
+        "head": own % heads,
+        "measure": pa.array(list(found)).take(pa.array(measure)),
         "place": place,
-        "other_layer": stack.layers[np.stack([each.layer.numpy() for each in found], axis=2).ravel()],
-        "other_head": np.stack([each.head.numpy() for each in found], axis=2).ravel(),
+        "other_layer": stack.layers[other // heads],
+        "other_head": other % heads,
+        "same_layer": own // heads == other // heads,
         "value": values.ravel(),
+        "chance": np.array([null.best_of(len(values) - 1) for null in nulls])[measure] if len(values) > 1 else np.zeros(0),
+        "deviations": np.divide(np.abs(values.ravel() - mean), deviation, out=np.zeros(values.size), where=deviation > 0),
     }
     return _table(stack, columns, NEIGHBOURS)
+
+
+def _null(measure: str, stack: _Stack) -> Null:
+    width = stack.facts["hidden"]
+    return cosine_null(width) if measure in BY_FORM else overlap_null(stack.facts["directions"], width)
 
 
 def _layers_table(stack: _Stack) -> pa.Table:

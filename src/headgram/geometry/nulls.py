@@ -1,0 +1,41 @@
+"""What chance alone gives: moments of measures of two forms if one is turned at random, and the best of many.
+
+If a form is turned by Haar-random rotations of both its sides, its cosine with another has mean 0 and deviation `1/d`. If a
+subspace of `k` dimensions is turned by one, `‖V_a V_b^T‖_F²` has mean `k²/d` and variance `2 k² (d-k)² / (d² (d-1) (d+2))`
+(second moments of the Haar measure: Collins & Śniady, "Integration with respect to the Haar measure", Comm. Math. Phys. 264,
+2006).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class Null:
+    """Mean and deviation of a measure by chance; `two_sided` where its magnitude counts."""
+
+    mean: float
+    deviation: float
+    two_sided: bool = False
+
+    def best_of(self, count: int) -> float:
+        """What the best of so many random ones reaches: the expected extreme of normal variables (Blom, 1958)."""
+        tries = 2 * count if self.two_sided else count
+        quantile = torch.special.ndtri(torch.tensor((tries - 0.375) / (tries + 0.25), dtype=torch.float64))
+        return self.mean + self.deviation * float(quantile)
+
+
+def cosine_null(width: int) -> Null:
+    """Of the cosine of two forms `(d, d)`, and of one with the other's transpose."""
+    return Null(0.0, 1 / width, two_sided=True)
+
+
+def overlap_null(kept: int, width: int) -> Null:
+    """Of `‖V_a V_b^T‖_F² / k` of two sets of `k` orthonormal rows of width `d`."""
+    if width == 1 or kept >= width:
+        return Null(kept / width, 0.0)
+    return Null(kept / width, math.sqrt(2 / ((width - 1) * (width + 2))) * (width - kept) / width)
