@@ -87,6 +87,16 @@ def identity_of(stage):
     return param
 
 
+def order_of(stage):
+    """A param of a rule: the results folder, and the record that a job writes there, for it to see what is still asked for."""
+
+    def param(wildcards):
+        record = RECORDS[stage].format(**dict(wildcards.items()))
+        return canonical([RESULTS, PATHS.relative(record)])
+
+    return param
+
+
 def stages_before(*stages):
     """A param of a rule: the identities of earlier stages, for its record to spell out what their keys stand for."""
 

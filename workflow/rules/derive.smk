@@ -18,8 +18,7 @@ rule derive:
         mem_mb=memory_mb,
     params:
         identity=identity_of("derive"),
-        results=RESULTS,
-        record=RECORDS["derive"],
+        order=order_of("derive"),
         shards=lambda wildcards: canonical(derive_shards(wildcards)),
         facts=derive_facts,
     message:

@@ -16,8 +16,7 @@ rule eigen:
         mem_mb=memory_mb,
     params:
         identity=identity_of("eigen"),
-        results=RESULTS,
-        record=RECORDS["eigen"],
+        order=order_of("eigen"),
         layers=lambda wildcards: canonical(eigen_layers(wildcards)),
     message:
         "Spectra of {wildcards.model}, stack {wildcards.stack}, {wildcards.layers}"

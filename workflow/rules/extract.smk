@@ -14,8 +14,7 @@ rule extract:
         mem_mb=memory_mb,
     params:
         identity=identity_of("extract"),
-        results=RESULTS,
-        record=RECORDS["extract"],
+        order=order_of("extract"),
         entry=locked_entry,
         layers=extract_layers,
     message:

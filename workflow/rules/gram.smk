@@ -15,8 +15,7 @@ rule gram:
         mem_mb=memory_mb,
     params:
         identity=identity_of("gram"),
-        results=RESULTS,
-        record=RECORDS["gram"],
+        order=order_of("gram"),
         tiles=lambda wildcards: canonical(
             {
                 "tiles": stack_of(wildcards).row(wildcards.row),

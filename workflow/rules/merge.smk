@@ -19,8 +19,7 @@ rule merge:
         mem_mb=memory_mb,
     params:
         identity=identity_of("merge"),
-        results=RESULTS,
-        record=RECORDS["merge"],
+        order=order_of("merge"),
         parts=lambda wildcards: canonical(merge_parts(wildcards)),
         entry=locked_entry,
         stages=stages_before("extract", "eigen", "gram"),

@@ -41,8 +41,7 @@ rule report:
         mem_mb=memory_mb,
     params:
         identity=canonical(PLAN.report.described()),
-        results=RESULTS,
-        record=RECORDS["report"],
+        order=order_of("report"),
         models=canonical(list(PLAN.models)),
     message:
         "Reporting on all models"

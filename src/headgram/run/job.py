@@ -44,8 +44,8 @@ def running(snakemake: Any) -> Iterator[tuple[Provenance, Config]]:
             _limit_threads(snakemake.threads)
             _date_no_later_than_now(snakemake.input)
             identity = Identity.read(json.loads(snakemake.params.identity))
-            root, record = snakemake.params.results, snakemake.params.record
-            with working_for(Order(Path(root), os.path.relpath(record, root), identity.key)):
+            results, record = json.loads(snakemake.params.order)
+            with working_for(Order(Path(results), record, identity.key)):
                 yield _provenance(snakemake, identity, usable(device)), load_config(json.loads(identity.config))
     except HeadgramError as error:
         sentence = f"headgram: {error}"
