@@ -177,7 +177,7 @@ def _plan_stack(stack: LockedStack, config: Config) -> StackPlan:
     lasting = [n for n in range(1, len(stack.layers) + 1) if _tile_flops(stack, n, all_pairs) <= affordable]
     # Of one index at a time, the weights of the layers of both sides of a tile, as stored and in float32, beside products of a
     # constant size; of all heads, blocks of a constant size, and the results.
-    fitting = math.isqrt(budget // 4 // 64) // heads if all_pairs else budget // 2 // (2 * 2 * rank * width * (stored + 4))
+    fitting = math.isqrt(budget // 4 // 128) // heads if all_pairs else budget // 2 // (2 * 2 * rank * width * (stored + 4))
     tile = min(max(lasting, default=1), max(1, fitting))
     if config.eigen.layers_per_job != "auto":
         shard = config.eigen.layers_per_job
