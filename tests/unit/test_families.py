@@ -94,6 +94,12 @@ def test_the_page_of_families_is_about_the_registry() -> None:
     assert all((mark == "yes") == (name in known_types()) for name, mark in marks), "run `make families`"
 
 
+def test_remarks_are_about_types_of_their_family() -> None:
+    for family in families():
+        known = {*family.model_types, *(family.gguf.architectures if family.gguf else ())}
+        assert {name for rule in family.stacks for remark in rule.remarks for name in remark.types} <= known
+
+
 def test_every_rule_and_every_prefix_is_proven(followed: set[tuple[str, int, str]]) -> None:
     """Nothing is in the data that no checkpoint saved by transformers exercises."""
     for model_type in known_types():
