@@ -67,6 +67,63 @@ def test_overlaps_are_those_of_the_directions(atlas, side):
                 assert overlap.sel(layer_a=a, layer_b=b, head=head).item() == pytest.approx(defined, abs=1e-12)
 
 
+@pytest.mark.parametrize(("model", "source"), [("tiny-llama", "llama"), ("tiny-bert", "bert")])
+def test_pairs_are_those_of_the_forms(atlas, finished, model, source):
+    layers = len(atlas.layers().query("model == @model"))
+    g = np.concatenate([forms(finished, source, layer) for layer in range(layers)])
+    g /= np.linalg.norm(g, axis=(1, 2), keepdims=True)
+    expected = {"cosine": np.einsum("aij,bij->ab", g, g), "transposed": np.einsum("aij,bji->ab", g, g)}
+    for value, truth in expected.items():
+        found = atlas.pairs(model, value=value)
+        assert found.dims == ("layer_a", "head_a", "layer_b", "head_b")
+        np.testing.assert_allclose(found.to_numpy().reshape(truth.shape), truth, atol=2e-6)
+    table, heads = atlas.table("pairs", model), len(g) // layers
+    assert set(table["circuit"]) == {"qk"}
+    readers = heads // atlas.summary().set_index("model").loc[model, "kv_heads"]
+    shared = (table["layer_a"] == table["layer_b"]) & (table["head_a"] // readers == table["head_b"] // readers)
+    assert (table["shared"] == shared).all()
+
+
+@pytest.mark.parametrize("model", ["tiny-llama", "tiny-bert"])
+def test_neighbours_are_the_best_of_all_pairs(atlas, model):
+    table = atlas.table("neighbours", model)
+    width = atlas.summary().set_index("model").loc[model, "hidden"]
+    for measure in ("cosine", "transposed"):
+        values = atlas.pairs(model, value=measure)
+        heads = len(values["head_a"])
+        matrix = values.to_numpy().reshape(len(values["layer_a"]) * heads, -1).copy()
+        np.fill_diagonal(matrix, 0)
+        mine = table.query("measure == @measure").sort_values(["layer", "head", "place"])
+        first = mine.query("place == 0")
+        best = np.abs(matrix).argmax(1)
+        assert ((first["other_layer"] * heads + first["other_head"]).to_numpy() == best).all()
+        np.testing.assert_allclose(first["value"], matrix[np.arange(len(best)), best], rtol=1e-6)
+        assert (mine["same_layer"] == (mine["layer"] == mine["other_layer"])).all()
+        assert mine["same_layer"].any()
+        np.testing.assert_allclose(mine["deviations"], mine["value"].abs() * width, rtol=1e-6)
+        assert (mine.groupby(["layer", "head"]).size() == 8).all()
+
+
+def test_equal_indices_alone(finished, tmp_path):
+    """`gram.pairs: same` measures what it says, and the rest of the tables is the same."""
+    project = finished.copy(tmp_path / "project")
+    edit(project.folder / "config" / "config.yaml", "  layers_per_tile: 2", "  layers_per_tile: 2\n  pairs: same")
+    project.run()
+    before, atlas = (headgram.open_atlas(each.folder / "results") for each in (finished, project))
+    table = atlas.table("pairs")
+    assert (table["head_a"] == table["head_b"]).all()
+    pairs = atlas.pairs("tiny-llama")
+    assert np.isnan(pairs.sel(layer_a=0, head_a=0, layer_b=1, head_b=1))
+    place = {"layer_a": 0, "head_a": 1, "layer_b": 2, "head_b": 1}
+    np.testing.assert_allclose(pairs.sel(place), before.pairs("tiny-llama").sel(place), atol=2e-6)
+    assert set(atlas.table("neighbours")["measure"]) == {"right", "left", "signed"}
+    for column in ("gram", "transposed", "cosine"):
+        one, other = (each.gram("tiny-llama", value=column).to_numpy() for each in (before, atlas))
+        np.testing.assert_allclose(one, other, atol=1e-6 * np.abs(one).max())
+    done = project.headgram("verify")
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
 def test_one_row_per_model_and_stack(atlas):
     table = atlas.summary().set_index("model")
     llama = table.loc["tiny-llama"]
