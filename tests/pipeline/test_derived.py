@@ -107,7 +107,7 @@ def test_neighbours_are_the_best_of_all_pairs(atlas, model):
 def test_equal_indices_alone(finished, tmp_path):
     """`gram.pairs: same` measures what it says, and the rest of the tables is the same."""
     project = finished.copy(tmp_path / "project")
-    edit(project.folder / "config" / "config.yaml", "  layers_per_tile: 2", "  layers_per_tile: 2\n  pairs: same")
+    edit(project.folder / "config" / "config.yaml", "pairs: auto", "pairs: same")
     project.run()
     before, atlas = (headgram.open_atlas(each.folder / "results") for each in (finished, project))
     table = atlas.table("pairs")

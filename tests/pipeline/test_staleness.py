@@ -36,6 +36,7 @@ ALL = ("extract", "eigen", "gram", "merge", "derive")
 CHANGES = [
     ("topk: 8", "topk: 4", ("eigen", "merge", "derive")),
     ("tolerance: 1.0e-9", "tolerance: 1.0e-8", ("eigen", "merge", "derive")),
+    ("pairs: auto", "pairs: same", ("gram", "merge", "derive")),
     ("enabled: true", "enabled: false", ("eigen", "merge", "derive")),
     ("dtype: stored", "dtype: bfloat16", ALL),
     ("compression: zstd", "compression: none", ("merge", "derive")),

@@ -108,7 +108,7 @@ def test_locks_without_reading_weights_then_extracts(hub, tmp_path):
     hub.add(REPO, single(llama_tensors(9)))  # the branch moves on; the lock does not
     extract_entry(entry, tmp_path / "out.pt")
     weights = torch.load(tmp_path / "out.pt", weights_only=True)
-    w_q, w_k = weights["w_q"], weights["w_k"]
+    w_q, w_k = weights["query"], weights["key"]
     assert torch.equal(w_q[1].flatten(0, 1), tensors["model.layers.1.self_attn.q_proj.weight"])
     assert torch.equal(w_k[0].flatten(0, 1), tensors["model.layers.0.self_attn.k_proj.weight"])
 
