@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ast
 import hashlib
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
@@ -19,9 +20,9 @@ _PACKAGE = Path(__file__).parent.parent
 @cache
 def code_digest(stage: str, script: Path) -> str:
     """BLAKE2b of the code of a stage's script, of `headgram.stages.<stage>`, and of every headgram module that it imports."""
-    state = hashlib.blake2b(_code(script).encode(), digest_size=16)
+    state = hashlib.blake2b(_code(script).text.encode(), digest_size=16)
     for path in sorted(modules_of(f"headgram.stages.{stage}")):
-        state.update(path.relative_to(_PACKAGE).as_posix().encode() + b"\0" + _code(path).encode() + b"\0")
+        state.update(path.relative_to(_PACKAGE).as_posix().encode() + b"\0" + _code(path).text.encode() + b"\0")
     return state.hexdigest()
 
 
@@ -43,7 +44,7 @@ def modules_of(module: str) -> set[Path]:
         path = _source(waiting.pop())
         if path is not None and path not in found:
             found.add(path)
-            waiting += _imports(path)
+            waiting += _code(path).imports
     return found
 
 
@@ -59,42 +60,54 @@ def _source(module: str) -> Path | None:
     return None
 
 
-class _Stripped(ast.NodeTransformer):
-    """Removes texts that nobody uses, docstrings among them, and what only type checkers see."""
+@dataclass(frozen=True)
+class _Code:
+    """A module without what cannot change a result."""
 
-    def generic_visit(self, node: ast.AST) -> ast.AST:
-        super().generic_visit(node)
-        if getattr(node, "body", None) == [] and not isinstance(node, ast.Module):
-            node.body = [ast.Pass()]  # type: ignore[attr-defined]
-        return node
-
-    def visit_Expr(self, node: ast.Expr) -> ast.Expr | None:
-        return None if isinstance(node.value, ast.Constant) else node
-
-    def visit_If(self, node: ast.If) -> ast.AST | None:
-        is_for_checkers = isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING"
-        return None if is_for_checkers else self.generic_visit(node)
+    text: str
+    imports: tuple[str, ...]
 
 
 @cache
-def _tree(path: Path) -> ast.Module:
-    tree: ast.Module = _Stripped().visit(ast.parse(path.read_bytes()))
-    return tree
+def _code(path: Path) -> _Code:
+    """One walk through the syntax tree, since every start of a run waits for it.
 
+    Empty fields are left out: those that a later version of Python adds are empty for the code of today.
+    """
+    parts: list[str] = []
+    imports: list[str] = []
 
-@cache
-def _code(path: Path) -> str:
-    """A module's code in one layout. As text: the tree itself looks different in every version of Python."""
-    return ast.unparse(_tree(path))
-
-
-@cache
-def _imports(path: Path) -> list[str]:
-    names = []
-    for node in ast.walk(_tree(path)):
+    def describe(node: ast.AST) -> None:
         if isinstance(node, ast.Import):
-            names += [alias.name for alias in node.names]
+            imports.extend(alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom) and node.module and node.level == 0:
-            # `from headgram.geometry import heads` names a module, `from headgram.geometry.heads import spectrum` does not.
-            names += [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
-    return names
+            # `from headgram.geometry import heads` names a module, `from headgram.geometry.heads import spectra` does not.
+            imports.extend([node.module, *(f"{node.module}.{alias.name}" for alias in node.names)])
+        parts.append(type(node).__name__)
+        for name in node._fields:
+            if name == "ctx":  # whether a name is read or written follows from its place
+                continue
+            value = getattr(node, name, None)
+            if isinstance(value, ast.AST):
+                parts.append(name)
+                describe(value)
+            elif isinstance(value, list):
+                parts.append(name)
+                for item in value:
+                    if not isinstance(item, ast.AST):
+                        parts.append(repr(item))
+                    elif not _is_idle(item):
+                        describe(item)
+            elif value is not None:
+                parts.append(f"{name}={value!r}")
+        parts.append("end")
+
+    describe(ast.parse(path.read_bytes()))
+    return _Code("\n".join(parts), tuple(imports))
+
+
+def _is_idle(node: ast.AST) -> bool:
+    """Whether a statement is a text that nobody uses, such as a docstring, or for type checkers only."""
+    if isinstance(node, ast.Expr):
+        return isinstance(node.value, ast.Constant)
+    return isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING"
