@@ -87,8 +87,10 @@ def test_csv_holds_every_table_to_the_last_bit(finished, atlas, tmp_path):
     assert str(tmp_path / "csv" / "overlap.csv") in printed
     assert sorted(path.name for path in (tmp_path / "csv").iterdir()) == sorted(f"{name}.csv" for name in TABLES)
     for name in TABLES:
-        written = pd.read_csv(tmp_path / "csv" / f"{name}.csv")
-        pd.testing.assert_frame_equal(written, atlas.table(name), check_exact=True, check_dtype=False)
+        table = atlas.table(name)
+        narrow = {column: dtype for column, dtype in table.dtypes.items() if dtype == np.float32}
+        written = pd.read_csv(tmp_path / "csv" / f"{name}.csv", dtype=narrow)
+        pd.testing.assert_frame_equal(written, table, check_exact=True, check_dtype=False)
 
 
 def test_netcdf_holds_every_table_with_named_dimensions(finished, atlas, tmp_path):
