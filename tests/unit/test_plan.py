@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from locked import locked_llama
 
+from headgram.study import plan as study_plan
 from headgram.study.keys import modules_of
 from headgram.study.options import Config, load_config
 from headgram.study.plan import make_plan
@@ -114,3 +115,19 @@ print(json.dumps({{"models": len(plan.models), "seconds": time.monotonic() - sta
     measured = json.loads(done.stdout)
     assert (measured["models"], measured["torch"]) == (1000, False)
     assert measured["seconds"] < 20
+
+
+def test_all_pairs_unless_they_cost_too_much(monkeypatch):
+    """`auto` says of which models it left pairs out; what is asked for is done."""
+
+    def plan(pairs):
+        return study_plan.make_plan({"one": locked_llama()}, load_config({"gram": {"pairs": pairs}}), SCRIPTS)
+
+    assert plan("auto").models["one"].stacks["self"].all_pairs
+    assert not plan("same").models["one"].stacks["self"].all_pairs
+    assert study_plan.left_out(plan("auto")) == study_plan.left_out(plan("same")) == []
+    monkeypatch.setattr(study_plan, "MOST_PAIR_FLOPS", 1.0)
+    assert plan("all").models["one"].stacks["self"].all_pairs
+    assert not plan("auto").models["one"].stacks["self"].all_pairs
+    (sentence,) = study_plan.left_out(plan("auto"))
+    assert sentence.startswith("one: all heads with all would cost more than 1e+00 operations")

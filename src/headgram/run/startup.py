@@ -33,7 +33,7 @@ from headgram.study.lock import (
 )
 from headgram.study.manifest import read_manifest
 from headgram.study.options import load_config, read_options
-from headgram.study.plan import Plan, make_plan
+from headgram.study.plan import Plan, left_out, make_plan
 
 if TYPE_CHECKING:
     from headgram.run.progress import ProgressHandler
@@ -128,6 +128,8 @@ class Run:
         except OSError as error:
             raise HeadgramError(f"The results folder {self._results} cannot be written ({error.strerror or error}).") from None
         remove_temporaries_of(lock_path(self._manifest))
+        for sentence in left_out(self.plan):
+            print(f"headgram: {sentence}", file=sys.stderr)
         if self._new:
             write_lock(lock_path(self._manifest), self._new)
         # Jobs elsewhere, or in an environment of their own, cannot be copies of a process of this one.

@@ -115,8 +115,8 @@ class Gram(_Section):
     pairs: Literal["auto", "all", "same"] = Field(
         "auto",
         description="Which heads are multiplied: all with all, or those of the same index in every two layers. `auto` takes all, "
-        "unless that costs more than 2e14 operations, about an hour on one core: beyond, from about 40 layers of 64 heads of "
-        "width 8192 on, the same index only.",
+        "unless that costs more than 2e14 operations, about an hour on one core; beyond, as for a model of 70B, the same index "
+        "only, and the run says so.",
     )
     precision: Literal["auto", "float64"] = Field(
         "auto",

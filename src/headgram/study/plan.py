@@ -107,6 +107,18 @@ class Plan:
         return {paths.relative(path): key for path, key in keys.items()}
 
 
+def left_out(plan: Plan) -> list[str]:
+    """A sentence about every model of which not all heads are multiplied with all heads, because that would cost too much."""
+    if plan.config.gram.pairs != "auto":
+        return []
+    short = [name for name, model in plan.models.items() if not all(stack.all_pairs for stack in model.stacks.values())]
+    return [
+        f"{name}: all heads with all would cost more than {MOST_PAIR_FLOPS:.0e} operations, so heads of the same index alone "
+        "are multiplied; --config 'gram={pairs: all}' multiplies all"
+        for name in short
+    ]
+
+
 def make_plan(entries: Mapping[str, LockedModel], config: Config, scripts: Path) -> Plan:
     """Plan every model of the manifest, given its entry in the lock, and the folder of the stages' scripts.
 
