@@ -5,6 +5,7 @@ import random
 from importlib.metadata import version
 from pathlib import Path
 
+import numpy as np
 import pyarrow.parquet as pq
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -123,8 +124,16 @@ def test_tables_that_contradict_each_other_are_named(finished, tmp_path):
     from headgram.atlas.verify import _identity_problems
 
     folder = finished.copy(tmp_path / "project").folder / "results" / "atlas"
-    files = {name: folder / name / "model=tiny-llama" / f"{name}.parquet" for name in ("heads", "spectra", "gram")}
+    files = {name: folder / name / "model=tiny-llama" / f"{name}.parquet" for name in ("heads", "spectra", "gram", "pairs")}
     assert list(_identity_problems(files)) == []
+    whole = files["pairs"].read_bytes()
+    table = pq.read_table(files["pairs"].open("rb"))
+    for factor, problem in ((1.01, "the cosine of a pair fails"), (np.float32(1e3), "a cosine of a pair lies outside [-1, 1]")):
+        scaled = [(table["cosine"].to_numpy() * factor).astype(np.float32)]
+        place = table.schema.get_field_index("cosine")
+        pq.write_table(table.set_column(place, table.schema.field("cosine"), scaled), files["pairs"])
+        assert any(found.startswith(problem) for found in _identity_problems(files))
+    files["pairs"].write_bytes(whole)
     table = pq.read_table(files["heads"].open("rb"))
     changed = table.set_column(
         table.schema.get_field_index("fro_sq"), table.schema.field("fro_sq"), [table["fro_sq"].to_numpy() * 1.01]
