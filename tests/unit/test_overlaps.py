@@ -6,7 +6,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from headgram.geometry import overlaps as module
+from headgram.geometry import inner
 from headgram.geometry.overlaps import overlaps
 
 
@@ -25,7 +25,7 @@ def directions(draw):
 @given(directions(), st.sampled_from([1, 4096, 2**27]))
 def test_overlaps_agree_with_the_definition(rows, block):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module, "BLOCK_BYTES", block)
+        patch.setattr(inner, "EXACT_BYTES", {"cpu": block})
         result = overlaps(rows).numpy()
     kept = rows.shape[1]
     for a, one in enumerate(rows.numpy()):

@@ -11,6 +11,7 @@ import torch
 
 from headgram.atlas.reader import Atlas
 from headgram.errors import HeadgramError
+from headgram.geometry.ratios import cosines
 from headgram.geometry.same_index import same_index_products
 from headgram.results.factors import FactorFiles
 from headgram.results.record import read_record
@@ -134,9 +135,4 @@ def _cosines(heads: pd.DataFrame, a: FactorFiles, b: FactorFiles) -> np.ndarray:
     except KeyError as error:
         raise HeadgramError(f"the extracted weights of layer {error} are incomplete, so there are no cosines") from None
     products = torch.cat([same_index_products(*pair, a.heads, "float64").gram.flatten() for pair in pairs]).numpy()
-    norms = np.sqrt(heads["fro_sq_a"].to_numpy()), np.sqrt(heads["fro_sq_b"].to_numpy())
-    alive = (norms[0] > 0) & (norms[1] > 0)
-    one, other = (np.where(alive, norm, 1) for norm in norms)
-    # Divided in two steps: the product of two tiny norms may underflow.
-    cosines: np.ndarray = np.where(alive, products / one / other, 0.0).clip(-1, 1)
-    return cosines
+    return cosines(products, np.sqrt(heads["fro_sq_a"].to_numpy()), np.sqrt(heads["fro_sq_b"].to_numpy()))

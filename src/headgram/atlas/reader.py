@@ -144,12 +144,7 @@ class Atlas:
 
         if value not in ("cosine", "transposed"):
             raise HeadgramError(f"pairs have no '{value}': ask for 'cosine' or 'transposed'")
-        heads = self.table("heads", model)
-        heads = heads[heads["stack"] == stack]
-        if heads.empty:
-            raise HeadgramError(f"the model '{model}' has no stack '{stack}'; there are: {', '.join(self.stacks(model))}")
-        table = self.table("pairs", model)
-        table = table[table["stack"] == stack]
+        heads, table = self._of_stack("heads", model, stack), self._of_stack("pairs", model, stack)
         layers, indices = np.unique(heads["layer"]), np.unique(heads["head"])
         data = np.full((len(layers), len(indices)) * 2, np.nan, dtype=np.float32)
         a, b = (np.searchsorted(layers, table[name]) for name in ("layer_a", "layer_b"))
@@ -204,11 +199,7 @@ class Atlas:
         import numpy as np
         import xarray as xr
 
-        table = self.table(name, model)
-        table = table[table["stack"] == stack]
-        if table.empty:
-            stacks = dict.fromkeys(self.table("heads", model)["stack"])
-            raise HeadgramError(f"the model '{model}' has no stack '{stack}'; there are: {', '.join(stacks)}")
+        table = self._of_stack(name, model, stack)
         layers = np.unique(table["layer_a"])
         heads = np.unique(table["head"])
         a, b = (np.searchsorted(layers, table[name]) for name in ("layer_a", "layer_b"))
@@ -217,6 +208,13 @@ class Atlas:
         coordinates = {"layer_a": layers, "layer_b": layers, "head": heads}
         attributes = {"model": model, "stack": stack} | ({keep: float(table[keep].iloc[0])} if keep else {})
         return xr.DataArray(data, coords=coordinates, dims=list(coordinates), name=value, attrs=attributes)
+
+    def _of_stack(self, name: str, model: str, stack: str) -> pd.DataFrame:
+        """The rows of a table that are of one stack."""
+        table = self.table(name, model)
+        if stack not in (stacks := self.stacks(model)):
+            raise HeadgramError(f"the model '{model}' has no stack '{stack}'; there are: {', '.join(stacks)}")
+        return table[table["stack"] == stack]
 
     def _require(self, model: str) -> None:
         if model not in self.models:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 from torch import Tensor
 
 
@@ -9,3 +10,13 @@ def ratio(numerator: Tensor, denominator: Tensor) -> Tensor:
     """`numerator / denominator`, and 0 where the denominator is 0."""
     safe = denominator.where(denominator != 0, 1)
     return (numerator / safe).where(denominator != 0, 0)
+
+
+def cosines(products: np.ndarray, a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """Inner products over the norms of both sides, in `[-1, 1]`; 0 where a norm is 0.
+
+    Divided in two steps: the product of two tiny norms may underflow.
+    """
+    alive = (a > 0) & (b > 0)
+    ratios: np.ndarray = np.where(alive, products / np.where(alive, a, 1) / np.where(alive, b, 1), 0.0).clip(-1, 1)
+    return ratios

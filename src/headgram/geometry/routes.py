@@ -23,7 +23,7 @@ from functools import cache
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from headgram.forms.heads import Heads
@@ -107,45 +107,33 @@ def by_products(x: Heads, y: Heads) -> Inner:
         for j in range(i if same else 0, len(y), columns):
             some_y = y.take(slice(j, j + columns))
             block = slice(i, i + rows), slice(j, j + columns)
+            bb = _products(some_x.b, some_x.reads_b, some_y.b, some_y.reads_b)
             if symmetric:
-                products = _products(some_x.b, some_y.b)
-                gram[block] = _contracted(products, products.clone(), _places(some_x, some_y, "bb", "bb"))
+                gram[block] = bb.square_().sum((1, 3), dtype=torch.float64)
                 continue
-            aa, bb = _products(some_x.a, some_y.a), _products(some_x.b, some_y.b)
-            gram[block] = _contracted(bb, aa, _places(some_x, some_y, "bb", "aa"))
-            ba, ab = _products(some_x.b, some_y.a), _products(some_x.a, some_y.b)
-            transposed[block] = _contracted(ba, ab, _places(some_x, some_y, "ba", "ab"))
+            aa = _products(some_x.a, some_x.reads_a, some_y.a, some_y.reads_a)
+            gram[block] = bb.mul_(aa).sum((1, 3), dtype=torch.float64)
+            ba = _products(some_x.b, some_x.reads_b, some_y.a, some_y.reads_a)
+            ab = _products(some_x.a, some_x.reads_a, some_y.b, some_y.reads_b)
+            transposed[block] = ba.mul_(ab).sum((1, 3), dtype=torch.float64)
     if same:
         gram = gram.triu() + gram.triu(1).mT
         transposed = gram if symmetric else transposed.triu() + transposed.triu(1).mT
     return Inner(gram, transposed)
 
 
-def _products(a: Float[Tensor, "n_a m width"], b: Float[Tensor, "n_b l width"]) -> Float[Tensor, "n_a m n_b l"]:
-    """`W_a W_b^T` of every pair of factors: one large product."""
-    wide = multiplied(a.reshape(1, -1, a.shape[2]), b.reshape(1, -1, b.shape[2]).mT)
-    return wide.view(len(a), a.shape[1], len(b), b.shape[1])
-
-
-def _places(x: Heads, y: Heads, one: str, other: str) -> list[tuple[Tensor, Tensor]]:
-    """Where the products of each pair of heads are, in two arrays of products; sides are named by the letters `a` and `b`."""
-    reads = {"a": (x.reads_a, y.reads_a), "b": (x.reads_b, y.reads_b)}
-    return [(reads[sides[0]][0], reads[sides[1]][1]) for sides in (one, other)]
-
-
-def _contracted(
-    first: Float[Tensor, "some m some_more l"], second: Float[Tensor, "few m few_more l"], places: list[tuple[Tensor, Tensor]]
-) -> Float[Tensor, "n_x n_y"]:
-    """Sums of the products of entries, in float64, of every pair of heads; overwrites `first`."""
-    first, second = (_spread(each, *where) for each, where in zip((first, second), places, strict=True))
-    return first.mul_(second).sum((1, 3), dtype=torch.float64)
-
-
-def _spread(products: Float[Tensor, "some m more l"], rows: Tensor, columns: Tensor) -> Float[Tensor, "n_x m n_y l"]:
-    """The products of each pair of heads, repeated where heads share a factor; as they are where none do."""
-    for axis, places in ((0, rows), (2, columns)):
-        if not torch.equal(places, torch.arange(products.shape[axis])):
-            products = products.index_select(axis, places.to(products.device))
+def _products(
+    x: Float[Tensor, "some m width"],
+    reads_x: Int[Tensor, " n_x"],
+    y: Float[Tensor, "some_more l width"],
+    reads_y: Int[Tensor, " n_y"],
+) -> Float[Tensor, "n_x m n_y l"]:
+    """`W_x W_y^T` of every pair of heads: one large product, repeated where heads share a factor."""
+    wide = multiplied(x.reshape(1, -1, x.shape[2]), y.reshape(1, -1, y.shape[2]).mT)
+    products = wide.view(len(x), x.shape[1], len(y), y.shape[1])
+    for axis, reads in ((0, reads_x), (2, reads_y)):
+        if not torch.equal(reads, torch.arange(products.shape[axis])):
+            products = products.index_select(axis, reads.to(products.device))
     return products
 
 

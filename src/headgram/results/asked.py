@@ -63,8 +63,8 @@ def ask_for(results: Path, keys: Mapping[str, str]) -> None:
 
 def asked_for(results: Path) -> dict[str, str] | None:
     """The keys that the latest run asks for, by record; None if no run began in this folder, or the file is no such list."""
-    with _reading(results) as keys:
-        return keys
+    with _reading(results) as text:
+        return _keys(text)
 
 
 @contextlib.contextmanager
@@ -90,8 +90,10 @@ def still_asked_for() -> Iterator[None]:
     if order is None:
         yield
         return
-    with _reading(order.results) as keys:
-        _compare(keys, order)
+    with _reading(order.results) as text:
+        # Of a long plan only the one line is looked for, since this precedes every rename.
+        if text is None or _line(order.record, order.key) not in text:
+            _compare(_keys(text), order)
         yield
 
 
@@ -114,7 +116,8 @@ def _compare(keys: Mapping[str, str] | None, order: Order) -> None:
 
 
 @contextlib.contextmanager
-def _reading(results: Path) -> Iterator[dict[str, str] | None]:
+def _reading(results: Path) -> Iterator[str | None]:
+    """The text of the list, held as it is for the length of the block."""
     try:
         number = os.open(results / _NAME, os.O_RDONLY | os.O_NOFOLLOW)
     except OSError:
@@ -122,10 +125,23 @@ def _reading(results: Path) -> Iterator[dict[str, str] | None]:
         return
     with os.fdopen(number, encoding="utf-8") as file, _locked(number, fcntl.LOCK_SH):
         try:
-            keys = json.load(file)
-        except (ValueError, RecursionError):
-            keys = None
-        yield keys if isinstance(keys, dict) else None
+            text = file.read()
+        except ValueError:
+            text = ""
+        yield text
+
+
+def _keys(text: str | None) -> dict[str, str] | None:
+    try:
+        keys = json.loads(text or "")
+    except (ValueError, RecursionError):
+        return None
+    return keys if isinstance(keys, dict) else None
+
+
+def _line(record: str, key: str) -> str:
+    """How an artifact stands in the list."""
+    return f"\n{json.dumps(record)}: {json.dumps(key)}"
 
 
 @contextlib.contextmanager

@@ -209,9 +209,9 @@ def main() -> None:
     on_interrupt = signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the run, which waits for its jobs
     for module in _FIRST:
         importlib.import_module(module)
-    from headgram.results import record  # which a script that hands itself over need not wait for
+    from headgram.results.record import library_versions  # which a script that hands itself over need not wait for
 
-    record.library_versions()  # which remembers them
+    library_versions()  # which remembers them
     warnings.filterwarnings("ignore", "This process .* is multi-threaded", DeprecationWarning)  # arrow's allocator has a thread
     _share_memory()
     serve(socket.socket(fileno=int(sys.argv[1])), sys.stdin.fileno(), on_interrupt)

@@ -14,6 +14,7 @@ import pyarrow.compute as pc
 import torch
 
 from headgram.errors import HeadgramError
+from headgram.geometry.ratios import cosines
 from headgram.results.files import scratch, written_whole
 from headgram.results.original import directions_path, write_seed_files
 from headgram.results.record import Provenance, check, record_of, seal
@@ -137,7 +138,7 @@ def _gram_table(stack: str, shards: pa.Table, paths: Sequence[Path]) -> pa.Table
     table = pa.concat_tables([tile.filter(pc.equal(tile["head_a"], tile["head_b"])) for tile in tiles])
     table = table.sort_by([("layer_a", "ascending"), ("layer_b", "ascending"), ("head_a", "ascending")])
     gram, transposed, norms = _products(table, shards)
-    cosine = _over(gram, *norms).clip(-1, 1)
+    cosine = cosines(gram, *norms)
     columns = {
         "layer_a": table["layer_a"],
         "layer_b": table["layer_b"],
@@ -164,8 +165,8 @@ def _pair_tables(stack: str, shards: pa.Table, paths: Sequence[Path]) -> Iterato
             "circuit": pa.array(["qk"]).take(pa.array(np.zeros(len(tile), dtype=np.int32))),
             **{name: tile[name] for name in ("layer_a", "head_a", "layer_b", "head_b")},
             "shared": keys & (layer_a == layer_b),
-            "cosine": _over(gram, *norms).clip(-1, 1).astype(np.float32),
-            "transposed": _over(transposed, *norms).clip(-1, 1).astype(np.float32),
+            "cosine": cosines(gram, *norms).astype(np.float32),
+            "transposed": cosines(transposed, *norms).astype(np.float32),
         }
         yield _with_stack(stack, pa.table(columns), PAIRS)
 
@@ -178,13 +179,6 @@ def _products(pairs: pa.Table, shards: pa.Table) -> tuple[np.ndarray, np.ndarray
     # Where a form is zero but its weights are not, products leave a trace of rounding.
     gram, transposed = (np.where(alive, pairs[name].to_numpy(), 0.0) for name in ("gram", "transposed"))
     return gram, transposed, (a, b)
-
-
-def _over(products: np.ndarray, a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """Products over two norms, 0 where one is 0. Divided in two steps: the product of two tiny norms may underflow."""
-    alive = (a > 0) & (b > 0)
-    ratios: np.ndarray = np.where(alive, products / np.where(alive, a, 1) / np.where(alive, b, 1), 0.0)
-    return ratios
 
 
 def _by_layer(shards: pa.Table, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
