@@ -12,6 +12,7 @@ from headgram.results.paths import DERIVED, MERGED, Results
 from headgram.run.devices import require_device, wants_gpu
 from headgram.errors import HeadgramError
 from headgram.report.names import PROFILE_FIGURES, STACK_FIGURES
+from headgram.report.names import TABLES as REPORTED
 from headgram.run.startup import Run
 
 
@@ -91,8 +92,7 @@ def order_of(stage):
     """A param of a rule: the results folder, and the record that a job writes there, for it to see what is still asked for."""
 
     def param(wildcards):
-        record = RECORDS[stage].format(**dict(wildcards.items()))
-        return canonical([RESULTS, PATHS.relative(record)])
+        return canonical([RESULTS, PATHS.relative(RECORDS[stage].format(**wildcards))])
 
     return param
 
@@ -312,6 +312,6 @@ def report_input(_):
         "derived": [PATHS.record("derive", model) for model in PLAN.models],
         **{
             table: [PATHS.table(table, model) for model in PLAN.models]
-            for table in TABLES
+            for table in REPORTED
         },
     }

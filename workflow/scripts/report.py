@@ -6,7 +6,7 @@ from pathlib import Path
 from headgram.run.job import running
 
 with running(snakemake) as (provenance, _):
-    from headgram.report.arrays import TABLES
+    from headgram.report.names import TABLES
     from headgram.stages.report import Report, Source, write_report
 
     files = {name: [Path(path) for path in snakemake.input[name]] for name in (*TABLES, "merged", "derived")}

@@ -14,10 +14,9 @@ import numpy as np
 import pandas as pd
 
 from headgram.report.columns import columns
+from headgram.report.names import TABLES
 from headgram.results.tables import QUARTILES, SIDES, read_table
 
-#: The tables that a report reads.
-TABLES = ("heads", "spectra", "gram", "overlap", "layers", "models", "neighbours")
 #: How the forms of two layers are compared; SIDES are those of their directions.
 FORMS = {
     "cosine": "g (cosine)",

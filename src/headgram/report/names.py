@@ -1,4 +1,7 @@
-"""What the figures are called. Imports nothing: the Snakefile reads it."""
+"""What a report reads, and what its figures are called. Imports nothing: the Snakefile reads it."""
+
+#: The tables that a report reads.
+TABLES = ("heads", "spectra", "gram", "overlap", "layers", "models", "neighbours")
 
 #: Figures of every stack of a model.
 STACK_FIGURES = {
