@@ -80,6 +80,8 @@ def inspect(
     console.print(table)
     if location.choice.index is not None:
         console.print("each tensor is read from the file that the index names for it", highlight=False)
+    for remark in checkpoint.remarks:
+        console.print(Text(remark))
     if others := location.choice.passed_over:
         console.print(Text(f"not read, since these were found first: {', '.join(others)}"))
     console.print(f"{len(location.weights)} weight file(s), {total:,} bytes; q and k are {share:.1%} of them", highlight=False)

@@ -6,7 +6,7 @@ import math
 import mmap
 import struct
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Self
 
@@ -88,6 +88,9 @@ class BinStore(TensorStore):
 
     def __contains__(self, name: str) -> bool:
         return name in self._home
+
+    def names(self) -> Collection[str]:
+        return self._home.names()
 
     def _tensor(self, name: str) -> StoredTensor:
         return self._home[name].tensors[name]

@@ -10,18 +10,16 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import filelock
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from headgram.checkpoints.sources import HUB_DIGEST, Location, locate_here
+from headgram.checkpoints.bases import AnyLocation, locate_here
+from headgram.checkpoints.sources import HUB_DIGEST
 from headgram.errors import HeadgramError
 from headgram.results.files import remove_temporaries, temporaries_in, write_text
 from headgram.study.manifest import Row
-
-if TYPE_CHECKING:
-    from headgram.checkpoints.hub import RemoteLocation
 
 
 class _Entry(BaseModel):
@@ -68,6 +66,7 @@ class LockedModel(_Entry):
     revision: str | None
     overrides: dict[str, str | int]
     commit: str | None
+    base: str | None = None  # of an adapter: the source of the checkpoint that it changes, with `@` and its commit at the hub
     format: str
     architecture: str  # a known type; if `derived`, one whose layout was proven for the checkpoint's own type
     derived: bool = False
@@ -78,7 +77,8 @@ class LockedModel(_Entry):
     def how_to_open(self) -> dict[str, Any]:
         """The arguments of `open_checkpoint` that give what was locked."""
         derived: dict[str, str | int] = {"model_type": self.architecture} if self.derived else {}
-        return {"source": self.source, "revision": self.commit, "overrides": self.overrides | derived}
+        based: dict[str, str | int] = {"base": self.base} if self.base else {}
+        return {"source": self.source, "revision": self.commit, "overrides": self.overrides | derived | based}
 
     def asks_for(self, row: Row) -> bool:
         """Whether this entry resolves exactly what the row says."""
@@ -146,7 +146,7 @@ def missing_rows(rows: Iterable[Row], lock: Lock) -> list[Row]:
     return [row for row in rows if row.name not in lock.models or not lock.models[row.name].asks_for(row)]
 
 
-def locked_file(location: Location | RemoteLocation, name: str) -> LockedFile:
+def locked_file(location: AnyLocation, name: str) -> LockedFile:
     """What the lock says of a file of a source."""
     return LockedFile(name=name, bytes=location.size(name), sample=location.sample(name))
 
@@ -158,7 +158,7 @@ def changes(name: str, entry: LockedModel) -> list[str]:
     not asked: there, a commit names its content.
     """
     try:
-        location = locate_here(entry.source, entry.commit)
+        location = locate_here(entry.source, entry.commit, entry.base)
         changed = [file.name for file in entry.files if not file.agrees_with(locked_file(location, file.name))]
     except (HeadgramError, OSError):
         return []
@@ -168,7 +168,7 @@ def changes(name: str, entry: LockedModel) -> list[str]:
 def file_times(entry: LockedModel) -> dict[str, tuple[int, int]]:
     """Size and time of change of a source's files, by name; empty if the source is gone."""
     try:
-        location = locate_here(entry.source, entry.commit)
+        location = locate_here(entry.source, entry.commit, entry.base)
         return {file.name: location.state(file.name) for file in entry.files}
     except (HeadgramError, OSError):
         return {}

@@ -11,7 +11,9 @@ from headgram.errors import HeadgramError
 
 COLUMNS = ("name", "source", "revision")
 #: Columns that a manifest may add for a checkpoint that does not state these itself.
-OVERRIDE_COLUMNS = ("model_type", "heads", "kv_heads", "head_dim")
+OVERRIDE_COLUMNS = ("model_type", "heads", "kv_heads", "head_dim", "base", "prefix")
+#: Those of them that are numbers.
+COUNTS = ("heads", "kv_heads", "head_dim")
 _HEADER = f"with the columns {', '.join(COLUMNS)} in its first line (where needed also {', '.join(OVERRIDE_COLUMNS)})"
 _FORM = f"{_HEADER}, separated by tabs"
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
@@ -113,7 +115,7 @@ def _problems_of(values: dict[str, str], cells: int, columns: int) -> list[str]:
         )
     if not values.get("source"):
         problems.append("the source is missing")
-    for key in ("heads", "kv_heads", "head_dim"):
+    for key in COUNTS:
         if values.get(key) and not re.fullmatch(r"[1-9]\d{0,5}", values[key]):
             problems.append(f"{key} is '{values[key]}', not a positive whole number")
     return problems
@@ -134,5 +136,5 @@ def _row(line: int, values: dict[str, str]) -> Row:
     overrides: dict[str, str | int] = {}
     for key in OVERRIDE_COLUMNS:
         if values.get(key):
-            overrides[key] = values[key] if key == "model_type" else int(values[key])
+            overrides[key] = int(values[key]) if key in COUNTS else values[key]
     return Row(line, values["name"], values["source"], values.get("revision") or None, overrides)

@@ -11,18 +11,13 @@ import json
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from headgram.checkpoints.checkpoint import open_checkpoint
-from headgram.checkpoints.sources import Location
 from headgram.errors import HeadgramError
 from headgram.proofs.adopt import open_or_derive
 from headgram.results.record import canonical, digest
 from headgram.study.lock import LockedModel, LockedStack, changed_message, lock_path, locked_file, missing_rows, read_lock
 from headgram.study.manifest import Row, read_manifest
-
-if TYPE_CHECKING:
-    from headgram.checkpoints.hub import RemoteLocation
 
 
 def main(manifest: Path, doubtful: Sequence[str]) -> None:
@@ -81,7 +76,7 @@ def resolve(row: Row) -> LockedModel:
             for stack in checkpoint.stacks
         )
         location = checkpoint.location
-        files = tuple(locked_file(location, name) for name in _names(location))
+        files = tuple(locked_file(location, name) for name in (*location.weights, *location.described_by))
         content = {
             "architecture": checkpoint.architecture,
             "overrides": row.overrides,
@@ -92,6 +87,7 @@ def resolve(row: Row) -> LockedModel:
             revision=row.revision,
             overrides=row.overrides,
             commit=location.commit,
+            base=location.base,
             format=location.format,
             architecture=checkpoint.architecture,
             derived=derived is not None,
@@ -99,11 +95,6 @@ def resolve(row: Row) -> LockedModel:
             stacks=stacks,
             fingerprint=digest(canonical(content)),
         )
-
-
-def _names(location: Location | RemoteLocation) -> list[str]:
-    has_config = location.format != "gguf" and location.config() is not None
-    return [*location.weights, *(["config.json"] if has_config else [])]
 
 
 if __name__ == "__main__":
