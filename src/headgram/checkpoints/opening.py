@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from headgram.checkpoints.adapters import merged, with_adapters_merged
 from headgram.checkpoints.bases import AdaptedLocation, AnyLocation, with_base
 from headgram.checkpoints.bin_store import BinStore
+from headgram.checkpoints.distcp_store import DistcpStore
 from headgram.checkpoints.gguf_store import GgufStore
 from headgram.checkpoints.quantised import with_plain_weights
 from headgram.checkpoints.safetensors_store import SafetensorsStore
@@ -76,5 +77,7 @@ def _plain_store(location: Location | RemoteLocation) -> TensorStore:
     paths = {name: location.path(name) for name in location.weights}
     if location.format == "gguf":
         return GgufStore(paths)
+    if location.format == "distcp":
+        return without_wrappers(DistcpStore(paths))
     store = SafetensorsStore if location.format == "safetensors" else BinStore
     return without_wrappers(store(paths, location.choice.index))

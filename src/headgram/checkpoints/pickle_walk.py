@@ -56,6 +56,10 @@ class Walk:
     def build(self, target: Any, state: Any) -> None:
         """Take an object's attributes, such as the versions of a state dict's modules."""
 
+    def new_table(self) -> dict[str, Any]:
+        """An empty table."""
+        return {}
+
     def new_list(self) -> Any:
         """What stands for an empty list; the values of one that is no Python list are forgotten."""
         return OTHER
@@ -103,7 +107,7 @@ class Walk:
                     raise ValueError("a name that is no text")
                 self._stack.append(self.known(f"{module} {what}"))
             case "EMPTY_DICT":
-                self._stack.append({})
+                self._stack.append(self.new_table())
             case "EMPTY_LIST":
                 self._stack.append(self.new_list())
             case "EMPTY_SET":

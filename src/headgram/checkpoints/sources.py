@@ -22,12 +22,14 @@ _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _PACKAGE = re.compile(r"package:([A-Za-z_]\w*)/(.+)")
 _PART = re.compile(r"(.+)-(\d{5})-of-(\d{5})(\.\w+)")
 _TORCH = (".bin", ".pt", ".pth", ".ckpt")
-_FORMATS = {".safetensors": "safetensors", ".gguf": "gguf", **dict.fromkeys(_TORCH, "bin")}
+_FORMATS = {".safetensors": "safetensors", ".gguf": "gguf", **dict.fromkeys(_TORCH, "bin"), ".distcp": "distcp"}
 #: What transformers calls the weights, in the order of preference: `NAME`, or shards that `NAME.index.json` lists.
 _USUAL_NAMES = ("model.safetensors", "pytorch_model.bin")
 #: What peft calls an adapter's settings, and its weights.
 ADAPTER_CONFIG = "adapter_config.json"
 _ADAPTERS = ("adapter_model.safetensors", "adapter_model.bin")
+#: The table of a distributed checkpoint of torch, beside its files.
+DISTRIBUTED_TABLE = ".metadata"
 #: What training leaves beside the weights.
 _NO_WEIGHTS = re.compile(r"(training_args|optimizer|scheduler|scaler|rng_state(_\d+)?)\.\w+")
 #: An index of 250,000 tensors takes less; parsed, it takes some twenty times as much.
@@ -176,6 +178,8 @@ def locate_here(source: str, revision: str | None = None) -> Location:
         return Location(path, _weights_in(path, boundary), None, boundary)
     if path.suffix not in _FORMATS:
         raise HeadgramError(f"'{source}' is neither a folder nor a .safetensors, .gguf or torch file ({', '.join(_TORCH)})")
+    if path.suffix == ".distcp":
+        raise HeadgramError(f"'{source}' is a part of a distributed checkpoint: name the folder that it is in")
     is_adapter = path.name in _ADAPTERS and (path.parent / ADAPTER_CONFIG).exists()
     return Location(path.parent, Weights(_parts(path.name), adapter=is_adapter), None, boundary)
 
@@ -296,12 +300,15 @@ def choose_weights(names: Collection[str], read_index: Callable[[str], dict[str,
         or _only(names, (".safetensors",), where)
         or _only(names, (".gguf",), where)
         or _usual(names, pickle, read_index, where)
+        or _distributed(names)
         or _only(names, _TORCH, where)
     )
     if found:
         others = {name for name in names if "/" not in name and PurePosixPath(name).suffix in _FORMATS} - set(found.files)
         return replace(found, passed_over=tuple(sorted(others)))
-    raise HeadgramError(f"{where} holds no weights: no .safetensors, .gguf, or torch file ({', '.join(_TORCH)})")
+    raise HeadgramError(
+        f"{where} holds no weights: no .safetensors, .gguf or torch file, and no distributed checkpoint ({', '.join(_TORCH)})"
+    )
 
 
 def _usual(names: Collection[str], whole: str, read_index: Callable[[str], dict[str, Any]], where: str) -> Weights | None:
@@ -322,6 +329,12 @@ def _only(names: Collection[str], suffixes: tuple[str, ...], where: str) -> Weig
     if len({_PART.sub(r"\1\4", name) for name in found}) > 1:
         raise HeadgramError(f"{where} holds several {' and '.join(f'*{s}' for s in suffixes)} files: name the one that is meant")
     return Weights(_parts(found[0])) if found else None
+
+
+def _distributed(names: Collection[str]) -> Weights | None:
+    """The files of a distributed checkpoint, and its table."""
+    files = sorted(name for name in names if name.endswith(".distcp") and "/" not in name)
+    return Weights((*files, DISTRIBUTED_TABLE)) if files and DISTRIBUTED_TABLE in names else None
 
 
 def _shards(index: dict[str, Any], whole: str, where: str) -> Weights:
