@@ -45,10 +45,8 @@ def atlas(finished):
 
 def test_show_says_what_the_tables_say(finished, atlas):
     printed = headgram_command(finished, "show", "tiny-llama", "--top", "3")
-    assert (
-        "tiny-llama, circuit qk, stack self: llama, 4 layers of 4 heads (2 factors shared by heads), rank 8, width 32, stored as F32"
-        in printed
-    )
+    facts = "llama, 4 layers of 4 heads (2 factors shared by heads), rank 8, width 32, stored as F32"
+    assert f"tiny-llama, circuit qk, stack self: {facts}" in printed
     layers = atlas.layers().query("model == 'tiny-llama'")
     expected = [[str(row.layer), f"{row.symmetry_median:.3f}", f"{row.layer_symmetry_score:+.3f}"] for row in layers.itertuples()]
     assert rows(printed, "Layers: ", 3) == expected
