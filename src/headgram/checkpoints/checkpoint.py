@@ -12,6 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from headgram.checkpoints.bases import AnyLocation
+from headgram.checkpoints.declared import LONGEST_NAME, checked, declared_family
 from headgram.checkpoints.dimensions import find_layers, find_rules, gguf_rule
 from headgram.checkpoints.gguf_store import GgufStore
 from headgram.checkpoints.opening import locate, open_store
@@ -22,11 +23,6 @@ from headgram.errors import HeadgramError
 from headgram.families.layouts import LAYOUTS, QK, ROLES, Dimensions, Part, check_shapes, reads_of, undo_gguf_permutation
 from headgram.families.registry import Family, StackRule, family_of, family_of_gguf
 from headgram.geometry.checks import is_finite
-
-#: What a manifest may state when a checkpoint does not, or states it wrongly; the last three are numbers.
-OVERRIDES = ("model_type", "base", "prefix", "heads", "kv_heads", "head_dim")
-
-_LONGEST_NAME = 100
 
 
 @dataclass(frozen=True)
@@ -43,8 +39,6 @@ class Stack:
         `H`, `K`, `r` and `d`.
     value_rank, output_width
         `r_v`, and the width that heads write to; they differ from `r` and `d` in few families.
-    dtype
-        The stored precision of its queries and keys, in the file format's own word.
     missing
         The roles that cannot be read, each with a sentence that says why.
     notes
@@ -59,11 +53,10 @@ class Stack:
     hidden: int
     value_rank: int
     output_width: int
-    dtype: str
     missing: Mapping[str, str]
     notes: Mapping[str, str]
     _tensors: dict[str, str] = field(repr=False, compare=False)
-    _nbytes: Mapping[str, int] = field(repr=False, compare=False)
+    _stored: Mapping[str, tuple[int, frozenset[str]]] = field(repr=False, compare=False)  # bytes and precisions
     _layout: str = field(repr=False, compare=False)
     _permuted: bool = field(repr=False, compare=False)
     _sizes: Mapping[str, int] = field(repr=False, compare=False)
@@ -72,6 +65,11 @@ class Stack:
     def roles(self) -> tuple[str, ...]:
         """What can be read: `query` and `key`, and most often `value` and `output`."""
         return tuple(role for role in ROLES if role not in self.missing)
+
+    @property
+    def dtype(self) -> str:
+        """The stored precision of its queries and keys."""
+        return self.stored_as(QK)
 
     @property
     def qk_bytes(self) -> int:
@@ -90,8 +88,20 @@ class Stack:
         HeadgramError
             As `Checkpoint.factors`.
         """
-        keys = {self._tensors[tensor] for tensor in self._reads(roles)}
-        return sum(self._nbytes[key] for key in keys)
+        return sum(self._stored[key][0] for key in self._keys(roles))
+
+    def stored_as(self, roles: Iterable[str]) -> str:
+        """The precision in which the tensors of these roles are stored, in the file format's own word; several are joined by `+`.
+
+        Raises
+        ------
+        HeadgramError
+            As `Checkpoint.factors`.
+        """
+        return "+".join(sorted(frozenset().union(*(self._stored[key][1] for key in self._keys(roles)))))
+
+    def _keys(self, roles: Iterable[str]) -> set[str]:
+        return {self._tensors[tensor] for tensor in self._reads(roles)}
 
     def _reads(self, roles: Iterable[str]) -> list[str]:
         """What the layout reads for these roles, in the order of the family's data."""
@@ -274,7 +284,7 @@ def open_checkpoint(
     HeadgramError
         If the source cannot be found or read, its architecture is unknown, or its tensors disagree with its configuration.
     """
-    given = _checked(overrides or {})
+    given = checked(overrides or {})
     location = locate(os.fspath(source), revision, given.get("base"))
     store = open_store(location)
     remarks: tuple[str, ...] = ()
@@ -282,7 +292,7 @@ def open_checkpoint(
         architecture, family, stacks = _read_gguf(store, given)
     else:
         config = location.config()
-        architecture, family, config = _family(location, config, given)
+        architecture, family, config = declared_family(location, config, given)
         store, remarks = unwrapped(store, family, config, architecture, given)
         rules = find_rules(store, family, config, architecture)
         stacks = tuple(
@@ -296,44 +306,8 @@ def open_checkpoint(
     return Checkpoint(location, store, architecture, stacks, remarks)
 
 
-def _checked(overrides: Mapping[str, Any]) -> dict[str, Any]:
-    given = {key: value for key, value in overrides.items() if value is not None}
-    if unknown := set(given) - set(OVERRIDES):
-        raise HeadgramError(f"unknown override '{sorted(unknown)[0]}'; there are: {', '.join(OVERRIDES)}")
-    for key, value in given.items():
-        if key in OVERRIDES[3:] and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
-            raise HeadgramError(f"the override {key} is {value!r:.60}, which should be a positive whole number")
-    return given
-
-
-def _family(location: AnyLocation, config: dict[str, Any] | None, given: Mapping[str, Any]) -> tuple[str, Family, dict[str, Any]]:
-    """The type that a configuration names, its family, and the configuration."""
-    if config is None and "model_type" not in given:
-        raise HeadgramError(f"{location.where} has no config.json: add it, or set `model_type` and `heads` in the manifest")
-    config = config or {}
-    architecture = given.get("model_type") or config.get("model_type")
-    if not isinstance(architecture, str) or len(architecture) > _LONGEST_NAME:
-        raise HeadgramError(f"the config.json of {location.where} names no model_type: set `model_type` in the manifest")
-    family = family_of(architecture)
-    if not family.stacks:
-        architecture = _text_type(config, architecture)
-        family = family_of(architecture)
-    return architecture, family, config
-
-
-def _text_type(config: Mapping[str, Any], architecture: str) -> str:
-    """The type of a multimodal model's text tower."""
-    tower = config.get("text_config")
-    name = tower.get("model_type") if isinstance(tower, Mapping) else None
-    if not isinstance(name, str) or len(name) > _LONGEST_NAME:
-        raise HeadgramError(
-            f"the config.json of this '{architecture}' checkpoint names no text tower's type: set `model_type` in the manifest"
-        )
-    return name
-
-
 def _read_gguf(store: GgufStore, given: dict[str, Any]) -> tuple[str, Family, tuple[Stack, ...]]:
-    architecture = str(store.metadata.get("general.architecture"))[:_LONGEST_NAME]
+    architecture = str(store.metadata.get("general.architecture"))[:LONGEST_NAME]
     family = family_of(given["model_type"]) if "model_type" in given else family_of_gguf(architecture)
     rule, permuted = gguf_rule(family)
     meta = {key.removeprefix(f"{architecture}."): value for key, value in store.metadata.items()}
@@ -361,7 +335,6 @@ def _stack(
             raise HeadgramError(problem)
         missing |= {role: problem for role in part.gives if problem and role not in missing}
     readable = reads_of(rule.layout, tuple(role for role in ROLES if role not in missing))
-    needed = [tensors[tensor].format(layer=layer) for tensor in rule.tensors(QK) for layer in layers]
     return Stack(
         name=rule.name,
         layers=layers,
@@ -371,15 +344,20 @@ def _stack(
         hidden=dims.hidden,
         value_rank=dims.value_rank,
         output_width=dims.output_width,
-        dtype="+".join(sorted({store.dtype(name) for name in needed})),
         missing={role: missing[role] for role in ROLES if role in missing},
         notes={role: remark.text for remark in remarks if not remark.unproven for role in remark.roles},
         _tensors=tensors,
-        _nbytes={tensors[tensor]: sum(store.nbytes(tensors[tensor].format(layer=n)) for n in layers) for tensor in readable},
+        _stored={tensors[tensor]: _stored(store, [tensors[tensor].format(layer=n) for n in layers]) for tensor in readable},
         _layout=rule.layout,
         _permuted=permuted,
         _sizes=dims.sizes,
     )
+
+
+def _stored(store: TensorStore, names: Iterable[str]) -> tuple[int, frozenset[str]]:
+    """The bytes of some tensors, and their precisions."""
+    names = list(names)
+    return sum(store.nbytes(name) for name in names), frozenset(store.dtype(name) for name in names)
 
 
 def _problem(store: TensorStore, part: Part, tensors: Mapping[str, str], layers: tuple[int, ...], dims: Dimensions) -> str | None:
