@@ -14,11 +14,10 @@ from torch import Tensor
 
 from headgram.checkpoints.bin_store import Archive, mapped
 from headgram.checkpoints.pickle_walk import OTHER, Global, Walk
-from headgram.checkpoints.stores import DTYPES, TensorStore, bytes_of, float_dtype
+from headgram.checkpoints.stores import TensorStore, bytes_of, word_of
 from headgram.checkpoints.weight_files import DISTRIBUTED_TABLE
 from headgram.errors import HeadgramError
 
-_WORDS = {dtype: word for word, dtype in DTYPES.items()}
 _LARGEST_METADATA = 64 * 2**20
 _INERT = ("pathlib PosixPath", "pathlib PurePosixPath", "pathlib._local PosixPath", "pathlib WindowsPath", "builtins set")
 
@@ -68,9 +67,8 @@ class DistcpStore(TensorStore):
     def shape(self, name: str) -> tuple[int, ...]:
         return self._tensors[name].shape
 
-    def dtype(self, name: str) -> str:
-        stored = self._tensors[name].dtype
-        return float_dtype(name, _WORDS.get(stored, str(stored)))
+    def stored(self, name: str) -> str:
+        return word_of(self._tensors[name].dtype)
 
     def nbytes(self, name: str) -> int:
         whole = self._tensors[name]
@@ -78,10 +76,6 @@ class DistcpStore(TensorStore):
 
     def raw(self, name: str) -> memoryview:
         return bytes_of(self.part(name))
-
-    def read(self, name: str) -> Tensor:
-        self.dtype(name)
-        return self.part(name)
 
     def part(self, name: str) -> Tensor:
         whole = self._tensors[name]

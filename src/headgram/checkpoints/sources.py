@@ -16,7 +16,6 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from headgram.checkpoints.weight_files import (
-    ADAPTER_CONFIG,
     CONFIG,
     FORMATS,
     PARAMS,
@@ -87,7 +86,7 @@ class Location:
         """What the lock pins beside the weights."""
         if self.format == "gguf":
             return ()
-        return described_by(self.choice, {name for name in (CONFIG, PARAMS, ADAPTER_CONFIG) if (self.folder / name).exists()})
+        return described_by({path.name for path in self.folder.iterdir()})
 
     def path(self, name: str) -> Path:
         """The path of a file of the source, refused if it leads outside."""

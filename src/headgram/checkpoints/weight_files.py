@@ -24,6 +24,8 @@ _PARAMS = {
     "dim": "hidden_size", "n_layers": "num_hidden_layers", "n_heads": "num_attention_heads", "n_kv_heads": "num_key_value_heads",
     "head_dim": "head_dim", "norm_eps": "rms_norm_eps", "rope_theta": "rope_theta", "vocab_size": "vocab_size",
 }  # fmt: skip
+#: What modelopt says of a quantised checkpoint where `config.json` is silent.
+MODELOPT_CONFIG = "hf_quant_config.json"
 #: What peft calls an adapter's settings, and its weights.
 ADAPTER_CONFIG = "adapter_config.json"
 _ADAPTERS = ("adapter_model.safetensors", "adapter_model.bin")
@@ -175,10 +177,10 @@ def format_of(name: str) -> str:
     return FORMATS[PurePosixPath(name).suffix]
 
 
-def described_by(choice: Weights, names: Collection[str]) -> tuple[str, ...]:
+def described_by(names: Collection[str]) -> tuple[str, ...]:
     """Which of a checkpoint's files, beside the weights, say how they are read."""
-    config = next((name for name in (CONFIG, PARAMS) if name in names), None)
-    return tuple(name for name in (config, ADAPTER_CONFIG if choice.adapter or ADAPTER_CONFIG in names else None) if name)
+    first = [name for name in (CONFIG, PARAMS) if name in names][:1]
+    return (*first, *(name for name in (MODELOPT_CONFIG, ADAPTER_CONFIG) if name in names))
 
 
 def config_of(params: Mapping[str, Any]) -> dict[str, Any]:
