@@ -14,7 +14,8 @@ COLUMNS = ("name", "source", "revision")
 OVERRIDE_COLUMNS = ("model_type", "heads", "kv_heads", "head_dim")
 _HEADER = f"with the columns {', '.join(COLUMNS)} in its first line (where needed also {', '.join(OVERRIDE_COLUMNS)})"
 _FORM = f"{_HEADER}, separated by tabs"
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
+#: What a model may be called: its name is part of file names.
+MODEL_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,7 @@ class Manifest:
         """
         if problems := (*self.problems, *more):
             count = f"{len(problems)} bad {'entry' if len(problems) == 1 else 'entries'}"
-            raise HeadgramError(f"The manifest {self.path} has {count}:\n  " + "\n  ".join(problems))
+            raise HeadgramError(f"The manifest {self.path} has {count}:", *problems)
 
 
 def read_manifest(path: Path) -> Manifest:
@@ -106,7 +107,7 @@ def _problems_of(values: dict[str, str], cells: int, columns: int) -> list[str]:
     if cells > columns:
         problems.append(f"{cells} cells, but only {columns} columns")
     name = values.get("name", "")
-    if not _NAME.fullmatch(name) or _is_number(name):
+    if not MODEL_NAME.fullmatch(name) or _is_number(name):
         problems.append(
             f"the name '{name}' must be made of letters, digits, '.', '_' and '-', begin with a letter or digit, "
             "and not be a number"

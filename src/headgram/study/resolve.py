@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 from headgram.checkpoints.checkpoint import open_checkpoint
 from headgram.checkpoints.sources import Location
 from headgram.errors import HeadgramError
+from headgram.foreign import plain
 from headgram.proofs.adopt import open_or_derive
 from headgram.results.record import canonical, digest
 from headgram.study.lock import LockedModel, LockedStack, changed_message, lock_path, locked_file, missing_rows, read_lock
@@ -29,7 +30,7 @@ def main(manifest: Path, doubtful: Sequence[str]) -> None:
     """Resolve the missing rows of a manifest, and compare others with the lock."""
     lock = read_lock(lock_path(manifest))
     rows = missing_rows(read_manifest(manifest).rows, lock)
-    models, problems = resolve_all(rows, progress=lambda line: print(line, file=sys.stderr))
+    models, problems = resolve_all(rows, progress=lambda line: print(plain(line), file=sys.stderr))
     problems += [sentence for name in doubtful for sentence in compare(name, lock.models[name])]
     print(json.dumps({"models": {name: entry.model_dump(mode="json") for name, entry in models.items()}, "problems": problems}))
 
