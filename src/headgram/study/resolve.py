@@ -48,6 +48,8 @@ def resolve_all(
             progress(f"locked {row.name}: {entry.architecture}{how}, fingerprint {entry.fingerprint[:12]}")
         except (HeadgramError, OSError) as error:
             problems.append(f"line {row.line} ({row.name}): {error}")
+        except ValidationError as error:  # no lock could hold that
+            problems.append(f"line {row.line} ({row.name}): {row.source} holds what no model has ({first_problem(error)})")
     return models, problems
 
 
