@@ -5,6 +5,10 @@ from __future__ import annotations
 import os
 import stat
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from pydantic import ValidationError
 
 #: Characters that are printed of one text.
 _MOST_SHOWN = 2000
@@ -61,3 +65,10 @@ def read_bounded(path: Path, most: int) -> bytes:
     if len(content) > most:
         raise ValueError(f"it is larger than {most >> 20} MiB, which no real one is")
     return content
+
+
+def first_problem(error: ValidationError) -> str:
+    """Where the first thing is that a schema refuses, and what is wrong with it."""
+    problem = error.errors(include_url=False, include_input=False, include_context=False)[0]
+    place = ".".join(map(str, problem["loc"]))
+    return f"{place}: {problem['msg']}" if place else problem["msg"]

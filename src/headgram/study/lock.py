@@ -18,8 +18,9 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 
 from headgram.checkpoints.sources import HUB_DIGEST, Location, locate_here, parse_json
 from headgram.errors import HeadgramError
-from headgram.foreign import read_bounded
+from headgram.foreign import first_problem, read_bounded
 from headgram.results.files import remove_temporaries, temporaries_in, write_text
+from headgram.results.record import canonical, digest
 from headgram.study.manifest import MODEL_NAME, Row
 
 if TYPE_CHECKING:
@@ -54,6 +55,11 @@ _Text = Annotated[str, Field(min_length=1, max_length=4096)]
 _Digest = Annotated[str, Field(min_length=1, max_length=100)]
 _Layer = Annotated[int, Field(ge=0, lt=10_000)]
 _ModelName = Annotated[str, Field(pattern=f"^{MODEL_NAME.pattern}$")]
+_Circuit = Annotated[str, Field(pattern="^(qk|ov)$")]
+#: What all circuits of a stack have in common.
+_SHAPE = {"layers", "heads", "kv_heads", "hidden"}
+#: Raised when the lock's layout changes.
+_VERSION = 2
 
 
 class LockedFile(_Entry):
@@ -72,24 +78,31 @@ class LockedFile(_Entry):
         return (self.name, self.bytes) == (other.name, other.bytes) and (self.sample == other.sample or not comparable)
 
 
+class LockedCircuit(_Entry):
+    """The two factors of a circuit in one stack: their rows, how they are stored, and `Checkpoint.digest` of every layer."""
+
+    rank: _Count
+    dtype: _Text
+    bytes: _Bytes
+    digests: tuple[_Digest, ...]
+
+
 class LockedStack(_Entry):
-    """A stack, as `headgram.Stack`, with what `Checkpoint.digest` says of every layer."""
+    """A stack, as `headgram.Stack`, with the circuits that can be measured, and why others cannot."""
 
     name: Annotated[str, Field(pattern="^[a-z][a-z0-9_-]{0,63}$")]
     layers: Annotated[tuple[_Layer, ...], Field(min_length=1), AfterValidator(_ascend)]
     heads: _Count
     kv_heads: _Count
-    rank: _Count
     hidden: _Count
-    dtype: _Text
-    qk_bytes: _Bytes
-    digests: tuple[_Digest, ...]
+    circuits: dict[_Circuit, LockedCircuit]
+    missing: dict[_Circuit, _Text] = {}
 
     @model_validator(mode="after")
     def _is_whole(self) -> Self:
-        if self.heads % self.kv_heads:
-            raise ValueError("heads must be a multiple of key heads")
-        if len(self.digests) != len(self.layers):
+        if self.kv_heads > self.heads:
+            raise ValueError("there are more key heads than heads")
+        if any(len(circuit.digests) != len(self.layers) for circuit in self.circuits.values()):
             raise ValueError("every layer needs a digest")
         return self
 
@@ -115,6 +128,15 @@ class LockedModel(_Entry):
             raise ValueError("stacks with names of their own are needed")
         return stacks
 
+    def fingerprint_of(self, circuit: str) -> str:
+        """A digest of what the factors of one circuit are: another circuit's do not count."""
+        shown = {"stacks": {stack.name: stack.model_dump(mode="json", include=_SHAPE) for stack in self.stacks}}
+        factors = {
+            stack.name: stack.circuits[circuit].model_dump(mode="json") for stack in self.stacks if circuit in stack.circuits
+        }
+        given = {"architecture": self.architecture, "overrides": self.overrides, "circuit": circuit}
+        return digest(canonical({**given, **shown, "factors": factors}))
+
     def how_to_open(self) -> dict[str, Any]:
         """The arguments of `open_checkpoint` that give what was locked."""
         derived: dict[str, str | int] = {"model_type": self.architecture} if self.derived else {}
@@ -128,15 +150,8 @@ class LockedModel(_Entry):
 class Lock(_Entry):
     """All entries, by model name."""
 
-    schema_version: int = 1
+    schema_version: int = _VERSION
     models: dict[_ModelName, LockedModel] = {}
-
-
-def first_problem(error: ValidationError) -> str:
-    """Where the first thing is that a schema refuses, and what is wrong with it."""
-    problem = error.errors(include_url=False, include_input=False, include_context=False)[0]
-    place = ".".join(map(str, problem["loc"]))
-    return f"{place}: {problem['msg']}" if place else problem["msg"]
 
 
 def lock_path(manifest: Path) -> Path:
@@ -155,8 +170,9 @@ def read_lock(path: Path) -> Lock:
     try:
         text = read_bounded(path, _LARGEST)
         content = parse_json(text)
-        if isinstance(content, dict) and isinstance(version := content.get("schema_version", 1), int) and version != 1:
-            raise ValueError(f"it has version {version}, but this headgram writes version 1")
+        version = content.get("schema_version") if isinstance(content, dict) else None
+        if isinstance(version, int) and version != _VERSION:
+            raise ValueError(f"it has version {version}, but this headgram writes version {_VERSION}")
         return Lock.model_validate_json(text, strict=True)
     except FileNotFoundError:
         return Lock()
