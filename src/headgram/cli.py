@@ -185,17 +185,35 @@ def export(
 def verify(
     results: Annotated[Path, typer.Argument(help="The results folder.")] = Path("results"),
     manifest: Annotated[Path, typer.Option(help="Its lock says which checkpoints are meant; may be absent.")] = _MANIFEST,
+    repair: Annotated[bool, typer.Option("--repair", help="Have the next run make anew what is wrong.")] = False,
 ) -> None:
-    """Re-check every artifact: bytes, schemas, identities, and the checkpoint it is of; name what is wrong."""
-    from headgram.atlas.verify import verify as find_problems
-    from headgram.study.lock import lock_path, read_lock
+    """Re-check every artifact: bytes, schemas, identities, the checkpoint it is of, and what is asked for; name what is wrong."""
+    from headgram.atlas.repair import repair as prepare
+    from headgram.atlas.verify import Finding
+    from headgram.atlas.verify import verify as find
+    from headgram.results.asked import asked_for
+    from headgram.run.startup import asked_by_study
+    from headgram.study.lock import Lock, lock_path, read_lock
 
-    files, problems = find_problems(results, read_lock(lock_path(manifest)))
-    for problem in problems:
-        _say(problem)
-    if problems:
-        raise HeadgramError(f"{results}: {len(problems)} thing{'s are' if len(problems) > 1 else ' is'} wrong")
-    print(f"{results}: {files} files, all as they were written")
+    lock, unread = Lock(), []
+    try:
+        lock = read_lock(lock_path(manifest))
+    except HeadgramError as error:
+        unread = [Finding(str(error), None, "you")]
+    keys = asked_by_study(results) or asked_for(results) or {}
+    files, findings = find(results, lock, keys)
+    findings = unread + findings
+    for finding in findings:
+        _say(finding.sentence)
+    wrong = f"{results}: {len(findings)} thing{'s are' if len(findings) > 1 else ' is'} wrong"
+    if not findings:
+        print(f"{plain(results)}: {files} files, all as they were written")
+    elif not repair:
+        raise HeadgramError(f"{wrong}: `headgram verify --repair`, and the next run makes it anew")
+    elif left := prepare(results, findings, keys):
+        raise HeadgramError(f"{wrong}, and the next run does not mend all of it:", *(finding.sentence for finding in left))
+    else:
+        print(f"{plain(wrong)}: the next run makes it anew")
 
 
 @app.command()

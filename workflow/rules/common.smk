@@ -13,7 +13,7 @@ from headgram.run.devices import require_device, wants_gpu
 from headgram.errors import HeadgramError
 from headgram.report.names import PROFILE_FIGURES, STACK_FIGURES
 from headgram.report.names import TABLES as REPORTED
-from headgram.run.startup import Run
+from headgram.run.startup import OPTIONS, Run
 
 
 @contextlib.contextmanager
@@ -28,7 +28,7 @@ def headgram_errors():
 with headgram_errors():
     # Not by `configfile:`, which evaluates templates, code, in the file.
     RUN = Run(
-        Path("config/config.yaml"),
+        OPTIONS,
         given=config,
         scripts=Path(workflow.basedir) / "workflow" / "scripts",
         is_job=workflow.remote_exec,
