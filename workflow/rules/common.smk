@@ -173,14 +173,21 @@ def in_storage(path):
 
 
 def weights_of(wildcards, layers):
-    """The weight files, with their records, that hold these layers."""
+    """The weight files, with their records, that hold these layers.
+
+    Their dates mean nothing: weights that are extracted anew are the same, or all that is made of them has another key.
+    """
     groups = heads_of(wildcards).groups_of(layers)
     place = wildcards.model, wildcards.stack, wildcards.circuit
     return {
         "weights": [
-            file for group in groups for file in PATHS.data("extract", *place, group)
+            ancient(file)
+            for group in groups
+            for file in PATHS.data("extract", *place, group)
         ],
-        "records": [PATHS.record("extract", *place, group) for group in groups],
+        "records": [
+            ancient(PATHS.record("extract", *place, group)) for group in groups
+        ],
     }
 
 
