@@ -20,7 +20,7 @@ rule all:
     default_target: True
     input:
         [final_files(model) for model in PLAN.models],
-        [PATHS.report("index.html"), *reported_figures()]
+        [PATHS.report("index.html"), RECORDS["report"], *reported_figures()]
         if PLAN.config.report.enabled
         else [],
 

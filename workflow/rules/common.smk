@@ -13,7 +13,7 @@ from headgram.run.devices import require_device, wants_gpu
 from headgram.errors import HeadgramError
 from headgram.report.names import DRAWN, PROFILE_FIGURES, STACK_FIGURES
 from headgram.report.names import TABLES as REPORTED
-from headgram.run.startup import Run
+from headgram.run.startup import OPTIONS, Run
 
 
 @contextlib.contextmanager
@@ -28,7 +28,7 @@ def headgram_errors():
 with headgram_errors():
     # Not by `configfile:`, which evaluates templates, code, in the file.
     RUN = Run(
-        Path("config/config.yaml"),
+        OPTIONS,
         given=config,
         scripts=Path(workflow.basedir) / "workflow" / "scripts",
         is_job=workflow.remote_exec,
@@ -173,14 +173,21 @@ def in_storage(path):
 
 
 def weights_of(wildcards, layers):
-    """The weight files, with their records, that hold these layers."""
+    """The weight files, with their records, that hold these layers.
+
+    Their dates mean nothing: weights that are extracted anew are the same, or all that is made of them has another key.
+    """
     groups = heads_of(wildcards).groups_of(layers)
     place = wildcards.model, wildcards.stack, wildcards.circuit
     return {
         "weights": [
-            file for group in groups for file in PATHS.data("extract", *place, group)
+            ancient(file)
+            for group in groups
+            for file in PATHS.data("extract", *place, group)
         ],
-        "records": [PATHS.record("extract", *place, group) for group in groups],
+        "records": [
+            ancient(PATHS.record("extract", *place, group)) for group in groups
+        ],
     }
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from headgram.errors import HeadgramError
+from headgram.study.manifest import MODEL_NAME
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -24,7 +25,8 @@ class Atlas:
     @property
     def models(self) -> list[str]:
         """Names of the measured models, sorted."""
-        return sorted(path.stem for path in (self.results / "provenance").glob("*.json"))
+        names = (path.stem for path in (self.results / "provenance").glob("*.json"))
+        return sorted(name for name in names if MODEL_NAME.fullmatch(name))
 
     def heads(self, circuit: str | None = None) -> pd.DataFrame:
         """One row per head, of one circuit (`qk` or `ov`) or of each: the scalars of `headgram.Spectrum`."""
@@ -51,6 +53,7 @@ class Atlas:
             If there is no such table, the model was not measured, or a file cannot be read.
         """
         import pandas as pd
+        import pyarrow as pa
 
         from headgram.results.tables import TABLES, read_table
 
@@ -62,9 +65,12 @@ class Atlas:
         for each in [model] if model else self.models:
             path = self.results / "atlas" / name / f"model={each}" / f"{name}.parquet"
             try:
-                table = read_table(path).to_pandas()
-            except OSError as error:
+                table = read_table(path)
+            except (OSError, pa.ArrowException) as error:
                 raise HeadgramError(f"{path} cannot be read ({error}): run `snakemake` again") from None
+            if not table.schema.equals(TABLES[name]):
+                raise HeadgramError(f"{path} has not the columns of the table '{name}': run `snakemake` again")
+            table = table.to_pandas()
             table.insert(0, "model", each)
             tables.append(table)
         joined: pd.DataFrame = pd.concat(tables, ignore_index=True)
