@@ -36,8 +36,8 @@ class Drift:
     ----------
     cosine : (n,)
         `<X, Y> / (‖X‖ ‖Y‖)`.
-    norm_ratio : (n,)
-        `‖Y‖ / ‖X‖`.
+    norm_before, norm_after, norm_ratio : (n,)
+        `‖X‖`, `‖Y‖` and `‖Y‖ / ‖X‖`.
     change_norm, change : (n,)
         `‖Δ‖`, and `‖Δ‖ / ‖X‖`.
     change_values : (n, 2r)
@@ -55,6 +55,8 @@ class Drift:
     """
 
     cosine: Float[Tensor, " n"]
+    norm_before: Float[Tensor, " n"]
+    norm_after: Float[Tensor, " n"]
     norm_ratio: Float[Tensor, " n"]
     change_norm: Float[Tensor, " n"]
     change: Float[Tensor, " n"]
@@ -115,6 +117,8 @@ def drift(before: Heads, after: Heads) -> Drift:
     floor = (left.rounding * right.row_sq + left.row_sq * right.rounding).sum(-1).sqrt()
     return Drift(
         cosine=ratio(ratio(product, norm_x), norm_y).clamp(-1, 1),
+        norm_before=norm_x,
+        norm_after=norm_y,
         norm_ratio=ratio(norm_y, norm_x),
         change_norm=change,
         change=ratio(change, norm_x),
@@ -129,8 +133,8 @@ def drift(before: Heads, after: Heads) -> Drift:
 
 
 def joined(parts: list[Drift]) -> Drift:
-    """Parts below one another."""
-    return Drift(**{field.name: torch.cat([getattr(part, field.name) for part in parts]) for field in fields(Drift)})
+    """Parts below one another, on the CPU."""
+    return Drift(**{field.name: torch.cat([getattr(part, field.name).cpu() for part in parts]) for field in fields(Drift)})
 
 
 def _check(before: Heads, after: Heads) -> None:
