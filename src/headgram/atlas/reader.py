@@ -57,19 +57,19 @@ class Atlas:
             raise HeadgramError(f"{self.results} holds no model with {given}")
         return Atlas(self.results, frozenset(chosen["model"]))
 
-    def heads(self) -> pd.DataFrame:
-        """One row per head: the scalars of `headgram.Spectrum`, keyed by model, stack, layer, head."""
-        return self.table("heads")
+    def heads(self, circuit: str | None = None) -> pd.DataFrame:
+        """One row per head, of one circuit (`qk` or `ov`) or of each: the scalars of `headgram.Spectrum`."""
+        return self._of_circuit("heads", circuit)
 
-    def spectra(self) -> pd.DataFrame:
+    def spectra(self, circuit: str | None = None) -> pd.DataFrame:
         """One row per head and index: singular value and signed eigenvalue of the symmetric part."""
-        return self.table("spectra")
+        return self._of_circuit("spectra", circuit)
 
-    def layers(self) -> pd.DataFrame:
+    def layers(self, circuit: str | None = None) -> pd.DataFrame:
         """One row per layer: quartiles over its heads, mean cosines to other layers, scores of the layer's whole form."""
-        return self.table("layers")
+        return self._of_circuit("layers", circuit)
 
-    def summary(self) -> pd.DataFrame:
+    def summary(self, circuit: str | None = None) -> pd.DataFrame:
         """One row per model, circuit and stack, the table `models`: what the model is, and medians over its heads.
 
         Every label of the manifest is a column `label_{name}`.
@@ -78,7 +78,7 @@ class Atlas:
 
         import pandas as pd
 
-        table = self.table("models")
+        table = self._of_circuit("models", circuit)
         labels = pd.DataFrame([json.loads(text) for text in table["labels"]], index=table.index)
         return table.drop(columns="labels").join(labels.add_prefix("label_"))
 
@@ -315,6 +315,11 @@ class Atlas:
             self.results / "atlas" / "directions" / f"{model}.pt", mmap=True, weights_only=True
         )
         return loaded[circuit]
+
+    def _of_circuit(self, name: str, circuit: str | None) -> pd.DataFrame:
+        """A table of all models; the rows of one circuit, if one is given."""
+        table = self.table(name)
+        return table if circuit is None else table[table["circuit"] == circuit].reset_index(drop=True)
 
     def _square(self, name: str, model: str, stack: str, circuit: str, value: str, keep: str | None = None) -> xr.DataArray:
         """A column of a table of layer pairs, as layers by layers by heads; `keep` is a constant column for the attributes."""
