@@ -2,6 +2,7 @@
 import contextlib
 import sys
 import tempfile
+from dataclasses import asdict
 from pathlib import Path
 
 from snakemake.exceptions import WorkflowError
@@ -268,10 +269,17 @@ def derive_shards(wildcards):
 
 
 def derive_facts(wildcards):
-    """What the lock says of a model. Its fingerprint covers all of it."""
+    """What the lock and the manifest say of a model. Its identity covers all of it."""
     plan = model_of(wildcards)
-    dtypes = [[*place, heads.locked.dtype] for place, heads in plan.heads.items()]
-    return canonical({"architecture": plan.entry.architecture, "stored_dtypes": dtypes})
+    return canonical(
+        {
+            "architecture": plan.entry.architecture,
+            "stored_dtypes": [
+                [*place, heads.locked.dtype] for place, heads in plan.heads.items()
+            ],
+            "labels": asdict(plan.labels),
+        }
+    )
 
 
 def derive_input(wildcards):
@@ -320,7 +328,9 @@ def beside_outputs(job):
         if heads.all_pairs and heads.stack.heads * len(heads.stack.layers) > DRAWN
         for layer in heads.stack.layers
     ]
-    return [PATHS.report(f"data/{name}.js") for name in [*PLAN.models, *layers]] + figures
+    return [
+        PATHS.report(f"data/{name}.js") for name in [*PLAN.models, *layers]
+    ] + figures
 
 
 def reported_figures():

@@ -19,14 +19,45 @@ PairColumn = Literal["gram", "cosine", "transposed", "symmetric", "antisymmetric
 class Atlas:
     """Tables and directions of all models of a results folder; made by `open_atlas`."""
 
-    def __init__(self, results: Path) -> None:
+    def __init__(self, results: Path, chosen: frozenset[str] | None = None) -> None:
         self.results = results  #: the folder
+        self._chosen = chosen
 
     @property
     def models(self) -> list[str]:
-        """Names of the measured models, sorted."""
-        names = (path.stem for path in (self.results / "provenance").glob("*.json"))
-        return sorted(name for name in names if MODEL_NAME.fullmatch(name))
+        """Names of the measured models, sorted; those that were chosen by `where`."""
+        found = (path.stem for path in (self.results / "provenance").glob("*.json"))
+        names = sorted(name for name in found if MODEL_NAME.fullmatch(name))
+        return names if self._chosen is None else [name for name in names if name in self._chosen]
+
+    def where(self, **wanted: Any) -> Atlas:
+        """The same atlas of fewer models: those of a lineage, a step, a label of the manifest, or any other column of `summary`.
+
+        Parameters
+        ----------
+        wanted
+            By column, one value or a list of them; the label `data` is the column `label_data`, and may be called `data`.
+
+        Raises
+        ------
+        HeadgramError
+            If there is no such column, or no such model.
+
+        Examples
+        --------
+        >>> headgram.open_atlas("results").where(lineage="pythia-70m", step=[0, 1000]).heads()  # doctest: +SKIP
+        """
+        table = self.summary()
+        chosen = table
+        for name, value in wanted.items():
+            column = name if name in table else f"label_{name}"
+            if column not in table:
+                raise HeadgramError(f"models have no '{name}'; there are: {', '.join(map(str, table.columns))}")
+            chosen = chosen[chosen[column].isin(value if isinstance(value, list | tuple | set) else [value])]
+        if chosen.empty:
+            given = ", ".join(f"{name} {value!r}" for name, value in wanted.items())
+            raise HeadgramError(f"{self.results} holds no model with {given}")
+        return Atlas(self.results, frozenset(chosen["model"]))
 
     def heads(self, circuit: str | None = None) -> pd.DataFrame:
         """One row per head, of one circuit (`qk` or `ov`) or of each: the scalars of `headgram.Spectrum`."""
@@ -41,8 +72,17 @@ class Atlas:
         return self._of_circuit("layers", circuit)
 
     def summary(self, circuit: str | None = None) -> pd.DataFrame:
-        """One row per model, circuit and stack, the table `models`: what the model is, and medians over its heads."""
-        return self._of_circuit("models", circuit)
+        """One row per model, circuit and stack, the table `models`: what the model is, and medians over its heads.
+
+        Every label of the manifest is a column `label_{name}`.
+        """
+        import json
+
+        import pandas as pd
+
+        table = self._of_circuit("models", circuit)
+        labels = pd.DataFrame([json.loads(text) for text in table["labels"]], index=table.index)
+        return table.drop(columns="labels").join(labels.add_prefix("label_"))
 
     def table(self, name: str, model: str | None = None) -> pd.DataFrame:
         """A table by its name, of one model or of all; the first column is the model.
@@ -55,26 +95,89 @@ class Atlas:
         import pandas as pd
         import pyarrow as pa
 
+        from headgram.results.paths import LINEAGE, Results
         from headgram.results.tables import TABLES, read_table
 
         if name not in TABLES:
             raise HeadgramError(f"the atlas has no table '{name}'; there are: {', '.join(TABLES)}")
         if model is not None:
             self._require(model)
+        paths = Results(str(self.results))
+        models = [model] if model else self.models
+        if name in LINEAGE:
+            pairs = [(each, other) for each in models for other in self.others(each)]
+            files = [(paths.pair_table(name, *pair), {"model": pair[0], "other": pair[1]}) for pair in pairs]
+        else:
+            files = [(paths.table(name, each), {"model": each}) for each in models]
         tables = []
-        for each in [model] if model else self.models:
-            path = self.results / "atlas" / name / f"model={each}" / f"{name}.parquet"
+        for path, keys in files:
             try:
-                table = read_table(path)
+                table = read_table(Path(path))
             except (OSError, pa.ArrowException) as error:
                 raise HeadgramError(f"{path} cannot be read ({error}): run `snakemake` again") from None
             if not table.schema.equals(TABLES[name]):
                 raise HeadgramError(f"{path} has not the columns of the table '{name}': run `snakemake` again")
-            table = table.to_pandas()
-            table.insert(0, "model", each)
-            tables.append(table)
+            tables.append(table.to_pandas().assign(**keys))
+        if not files:
+            tables, keys = [TABLES[name].empty_table().to_pandas().assign(model="", other="")], {"model": "", "other": ""}
         joined: pd.DataFrame = pd.concat(tables, ignore_index=True)
-        return joined
+        return joined[[*keys, *(column for column in joined if column not in keys)]]
+
+    def others(self, model: str) -> list[str]:
+        """Earlier models of its lineage that a model was compared with, in the tables `drift`, `changes` and `matches`."""
+        self._require(model)
+        return sorted(path.stem for path in (self.results / "provenance" / "lineage" / model).glob("*.json"))
+
+    def lineage(self, name: str) -> dict[str, float]:
+        """The steps of a lineage's models, in their order.
+
+        Raises
+        ------
+        HeadgramError
+            If there is no such lineage.
+        """
+        table = self.summary()
+        mine = table[table["lineage"] == name].drop_duplicates("model").sort_values("step")
+        if mine.empty:
+            known = ", ".join(sorted({each for each in table["lineage"] if each})) or "none"
+            raise HeadgramError(f"{self.results} holds no lineage '{name}'; there are: {known}")
+        return dict(zip(mine["model"], mine["step"], strict=True))
+
+    def trajectory(
+        self,
+        column: str,
+        lineage: str,
+        stack: str = "self",
+        circuit: str = "qk",
+        to: Literal["first", "previous"] | None = None,
+    ) -> xr.DataArray:
+        """A number of every head, or of every layer, over the steps of a lineage.
+
+        Parameters
+        ----------
+        column
+            Of the table `heads` or `layers`; with `to`, of the table `drift`.
+        to
+            What every model but the first is compared with: the first one of the lineage, or the previous one.
+
+        Returns
+        -------
+        xarray.DataArray, (steps, L, H) or (steps, L) float64
+            Dimensions `step`, `layer` and, for a number of heads, `head`; the coordinate `model` names the model of every step.
+
+        Raises
+        ------
+        HeadgramError
+            If there is no such lineage or column, or models were not compared: says which option asks for that.
+
+        Examples
+        --------
+        >>> atlas = headgram.open_atlas("results")  # doctest: +SKIP
+        >>> atlas.trajectory("cosine", "pythia-70m", to="first").min(["layer", "head"])  # doctest: +SKIP
+        """
+        from headgram.atlas.trajectories import trajectory
+
+        return trajectory(self, column, lineage, stack, circuit, to)
 
     def stacks(self, model: str, circuit: str = "qk") -> list[str]:
         """Names of a model's stacks of which a circuit was measured, in its order.

@@ -68,7 +68,7 @@ class Identity:
     fingerprint
         The model's, from the lock; a report's names all of its models.
     code
-        Digest of the stage's own modules.
+        Digest of the stage's own modules, and of what else a job is told: names of tensors, labels.
     upstream
         Keys of the artifacts that the stage reads.
     """

@@ -21,6 +21,7 @@ from headgram.results.claims import NAME as CLAIMS
 from headgram.results.claims import Writing, claim, settle
 from headgram.results.files import RESULTS, remove_temporaries, write_text
 from headgram.run import forkserver
+from headgram.study.lineages import misfits
 from headgram.study.lock import (
     Lock,
     LockedModel,
@@ -32,7 +33,7 @@ from headgram.study.lock import (
     remove_temporaries_of,
     write_lock,
 )
-from headgram.study.manifest import read_manifest
+from headgram.study.manifest import Manifest, read_manifest
 from headgram.study.options import load_config, read_options
 from headgram.study.plan import Plan, left_out, make_plan
 
@@ -65,9 +66,11 @@ class Run:
         self._forkserver: subprocess.Popen[bytes] | None = None
         self._progress: ProgressHandler | None = None
         os.environ[RESULTS] = os.path.normpath(self._results.absolute())  # for the jobs of this run
-        self.plan: Plan = make_plan(_locked(self._manifest) if is_job else self._checked(), config, scripts)
+        manifest = read_manifest(self._manifest)
+        entries = _locked(manifest) if is_job else self._checked(manifest)
+        self.plan: Plan = make_plan(entries, config, scripts, manifest.labels)
 
-    def _checked(self) -> dict[str, LockedModel]:
+    def _checked(self, manifest: Manifest) -> dict[str, LockedModel]:
         """The entries of the manifest's models, new ones resolved, old ones compared with their sources."""
         if self._results.is_symlink() and not self._results.exists():
             raise HeadgramError(
@@ -76,15 +79,15 @@ class Run:
             )
         if self._results.exists() and not self._results.is_dir():
             raise HeadgramError(f"The results folder {self._results} is a file: give another one (--config results=…).")
-        manifest = read_manifest(self._manifest)
         lock = read_lock(lock_path(self._manifest))
         missing = missing_rows(manifest.rows, lock)
         known = {row.name: lock.models[row.name] for row in manifest.rows if row not in missing}
         changed = [sentence for name, entry in known.items() for sentence in changes(name, entry)]
         doubtful = self._doubtful(known)
         self._new, problems = _resolve_elsewhere(self._manifest, doubtful) if missing or doubtful else ({}, [])
-        manifest.check(*changed, *problems)
-        return {**known, **self._new}
+        entries = {**known, **self._new}
+        manifest.check(*changed, *problems, *misfits(manifest.rows, entries))
+        return entries
 
     def _doubtful(self, known: Mapping[str, LockedModel]) -> list[str]:
         """Models whose files are younger than the lock, and not those that an earlier run found to be what was locked."""
@@ -165,15 +168,16 @@ def asked_by_study(results: Path) -> dict[str, str] | None:
         config = load_config(read_options(OPTIONS, given_to(results)))
         if Path(config.results).resolve() != results.resolve():
             return None
-        return make_plan(_locked(Path(config.manifest)), config, Path("workflow", "scripts")).records()
+        manifest = read_manifest(Path(config.manifest))
+        return make_plan(_locked(manifest), config, Path("workflow", "scripts"), manifest.labels).records()
     except (HeadgramError, OSError):
         return None
 
 
-def _locked(manifest: Path) -> dict[str, LockedModel]:
+def _locked(manifest: Manifest) -> dict[str, LockedModel]:
     """The entries of a manifest's models, as they are."""
-    models = read_lock(lock_path(manifest)).models
-    return {row.name: models[row.name] for row in read_manifest(manifest).rows if row.name in models}
+    models = read_lock(lock_path(manifest.path)).models
+    return {row.name: models[row.name] for row in manifest.rows if row.name in models}
 
 
 def _writings(workflow: Any, beside: Callable[[Any], Sequence[str]]) -> Iterator[Writing]:
