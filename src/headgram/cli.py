@@ -95,6 +95,8 @@ def inspect(
     console.print(table)
     if location.choice.index is not None:
         console.print("each tensor is read from the file that the index names for it")
+    for remark in checkpoint.remarks:
+        console.print(plain(remark))
     if others := location.choice.passed_over:
         console.print(plain(f"not read, since these were found first: {', '.join(others)}"))
     console.print(f"{len(location.weights)} weight file(s), {total:,} bytes; q and k are {share:.1%} of them")

@@ -6,28 +6,23 @@ import hashlib
 import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Self
+from typing import Any, Self
 
 from jaxtyping import Float
 from torch import Tensor
 
-from headgram.checkpoints.dimensions import find_layers, find_rules
+from headgram.checkpoints.bases import AnyLocation
+from headgram.checkpoints.declared import LONGEST_NAME, checked, declared_family
+from headgram.checkpoints.dimensions import find_layers, find_rules, gguf_rule
 from headgram.checkpoints.gguf_store import GgufStore
 from headgram.checkpoints.opening import locate, open_store
-from headgram.checkpoints.sources import HUB_DIGEST, Location
+from headgram.checkpoints.prefixes import unwrapped
+from headgram.checkpoints.sources import HUB_DIGEST
 from headgram.checkpoints.stores import TensorStore
 from headgram.errors import HeadgramError
 from headgram.families.layouts import LAYOUTS, QK, ROLES, Dimensions, Part, check_shapes, reads_of, undo_gguf_permutation
 from headgram.families.registry import Family, StackRule, family_of, family_of_gguf
 from headgram.geometry.checks import is_finite
-
-if TYPE_CHECKING:
-    from headgram.checkpoints.hub import RemoteLocation
-
-#: What a manifest may state when a checkpoint does not, or states it wrongly.
-OVERRIDES = ("model_type", "heads", "kv_heads", "head_dim")
-
-_LONGEST_NAME = 100
 
 
 @dataclass(frozen=True)
@@ -131,12 +126,20 @@ class Checkpoint:
         A tuple of `Stack`.
     location
         Where the files are.
+    remarks
+        How it is read, where that is not plain: sentences.
     """
 
     def __init__(
-        self, location: Location | RemoteLocation, store: TensorStore, architecture: str, stacks: tuple[Stack, ...]
+        self,
+        location: AnyLocation,
+        store: TensorStore,
+        architecture: str,
+        stacks: tuple[Stack, ...],
+        remarks: tuple[str, ...] = (),
     ) -> None:
         self.location = location
+        self.remarks = remarks
         self.architecture = architecture
         self.stacks = stacks
         self._store = store
@@ -273,83 +276,43 @@ def open_checkpoint(
     revision
         Branch, tag or commit of a hub id.
     overrides
-        Any of `model_type`, `heads`, `kv_heads`, `head_dim`, for a checkpoint that does not state them.
+        Any of `model_type`, `heads`, `kv_heads`, `head_dim`, for a checkpoint that does not state them; `base`, the source of
+        the checkpoint that an adapter changes; `prefix`, what stands before the model's names.
 
     Raises
     ------
     HeadgramError
         If the source cannot be found or read, its architecture is unknown, or its tensors disagree with its configuration.
     """
-    location = locate(os.fspath(source), revision)
+    given = checked(overrides or {})
+    location = locate(os.fspath(source), revision, given.get("base"))
     store = open_store(location)
-    given = {key: value for key, value in (overrides or {}).items() if value is not None}
-    if unknown := set(given) - set(OVERRIDES):
-        raise HeadgramError(f"unknown override '{sorted(unknown)[0]}'; there are: {', '.join(OVERRIDES)}")
-    for key, value in given.items():
-        if key != "model_type" and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
-            raise HeadgramError(f"the override {key} is {value!r:.60}, which should be a positive whole number")
+    remarks: tuple[str, ...] = ()
     if isinstance(store, GgufStore):
         architecture, family, stacks = _read_gguf(store, given)
     else:
-        architecture, family, stacks = _read_config(location, store, given)
+        config = location.config()
+        architecture, family, config = declared_family(location, config, given)
+        store, remarks = unwrapped(store, family, config, architecture, given)
+        rules = find_rules(store, family, config, architecture)
+        stacks = tuple(
+            _stack(store, rule, *find_layers(store, rule, prefix, config, architecture, given), architecture)
+            for rule, prefix in rules
+        )
     if not stacks:
         raise HeadgramError(f"a checkpoint of the family '{family.name}' should hold attention weights, but this one has none")
-    return Checkpoint(location, store, architecture, stacks)
-
-
-def _read_config(
-    location: Location | RemoteLocation, store: TensorStore, given: dict[str, Any]
-) -> tuple[str, Family, tuple[Stack, ...]]:
-    config = location.config()
-    if config is None and "model_type" not in given:
-        raise HeadgramError(f"{location.where} has no config.json: add it, or set `model_type` and `heads` in the manifest")
-    config = config or {}
-    architecture = given.get("model_type") or config.get("model_type")
-    if not isinstance(architecture, str) or len(architecture) > _LONGEST_NAME:
-        raise HeadgramError(f"the config.json of {location.where} names no model_type: set `model_type` in the manifest")
-    family = family_of(architecture)
-    if not family.stacks:
-        architecture = _text_type(config, architecture)
-        family = family_of(architecture)
-    rules = find_rules(store, family, config, architecture)
-    stacks = [
-        _stack(store, rule, *find_layers(store, rule, prefix, config, architecture, given), architecture)
-        for rule, prefix in rules
-    ]
-    return architecture, family, tuple(stacks)
-
-
-def _text_type(config: Mapping[str, Any], architecture: str) -> str:
-    """The type of a multimodal model's text tower."""
-    tower = config.get("text_config")
-    name = tower.get("model_type") if isinstance(tower, Mapping) else None
-    if not isinstance(name, str) or len(name) > _LONGEST_NAME:
-        raise HeadgramError(
-            f"the config.json of this '{architecture}' checkpoint names no text tower's type: set `model_type` in the manifest"
-        )
-    return name
+    if location.base:
+        remarks = (f"a LoRA adapter, merged into {location.base}", *remarks)
+    return Checkpoint(location, store, architecture, stacks, remarks)
 
 
 def _read_gguf(store: GgufStore, given: dict[str, Any]) -> tuple[str, Family, tuple[Stack, ...]]:
-    architecture = str(store.metadata.get("general.architecture"))[:_LONGEST_NAME]
+    architecture = str(store.metadata.get("general.architecture"))[:LONGEST_NAME]
     family = family_of(given["model_type"]) if "model_type" in given else family_of_gguf(architecture)
-    if family.gguf is None:
-        raise HeadgramError(f"the family '{family.name}' has no known GGUF naming")
+    rule, permuted = gguf_rule(family)
     meta = {key.removeprefix(f"{architecture}."): value for key, value in store.metadata.items()}
-    rule = StackRule(
-        name=family.stacks[0].name,
-        layout=family.gguf.layout,
-        block="blk.{layer}.",
-        modules=family.gguf.modules,
-        layers="block_count",
-        heads="attention.head_count",
-        kv_heads="attention.head_count_kv",
-        hidden="embedding_length",
-        head_dim="attention.key_length",
-        remarks=family.stacks[0].remarks,
-    )
     found = find_layers(store, rule, "", meta, architecture, given)
-    stack = _stack(store, rule, *found, architecture, permuted=family.gguf.permuted)
+    stack = _stack(store, rule, *found, architecture, permuted=permuted)
     return given.get("model_type") or architecture, family, (stack,)
 
 

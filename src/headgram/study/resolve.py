@@ -11,12 +11,10 @@ import json
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from pydantic import ValidationError
 
 from headgram.checkpoints.checkpoint import Checkpoint, Stack, open_checkpoint
-from headgram.checkpoints.sources import Location
 from headgram.errors import HeadgramError
 from headgram.foreign import first_problem, plain
 from headgram.forms.circuits import CIRCUITS
@@ -33,9 +31,6 @@ from headgram.study.lock import (
     read_lock,
 )
 from headgram.study.manifest import Row, read_manifest
-
-if TYPE_CHECKING:
-    from headgram.checkpoints.hub import RemoteLocation
 
 
 def main(manifest: Path, doubtful: Sequence[str]) -> None:
@@ -91,7 +86,7 @@ def resolve(row: Row) -> LockedModel:
     with checkpoint:
         stacks = tuple(_locked_stack(checkpoint, stack) for stack in checkpoint.stacks)
         location = checkpoint.location
-        files = tuple(locked_file(location, name) for name in _names(location))
+        files = tuple(locked_file(location, name) for name in (*location.weights, *location.described_by))
         content = {
             "architecture": checkpoint.architecture,
             "overrides": row.overrides,
@@ -102,6 +97,7 @@ def resolve(row: Row) -> LockedModel:
             revision=row.revision,
             overrides=row.overrides,
             commit=location.commit,
+            base=location.base,
             format=location.format,
             architecture=checkpoint.architecture,
             derived=derived is not None,
@@ -133,11 +129,6 @@ def _why_not(stack: Stack, circuit: str) -> str | None:
     if not reasons and circuit == "ov" and stack.output_width != stack.hidden:
         reasons = [f"its heads read a stream of width {stack.hidden} and write to one of width {stack.output_width}"]
     return reasons[0] if reasons else None
-
-
-def _names(location: Location | RemoteLocation) -> list[str]:
-    has_config = location.format != "gguf" and location.config() is not None
-    return [*location.weights, *(["config.json"] if has_config else [])]
 
 
 if __name__ == "__main__":
