@@ -27,11 +27,15 @@ rule all:
         else [],
 
 
-onstart:
+def begin_run():
     with headgram_errors():
         if workflow.local_exec:
             require_device(PLAN.config.device)
         RUN.begin(workflow, beside_outputs)
+
+
+onstart:
+    begin_run()
 
 
 onsuccess:
@@ -40,3 +44,7 @@ onsuccess:
 
 onerror:
     RUN.end()
+
+
+if not IS_MAIN:
+    add_handlers(workflow, begin_run, RUN.end)

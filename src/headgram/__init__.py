@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from headgram.checkpoints.checkpoint import open_checkpoint as open_checkpoint
     from headgram.errors import HeadgramError as HeadgramError
     from headgram.geometry.spectra import Spectrum as Spectrum
+    from headgram.run.project import SNAKEFILE as SNAKEFILE
     from headgram.tensors import gram as gram
     from headgram.tensors import spectrum as spectrum
 
@@ -31,6 +32,7 @@ _HOMES = {
     "open_checkpoint": "headgram.checkpoints.checkpoint",
     "HeadgramError": "headgram.errors",
     "Spectrum": "headgram.geometry.spectra",
+    "SNAKEFILE": "headgram.run.project",
     "spectrum": "headgram.tensors",
     "gram": "headgram.tensors",
 }

@@ -221,7 +221,7 @@ def test_the_lock_covers_base_and_adapter(pair):
     assert [file.name for file in first.files] == [
         "adapter_model.safetensors", "base:model.safetensors", "adapter_config.json", "base:config.json",
     ]  # fmt: skip
-    assert open_checkpoint(**first.how_to_open()).holds("self", 0, first.stacks[0].digests[0])
+    assert open_checkpoint(**first.how_to_open()).holds("self", 0, first.stacks[0].circuits["qk"].digests[0])
     assert not changes("one", first)
 
     def negated(path, name):
@@ -238,7 +238,7 @@ def test_the_lock_covers_base_and_adapter(pair):
         edit()
         second = locked(pair)
         assert second.fingerprint != first.fingerprint
-        assert second.stacks[0].digests[0] != first.stacks[0].digests[0]
+        assert second.stacks[0].circuits["qk"].digests[0] != first.stacks[0].circuits["qk"].digests[0]
         assert changes("one", first)
         first = second
 

@@ -14,7 +14,7 @@ from headgram.run.devices import require_device, wants_gpu
 from headgram.errors import HeadgramError
 from headgram.report.names import DRAWN, PROFILE_FIGURES, STACK_FIGURES
 from headgram.report.names import TABLES as REPORTED
-from headgram.run.startup import OPTIONS, Run
+from headgram.run.startup import OPTIONS, Run, add_handlers
 
 
 @contextlib.contextmanager
@@ -26,12 +26,16 @@ def headgram_errors():
         sys.exit(f"headgram: {error}")
 
 
+RULES = Path(workflow.current_basedir.get_path_or_uri(secret_free=True))
+# Else a module of somebody's workflow, whose config/config.yaml is not ours: all options are those of `config:`.
+IS_MAIN = workflow.modifier.is_main_snakefile()
+
 with headgram_errors():
     # Not by `configfile:`, which evaluates templates, code, in the file.
     RUN = Run(
-        OPTIONS,
+        OPTIONS if IS_MAIN else None,
         given=config,
-        scripts=Path(workflow.basedir) / "workflow" / "scripts",
+        scripts=RULES.parent / "scripts",
         is_job=workflow.remote_exec,
     )
 
@@ -322,7 +326,7 @@ def beside_outputs(job):
 
     Snakemake remembers with every output all inputs of its job, and here both would grow with the manifest.
     """
-    if job.rule.name != "report" or STORAGE:
+    if RECORDS["report"] not in job.output or STORAGE:
         return []
     figures = [file for file, *_ in stack_figures()]
     layers = [

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from headgram.atlas.reader import Atlas
-from headgram.errors import HeadgramError
+from headgram.errors import HeadgramError, require
 from headgram.geometry.ratios import cosines
 from headgram.geometry.same_index import same_index_products
 from headgram.results.factors import FactorFiles
@@ -67,6 +67,7 @@ def compare(atlas: Atlas, a: str, b: str, stack: str | None = None, circuit: str
     HeadgramError
         If a model, its stack or the circuit was not measured, or the two differ in layers or heads.
     """
+    require(atlas, Atlas, "compare takes what `open_atlas` gives")
     stack = stack or atlas.stacks(a)[0]
     tables = {model: atlas.of_heads("heads", model, stack, circuit).set_index(["layer", "head"]).sort_index() for model in (a, b)}
     if not tables[a].index.equals(tables[b].index):

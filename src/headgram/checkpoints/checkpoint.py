@@ -19,7 +19,7 @@ from headgram.checkpoints.opening import locate, open_store
 from headgram.checkpoints.prefixes import unwrapped
 from headgram.checkpoints.sources import HUB_DIGEST
 from headgram.checkpoints.stores import TensorStore
-from headgram.errors import HeadgramError
+from headgram.errors import HeadgramError, require
 from headgram.families.layouts import LAYOUTS, QK, ROLES, Dimensions, Part, check_shapes, reads_of, undo_gguf_permutation
 from headgram.families.registry import Family, StackRule, family_of, family_of_gguf
 from headgram.geometry.checks import is_finite
@@ -108,7 +108,7 @@ class Stack:
         roles = tuple(roles)
         for role in roles:
             if role not in ROLES:
-                raise HeadgramError(f"unknown role '{role:.60}'; there are: {', '.join(ROLES)}")
+                raise HeadgramError(f"unknown role {role!r:.60}; there are: {', '.join(ROLES)}")
             if role in self.missing:
                 raise HeadgramError(f"the stack '{self.name}' has no role '{role}' to read: {self.missing[role]}")
         wanted = reads_of(self._layout, roles)
@@ -194,6 +194,7 @@ class Checkpoint:
         torch.Size([4, 8, 32])
         """
         stack = self.stack(stack_name)
+        require(roles or (), Iterable, "Roles are a list of names")
         wanted = tuple(stack.roles if roles is None else roles)
         names = self._names(stack, layer, wanted)
         stored = {name: self._store.read(name) for name in dict.fromkeys(names.values())}
@@ -248,7 +249,7 @@ class Checkpoint:
         return state.hexdigest()
 
     def _names(self, stack: Stack, layer: int, roles: Iterable[str]) -> dict[str, str]:
-        if layer not in stack.layers:
+        if isinstance(layer, bool | float) or layer not in stack.layers:
             raise HeadgramError(f"the stack '{stack.name}' has no layer {layer}; it has {', '.join(map(str, stack.layers))}")
         return {tensor: stack._tensors[tensor].format(layer=layer) for tensor in stack._reads(roles)}
 
@@ -284,6 +285,9 @@ def open_checkpoint(
     HeadgramError
         If the source cannot be found or read, its architecture is unknown, or its tensors disagree with its configuration.
     """
+    require(source, (str, os.PathLike), "A source is a text or a path")
+    require(revision or "", str, "A revision is a text")
+    require(overrides or {}, Mapping, "Overrides are a mapping of names to values")
     given = checked(overrides or {})
     location = locate(os.fspath(source), revision, given.get("base"))
     store = open_store(location)

@@ -204,8 +204,8 @@ class Config(_Section):
     report: Report = Field(default_factory=Report, description=Report.__doc__)
 
 
-def read_options(path: Path, given: Mapping[str, Any]) -> dict[str, Any]:
-    """The options of a YAML file, if it is there, overruled by those that were given otherwise.
+def read_options(path: Path | None, given: Mapping[str, Any]) -> dict[str, Any]:
+    """The options of a YAML file, if there is one, overruled by those that were given otherwise.
 
     Plain data: Snakemake's own reader would evaluate templates in the file, which are code.
 
@@ -215,7 +215,7 @@ def read_options(path: Path, given: Mapping[str, Any]) -> dict[str, Any]:
         If the file is not plain YAML with keys at its top level.
     """
     try:
-        content = yaml.safe_load(path.read_bytes()) if path.exists() else None
+        content = yaml.safe_load(path.read_bytes()) if path and path.exists() else None
     except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         reason = " ".join(str(error).split())
         raise HeadgramError(f"{path} cannot be read as plain YAML ({reason:.300}).") from None

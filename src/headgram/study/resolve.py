@@ -52,7 +52,7 @@ def resolve_all(
         try:
             entry = models[row.name] = resolve(row)
             how = ", derived: the layout that is proven for its unknown type" if entry.derived else ""
-            progress(f"locked {row.name}: {entry.architecture}{how}, fingerprint {entry.fingerprint[:12]}")
+            progress(f"resolved {row.name}: {entry.architecture}{how}, fingerprint {entry.fingerprint[:12]}")
         except (HeadgramError, OSError) as error:
             problems.append(f"line {row.line} ({row.name}): {error}")
         except ValidationError as error:  # no lock could hold that
