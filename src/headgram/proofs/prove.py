@@ -33,7 +33,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from headgram.checkpoints.checkpoint import Checkpoint, Stack, open_checkpoint
+from headgram.checkpoints.checkpoint import Checkpoint, open_checkpoint
+from headgram.checkpoints.stack import Stack
 from headgram.errors import HeadgramError
 from headgram.families.layouts import ROLES
 from headgram.families.registry import Family, adopting, families, family_of

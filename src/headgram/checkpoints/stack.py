@@ -1,0 +1,159 @@
+"""A run of attention layers of a checkpoint: what it holds, and what can be read of it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+
+from headgram.checkpoints.around import Surroundings
+from headgram.checkpoints.dimensions import Section
+from headgram.checkpoints.stores import TensorStore
+from headgram.errors import HeadgramError
+from headgram.families.around import rule_of
+from headgram.families.layouts import LAYOUTS, QK, ROLES, Dimensions, Part, check_shapes, reads_of
+from headgram.families.registry import StackRule
+
+
+@dataclass(frozen=True)
+class Stack:
+    """A run of attention layers with equal head counts that read one residual stream.
+
+    Attributes
+    ----------
+    name
+        `self` for decoders and encoders; `encoder`, `decoder`, `cross` for encoder–decoders; `text`, `vision` for two towers.
+    layers
+        The true indices of its layers in the model.
+    heads, kv_heads, rank, hidden
+        `H`, `K`, `r` and `d`.
+    value_rank, output_width
+        `r_v`, and the width that heads write to; they differ from `r` and `d` in few families.
+    dtype
+        The stored precision of its queries and keys, in the file format's own word.
+    missing
+        The roles that cannot be read, each with a sentence that says why.
+    notes
+        What a reader of a role must know.
+    """
+
+    name: str
+    layers: tuple[int, ...]
+    heads: int
+    kv_heads: int
+    rank: int
+    hidden: int
+    value_rank: int
+    output_width: int
+    dtype: str
+    missing: Mapping[str, str]
+    notes: Mapping[str, str]
+    _tensors: dict[str, str] = field(repr=False, compare=False)
+    _nbytes: Mapping[str, int] = field(repr=False, compare=False)
+    _layout: str = field(repr=False, compare=False)
+    _permuted: bool = field(repr=False, compare=False)
+    _sizes: Mapping[str, int] = field(repr=False, compare=False)
+    _around: Surroundings = field(repr=False, compare=False)
+
+    @property
+    def roles(self) -> tuple[str, ...]:
+        """What can be read: `query` and `key`, and most often `value` and `output`."""
+        return tuple(role for role in ROLES if role not in self.missing)
+
+    @property
+    def qk_bytes(self) -> int:
+        """Bytes on disk of the tensors that hold its queries and keys."""
+        return self.nbytes(QK)
+
+    @property
+    def dimensions(self) -> Dimensions:
+        return Dimensions(self.heads, self.kv_heads, self.rank, self.hidden, self.value_rank, self.output_width, self._sizes)
+
+    def nbytes(self, roles: Iterable[str]) -> int:
+        """Bytes on disk of the tensors that hold these roles, each counted once.
+
+        Raises
+        ------
+        HeadgramError
+            As `Checkpoint.factors`.
+        """
+        keys = {self._tensors[tensor] for tensor in self._reads(roles)}
+        return sum(self._nbytes[key] for key in keys)
+
+    def _reads(self, roles: Iterable[str]) -> list[str]:
+        """What the layout reads for these roles, in the order of the family's data."""
+        roles = tuple(roles)
+        for role in roles:
+            if role not in ROLES:
+                raise HeadgramError(f"unknown role '{role:.60}'; there are: {', '.join(ROLES)}")
+            if role in self.missing:
+                raise HeadgramError(f"the stack '{self.name}' has no role '{role}' to read: {self.missing[role]}")
+        wanted = reads_of(self._layout, roles)
+        return [tensor for tensor in self._tensors if tensor in wanted]
+
+
+def stack_of(
+    store: TensorStore,
+    rule: StackRule,
+    tensors: dict[str, str],
+    layers: tuple[int, ...],
+    dims: Dimensions,
+    architecture: str,
+    place: str,
+    section: Section,
+    permuted: bool = False,
+) -> Stack:
+    """A stack whose layers and dimensions are known; `place` is what the names of a layer's modules begin with.
+
+    Raises
+    ------
+    HeadgramError
+        If its queries or keys cannot be read.
+    """
+    if dims.heads % dims.kv_heads:
+        raise HeadgramError(f"{dims.heads} query heads cannot share {dims.kv_heads} key heads evenly")
+    remarks = [remark for remark in rule.remarks if architecture in remark.types or not remark.types]
+    missing = {role: remark.text for remark in remarks if remark.unproven for role in remark.roles}
+    for part in LAYOUTS[rule.layout]:
+        problem = _problem(store, part, tensors, layers, dims)
+        if problem and set(part.gives) & set(QK):
+            raise HeadgramError(problem)
+        missing |= {role: problem for role in part.gives if problem and role not in missing}
+    around = rule_of(rule.around, architecture, section)
+    readable = reads_of(rule.layout, tuple(role for role in ROLES if role not in missing))
+    needed = [tensors[tensor].format(layer=layer) for tensor in rule.tensors(QK) for layer in layers]
+    return Stack(
+        name=rule.name,
+        layers=layers,
+        heads=dims.heads,
+        kv_heads=dims.kv_heads,
+        rank=dims.rank,
+        hidden=dims.hidden,
+        value_rank=dims.value_rank,
+        output_width=dims.output_width,
+        dtype="+".join(sorted({store.dtype(name) for name in needed})),
+        missing={role: missing[role] for role in ROLES if role in missing},
+        notes={role: remark.text for remark in remarks if not remark.unproven for role in remark.roles},
+        _tensors=tensors,
+        _nbytes={tensors[tensor]: sum(store.nbytes(tensors[tensor].format(layer=n)) for n in layers) for tensor in readable},
+        _layout=rule.layout,
+        _permuted=permuted,
+        _sizes=dims.sizes,
+        _around=Surroundings(around, section.at(layers), place, rule.modules, rule.layout, dims, permuted),
+    )
+
+
+def _problem(store: TensorStore, part: Part, tensors: Mapping[str, str], layers: tuple[int, ...], dims: Dimensions) -> str | None:
+    """Why a part of a layout cannot be read from a checkpoint, or None."""
+    if unnamed := [tensor for tensor in part.reads if tensor not in tensors]:
+        return f"the family's data names no tensor for its {unnamed[0]}"
+    for layer in layers:
+        names = {tensor: tensors[tensor].format(layer=layer) for tensor in part.reads}
+        if lacking := [name for name in names.values() if name not in store]:
+            return f"layer {layer}: the checkpoint lacks tensor {lacking[0]}"
+        try:
+            check_shapes(part, dims, {tensor: store.shape(name) for tensor, name in names.items()}, names)
+            for name in names.values():
+                store.dtype(name)  # refuses what cannot be read
+        except HeadgramError as error:
+            return f"layer {layer}: {error}"
+    return None
