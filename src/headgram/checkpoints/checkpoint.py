@@ -253,7 +253,7 @@ def _read_config(
             rule,
             *find_layers(store, rule, prefix, config, architecture, given),
             architecture,
-            prefix + rule.block,
+            prefix,
             Section.of(rule, config, architecture),
         )
         for rule, prefix in rules
@@ -293,5 +293,5 @@ def _read_gguf(store: GgufStore, given: dict[str, Any]) -> tuple[str, Family, tu
     )
     found = find_layers(store, rule, "", meta, architecture, given)
     section = Section(meta, architecture)
-    stack = stack_of(store, rule, *found, architecture, rule.block, section, permuted=family.gguf.permuted)
+    stack = stack_of(store, rule, *found, architecture, "", section, permuted=family.gguf.permuted)
     return given.get("model_type") or architecture, family, (stack,)

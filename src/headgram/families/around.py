@@ -68,7 +68,8 @@ class ScaleRule(_Entry):
 class AroundRule(_Entry):
     """What stands around the projections, for some types, in configurations that state `when`.
 
-    Of several, a later one says anew what it names and leaves the rest; what none names is not proven.
+    Of several, a later one says anew what it names and leaves the rest. Without any, nothing is proven. What a rule does not name is
+    what most models have: no norms of queries and keys, biases where the checkpoint holds them, scores over the root of the rank.
     """
 
     types: tuple[str, ...] = ()
@@ -89,6 +90,15 @@ class AroundRule(_Entry):
         return self
 
 
+_USUAL: dict[str, Any] = {
+    "query_norm": NormRule(kind="none"),
+    "key_norm": NormRule(kind="none"),
+    "biases": True,
+    "scale": ScaleRule(),
+    "cap": "",
+}
+
+
 def rule_of(rules: Iterable[AroundRule], architecture: str, config: _Stated) -> AroundRule:
     """What the rules that are about a type and a configuration say together."""
     said: dict[str, Any] = {}
@@ -96,7 +106,6 @@ def rule_of(rules: Iterable[AroundRule], architecture: str, config: _Stated) -> 
         if (rule.types and architecture not in rule.types) or any(config.get(key) != value for key, value in rule.when.items()):
             continue
         named = {name: getattr(rule, name) for name in rule.model_fields_set - {"types", "when", "unproven"}}
-        known = {role for name in named for role in (("query_bias", "key_bias") if name == "biases" else (name,))}
-        kept = {role: why for role, why in said.get("unproven", {}).items() if role not in known}
-        said |= {**named, "unproven": {**kept, **rule.unproven}}
-    return AroundRule(**said)
+        said = {**_USUAL, **said, **named, "unproven": {**said.get("unproven", {}), **rule.unproven}}
+    left_out = {"biases" if role.endswith("_bias") else role: None for role in said.get("unproven", {})}
+    return AroundRule(**{**said, **left_out})

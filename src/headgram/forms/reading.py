@@ -79,9 +79,8 @@ class Rotary:
             In tokens; a tensor `(width,)` has one for each column.
         """
         first, second = self.rows
-        angles = torch.as_tensor(offset, dtype=torch.float64, device=factors.device) * self.frequencies[:, None].to(
-            factors.device
-        )
+        offsets = torch.as_tensor(offset, dtype=torch.float64, device=factors.device)
+        angles = offsets * self.frequencies[:, None].to(factors.device)
         result = factors.double().clone()
         one, other = result[..., first, :], result[..., second, :]
         result[..., first, :] = one * angles.cos() - other * angles.sin()

@@ -7,8 +7,8 @@ with the two rows of plane `t` in queries and keys. The mean of `‖g(δ)‖²` 
 
     E_t = ½ (‖q_1‖² + ‖q_2‖²) (‖k_1‖² + ‖k_2‖²) = ½ (‖C_t‖² + ‖S_t‖²)
 
-if frequencies differ from each other and from 0. These energies are the counterpart, from weights alone, of the norms per frequency
-of Barbero et al., "Round and round we go! What makes rotary positional encodings useful?" (2024).
+if frequencies differ from each other and from 0. These energies are the counterpart, from weights alone, of the norms per
+frequency of Barbero et al., "Round and round we go! What makes rotary positional encodings useful?" (2024).
 """
 
 from __future__ import annotations
