@@ -80,11 +80,13 @@ def _kind(rule: RotaryRule, section: Section, layer: int) -> str | None:
     kinds = section.get("layer_types")
     if isinstance(kinds, list):
         return kinds[layer] if layer < len(kinds) and isinstance(kinds[layer], str) else None
-    period = section.find(rule.every) if rule.every else None
-    period = period or rule.period
-    if period is None:
-        return None
-    return _FULL if layer % period == rule.phase % period else _SLIDING
+    return None if (full := _is_full(rule, section, layer)) is None else _FULL if full else _SLIDING
+
+
+def _is_full(rule: RotaryRule, section: Section, layer: int) -> bool | None:
+    """Whether the layer is the one in every so many; None if the configuration does not say how many."""
+    period = (section.find(rule.every) if rule.every else None) or rule.period
+    return None if period is None else layer % period == rule.phase % period
 
 
 def rotary_of(rule: RotaryRule, section: Section, layer: int, rank: int, start: int, length: int | None) -> Rotary | None:
@@ -100,10 +102,11 @@ def rotary_of(rule: RotaryRule, section: Section, layer: int, rank: int, start: 
     kind = _kind(rule, section, layer)
     if rule.flags and not _flag(rule, section, layer):
         return None
-    if rule.only and kind is None:
-        raise HeadgramError(f"{section.whose} does not state `layer_types`, of which {rule.only} alone has rotary encoding")
-    if rule.only and kind != rule.only:
-        return None
+    if rule.only and not (rule.unless_null and section.get(rule.unless_null) is None):
+        if kind is None:
+            raise HeadgramError(f"{section.whose} does not state `layer_types`, of which {rule.only} alone has rotary encoding")
+        if kind != rule.only:
+            return None
     stated = _stated(section, kind)
     local = rule.local_base and kind == _SLIDING and not isinstance(section.get("rope_parameters"), Mapping)
     if local:
@@ -121,7 +124,7 @@ def rotary_of(rule: RotaryRule, section: Section, layer: int, rank: int, start: 
     if not 0 < width <= rank:
         raise HeadgramError(f"{section.whose} turns {width} of {rank} rows, which cannot be")
     frequencies, factor = _SCALINGS[name](_Parameters(stated, section, rank, width, base), length)
-    return Rotary(frequencies, rule.kind == "interleaved", start, factor)
+    return Rotary(rule.sign * frequencies, rule.kind == "interleaved", start, factor)
 
 
 def _flag(rule: RotaryRule, section: Section, layer: int) -> bool:
@@ -129,8 +132,8 @@ def _flag(rule: RotaryRule, section: Section, layer: int) -> bool:
     flags = section.get(rule.flags)
     if isinstance(flags, list) and layer < len(flags):
         return bool(flags[layer])
-    if flags in (None, []) and rule.period:
-        return layer % rule.period != rule.phase % rule.period
+    if flags in (None, []) and (full := _is_full(rule, section, layer)) is not None:
+        return not full
     raise HeadgramError(f"{section.whose} should have a list {rule.flags} with an entry for every layer")
 
 

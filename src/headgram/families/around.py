@@ -45,7 +45,9 @@ class RotaryRule(_Entry):
     local_base: str | None = None  # what they call the base of sliding layers, where that is another
     partial: float = 1  # the share of a head's rows that turn, where they leave it unsaid
     width: str | None = None  # what they call the number of rows that turn, where they state no share
+    sign: Literal[1, -1] = 1  # -1: they turn backwards
     only: str | None = None  # the one kind of `layer_types` that turns
+    unless_null: str | None = None  # all layers turn where they state null under this name
     flags: str | None = None  # what they call a list with a 0 for every layer that does not turn
     every: str | None = None  # what they call the number of layers of which one is full and the others slide
     period: int | None = None  # that number where they leave it unsaid
@@ -68,8 +70,8 @@ class ScaleRule(_Entry):
 class AroundRule(_Entry):
     """What stands around the projections, for some types, in configurations that state `when`.
 
-    Of several, a later one says anew what it names and leaves the rest. Without any, nothing is proven. What a rule does not name is
-    what most models have: no norms of queries and keys, biases where the checkpoint holds them, scores over the root of the rank.
+    Of several, a later one says anew what it names and leaves the rest. Without any, nothing is proven. What a rule does not name
+    is what most models have: no norms of queries and keys, biases where the checkpoint holds them, scores over the root of the rank.
     """
 
     types: tuple[str, ...] = ()

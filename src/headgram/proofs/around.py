@@ -2,7 +2,7 @@
 
 Queries and keys of tokens at different positions are followed from the stream: `x = N(h)`, with `h` what the block receives; then
 `q = R(p) N_q(W_Q x + b_Q)` and likewise for keys. Their cosines must be the model's. What softmax is given, in a run without
-norms, biases and positions, is `c tanh(scale x^T g x / c)`, and what is added by position alone: nothing, or the same in all layers.
+norms, biases and positions, is `c tanh(scale x^T g x / c)`, and what is added by position: nothing, or the same in all layers.
 """
 
 from __future__ import annotations
@@ -88,7 +88,10 @@ def norm_residual(call: Call, around: Around) -> float:
     if not inputs:
         raise HeadgramError(f"the model runs no block {around.block} around {call.module}")
     stream = inputs[0].double().reshape(-1, inputs[0].shape[-1])
-    return relative(stream if norm is None else _normed(stream, norm), call.x)
+    ours = stream if norm is None else _normed(stream, norm)
+    if norm is None or norm.bias is not None:
+        return relative(ours, call.x)
+    return relative(*(nn.functional.normalize(x, dim=-1) for x in (ours, call.x)))
 
 
 def chain_residual(one: Matched) -> float:
@@ -127,7 +130,8 @@ def scale_residual(layers: Sequence[Matched]) -> float:
         scaled = one.around.scale * scores
         logits = call.logits[..., : scores.shape[-1]]
         bounded = scaled if cap is None else cap * (scaled / cap).tanh()
-        left.append(torch.where((logits.abs() < -_MASKED), logits - bounded, math.nan))
+        difference = torch.where(logits.abs() < -_MASKED, logits - bounded, math.nan)
+        left.append(difference - difference.nanmean(-1, keepdim=True))  # softmax does not see what all of a row share
         sizes.append(float(bounded.abs().max()))
     alone = [float(difference.abs().nan_to_num().max()) for difference in left]
     shared = [float((difference - left[0]).abs().nan_to_num().max()) for difference in left[1:]] or [math.inf]
