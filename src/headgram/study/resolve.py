@@ -14,7 +14,8 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
-from headgram.checkpoints.checkpoint import Checkpoint, Stack, open_checkpoint
+from headgram.checkpoints.checkpoint import Checkpoint, open_checkpoint
+from headgram.checkpoints.stack import Stack
 from headgram.errors import HeadgramError
 from headgram.foreign import first_problem, plain
 from headgram.forms.circuits import CIRCUITS
