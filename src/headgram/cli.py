@@ -98,6 +98,7 @@ def spans(layers: tuple[int, ...]) -> str:
 
 _Results = Annotated[Path, typer.Option(help="The results folder.")]
 _Stack = Annotated[Optional[str], typer.Option(help="Which stack; see the command's description if not given.")]  # noqa: UP045
+_Circuit = Annotated[Literal["qk", "ov"], typer.Option(help="What heads look for, or what they move.")]
 _Top = Annotated[int, typer.Option(min=1, help="Rows of each list of heads.")]
 
 
@@ -106,6 +107,7 @@ def show(
     model: Annotated[Optional[str], typer.Argument(help="A measured model; a line for each if none is given.")] = None,  # noqa: UP045
     results: _Results = Path("results"),
     stack: _Stack = None,
+    circuit: _Circuit = "qk",
     top: _Top = 5,
 ) -> None:
     """Show a measured model: its layers, its most and least symmetric heads, its strongest couplings; of all stacks."""
@@ -116,7 +118,7 @@ def show(
     if model is None:
         show_models(atlas, console())
     else:
-        show_model(atlas, model, stack, top, console())
+        show_model(atlas, model, stack, circuit, top, console())
 
 
 @app.command()
@@ -125,6 +127,7 @@ def compare(
     after: Annotated[str, typer.Argument(help="Another one with the same layers and heads, such as another revision.")],
     results: _Results = Path("results"),
     stack: _Stack = None,
+    circuit: _Circuit = "qk",
     top: _Top = 10,
     out: Annotated[Optional[Path], typer.Option(help="Also write a row per head to this CSV file.")] = None,  # noqa: UP045
 ) -> None:
@@ -134,7 +137,7 @@ def compare(
     from headgram.atlas.reader import open_atlas
     from headgram.results.files import write_text
 
-    comparison = compare_models(open_atlas(results), before, after, stack)
+    comparison = compare_models(open_atlas(results), before, after, stack, circuit)
     show_comparison(comparison, top, console())
     if out:
         write_text(out, comparison.heads.to_csv(index=False))
@@ -146,7 +149,8 @@ def export(
     models: Annotated[Optional[list[str]], typer.Argument(help="Measured models; all if none is given.")] = None,  # noqa: UP045
     to: Annotated[Path, typer.Option(help="The folder to write to.")] = Path("export"),
     format: Annotated[
-        Literal["csv", "netcdf"], typer.Option(help="A CSV file per table, or a NetCDF file per model with a group per stack.")
+        Literal["csv", "netcdf"],
+        typer.Option(help="A CSV file per table, or a NetCDF file per model with a group per circuit and stack."),
     ] = "csv",
     results: _Results = Path("results"),
 ) -> None:

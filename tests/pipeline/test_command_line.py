@@ -45,7 +45,8 @@ def atlas(finished):
 
 def test_show_says_what_the_tables_say(finished, atlas):
     printed = headgram_command(finished, "show", "tiny-llama", "--top", "3")
-    assert "tiny-llama, stack self: llama, 4 layers of 4 heads (2 of keys), rank 8, width 32, stored as F32" in printed
+    facts = "llama, 4 layers of 4 heads (2 factors shared by heads), rank 8, width 32, stored as F32"
+    assert f"tiny-llama, circuit qk, stack self: {facts}" in printed
     layers = atlas.layers().query("model == 'tiny-llama'")
     expected = [[str(row.layer), f"{row.symmetry_median:.3f}", f"{row.layer_symmetry_score:+.3f}"] for row in layers.itertuples()]
     assert rows(printed, "Layers: ", 3) == expected
@@ -62,8 +63,8 @@ def test_show_says_what_the_tables_say(finished, atlas):
 def test_show_without_a_name_lists_the_models(finished):
     printed = headgram_command(finished, "show")
     assert [row[:4] for row in rows(printed, "Models: ", 4)] == [
-        ["tiny-bert", "self", "bert", "3"],
-        ["tiny-llama", "self", "llama", "4"],
+        ["tiny-bert", "qk", "self", "bert", "3"],
+        ["tiny-llama", "qk", "self", "llama", "4"],
     ]
 
 
@@ -96,7 +97,7 @@ def test_csv_holds_every_table_to_the_last_bit(finished, atlas, tmp_path):
 def test_netcdf_holds_every_table_with_named_dimensions(finished, atlas, tmp_path):
     headgram_command(finished, "export", "tiny-llama", "--to", str(tmp_path), "--format", "netcdf")
     assert [path.name for path in tmp_path.iterdir()] == ["tiny-llama.nc"]
-    with xr.open_dataset(tmp_path / "tiny-llama.nc", group="self") as data:
+    with xr.open_dataset(tmp_path / "tiny-llama.nc", group="qk/self") as data:
         for name in ("gram", "cosine", "antisymmetric", "z"):
             np.testing.assert_array_equal(data[name], atlas.gram("tiny-llama", value=name))
         np.testing.assert_array_equal(data["left"], atlas.overlap("tiny-llama", side="left"))

@@ -127,8 +127,8 @@ def test_equal_indices_alone(finished, tmp_path):
 def test_one_row_per_model_and_stack(atlas):
     table = atlas.summary().set_index("model")
     llama = table.loc["tiny-llama"]
-    facts = ["stack", "architecture", "stored_dtype", "layers", "heads", "kv_heads", "rank", "hidden", "directions"]
-    assert list(llama[facts]) == ["self", "llama", "F32", 4, 4, 2, 8, 32, 8]
+    facts = ["circuit", "stack", "architecture", "stored_dtype", "layers", "heads", "kv_heads", "rank", "hidden", "directions"]
+    assert list(llama[facts]) == ["qk", "self", "llama", "F32", 4, 4, 2, 8, 32, 8]
     heads = atlas.heads().query("model == 'tiny-llama'")
     for name in NUMBERS:
         assert llama[f"{name}_median"] == pytest.approx(heads[name].median())

@@ -17,7 +17,7 @@ def jobs(*stages: str, models=("tiny-llama", "tiny-bert")) -> set[str]:
     for model in models:
         last, runs = MODELS[model]
         spans = [f"layers-{first:03d}-{final:03d}" for first, final in runs]
-        of = f"{model}, stack self"
+        of = f"{model}, stack self, circuit qk"
         if "extract" in stages:
             found.add(f"Extracting {of}, layers-000-{last:03d}")
         if "eigen" in stages:
@@ -214,7 +214,7 @@ def test_a_lost_file_is_made_again(finished, tmp_path):
     project = finished.copy(tmp_path / "project")
     (project.folder / "results" / "atlas" / "heads" / "model=tiny-bert" / "heads.parquet").unlink()
     assert project.planned() == jobs("merge", "derive", models=["tiny-bert"])
-    (project.folder / "results" / "models" / "tiny-bert" / "self" / "eigen" / "layers-000-001.pt").write_bytes(b"cut")
+    (project.folder / "results" / "models" / "tiny-bert" / "self" / "qk" / "eigen" / "layers-000-001.pt").write_bytes(b"cut")
     assert project.planned() == {"Spectra of tiny-bert, stack self, layers-000-001"} | jobs(
         "merge", "derive", models=["tiny-bert"]
     )

@@ -137,7 +137,7 @@ def forged(path: Path, content: bytes, **changes: object) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(content)
     record = record_of(path)
-    seal(record, Provenance(IDENTITY, "m", "self"), [path])
+    seal(record, Provenance(IDENTITY, "m", "self", "qk"), [path])
     resealed = json.loads(record.read_text()) | changes
     del resealed["record"]
     record.write_text(_sealed_text(resealed))
@@ -151,7 +151,7 @@ def test_pickles_in_results_run_nothing(tmp_path):
     for content in (path.read_bytes(), pickle.dumps(bomb)):
         forged(path, content)
         with pytest.raises((pickle.UnpicklingError, RuntimeError)):
-            FactorFiles([path], IDENTITY.key)
+            FactorFiles([path], IDENTITY.key, "qk")
     assert not (tmp_path / "executed").exists()
 
 

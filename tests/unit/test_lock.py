@@ -24,8 +24,10 @@ def test_a_locked_model_holds_all_that_the_plan_needs(manifest):
     entry = resolve(read_manifest(manifest).rows[0])
     (stack,) = entry.stacks
     assert (entry.format, entry.architecture, entry.commit) == ("safetensors", "llama", None)
-    assert (stack.layers, stack.heads, stack.kv_heads, stack.rank, stack.hidden) == ((0, 1, 2, 3), 4, 2, 8, 32)
-    assert len(set(stack.digests)) == 4
+    assert (stack.layers, stack.heads, stack.kv_heads, stack.circuits["qk"].rank, stack.hidden) == ((0, 1, 2, 3), 4, 2, 8, 32)
+    assert len(set(stack.circuits["qk"].digests)) == 4
+    assert (list(stack.circuits), list(stack.missing)) == (["qk"], ["ov"])
+    assert "o_proj" in stack.missing["ov"]
     assert [file.name for file in entry.files] == ["model.safetensors", "config.json"]
 
 
@@ -81,10 +83,10 @@ def test_a_changed_byte_of_a_large_file_is_found_by_extraction(tmp_path, monkeyp
     start = data.index(query)
     next(i for i in range(start, start + len(query)) if flip(data, i, path) and not changes("m", entry))
     source = {"source": "m", "revision": None, "overrides": {}}
-    provenance = Provenance(Identity("extract", "{}", entry.fingerprint, "c"), "m", "self")
+    provenance = Provenance(Identity("extract", "{}", entry.fingerprint, "c"), "m", "self", "qk")
     stack = entry.stacks[0]
     with pytest.raises(HeadgramError, match=r"model m, stack self: layer 1 changed since it was locked"):
-        extract(tmp_path / "out.pt", source, stack.layers, stack.digests, "stored", provenance)
+        extract(tmp_path / "out.pt", source, stack.layers, stack.circuits["qk"].digests, "stored", provenance)
     assert not (tmp_path / "out.pt").exists()
 
 
@@ -104,8 +106,8 @@ def test_a_damaged_lock_is_refused(manifest, text):
 
 
 def test_a_lock_of_another_version_is_refused(manifest):
-    lock_path(manifest).write_text(json.dumps(Lock(schema_version=2).model_dump()))
-    with pytest.raises(HeadgramError, match="version 2"):
+    lock_path(manifest).write_text(json.dumps(Lock(schema_version=1).model_dump()))
+    with pytest.raises(HeadgramError, match="version 1, but this headgram writes version 2"):
         read_lock(lock_path(manifest))
 
 
@@ -167,8 +169,8 @@ def test_layers_of_several_precisions_keep_them(tmp_path):
     tensors[name] = tensors[name].half()
     tensors["model.layers.2.self_attn.q_proj.weight"] *= 1e6
     checkpoint = open_checkpoint(write_llama(tmp_path / "m", layers=3, tensors=tensors))
-    w_q, w_k = read_layers(checkpoint, "self", (0, 1, 2), "stored")
+    factors = read_layers(checkpoint, "self", (0, 1, 2), ("query", "key"), "stored")
     for layer in range(3):
         q, k = checkpoint.qk("self", layer)
-        assert torch.equal(w_q[layer], q.float())
-        assert torch.equal(w_k[layer], k)
+        assert torch.equal(factors["query"][layer], q.float())
+        assert torch.equal(factors["key"][layer], k)

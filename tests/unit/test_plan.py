@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from locked import locked_llama
 
+from headgram.errors import HeadgramError
 from headgram.study import plan as study_plan
 from headgram.study.keys import modules_of
 from headgram.study.options import Config, load_config
@@ -19,8 +20,8 @@ from headgram.study.plan import make_plan
 SCRIPTS = Path(__file__).parents[2] / "workflow" / "scripts"
 
 
-def stack_plan(config=None, **shape):
-    return make_plan({"m": locked_llama(**shape)}, config or Config(), SCRIPTS).models["m"].stacks["self"]
+def heads_plan(config=None, **shape):
+    return make_plan({"m": locked_llama(**shape)}, config or Config(), SCRIPTS).models["m"].heads["qk", "self"]
 
 
 @settings(max_examples=30)
@@ -31,7 +32,7 @@ def stack_plan(config=None, **shape):
 )
 def test_every_layer_and_every_pair_is_measured_once(layers, shape, budget):
     heads, kv_heads, rank, hidden = shape
-    plan = stack_plan(
+    plan = heads_plan(
         load_config({"memory_budget": budget}), layers=layers, heads=heads, kv_heads=kv_heads, rank=rank, hidden=hidden
     )
     everything = list(range(layers))
@@ -46,9 +47,9 @@ def test_every_layer_and_every_pair_is_measured_once(layers, shape, budget):
 
 
 def test_small_models_take_one_job_per_stage_and_large_ones_fit_the_budget():
-    small = stack_plan()
+    small = heads_plan()
     assert (len(small.groups), len(small.shards), len(small.tiles)) == (1, 1, 1)
-    large = stack_plan(layers=126, heads=128, kv_heads=8, rank=128, hidden=16384)
+    large = heads_plan(layers=126, heads=128, kv_heads=8, rank=128, hidden=16384)
     head_bytes = 2 * 128 * 16384 * (2 + 4)  # W_Q and W_K of one head and layer, as stored and in float32
     assert max(len(tile) for tile in large.tiles) * head_bytes * 2 <= 2**30 + 2 * head_bytes
     assert len(large.shards) == 126
@@ -56,7 +57,7 @@ def test_small_models_take_one_job_per_stage_and_large_ones_fit_the_budget():
 
 def test_given_sizes_are_kept():
     config = load_config({"eigen": {"layers_per_job": 7}, "gram": {"layers_per_tile": 4}})
-    plan = stack_plan(config)
+    plan = heads_plan(config)
     assert max(map(len, plan.shards.values())) <= 7
     assert max(map(len, plan.tiles)) <= 4
 
@@ -75,7 +76,34 @@ def test_given_sizes_are_kept():
 )
 def test_keys_follow_the_contract(change, stages):
     before, after = (make_plan({"m": locked_llama()}, load_config(raw), SCRIPTS).models["m"].identities for raw in ({}, change))
-    assert {stage for stage in before if before[stage].key != after[stage].key} == stages
+    changed = {stage for stage in before if before[stage].key != after[stage].key}
+    assert {stage for stage, circuit in changed if circuit != "ov"} == stages
+    without = {"eigen"} if "original" in change else set()  # the original script knows no other circuit
+    assert {stage for stage, circuit in changed if circuit != "qk"} == stages - without
+
+
+@pytest.mark.parametrize("circuits", [["qk"], ["ov"], ["ov", "qk"]])
+def test_a_circuit_makes_nothing_of_another_stale(circuits):
+    both, some = (make_plan({"m": locked_llama()}, load_config(raw), SCRIPTS).models["m"] for raw in ({}, {"circuits": circuits}))
+    assert some.circuits == circuits
+    assert {place[0] for place in some.heads} == set(circuits)
+    measured = {(stage, circuit) for stage in ("extract", "eigen", "gram") for circuit in circuits}
+    assert {place for place in some.identities if place[1]} == measured
+    assert all(some.identities[place] == both.identities[place] for place in measured)
+    assert some.identities["merge", ""] != both.identities["merge", ""]
+
+
+def test_a_circuit_that_cannot_be_read_is_left_out_with_its_reason():
+    entry = locked_llama()
+    (stack,) = entry.stacks
+    reason = "layer 0: the checkpoint lacks tensor o_proj"
+    poor = stack.model_copy(update={"circuits": {"qk": stack.circuits["qk"]}, "missing": {"ov": reason}})
+    models = {"m": entry.model_copy(update={"stacks": (poor,)})}
+    plan = make_plan(models, Config(), SCRIPTS)
+    assert list(plan.models["m"].heads) == [("qk", "self")]
+    assert study_plan.left_out(plan) == [f"m, stack self: without the circuit ov: {reason}"]
+    with pytest.raises(HeadgramError, match="m has none of the circuits ov: layer 0: the checkpoint lacks tensor o_proj"):
+        make_plan(models, load_config({"circuits": ["ov"]}), SCRIPTS)
 
 
 def test_a_report_follows_from_all_models_and_their_order():
@@ -123,11 +151,11 @@ def test_all_pairs_unless_they_cost_too_much(monkeypatch):
     def plan(pairs):
         return study_plan.make_plan({"one": locked_llama()}, load_config({"gram": {"pairs": pairs}}), SCRIPTS)
 
-    assert plan("auto").models["one"].stacks["self"].all_pairs
-    assert not plan("same").models["one"].stacks["self"].all_pairs
+    assert plan("auto").models["one"].heads["qk", "self"].all_pairs
+    assert not plan("same").models["one"].heads["qk", "self"].all_pairs
     assert study_plan.left_out(plan("auto")) == study_plan.left_out(plan("same")) == []
     monkeypatch.setattr(study_plan, "MOST_PAIR_FLOPS", 1.0)
-    assert plan("all").models["one"].stacks["self"].all_pairs
-    assert not plan("auto").models["one"].stacks["self"].all_pairs
+    assert plan("all").models["one"].heads["qk", "self"].all_pairs
+    assert not plan("auto").models["one"].heads["qk", "self"].all_pairs
     (sentence,) = study_plan.left_out(plan("auto"))
     assert sentence.startswith("one: all heads with all would cost more than 1e+00 operations")

@@ -127,12 +127,12 @@ def test_the_smallest_stacks_have_a_page_and_figures(chrome, tmp_path, layers, h
         found.select("depth", "relative")
         assert len(found.rows("form-head", "cells")) == layers**2
         assert found.complaints == []
-    assert list(stack_figures("m", "self", each)) == list(STACK_FIGURES)
+    assert list(stack_figures("m", "qk/self", each)) == list(STACK_FIGURES)
 
 
 def test_figures_are_pictures_of_their_own():
     models = {f"m{i}": stack(4, 3, 8, seed=i) for i in range(9)}
-    drawn = stack_figures("m0", "cross", models["m0"]) | profile_figures({name: each.summary for name, each in models.items()})
+    drawn = stack_figures("m0", "qk/cross", models["m0"]) | profile_figures({name: each.summary for name, each in models.items()})
     assert list(drawn) == [*STACK_FIGURES, *PROFILE_FIGURES]
     for text in drawn.values():
         assert text.startswith("<svg")
@@ -140,7 +140,7 @@ def test_figures_are_pictures_of_their_own():
     assert "Cosine of layer pairs, mean over heads: m0, cross" in drawn["cosine"]
     assert "m7" in drawn["stable_rank"]
     assert "m8" not in drawn["stable_rank"]
-    assert drawn == stack_figures("m0", "cross", models["m0"]) | profile_figures(
+    assert drawn == stack_figures("m0", "qk/cross", models["m0"]) | profile_figures(
         {name: each.summary for name, each in models.items()}
     )
 

@@ -30,8 +30,8 @@ class Comparison:
 
     Attributes
     ----------
-    a, b, stack
-        The two models, and the stack of theirs.
+    a, b, stack, circuit
+        The two models, the stack of theirs, and the circuit.
     heads
         A row per layer and head: every number of the table `heads` as `{number}_a` and `{number}_b`; `right`, `left`, `signed`,
         the overlaps of the two heads' directions, if both have one width; and `cosine`, of the two heads' forms.
@@ -44,12 +44,13 @@ class Comparison:
     a: str
     b: str
     stack: str
+    circuit: str
     heads: pd.DataFrame
     expected: float | None
     why_no_cosine: str | None
 
 
-def compare(atlas: Atlas, a: str, b: str, stack: str | None = None) -> Comparison:
+def compare(atlas: Atlas, a: str, b: str, stack: str | None = None, circuit: str = "qk") -> Comparison:
     """Compare the heads of two measured models, or of two revisions of one.
 
     Cosines are exact: they are taken of the extracted weights that the results folder still holds.
@@ -58,14 +59,16 @@ def compare(atlas: Atlas, a: str, b: str, stack: str | None = None) -> Compariso
     ----------
     stack
         Which stack of both; the first of `a` if not given.
+    circuit
+        `qk` or `ov`.
 
     Raises
     ------
     HeadgramError
-        If a model or its stack was not measured, or the two differ in layers or heads.
+        If a model, its stack or the circuit was not measured, or the two differ in layers or heads.
     """
     stack = stack or atlas.stacks(a)[0]
-    tables = {model: _heads(atlas, model, stack) for model in (a, b)}
+    tables = {model: atlas.of_heads("heads", model, stack, circuit).set_index(["layer", "head"]).sort_index() for model in (a, b)}
     if not tables[a].index.equals(tables[b].index):
         sizes = [f"{model} has {_size(table)}" for model, table in tables.items()]
         raise HeadgramError(f"only models with the same layers and heads can be compared head by head: {', '.join(sizes)}")
@@ -75,7 +78,7 @@ def compare(atlas: Atlas, a: str, b: str, stack: str | None = None) -> Compariso
     shapes = [_shape(tables[model]) for model in (a, b)]
     expected = None
     if shapes[0]["hidden"] == shapes[1]["hidden"]:
-        directions = [atlas.directions(model)[stack] for model in (a, b)]
+        directions = [atlas.directions(model, circuit)[stack] for model in (a, b)]
         for side in SIDES:
             heads[side] = _overlaps(directions[0][side], directions[1][side])
         expected = max(part["right"].shape[2] for part in directions) / shapes[0]["hidden"]
@@ -85,17 +88,10 @@ def compare(atlas: Atlas, a: str, b: str, stack: str | None = None) -> Compariso
     why_not = f"the forms differ in shape ({', '.join(different)}), so they have no cosine" if different else None
     if not why_not:
         try:
-            heads.insert(0, "cosine", _cosines(heads, _weights(atlas, a, stack), _weights(atlas, b, stack)))
+            heads.insert(0, "cosine", _cosines(heads, *(_weights(atlas, model, stack, circuit) for model in (a, b))))
         except HeadgramError as error:
             why_not = str(error)
-    return Comparison(a, b, stack, heads.reset_index(), expected, why_not)
-
-
-def _heads(atlas: Atlas, model: str, stack: str) -> pd.DataFrame:
-    table = atlas.table("heads", model)
-    if stack not in set(table["stack"]):
-        raise HeadgramError(f"the model '{model}' has no stack '{stack}'; there are: {', '.join(atlas.stacks(model))}")
-    return table[table["stack"] == stack].set_index(["layer", "head"]).sort_index()
+    return Comparison(a, b, stack, circuit, heads.reset_index(), expected, why_not)
 
 
 def _size(table: pd.DataFrame) -> str:
@@ -116,15 +112,15 @@ def _overlaps(a: torch.Tensor, b: torch.Tensor) -> np.ndarray:
     return torch.cat(found).numpy()
 
 
-def _weights(atlas: Atlas, model: str, stack: str) -> FactorFiles:
+def _weights(atlas: Atlas, model: str, stack: str, circuit: str) -> FactorFiles:
     """The extracted weights from which a model was measured."""
     record: dict[str, Any] = read_record(atlas.results / "provenance" / f"{model}.json")
-    key = record["stages"]["extract"]["key"]
-    folder = atlas.results / "models" / model / stack / "weights"
+    key = record["stages"]["extract"][circuit]["key"]
+    folder = atlas.results / "models" / model / stack / circuit / "weights"
     current = [path for path in sorted(folder.glob("*.json")) if read_record(path)["key"] == key]
     if not current:
         raise HeadgramError(f"the extracted weights of {model} are no longer in {folder}, so there are no cosines")
-    return FactorFiles([path.with_suffix(".pt") for path in current], key)
+    return FactorFiles([path.with_suffix(".pt") for path in current], key, circuit)
 
 
 def _cosines(heads: pd.DataFrame, a: FactorFiles, b: FactorFiles) -> np.ndarray:

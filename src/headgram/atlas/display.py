@@ -78,8 +78,8 @@ _COLUMNS: Mapping[str, tuple[str, Callable[[Any], str]]] = {
     "cosine_all": ("to\nall", _signed),
     "cosine_adjacent": ("to the\nnext", _signed),
     "z": ("z", lambda value: f"{value:+.1f}"),
-    "right": ("query\noverlap", _plain),
-    "left": ("key\noverlap", _plain),
+    "right": ("right\noverlap", _plain),
+    "left": ("left\noverlap", _plain),
     "signed": ("signed\noverlap", _plain),
     "layer_a": ("layer", str),
     "layer_b": ("layer", str),
@@ -94,8 +94,8 @@ _COLUMNS: Mapping[str, tuple[str, Callable[[Any], str]]] = {
 
 
 def show_models(atlas: Atlas, out: Console) -> None:
-    """A line per measured model and stack."""
-    columns = ["model", "stack", "architecture", "layers", "heads", "kv_heads", "rank", "hidden", "stored_dtype"]
+    """A line per measured model, circuit and stack."""
+    columns = ["model", "circuit", "stack", "architecture", "layers", "heads", "kv_heads", "rank", "hidden", "stored_dtype"]
     columns += ["symmetry_median", "directionality_median", "cosine_adjacent"]
     out.print(
         _table(
@@ -106,24 +106,26 @@ def show_models(atlas: Atlas, out: Console) -> None:
     )
 
 
-def show_model(atlas: Atlas, model: str, stack: str | None, top: int, out: Console) -> None:
+def show_model(atlas: Atlas, model: str, stack: str | None, circuit: str, top: int, out: Console) -> None:
     """The layers of a model, its most and least symmetric heads, and the strongest couplings between layers.
 
     Parameters
     ----------
     stack
         Which stack; all if not given.
+    circuit
+        `qk` or `ov`.
     top
         Rows of each list of heads.
 
     Raises
     ------
     HeadgramError
-        If the model or the stack was not measured.
+        If the model, the stack or the circuit was not measured.
     """
-    for name in [stack] if stack else atlas.stacks(model):
-        couplings = _couplings(atlas, model, name)  # refuses an unknown stack
-        facts, layers, heads = (_of_stack(atlas.table(table, model), name) for table in ("models", "layers", "heads"))
+    for name in [stack] if stack else atlas.stacks(model, circuit):
+        couplings = _couplings(atlas, model, name, circuit)
+        facts, layers, heads = (atlas.of_heads(table, model, name, circuit) for table in ("models", "layers", "heads"))
         _show_facts(model, facts.iloc[0], out)
         columns = ["layer", "symmetry_median", "layer_symmetry_score", "directionality_median", "layer_directionality"]
         columns += ["positive_energy_median", "stable_rank_median", "effective_rank_median", "cosine_next", "cosine_all"]
@@ -150,7 +152,10 @@ def show_comparison(comparison: Comparison, top: int, out: Console) -> None:
     heads = comparison.heads
     heads = heads.assign(norm_ratio=_ratios(heads["fro_sq_b"] ** 0.5, heads["fro_sq_a"] ** 0.5))
     measures = [name for name in ("cosine", "right", "left", "signed") if name in heads]
-    out.print(f"[bold]{comparison.b}[/bold] (after) against [bold]{comparison.a}[/bold] (before), stack {comparison.stack}")
+    out.print(
+        f"[bold]{comparison.b}[/bold] (after) against [bold]{comparison.a}[/bold] (before), "
+        f"circuit {comparison.circuit}, stack {comparison.stack}"
+    )
     if comparison.why_no_cosine:
         out.print(f"No cosines: {comparison.why_no_cosine}.", highlight=False, soft_wrap=True)
     if comparison.expected is not None:
@@ -169,21 +174,18 @@ def show_comparison(comparison: Comparison, top: int, out: Console) -> None:
 
 def _show_facts(model: str, facts: pd.Series, out: Console) -> None:
     out.print(
-        f"[bold]{model}[/bold], stack {facts['stack']}: {facts['architecture']}, {facts['layers']} layers of {facts['heads']} "
-        f"heads ({facts['kv_heads']} of keys), rank {facts['rank']}, width {facts['hidden']}, stored as {facts['stored_dtype']}",
+        f"[bold]{model}[/bold], circuit {facts['circuit']}, stack {facts['stack']}: {facts['architecture']}, "
+        f"{facts['layers']} layers of {facts['heads']} heads ({facts['kv_heads']} factors shared by heads), "
+        f"rank {facts['rank']}, width {facts['hidden']}, stored as {facts['stored_dtype']}",
         highlight=False,
         soft_wrap=True,
     )
 
 
-def _of_stack(table: pd.DataFrame, stack: str) -> pd.DataFrame:
-    return table[table["stack"] == stack]
-
-
-def _couplings(atlas: Atlas, model: str, stack: str) -> pd.DataFrame:
+def _couplings(atlas: Atlas, model: str, stack: str, circuit: str) -> pd.DataFrame:
     """A row per pair of different layers and head: cosine, z, and overlaps."""
-    arrays = [atlas.gram(model, stack, name) for name in ("cosine", "z")]
-    arrays += [atlas.overlap(model, stack, side) for side in ("right", "left", "signed")]
+    arrays = [atlas.gram(model, stack, name, circuit) for name in ("cosine", "z")]
+    arrays += [atlas.overlap(model, stack, side, circuit) for side in ("right", "left", "signed")]
     frame = arrays[0].to_dataframe()[[]]
     for array in arrays:
         frame[array.name] = array.to_series()

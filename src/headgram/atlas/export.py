@@ -22,12 +22,13 @@ def export_csv(atlas: Atlas, models: Sequence[str], folder: Path) -> list[Path]:
 
 
 def export_netcdf(atlas: Atlas, models: Sequence[str], folder: Path) -> list[Path]:
-    """Write every model as `{model}.nc`, NetCDF 4 with a group per stack, see `Atlas.dataset`."""
+    """Write every model as `{model}.nc`, NetCDF 4 with a group per circuit and one per stack in it, see `Atlas.dataset`."""
     import xarray as xr
 
     paths = [folder / f"{model}.nc" for model in models]
     for model, path in zip(models, paths, strict=True):
-        stacks = {stack: atlas.dataset(model, stack) for stack in atlas.stacks(model)}
+        places = [(circuit, stack) for circuit in atlas.circuits(model) for stack in atlas.stacks(model, circuit)]
+        stacks = {f"{circuit}/{stack}": atlas.dataset(model, stack, circuit) for circuit, stack in places}
         tree = xr.DataTree.from_dict({"/": xr.Dataset(attrs={"model": model}), **stacks})
         content = io.BytesIO()
         packed = {f"/{stack}": {name: {"zlib": True} for name in data.data_vars} for stack, data in stacks.items()}

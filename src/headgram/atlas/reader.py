@@ -26,21 +26,21 @@ class Atlas:
         """Names of the measured models, sorted."""
         return sorted(path.stem for path in (self.results / "provenance").glob("*.json"))
 
-    def heads(self) -> pd.DataFrame:
-        """One row per head: the scalars of `headgram.Spectrum`, keyed by model, stack, layer, head."""
-        return self.table("heads")
+    def heads(self, circuit: str | None = None) -> pd.DataFrame:
+        """One row per head, of one circuit (`qk` or `ov`) or of each: the scalars of `headgram.Spectrum`."""
+        return self._of_circuit("heads", circuit)
 
-    def spectra(self) -> pd.DataFrame:
+    def spectra(self, circuit: str | None = None) -> pd.DataFrame:
         """One row per head and index: singular value and signed eigenvalue of the symmetric part."""
-        return self.table("spectra")
+        return self._of_circuit("spectra", circuit)
 
-    def layers(self) -> pd.DataFrame:
+    def layers(self, circuit: str | None = None) -> pd.DataFrame:
         """One row per layer: quartiles over its heads, mean cosines to other layers, scores of the layer's whole form."""
-        return self.table("layers")
+        return self._of_circuit("layers", circuit)
 
-    def summary(self) -> pd.DataFrame:
-        """One row per model and stack, the table `models`: what the model is, and medians over its heads."""
-        return self.table("models")
+    def summary(self, circuit: str | None = None) -> pd.DataFrame:
+        """One row per model, circuit and stack, the table `models`: what the model is, and medians over its heads."""
+        return self._of_circuit("models", circuit)
 
     def table(self, name: str, model: str | None = None) -> pd.DataFrame:
         """A table by its name, of one model or of all; the first column is the model.
@@ -70,33 +70,47 @@ class Atlas:
         joined: pd.DataFrame = pd.concat(tables, ignore_index=True)
         return joined
 
-    def stacks(self, model: str) -> list[str]:
-        """Names of a model's stacks, in its order."""
-        return list(dict.fromkeys(self.table("models", model)["stack"]))
+    def stacks(self, model: str, circuit: str = "qk") -> list[str]:
+        """Names of a model's stacks of which a circuit was measured, in its order.
 
-    def dataset(self, model: str, stack: str = "self") -> xr.Dataset:
-        """The tables of one stack with named dimensions: `layer`, `head`, `index`, and `layer_a`, `layer_b` for pairs.
+        Raises
+        ------
+        HeadgramError
+            If the model or the circuit was not measured.
+        """
+        table = self.table("models", model)
+        if circuit not in (circuits := list(dict.fromkeys(table["circuit"]))):
+            raise HeadgramError(f"the circuit '{circuit}' of '{model}' was not measured; there are: {', '.join(circuits)}")
+        return list(table[table["circuit"] == circuit]["stack"])
+
+    def circuits(self, model: str) -> list[str]:
+        """The circuits that were measured of a model, `qk` and `ov`."""
+        return list(dict.fromkeys(self.table("models", model)["circuit"]))
+
+    def dataset(self, model: str, stack: str = "self", circuit: str = "qk") -> xr.Dataset:
+        """The tables of one circuit of a stack with named dimensions: `layer`, `head`, `index`, `layer_a`, `layer_b`.
 
         The row of the table `models` is in the attributes; `neighbours`, a list, has no place here.
 
         Raises
         ------
         HeadgramError
-            If the model or the stack was not measured.
+            If the model, the stack or the circuit was not measured.
         """
         import xarray as xr
 
         pairs = {"gram": [*get_args(PairColumn)], "overlap": ["right", "left", "signed"]}
-        arrays = {name: self._square(table, model, stack, name) for table, names in pairs.items() for name in names}
+        arrays = {name: self._square(table, model, stack, circuit, name) for table, names in pairs.items() for name in names}
         for name, keys in (("heads", ["layer", "head"]), ("spectra", ["layer", "head", "index"]), ("layers", ["layer"])):
-            table = self.table(name, model)
-            table = table[table["stack"] == stack].drop(columns=["model", "stack"]).set_index(keys)
+            table = self.of_heads(name, model, stack, circuit).drop(columns=["model", "circuit", "stack"]).set_index(keys)
             arrays |= dict(table.drop(columns=["rank", "hidden"], errors="ignore").to_xarray().data_vars)
-        facts = self.table("models", model).set_index("stack").loc[stack]
+        facts = self.of_heads("models", model, stack, circuit).set_index(["circuit", "stack"]).iloc[0]
         attributes = {name: value.item() if hasattr(value, "item") else value for name, value in facts.items()}
-        return xr.Dataset({name: array.drop_attrs() for name, array in arrays.items()}, attrs={**attributes, "stack": stack})
+        return xr.Dataset(
+            {name: array.drop_attrs() for name, array in arrays.items()}, attrs={**attributes, "circuit": circuit, "stack": stack}
+        )
 
-    def gram(self, model: str, stack: str = "self", value: PairColumn = "gram") -> xr.DataArray:
+    def gram(self, model: str, stack: str = "self", value: PairColumn = "gram", circuit: str = "qk") -> xr.DataArray:
         """Inner products of every layer pair's heads, or another column of the `gram` table.
 
         Returns
@@ -107,13 +121,15 @@ class Atlas:
         Raises
         ------
         HeadgramError
-            If the model or the stack was not measured.
+            If the model, the stack or the circuit was not measured.
         """
         if value not in get_args(PairColumn):
             raise HeadgramError(f"the Gram table has no column '{value}'; there are: {', '.join(get_args(PairColumn))}")
-        return self._square("gram", model, stack, value)
+        return self._square("gram", model, stack, circuit, value)
 
-    def pairs(self, model: str, stack: str = "self", value: Literal["cosine", "transposed"] = "cosine") -> xr.DataArray:
+    def pairs(
+        self, model: str, stack: str = "self", value: Literal["cosine", "transposed"] = "cosine", circuit: str = "qk"
+    ) -> xr.DataArray:
         """Cosines of all heads with all heads of one stack.
 
         Parameters
@@ -131,7 +147,7 @@ class Atlas:
         Raises
         ------
         HeadgramError
-            If the model or the stack was not measured.
+            If the model, the stack or the circuit was not measured.
 
         Examples
         --------
@@ -144,7 +160,7 @@ class Atlas:
 
         if value not in ("cosine", "transposed"):
             raise HeadgramError(f"pairs have no '{value}': ask for 'cosine' or 'transposed'")
-        heads, table = self._of_stack("heads", model, stack), self._of_stack("pairs", model, stack)
+        heads, table = (self.of_heads(name, model, stack, circuit) for name in ("heads", "pairs"))
         layers, indices = np.unique(heads["layer"]), np.unique(heads["head"])
         data = np.full((len(layers), len(indices)) * 2, np.nan, dtype=np.float32)
         a, b = (np.searchsorted(layers, table[name]) for name in ("layer_a", "layer_b"))
@@ -153,10 +169,12 @@ class Atlas:
         own = np.searchsorted(layers, heads["layer"])
         data[own, heads["head"], own, heads["head"]] = itself
         coordinates = {"layer_a": layers, "head_a": indices, "layer_b": layers, "head_b": indices}
-        attributes = {"model": model, "stack": stack, "chance": 1 / int(heads["hidden"].iloc[0])}
+        attributes = {"model": model, "circuit": circuit, "stack": stack, "chance": 1 / int(heads["hidden"].iloc[0])}
         return xr.DataArray(data, coords=coordinates, dims=list(coordinates), name=value, attrs=attributes)
 
-    def overlap(self, model: str, stack: str = "self", side: Literal["right", "left", "signed"] = "right") -> xr.DataArray:
+    def overlap(
+        self, model: str, stack: str = "self", side: Literal["right", "left", "signed"] = "right", circuit: str = "qk"
+    ) -> xr.DataArray:
         """Overlaps of every layer pair's directions: the mean squared cosine of the angles between their subspaces.
 
         Returns
@@ -167,14 +185,14 @@ class Atlas:
         Raises
         ------
         HeadgramError
-            If the model or the stack was not measured.
+            If the model, the stack or the circuit was not measured.
         """
         if side not in ("right", "left", "signed"):
             raise HeadgramError(f"there are no '{side}' directions: ask for 'right', 'left' or 'signed'")
-        return self._square("overlap", model, stack, side, keep="expected")
+        return self._square("overlap", model, stack, circuit, side, keep="expected")
 
-    def directions(self, model: str) -> dict[str, dict[str, Any]]:
-        """Directions of one model, by stack.
+    def directions(self, model: str, circuit: str = "qk") -> dict[str, dict[str, Any]]:
+        """Directions of one circuit of a model, by stack.
 
         Returns
         -------
@@ -184,37 +202,49 @@ class Atlas:
         Raises
         ------
         HeadgramError
-            If the model was not measured.
+            If the model or the circuit was not measured.
         """
         import torch
 
         self._require(model)
-        loaded: dict[str, dict[str, Any]] = torch.load(
+        self.stacks(model, circuit)
+        loaded: dict[str, dict[str, dict[str, Any]]] = torch.load(
             self.results / "atlas" / "directions" / f"{model}.pt", mmap=True, weights_only=True
         )
-        return loaded
+        return loaded[circuit]
 
-    def _square(self, name: str, model: str, stack: str, value: str, keep: str | None = None) -> xr.DataArray:
+    def _of_circuit(self, name: str, circuit: str | None) -> pd.DataFrame:
+        """A table of all models; the rows of one circuit, if one is given."""
+        table = self.table(name)
+        return table if circuit is None else table[table["circuit"] == circuit].reset_index(drop=True)
+
+    def _square(self, name: str, model: str, stack: str, circuit: str, value: str, keep: str | None = None) -> xr.DataArray:
         """A column of a table of layer pairs, as layers by layers by heads; `keep` is a constant column for the attributes."""
         import numpy as np
         import xarray as xr
 
-        table = self._of_stack(name, model, stack)
+        table = self.of_heads(name, model, stack, circuit)
         layers = np.unique(table["layer_a"])
         heads = np.unique(table["head"])
         a, b = (np.searchsorted(layers, table[name]) for name in ("layer_a", "layer_b"))
         data = np.zeros((len(layers), len(layers), len(heads)))
         data[a, b, table["head"]] = data[b, a, table["head"]] = table[value]
         coordinates = {"layer_a": layers, "layer_b": layers, "head": heads}
-        attributes = {"model": model, "stack": stack} | ({keep: float(table[keep].iloc[0])} if keep else {})
+        attributes = {"model": model, "circuit": circuit, "stack": stack} | ({keep: float(table[keep].iloc[0])} if keep else {})
         return xr.DataArray(data, coords=coordinates, dims=list(coordinates), name=value, attrs=attributes)
 
-    def _of_stack(self, name: str, model: str, stack: str) -> pd.DataFrame:
-        """The rows of a table that are of one stack."""
+    def of_heads(self, name: str, model: str, stack: str, circuit: str = "qk") -> pd.DataFrame:
+        """The rows of a table that are about one circuit of a stack.
+
+        Raises
+        ------
+        HeadgramError
+            If the model, the stack or the circuit was not measured.
+        """
         table = self.table(name, model)
-        if stack not in (stacks := self.stacks(model)):
+        if stack not in (stacks := self.stacks(model, circuit)):
             raise HeadgramError(f"the model '{model}' has no stack '{stack}'; there are: {', '.join(stacks)}")
-        return table[table["stack"] == stack]
+        return table[(table["circuit"] == circuit) & (table["stack"] == stack)]
 
     def _require(self, model: str) -> None:
         if model not in self.models:

@@ -26,6 +26,7 @@ _FOLDER_DATE = ".snakemake_timestamp"
 _TOLERANCE = 1e-6
 #: Directions are kept in float32.
 _OVERLAP_TOLERANCE = 1e-5
+_PLACE = ["circuit", "stack"]
 
 
 def verify(results: Path, lock: Lock | None = None) -> tuple[int, list[str]]:
@@ -83,16 +84,19 @@ def _place(path: Path) -> Path:
 
 def _origin_problems(record: Mapping[str, Any], lock: Lock | None) -> Iterator[str]:
     """Whether the record's key is that of what it says it comes from, and its checkpoint the locked one."""
-    stages = record.get("stages", {})
-    if any(Identity.read(described).key != described["key"] for described in (record, *stages.values())):
+    stages = [described for circuits in record.get("stages", {}).values() for described in circuits.values()]
+    if any(Identity.read(described).key != described["key"] for described in (record, *stages)):
         yield "its key is not that of its stage, configuration, fingerprint, code and inputs"
-    if stages and not set(record["upstream"]) <= {described["key"] for described in stages.values()}:
+    if stages and not set(record["upstream"]) <= {described["key"] for described in stages}:
         yield "its inputs are not those of the stages that it names"
     entry = lock.models.get(record["model"]) if lock else None
-    if entry and entry.fingerprint != record["fingerprint"]:
+    if entry is None:
+        return
+    locked = entry.fingerprint_of(record["circuit"]) if record["circuit"] else entry.fingerprint
+    if locked != record["fingerprint"]:
         yield (
             f"it was measured from a checkpoint with fingerprint {record['fingerprint'][:12]}, but the lock pins "
-            f"{entry.fingerprint[:12]}: run again"
+            f"{locked[:12]}: run again"
         )
 
 
@@ -111,7 +115,7 @@ def _table_problems(path: Path, record: Mapping[str, Any]) -> Iterator[str]:
 def _identity_problems(files: dict[str, Path]) -> Iterator[str]:
     """The identities between the merged tables of one model; each difference is relative to the sizes that enter it."""
     heads, spectra, gram = (read_table(files[name]).to_pandas() for name in ("heads", "spectra", "gram"))
-    place = ["stack", "layer", "head"]
+    place = ["circuit", "stack", "layer", "head"]
     squares = spectra.assign(
         energy=spectra["singular_value"] ** 2, power=spectra["symmetric_eigenvalue"] ** 2, trace=spectra["symmetric_eigenvalue"]
     )
@@ -135,7 +139,7 @@ def _identity_problems(files: dict[str, Path]) -> Iterator[str]:
 
 def _pair_problems(path: Path, gram: pd.DataFrame) -> Iterator[str]:
     """Whether cosines of all pairs are cosines, and those of equal indices the ones of the table `gram`."""
-    place = ["stack", "layer_a", "layer_b", "head"]
+    place = ["circuit", "stack", "layer_a", "layer_b", "head"]
     equal = []
     for part in read_parts(path):
         pairs = part.to_pandas()
@@ -155,13 +159,13 @@ def _derived_problems(files: dict[str, Path]) -> Iterator[str]:
         heads = read_table(files["layers"].parents[2] / "heads" / model / "heads.parquet").to_pandas()
     except (OSError, pa.ArrowException):
         return  # its own record says so
-    summaries = layers.set_index(["stack", "layer"]).sort_index()
+    summaries = layers.set_index(["circuit", "stack", "layer"]).sort_index()
     for name in HEAD_NUMBERS:
         size = heads[name].abs().max() or 1.0
         for label, share in QUARTILES.items():
-            quartile = heads.groupby(["stack", "layer"])[name].quantile(share)
+            quartile = heads.groupby(["circuit", "stack", "layer"])[name].quantile(share)
             yield from _exceptions(f"{name}_{label}", (summaries[f"{name}_{label}"] - quartile) / size)
-        medians = models.set_index("stack")[f"{name}_median"] - heads.groupby("stack")[name].median()
+        medians = models.set_index(_PLACE)[f"{name}_median"] - heads.groupby(_PLACE)[name].median()
         yield from _exceptions(f"{name}_median of the model", medians / size)
     for side in SIDES:
         if not overlap[side].between(0, 1 + _OVERLAP_TOLERANCE).all():

@@ -44,8 +44,6 @@ class Stack:
         `H`, `K`, `r` and `d`.
     value_rank, output_width
         `r_v`, and the width that heads write to; they differ from `r` and `d` in few families.
-    dtype
-        The stored precision of its queries and keys, in the file format's own word.
     missing
         The roles that cannot be read, each with a sentence that says why.
     notes
@@ -60,11 +58,10 @@ class Stack:
     hidden: int
     value_rank: int
     output_width: int
-    dtype: str
     missing: Mapping[str, str]
     notes: Mapping[str, str]
     _tensors: dict[str, str] = field(repr=False, compare=False)
-    _nbytes: Mapping[str, int] = field(repr=False, compare=False)
+    _stored: Mapping[str, tuple[int, frozenset[str]]] = field(repr=False, compare=False)  # bytes and precisions
     _layout: str = field(repr=False, compare=False)
     _permuted: bool = field(repr=False, compare=False)
     _sizes: Mapping[str, int] = field(repr=False, compare=False)
@@ -73,6 +70,11 @@ class Stack:
     def roles(self) -> tuple[str, ...]:
         """What can be read: `query` and `key`, and most often `value` and `output`."""
         return tuple(role for role in ROLES if role not in self.missing)
+
+    @property
+    def dtype(self) -> str:
+        """The stored precision of its queries and keys."""
+        return self.stored_as(QK)
 
     @property
     def qk_bytes(self) -> int:
@@ -91,8 +93,20 @@ class Stack:
         HeadgramError
             As `Checkpoint.factors`.
         """
-        keys = {self._tensors[tensor] for tensor in self._reads(roles)}
-        return sum(self._nbytes[key] for key in keys)
+        return sum(self._stored[key][0] for key in self._keys(roles))
+
+    def stored_as(self, roles: Iterable[str]) -> str:
+        """The precision in which the tensors of these roles are stored, in the file format's own word; several are joined by `+`.
+
+        Raises
+        ------
+        HeadgramError
+            As `Checkpoint.factors`.
+        """
+        return "+".join(sorted(frozenset().union(*(self._stored[key][1] for key in self._keys(roles)))))
+
+    def _keys(self, roles: Iterable[str]) -> set[str]:
+        return {self._tensors[tensor] for tensor in self._reads(roles)}
 
     def _reads(self, roles: Iterable[str]) -> list[str]:
         """What the layout reads for these roles, in the order of the family's data."""
@@ -358,7 +372,6 @@ def _stack(
             raise HeadgramError(problem)
         missing |= {role: problem for role in part.gives if problem and role not in missing}
     readable = reads_of(rule.layout, tuple(role for role in ROLES if role not in missing))
-    needed = [tensors[tensor].format(layer=layer) for tensor in rule.tensors(QK) for layer in layers]
     return Stack(
         name=rule.name,
         layers=layers,
@@ -368,15 +381,20 @@ def _stack(
         hidden=dims.hidden,
         value_rank=dims.value_rank,
         output_width=dims.output_width,
-        dtype="+".join(sorted({store.dtype(name) for name in needed})),
         missing={role: missing[role] for role in ROLES if role in missing},
         notes={role: remark.text for remark in remarks if not remark.unproven for role in remark.roles},
         _tensors=tensors,
-        _nbytes={tensors[tensor]: sum(store.nbytes(tensors[tensor].format(layer=n)) for n in layers) for tensor in readable},
+        _stored={tensors[tensor]: _stored(store, [tensors[tensor].format(layer=n) for n in layers]) for tensor in readable},
         _layout=rule.layout,
         _permuted=permuted,
         _sizes=dims.sizes,
     )
+
+
+def _stored(store: TensorStore, names: Iterable[str]) -> tuple[int, frozenset[str]]:
+    """The bytes of some tensors, and their precisions."""
+    names = list(names)
+    return sum(store.nbytes(name) for name in names), frozenset(store.dtype(name) for name in names)
 
 
 def _problem(store: TensorStore, part: Part, tensors: Mapping[str, str], layers: tuple[int, ...], dims: Dimensions) -> str | None:

@@ -325,7 +325,7 @@ class Picture {
   async save() {
     const link = document.createElement("a");
     link.href = await this.view.toImageURL("svg");
-    link.download = `${state.model}-${state.stack}-${this.id}.svg`;
+    link.download = `${state.model}-${state.stack.replace("/", "-")}-${this.id}.svg`;
     link.click();
   }
 }

@@ -15,7 +15,7 @@ import pandas as pd
 
 from headgram.report.columns import columns
 from headgram.report.names import TABLES
-from headgram.results.tables import QUARTILES, SIDES, read_table
+from headgram.results.tables import QUARTILES, SIDES, of_place, read_table
 
 #: How the forms of two layers are compared; SIDES are those of their directions.
 FORMS = {
@@ -29,7 +29,7 @@ _PAIRS = ["layer_a", "layer_b", "head"]
 
 @dataclass(frozen=True)
 class StackSummary:
-    """What is known of every stack, of all models at once: `L` layers, `C` columns of `heads`.
+    """What is known of a circuit of every stack, of all models at once: `L` layers, `C` columns of `heads`.
 
     Attributes
     ----------
@@ -51,7 +51,7 @@ class StackSummary:
 
 @dataclass(frozen=True)
 class StackArrays:
-    """One stack of a model: `L` layers, `H` heads, `P = L (L + 1) / 2` pairs of layers.
+    """One circuit of a stack of a model: `L` layers, `H` heads, `P = L (L + 1) / 2` pairs of layers.
 
     Attributes
     ----------
@@ -81,10 +81,12 @@ class StackArrays:
 
 
 def read_model(paths: Mapping[str, Path]) -> dict[str, StackArrays]:
-    """One model's tables, given by name, as arrays, by stack in the model's order."""
-    tables = {name: read_table(paths[name]).to_pandas() for name in TABLES}
-    stacks = dict.fromkeys(tables["heads"]["stack"])
-    return {stack: _stack({name: table[table["stack"] == stack] for name, table in tables.items()}) for stack in stacks}
+    """One model's tables, given by name, as arrays, by `{circuit}/{stack}` in the model's order."""
+    tables = {name: read_table(paths[name]) for name in TABLES}
+    places = dict.fromkeys(zip(*(tables["models"][name].to_pylist() for name in ("circuit", "stack")), strict=True))
+    return {
+        "/".join(place): _stack({name: of_place(place, table).to_pandas() for name, table in tables.items()}) for place in places
+    }
 
 
 def _stack(tables: Mapping[str, pd.DataFrame]) -> StackArrays:

@@ -18,8 +18,9 @@ COMPARED = 8
 
 
 def stack_figures(model: str, name: str, stack: StackArrays) -> dict[str, str]:
-    """Figures of one stack of a model in SVG, by the names of `STACK_FIGURES`."""
-    of = model if name == "self" else f"{model}, {name}"
+    """Figures of one circuit of a stack in SVG, by the names of `STACK_FIGURES`."""
+    circuit, stack_name = name.split("/")
+    of = ", ".join([model, *([] if stack_name == "self" else [stack_name]), circuit])
     return {figure: _FIGURES[figure](f"{label}: {of}", stack) for figure, label in STACK_FIGURES.items()}
 
 

@@ -29,7 +29,7 @@ class FactorFiles:
     A file is mapped for as long as something is read of it, no longer: pages once read would count as memory of the job.
     """
 
-    def __init__(self, paths: Sequence[Path], key: str, circuit: str = "qk") -> None:
+    def __init__(self, paths: Sequence[Path], key: str, circuit: str) -> None:
         self._circuit = CIRCUITS[circuit]
         self._home: dict[int, tuple[Path, int]] = {}
         for path in paths:

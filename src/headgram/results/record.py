@@ -91,6 +91,7 @@ class Provenance:
     identity: Identity
     model: str  # empty for a report, which shows all
     stack: str | None
+    circuit: str | None = None
     device: str = "cpu"
     precision: str = "float64"  # of the arithmetic
     residual: float | None = None  # the largest residual of the identities, where any are checked
@@ -105,6 +106,7 @@ class Provenance:
             **self.identity.described(),
             "model": self.model,
             "stack": self.stack,
+            "circuit": self.circuit,
             "precision": self.precision,
             "device": self.device,
             "versions": library_versions(),

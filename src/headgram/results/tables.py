@@ -7,7 +7,9 @@ import itertools
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from headgram.errors import HeadgramError
@@ -47,50 +49,53 @@ def _schema(*columns: tuple[str, pa.DataType]) -> pa.Schema:
     return pa.schema([pa.field(name, kind, nullable=False) for name, kind in columns])
 
 
+_PLACE = (("circuit", pa.string()), ("stack", pa.string()))
+#: A circuit and a stack: whose heads some rows are about.
+Place = tuple[str, str]
+
 # The column `model` is the partition of the atlas, so no file repeats it.
 HEADS = _schema(
-    ("stack", pa.string()),
+    *_PLACE,
     *((name, pa.int32()) for name in ("layer", "head", "kv_head", "rank", "hidden")),
     *((name, pa.float64()) for name in HEAD_NUMBERS),
 )
 SPECTRA = _schema(
-    ("stack", pa.string()),
+    *_PLACE,
     *((name, pa.int32()) for name in ("layer", "head", "index")),
     ("singular_value", pa.float64()),
     ("symmetric_eigenvalue", pa.float64()),
 )
 GRAM = _schema(
-    ("stack", pa.string()),
+    *_PLACE,
     *((name, pa.int32()) for name in ("layer_a", "layer_b", "head")),
     *((name, pa.float64()) for name in ("gram", "cosine", "transposed", "symmetric", "antisymmetric", "z")),
 )
 PAIRS = _schema(
-    ("circuit", pa.string()),
-    ("stack", pa.string()),
+    *_PLACE,
     *((name, pa.int32()) for name in ("layer_a", "head_a", "layer_b", "head_b")),
     ("shared", pa.bool_()),
     *((name, pa.float32()) for name in ("cosine", "transposed")),
 )
 OVERLAP = _schema(
-    ("stack", pa.string()),
+    *_PLACE,
     *((name, pa.int32()) for name in ("layer_a", "layer_b", "head")),
     *((name, pa.float64()) for name in (*SIDES, "expected")),
 )
 LAYERS = _schema(
-    ("stack", pa.string()),
+    *_PLACE,
     ("layer", pa.int32()),
     *((f"{name}_{label}", pa.float64()) for name in HEAD_NUMBERS for label in QUARTILES),
     *((name, pa.float64()) for name in ("cosine_previous", "cosine_next", "cosine_all", *LAYER_SCORES)),
 )
 MODELS = _schema(
-    *((name, pa.string()) for name in ("stack", "architecture", "stored_dtype")),
+    *((name, pa.string()) for name in ("circuit", "stack", "architecture", "stored_dtype")),
     *((name, pa.int32()) for name in ("layers", "heads", "kv_heads", "rank", "hidden", "directions")),
     *((f"{name}_median", pa.float64()) for name in (*HEAD_NUMBERS, *LAYER_SCORES)),
     *((name, pa.float64()) for name in ("cosine_adjacent", "cosine_all")),
     *((f"overlap_{name}", pa.float64()) for name in (*(f"{side}_adjacent" for side in SIDES), "expected")),
 )
 NEIGHBOURS = _schema(
-    ("stack", pa.string()),
+    *_PLACE,
     *((name, pa.int32()) for name in ("layer", "head")),
     ("measure", pa.string()),
     *((name, pa.int32()) for name in ("place", "other_layer", "other_head")),
@@ -108,6 +113,19 @@ TABLES = {
     "layers": LAYERS,
     "models": MODELS,
 }
+
+
+def at_place(place: Place, table: pa.Table, schema: pa.Schema) -> pa.Table:
+    """Rows about the heads of one place, with the columns that say so, as a schema has it."""
+    rows = pa.array(np.zeros(len(table), dtype=np.int32))
+    for name, value in zip(("circuit", "stack"), place, strict=True):
+        table = table.append_column(name, pa.array([value]).take(rows))
+    return table.select(schema.names).cast(schema)
+
+
+def of_place(place: Place, table: pa.Table) -> pa.Table:
+    """The rows of a table that are about the heads of one place."""
+    return table.filter((pc.field("circuit") == place[0]) & (pc.field("stack") == place[1]))
 
 
 def write_table(path: Path, parts: Iterable[pa.Table], provenance: Provenance, compression: str = "zstd") -> None:

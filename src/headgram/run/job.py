@@ -57,9 +57,9 @@ def running(snakemake: Any) -> Iterator[tuple[Provenance, Config]]:
         raise
 
 
-def by_place(paths: Iterable[str]) -> dict[tuple[str, str, str], Path]:
-    """Input files by stack, stage and name. The folder above is Snakemake's matter: of results in object storage, a copy's."""
-    return {(path.parts[-3], path.parts[-2], path.stem): path for path in map(Path, paths)}
+def by_place(paths: Iterable[str]) -> dict[tuple[str, ...], Path]:
+    """Input files by stack, circuit, stage and name. The folder above is Snakemake's matter."""
+    return {(*path.parts[-4:-1], path.stem): path for path in map(Path, paths)}
 
 
 @contextlib.contextmanager
@@ -88,7 +88,8 @@ def _provenance(snakemake: Any, identity: Identity, device: str) -> Provenance:
     origin = {}
     if "stages" in snakemake.params.keys():  # noqa: SIM118  (Snakemake's params are a list with names)
         origin = {"lock": snakemake.params.entry.model_dump(mode="json"), "stages": json.loads(snakemake.params.stages)}
-    return Provenance(identity, snakemake.wildcards.get("model", ""), snakemake.wildcards.get("stack"), device, origin=origin)
+    places = snakemake.wildcards.get("model", ""), snakemake.wildcards.get("stack"), snakemake.wildcards.get("circuit")
+    return Provenance(identity, *places, device, origin=origin)
 
 
 def _date_no_later_than_now(paths: Iterable[str]) -> None:

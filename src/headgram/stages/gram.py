@@ -58,7 +58,8 @@ def measure_row(
     """
     precision = options.precision
     provenance = replace(provenance, precision="float32 where accurate" if precision == "auto" else precision)
-    source = FactorFiles(weights, provenance.identity.upstream[0])
+    assert provenance.circuit is not None
+    source = FactorFiles(weights, provenance.identity.upstream[0], provenance.circuit)
     own = tiles[0]
     tables = []
     paths = [_tile_path(output, own, other) for other in tiles]

@@ -30,7 +30,7 @@ class Report:
 
     page: Path
     data: Path  # a folder: one script per model
-    figures: Path  # a folder: {figure}/{model}/{stack}.svg, and *.svg of all models
+    figures: Path  # a folder: {figure}/{model}/{circuit}/{stack}.svg, and *.svg of all models
     record: Path
 
 
@@ -67,7 +67,7 @@ def write_report(sources: Sequence[Source], report: Report, provenance: Provenan
 
 
 def _write_model(source: Source, report: Report) -> tuple[dict[str, StackSummary], str, list[Path]]:
-    """Write what the report holds of one model; its summaries by stack, its pack, and the files."""
+    """Write what the report holds of one model; its summaries by circuit and stack, its pack, and the files."""
     stacks = read_model(source.tables)
     pack = model_pack(stacks)
     texts = {report.data / f"{source.model}.js": beside(source.model, pack)}

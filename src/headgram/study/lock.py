@@ -18,6 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from headgram.checkpoints.sources import HUB_DIGEST, Location, locate_here
 from headgram.errors import HeadgramError
 from headgram.results.files import remove_temporaries, temporaries_in, write_text
+from headgram.results.record import canonical, digest
 from headgram.study.manifest import Row
 
 if TYPE_CHECKING:
@@ -29,6 +30,10 @@ class _Entry(BaseModel):
 
 
 _Count = Annotated[int, Field(ge=1)]
+#: What all circuits of a stack have in common.
+_SHAPE = {"layers", "heads", "kv_heads", "hidden"}
+#: Raised when the lock's layout changes.
+_VERSION = 2
 
 
 class LockedFile(_Entry):
@@ -47,18 +52,25 @@ class LockedFile(_Entry):
         return (self.name, self.bytes) == (other.name, other.bytes) and (self.sample == other.sample or not comparable)
 
 
+class LockedCircuit(_Entry):
+    """The two factors of a circuit in one stack: their rows, how they are stored, and `Checkpoint.digest` of every layer."""
+
+    rank: _Count
+    dtype: str
+    bytes: int
+    digests: tuple[str, ...]
+
+
 class LockedStack(_Entry):
-    """A stack, as `headgram.Stack`, with what `Checkpoint.digest` says of every layer."""
+    """A stack, as `headgram.Stack`, with the circuits that can be measured, and why others cannot."""
 
     name: str
     layers: tuple[int, ...]
     heads: _Count
     kv_heads: _Count
-    rank: _Count
     hidden: _Count
-    dtype: str
-    qk_bytes: int
-    digests: tuple[str, ...]
+    circuits: dict[str, LockedCircuit]
+    missing: dict[str, str] = {}
 
 
 class LockedModel(_Entry):
@@ -75,6 +87,15 @@ class LockedModel(_Entry):
     stacks: tuple[LockedStack, ...]
     fingerprint: str
 
+    def fingerprint_of(self, circuit: str) -> str:
+        """A digest of what the factors of one circuit are: another circuit's do not count."""
+        shown = {"stacks": {stack.name: stack.model_dump(mode="json", include=_SHAPE) for stack in self.stacks}}
+        factors = {
+            stack.name: stack.circuits[circuit].model_dump(mode="json") for stack in self.stacks if circuit in stack.circuits
+        }
+        given = {"architecture": self.architecture, "overrides": self.overrides, "circuit": circuit}
+        return digest(canonical({**given, **shown, "factors": factors}))
+
     def how_to_open(self) -> dict[str, Any]:
         """The arguments of `open_checkpoint` that give what was locked."""
         derived: dict[str, str | int] = {"model_type": self.architecture} if self.derived else {}
@@ -88,7 +109,7 @@ class LockedModel(_Entry):
 class Lock(_Entry):
     """All entries, by model name."""
 
-    schema_version: int = 1
+    schema_version: int = _VERSION
     models: dict[str, LockedModel] = {}
 
 
@@ -108,15 +129,16 @@ def read_lock(path: Path) -> Lock:
     if not path.exists():
         return Lock()
     try:
-        lock = Lock.model_validate_json(path.read_bytes())
-    except (ValidationError, OSError) as error:
+        content = json.loads(path.read_bytes())
+        version = content.get("schema_version") if isinstance(content, dict) else None
+        if isinstance(version, int) and version != _VERSION:
+            raise HeadgramError(
+                f"The lock {path} has version {version}, but this headgram writes version {_VERSION}: delete it and lock again."
+            )
+        return Lock.model_validate(content)
+    except (ValidationError, ValueError, RecursionError, OSError) as error:
         reason = str(error).splitlines()[0]
         raise HeadgramError(f"The lock {path} cannot be read ({reason}): delete it, and `headgram lock` makes it anew.") from None
-    if lock.schema_version != 1:
-        raise HeadgramError(
-            f"The lock {path} has version {lock.schema_version}, but this headgram writes version 1: delete it and lock again."
-        )
-    return lock
 
 
 def write_lock(path: Path, entries: dict[str, LockedModel]) -> None:

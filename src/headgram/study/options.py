@@ -65,7 +65,14 @@ def _plain_folder(value: str) -> str:
     return str(Path(value).expanduser())
 
 
+def _each_once(value: tuple[str, ...]) -> tuple[str, ...]:
+    if not value or len(set(value)) < len(value):
+        raise ValueError("at least one circuit is needed, and each once")
+    return value
+
+
 _NUMBER = BeforeValidator(_no_truth_value)
+Circuits = Annotated[tuple[Literal["qk", "ov"], ...], AfterValidator(_each_once)]
 LayerCount = Annotated[Annotated[int, Field(ge=1)] | Literal["auto"], _NUMBER]
 Folder = Annotated[str, AfterValidator(_plain_folder)]
 
@@ -75,7 +82,7 @@ class _Section(BaseModel):
 
 
 class Weights(_Section):
-    """How query and key weights are kept after extraction."""
+    """How weights are kept after extraction."""
 
     dtype: Literal["stored", "bfloat16", "float32"] = Field(
         "stored",
@@ -130,7 +137,7 @@ class Original(_Section):
 
     enabled: bool = Field(
         True,
-        description="Write `seed/{model}.json` and `seed/{model}-eigdirs.pt`.",
+        description="Write `seed/{model}.json` and `seed/{model}-eigdirs.pt`, if the circuit `qk` is measured.",
     )
 
 
@@ -158,6 +165,11 @@ class Config(_Section):
         min_length=1,
     )
     results: Folder = Field("results", description="The folder that receives every artifact.")
+    circuits: Circuits = Field(
+        ("qk", "ov"),
+        description="Which forms of a head are measured: `qk`, what it looks for (`W_K^T W_Q`), and `ov`, what it moves "
+        "(`W_O W_V`). A model whose values or outputs cannot be read is measured without `ov`, and the run says so.",
+    )
     device: Literal["auto", "cpu", "cuda"] = Field(
         "auto",
         description="Where eigen and Gram jobs compute. `auto` takes a GPU where one is visible.",

@@ -8,18 +8,19 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from pydantic import BaseModel
 
+from headgram.errors import HeadgramError
 from headgram.families.registry import family_of, family_of_gguf, family_text
 from headgram.geometry.costs import Sizes, cheapest, flops
 from headgram.results.paths import Results
 from headgram.results.record import Identity, canonical, digest
 from headgram.study.keys import code_digest, page_digest
-from headgram.study.lock import LockedModel, LockedStack
+from headgram.study.lock import LockedCircuit, LockedModel, LockedStack
 from headgram.study.options import Config
 
 #: What one core does, roughly; only the sizes of jobs follow from it.
@@ -33,11 +34,13 @@ MOST_PAIR_FLOPS = 2e14
 _STORED_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
 
 Layers = tuple[int, ...]
+#: A circuit and a stack.
+Place = tuple[str, str]
 
 
 @dataclass(frozen=True)
-class StackPlan:
-    """How the layers of one stack are cut into jobs: names and layers, in order.
+class HeadsPlan:
+    """How the layers of one circuit of a stack are cut into jobs: names and layers, in order.
 
     Attributes
     ----------
@@ -52,6 +55,7 @@ class StackPlan:
     """
 
     stack: LockedStack
+    locked: LockedCircuit
     all_pairs: bool
     groups: dict[str, Layers]
     shards: dict[str, Layers]
@@ -82,8 +86,13 @@ class ModelPlan:
 
     name: str
     entry: LockedModel
-    stacks: dict[str, StackPlan]
-    identities: dict[str, Identity]  # stage -> the identity of its artifacts
+    heads: dict[Place, HeadsPlan]  # circuit by circuit, the stacks in the model's order
+    identities: dict[tuple[str, str], Identity]  # by stage and circuit, which is empty where a stage takes all
+
+    @property
+    def circuits(self) -> list[str]:
+        """The circuits that are measured."""
+        return list(dict.fromkeys(circuit for circuit, _ in self.heads))
 
 
 @dataclass(frozen=True)
@@ -100,19 +109,26 @@ class Plan:
         keys = {paths.record("report"): self.report.key}
         for name, model in self.models.items():
             key = {stage: identity.key for stage, identity in model.identities.items()}
-            keys |= {paths.record(stage, name): key[stage] for stage in ("merge", "derive")}
-            for stack, plan in model.stacks.items():
+            keys |= {paths.record(stage, name): key[stage, ""] for stage in ("merge", "derive")}
+            for (circuit, stack), plan in model.heads.items():
                 for stage, parts in (("extract", plan.groups), ("eigen", plan.shards), ("gram", plan.rows)):
-                    keys |= {paths.record(stage, name, stack, part): key[stage] for part in parts}
+                    keys |= {paths.record(stage, name, stack, circuit, part): key[stage, circuit] for part in parts}
         return {paths.relative(path): key for path, key in keys.items()}
 
 
 def left_out(plan: Plan) -> list[str]:
-    """A sentence about every model of which not all heads are multiplied with all heads, because that would cost too much."""
+    """A sentence about every circuit that a model lacks, and every model of which all heads with all would cost too much."""
+    absent = [
+        f"{name}, stack {stack.name}: without the circuit {circuit}: {stack.missing[circuit]}"
+        for name, model in plan.models.items()
+        for stack in model.entry.stacks
+        for circuit in plan.config.circuits
+        if circuit in stack.missing
+    ]
     if plan.config.gram.pairs != "auto":
-        return []
-    short = [name for name, model in plan.models.items() if not all(stack.all_pairs for stack in model.stacks.values())]
-    return [
+        return absent
+    short = [name for name, model in plan.models.items() if not all(heads.all_pairs for heads in model.heads.values())]
+    return absent + [
         f"{name}: all heads with all would cost more than {MOST_PAIR_FLOPS:.0e} operations, so heads of the same index alone "
         "are multiplied; --config 'gram={pairs: all}' multiplies all"
         for name in short
@@ -125,19 +141,33 @@ def make_plan(entries: Mapping[str, LockedModel], config: Config, scripts: Path)
     Raises
     ------
     HeadgramError
-        If the lock holds an architecture that this version does not know.
+        If the lock holds an architecture that this version does not know, or a model has none of the circuits that are asked for.
     """
     models = {name: _plan_model(name, entry, config, scripts) for name, entry in entries.items()}
     return Plan(config, models, _report_identity(models, scripts))
 
 
 def _plan_model(name: str, entry: LockedModel, config: Config, scripts: Path) -> ModelPlan:
-    stacks = {stack.name: _plan_stack(stack, config) for stack in entry.stacks}
-    return ModelPlan(name, entry, stacks, _identities(entry, config, scripts))
+    heads: dict[Place, HeadsPlan] = {
+        (circuit, stack.name): _plan_heads(stack, circuit, config)
+        for circuit in config.circuits
+        for stack in entry.stacks
+        if circuit in stack.circuits
+    }
+    if not heads:
+        reasons = {stack.missing[circuit] for stack in entry.stacks for circuit in config.circuits}
+        raise HeadgramError(
+            f"The model {name} has none of the circuits {', '.join(config.circuits)}: {'; '.join(sorted(reasons))}; "
+            "give other circuits (--config 'circuits=[qk]') or remove its row."
+        )
+    circuits = list(dict.fromkeys(circuit for circuit, _ in heads))
+    return ModelPlan(name, entry, heads, _identities(entry, circuits, config, scripts))
 
 
-def stage_config(stage: str, config: Config) -> str:
+def stage_config(stage: str, config: Config, circuit: str = "qk") -> str:
     """Canonical JSON of exactly the options that a stage reads: the contract between configuration and staleness."""
+    if circuit != "qk":  # the original script knows no other
+        config = config.model_copy(update={"original": config.original.model_copy(update={"enabled": False})})
     sections: dict[str, dict[str, BaseModel]] = {
         "extract": {"weights": config.weights},
         "eigen": {"eigen": config.eigen, "original": config.original},
@@ -148,31 +178,38 @@ def stage_config(stage: str, config: Config) -> str:
     return canonical({name: section.model_dump(mode="json") for name, section in sections[stage].items()})
 
 
-def _identities(entry: LockedModel, config: Config, scripts: Path) -> dict[str, Identity]:
+def _identities(entry: LockedModel, circuits: Sequence[str], config: Config, scripts: Path) -> dict[tuple[str, str], Identity]:
     code = {stage: code_digest(stage, scripts / f"{stage}.py") for stage in ("extract", "eigen", "gram", "merge", "derive")}
     find = family_of_gguf if entry.format == "gguf" and "model_type" not in entry.overrides else family_of
     reads_weights = digest(code["extract"], family_text(find(entry.architecture).name))
-    extract = Identity("extract", stage_config("extract", config), entry.fingerprint, reads_weights)
-
-    def after(stage: str, *inputs: Identity) -> Identity:
-        upstream = tuple(identity.key for identity in inputs)
-        return Identity(stage, stage_config(stage, config), entry.fingerprint, code[stage], upstream)
-
-    eigen, gram = after("eigen", extract), after("gram", extract)
-    merge = after("merge", eigen, gram)
-    return {"extract": extract, "eigen": eigen, "gram": gram, "merge": merge, "derive": after("derive", merge, eigen)}
+    found: dict[tuple[str, str], Identity] = {}
+    for circuit in circuits:
+        fingerprint = entry.fingerprint_of(circuit)
+        found["extract", circuit] = extract = Identity("extract", stage_config("extract", config), fingerprint, reads_weights)
+        for stage in ("eigen", "gram"):
+            options = stage_config(stage, config, circuit)
+            found[stage, circuit] = Identity(stage, options, fingerprint, code[stage], (extract.key,))
+    measured = {stage: tuple(found[stage, circuit].key for circuit in circuits) for stage in ("eigen", "gram")}
+    merge = Identity(
+        "merge", stage_config("merge", config), entry.fingerprint, code["merge"], measured["eigen"] + measured["gram"]
+    )
+    derive = Identity(
+        "derive", stage_config("derive", config), entry.fingerprint, code["derive"], (merge.key, *measured["eigen"])
+    )
+    return found | {("merge", ""): merge, ("derive", ""): derive}
 
 
 def _report_identity(models: Mapping[str, ModelPlan], scripts: Path) -> Identity:
     """What a report follows from: the models' names, in order, and their tables."""
     code = digest(code_digest("report", scripts / "report.py"), page_digest())
-    upstream = tuple(model.identities[stage].key for model in models.values() for stage in ("merge", "derive"))
+    upstream = tuple(model.identities[stage, ""].key for model in models.values() for stage in ("merge", "derive"))
     return Identity("report", canonical({}), digest(*models), code, upstream)
 
 
-def _plan_stack(stack: LockedStack, config: Config) -> StackPlan:
-    heads, rank, width, budget = stack.heads, stack.rank, stack.hidden, config.memory_budget
-    stored = {"stored": _STORED_BYTES.get(stack.dtype, 4), "bfloat16": 2, "float32": 4}[config.weights.dtype]
+def _plan_heads(stack: LockedStack, circuit: str, config: Config) -> HeadsPlan:
+    locked = stack.circuits[circuit]
+    heads, rank, width, budget = stack.heads, locked.rank, stack.hidden, config.memory_budget
+    stored = {"stored": _STORED_BYTES.get(locked.dtype, 4), "bfloat16": 2, "float32": 4}[config.weights.dtype]
     layer_bytes = (heads + stack.kv_heads) * rank * width * stored
 
     # Products of width d, one symmetric 2r and one r problem for every head, these at a third of the speed of products; then
@@ -183,10 +220,10 @@ def _plan_stack(stack: LockedStack, config: Config) -> StackPlan:
     group = budget // 4 // layer_bytes
     shard = min(_JOB_SECONDS / eigen_seconds, budget // 4 // directions)
     all_pairs = config.gram.pairs == "all" or (
-        config.gram.pairs == "auto" and _tile_flops(stack, len(stack.layers), True) <= MOST_PAIR_FLOPS
+        config.gram.pairs == "auto" and _tile_flops(stack, rank, len(stack.layers), True) <= MOST_PAIR_FLOPS
     )
     affordable = _TILE_SECONDS * _FLOPS_PER_SECOND
-    lasting = [n for n in range(1, len(stack.layers) + 1) if _tile_flops(stack, n, all_pairs) <= affordable]
+    lasting = [n for n in range(1, len(stack.layers) + 1) if _tile_flops(stack, rank, n, all_pairs) <= affordable]
     # Of one index at a time, the weights of the layers of both sides of a tile, as stored and in float32, beside products of a
     # constant size; of all heads, blocks of a constant size, and the results.
     fitting = math.isqrt(budget // 4 // 128) // heads if all_pairs else budget // 2 // (2 * 2 * rank * width * (stored + 4))
@@ -195,8 +232,9 @@ def _plan_stack(stack: LockedStack, config: Config) -> StackPlan:
         shard = config.eigen.layers_per_job
     if config.gram.layers_per_tile != "auto":
         tile = config.gram.layers_per_tile
-    return StackPlan(
+    return HeadsPlan(
         stack=stack,
+        locked=locked,
         all_pairs=all_pairs,
         groups=_named(_cut(stack.layers, group)),
         shards=_named(_cut(stack.layers, shard)),
@@ -204,13 +242,13 @@ def _plan_stack(stack: LockedStack, config: Config) -> StackPlan:
     )
 
 
-def _tile_flops(stack: LockedStack, layers: int, all_pairs: bool) -> float:
+def _tile_flops(stack: LockedStack, rank: int, layers: int, all_pairs: bool) -> float:
     """Operations of a tile of some layers with themselves."""
     if not all_pairs:
-        sizes = Sizes.unshared(layers, layers, stack.rank, stack.hidden, same=True)
+        sizes = Sizes.unshared(layers, layers, rank, stack.hidden, same=True)
         return stack.heads * flops(cheapest(sizes), sizes)
     own, shared = layers * stack.heads, layers * stack.kv_heads
-    sizes = Sizes((own, own), (shared, shared), (own, own), (stack.rank, stack.rank), stack.hidden, same=True)
+    sizes = Sizes((own, own), (shared, shared), (own, own), (rank, rank), stack.hidden, same=True)
     return flops(cheapest(sizes), sizes)
 
 

@@ -13,12 +13,22 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from headgram.checkpoints.checkpoint import open_checkpoint
+from headgram.checkpoints.checkpoint import Checkpoint, Stack, open_checkpoint
 from headgram.checkpoints.sources import Location
 from headgram.errors import HeadgramError
+from headgram.forms.circuits import CIRCUITS
 from headgram.proofs.adopt import open_or_derive
 from headgram.results.record import canonical, digest
-from headgram.study.lock import LockedModel, LockedStack, changed_message, lock_path, locked_file, missing_rows, read_lock
+from headgram.study.lock import (
+    LockedCircuit,
+    LockedModel,
+    LockedStack,
+    changed_message,
+    lock_path,
+    locked_file,
+    missing_rows,
+    read_lock,
+)
 from headgram.study.manifest import Row, read_manifest
 
 if TYPE_CHECKING:
@@ -51,20 +61,21 @@ def resolve_all(
 
 
 def compare(name: str, entry: LockedModel) -> list[str]:
-    """A sentence if any layer's query and key bytes are not what was locked; else nothing."""
+    """A sentence if the bytes of any layer's factors are not what was locked; else nothing."""
     try:
         with open_checkpoint(**entry.how_to_open()) as checkpoint:
             for stack in entry.stacks:
-                for layer, locked in zip(stack.layers, stack.digests, strict=True):
-                    if not checkpoint.holds(stack.name, layer, locked):
-                        return [changed_message(name, f"stack '{stack.name}', layer {layer} of {entry.source}")]
+                for circuit, factors in stack.circuits.items():
+                    for layer, locked in zip(stack.layers, factors.digests, strict=True):
+                        if not checkpoint.holds(stack.name, layer, locked, CIRCUITS[circuit].roles):
+                            return [changed_message(name, f"stack '{stack.name}', layer {layer} of {entry.source}")]
     except HeadgramError as error:
         return [f"{name}: {error}"]
     return []
 
 
 def resolve(row: Row) -> LockedModel:
-    """Open a row's checkpoint and pin what it holds; reads its query and key bytes once, or none of them at the hub.
+    """Open a row's checkpoint and pin what it holds; reads the bytes of its heads' factors, or none of them at the hub.
 
     Raises
     ------
@@ -73,13 +84,7 @@ def resolve(row: Row) -> LockedModel:
     """
     checkpoint, derived = open_or_derive(row.source, row.revision, row.overrides)
     with checkpoint:
-        stacks = tuple(
-            LockedStack(
-                **{name: getattr(stack, name) for name in LockedStack.model_fields if name != "digests"},
-                digests=tuple(checkpoint.digest(stack.name, layer) for layer in stack.layers),
-            )
-            for stack in checkpoint.stacks
-        )
+        stacks = tuple(_locked_stack(checkpoint, stack) for stack in checkpoint.stacks)
         location = checkpoint.location
         files = tuple(locked_file(location, name) for name in _names(location))
         content = {
@@ -99,6 +104,30 @@ def resolve(row: Row) -> LockedModel:
             stacks=stacks,
             fingerprint=digest(canonical(content)),
         )
+
+
+def _locked_stack(checkpoint: Checkpoint, stack: Stack) -> LockedStack:
+    missing = {name: reason for name in CIRCUITS if (reason := _why_not(stack, name))}
+    circuits = {
+        name: LockedCircuit(
+            rank=stack.rank if name == "qk" else stack.value_rank,
+            dtype=stack.stored_as(circuit.roles),
+            bytes=stack.nbytes(circuit.roles),
+            digests=tuple(checkpoint.digest(stack.name, layer, circuit.roles) for layer in stack.layers),
+        )
+        for name, circuit in CIRCUITS.items()
+        if name not in missing
+    }
+    shape = {name: getattr(stack, name) for name in ("name", "layers", "heads", "kv_heads", "hidden")}
+    return LockedStack(**shape, circuits=circuits, missing=missing)
+
+
+def _why_not(stack: Stack, circuit: str) -> str | None:
+    """Why a circuit of a stack cannot be measured, or None."""
+    reasons = [stack.missing[role] for role in CIRCUITS[circuit].roles if role in stack.missing]
+    if not reasons and circuit == "ov" and stack.output_width != stack.hidden:
+        reasons = [f"its heads read a stream of width {stack.hidden} and write to one of width {stack.output_width}"]
+    return reasons[0] if reasons else None
 
 
 def _names(location: Location | RemoteLocation) -> list[str]:
