@@ -13,6 +13,7 @@ include: "workflow/rules/eigen.smk"
 include: "workflow/rules/gram.smk"
 include: "workflow/rules/merge.smk"
 include: "workflow/rules/derive.smk"
+include: "workflow/rules/composition.smk"
 include: "workflow/rules/report.smk"
 
 

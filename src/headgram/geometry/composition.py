@@ -25,7 +25,6 @@ so nearly all pairs lie far from this. A second comparison has that in it: heads
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -39,8 +38,8 @@ from headgram.geometry.inner import inner_products
 from headgram.geometry.ratios import ratio
 from headgram.geometry.spectra import Spectrum, spectra
 
-#: What the later head does with what it reads.
-KINDS = ("q", "k", "v")
+#: What the later head does with what it reads, and the circuit whose forms say so.
+KINDS = {"q": "qk", "k": "qk", "v": "ov"}
 
 #: An inner product below this share of the norms' product is taken in float64.
 _WEAK = 1e-3
@@ -64,14 +63,13 @@ class Ends:
     purity: Float[Tensor, " n"]
 
 
-def reads(kind: str, qk: Heads, ov: Heads) -> Ends:
-    """What heads read in a composition of one of `KINDS`, from their forms of both circuits."""
-    sides: dict[str, Callable[[], Heads]] = {"q": lambda: right_gram(qk), "k": lambda: left_gram(qk), "v": lambda: right_gram(ov)}
-    return _of_trace_one(sides[kind]())
+def reads(kind: str, heads: Heads) -> Ends:
+    """What heads read in a composition of one of `KINDS`, from their forms of the circuit that it names."""
+    return _of_trace_one(left_gram(heads) if kind == "k" else right_gram(heads))
 
 
 def writes(ov: Heads) -> Ends:
-    """What heads write."""
+    """What heads write, from their forms of the circuit `ov`."""
     return _of_trace_one(left_gram(ov))
 
 
@@ -91,8 +89,7 @@ def scores(readers: Ends, writers: Ends) -> Float[Tensor, "readers writers"]:
     >>> from headgram.forms.circuits import ov, qk
     >>> from headgram.geometry.composition import reads, scores, writes
     >>> weights = [torch.randn(2, 3, 4, 16) for _ in range(4)]  # two layers of three heads
-    >>> forms = qk(*weights[:2]), ov(*weights[2:])
-    >>> scores(reads("k", *forms), writes(forms[1])).shape
+    >>> scores(reads("k", qk(*weights[:2])), writes(ov(*weights[2:]))).shape
     torch.Size([6, 6])
     """
     squares = inner_products(readers.forms.to(torch.float32), writers.forms.to(torch.float32)).gram
@@ -106,13 +103,16 @@ def scores(readers: Ends, writers: Ends) -> Float[Tensor, "readers writers"]:
 
 
 def deviations(
-    score: Float[Tensor, "readers writers"], readers: Ends, writers: Ends, width: int
+    score: Float[Tensor, "readers writers"],
+    of_readers: Float[Tensor, " readers"],
+    of_writers: Float[Tensor, " writers"],
+    width: int,
 ) -> Float[Tensor, "readers writers"]:
-    """How far `CS²` is from its mean by chance, in deviations of a reader that is turned at random.
+    """How far `CS²` is from its mean by chance, in deviations of a reader that is turned at random; from the purity of both ends.
 
     0 where it cannot deviate: where a head is zero, or reads or writes the whole stream evenly.
     """
-    spread = [(ends.purity - 1 / width).clamp_min(0).where(ends.purity * width > 1 + 1e-9, 0) for ends in (readers, writers)]
+    spread = [(purity - 1 / width).where(purity * width > 1 + 1e-9, 0) for purity in (of_readers, of_writers)]
     variance = 2 * spread[0][:, None] * spread[1] / (max(1, width - 1) * (width + 2))
     return ratio(score.square() - 1 / width, variance.sqrt())
 
@@ -168,25 +168,27 @@ class Channels:
     carried: Float[Tensor, "n k width"]
 
 
-def composed(kind: str, qk_b: Heads, ov_a: Heads, ov_b: Heads) -> Heads:
-    """The composed forms of pairs of heads, the first of `b` with the first of `a` and so on; see the top of the module."""
-    if kind == "k":
-        return product(transposed(ov_a), qk_b)
-    return product(qk_b if kind == "q" else ov_b, ov_a)
+def composed(kind: str, ov_a: Heads, forms_b: Heads) -> Heads:
+    """The composed forms of pairs of heads, the first of `a` with the first of `b` and so on; see the top of the module."""
+    return product(transposed(ov_a), forms_b) if kind == "k" else product(forms_b, ov_a)
 
 
 @torch.no_grad()
-def channels(kind: str, qk_b: Heads, ov_a: Heads, ov_b: Heads, topk: int) -> Channels:
-    """What flows through pairs of heads, the first of `b` with the first of `a` and so on.
+def channels(kind: str, ov_a: Heads, forms_b: Heads, topk: int) -> Channels:
+    """What flows through pairs of heads, the first of `a` with the first of `b` and so on.
 
     Parameters
     ----------
     kind
         One of `KINDS`.
+    ov_a
+        What the earlier heads move.
+    forms_b
+        The forms of the later heads, of the circuit that the kind names.
     topk
         How many directions to keep.
     """
-    forms = composed(kind, qk_b, ov_a, ov_b)
+    forms = composed(kind, ov_a, forms_b)
     spectrum = spectra(forms, topk)
     source = spectrum.left if kind == "k" else spectrum.right  # what head a reads
     written = source @ ov_a.right().double().mT @ ov_a.left().double()

@@ -102,6 +102,21 @@ NEIGHBOURS = _schema(
     ("same_layer", pa.bool_()),
     *((name, pa.float64()) for name in ("value", "chance", "deviations")),
 )
+_COMPOSED = (
+    *((name, pa.string()) for name in ("stack", "kind")),
+    *((name, pa.int32()) for name in ("layer_a", "head_a", "layer_b", "head_b")),
+)
+COMPOSITION = _schema(
+    *_COMPOSED,
+    *((name, pa.float32()) for name in ("score", "times_chance", "z", "acausal")),
+    ("later", pa.int32()),
+)
+CHANNELS = _schema(
+    *_COMPOSED,
+    ("place", pa.int32()),
+    ("score", pa.float32()),
+    *((name, pa.float64()) for name in ("first", "effective_rank", "copying", "positive", "departure")),
+)
 #: Every table of the atlas, by name.
 TABLES = {
     "heads": HEADS,
@@ -112,6 +127,8 @@ TABLES = {
     "neighbours": NEIGHBOURS,
     "layers": LAYERS,
     "models": MODELS,
+    "composition": COMPOSITION,
+    "channels": CHANNELS,
 }
 
 
