@@ -3,6 +3,7 @@ SHELL := /bin/bash -eu -o pipefail
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+WORKERS ?= 2
 KILLS ?= 51
 SEED ?= 0
 NUMPY = $(shell sed -n 's/^numpy==//p' envs/requirements.txt)
@@ -22,11 +23,10 @@ report: $(VENV)/installed ## The page results/report/index.html, and snakemake's
 	$(BIN)/snakemake --report report.html
 
 test: $(VENV)/installed-dev lint docs ## Every check: lint, the site, unit tests, then real pipeline runs
-	$(BIN)/python -m pytest tests/unit
-	$(BIN)/python -m pytest tests/pipeline
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile tests/pipeline tests/unit
 
 test-fast: $(VENV)/installed-dev ## Unit tests only
-	$(BIN)/python -m pytest tests/unit
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile tests/unit
 
 test-gpu: $(VENV)/installed-dev ## What a GPU measures against the CPU; needs a GPU
 	$(BIN)/python -m pytest --confcutdir=tests/gpu tests/gpu

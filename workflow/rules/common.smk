@@ -11,7 +11,7 @@ from headgram.results.asked import check_asked_for
 from headgram.results.paths import COMPOSED, DERIVED, MERGED, Results
 from headgram.run.devices import require_device, wants_gpu
 from headgram.errors import HeadgramError
-from headgram.report.names import PROFILE_FIGURES, STACK_FIGURES
+from headgram.report.names import DRAWN, PROFILE_FIGURES, STACK_FIGURES
 from headgram.report.names import TABLES as REPORTED
 from headgram.run.startup import Run
 
@@ -337,7 +337,14 @@ def beside_outputs(job):
     if job.rule.name != "report" or STORAGE:
         return []
     figures = [file for file, *_ in stack_figures()]
-    return [PATHS.report(f"data/{model}.js") for model in PLAN.models] + figures
+    layers = [
+        f"{model}/{circuit}-{stack}-{layer}"
+        for model, plan in PLAN.models.items()
+        for (circuit, stack), heads in plan.heads.items()
+        if heads.all_pairs and heads.stack.heads * len(heads.stack.layers) > DRAWN
+        for layer in heads.stack.layers
+    ]
+    return [PATHS.report(f"data/{name}.js") for name in [*PLAN.models, *layers]] + figures
 
 
 def reported_figures():
