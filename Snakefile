@@ -14,6 +14,7 @@ include: "workflow/rules/gram.smk"
 include: "workflow/rules/merge.smk"
 include: "workflow/rules/derive.smk"
 include: "workflow/rules/lineage.smk"
+include: "workflow/rules/composition.smk"
 include: "workflow/rules/report.smk"
 
 

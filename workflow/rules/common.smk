@@ -9,7 +9,7 @@ from snakemake.exceptions import WorkflowError
 
 from headgram.results.record import canonical, has_key, is_fresh
 from headgram.results.asked import check_asked_for
-from headgram.results.paths import DERIVED, MERGED, Results
+from headgram.results.paths import COMPOSED, DERIVED, MERGED, Results
 from headgram.run.devices import require_device, wants_gpu
 from headgram.errors import HeadgramError
 from headgram.report.names import DRAWN, PROFILE_FIGURES, STACK_FIGURES
@@ -56,7 +56,15 @@ RECORDS = {
         "{circuit}",
         "{row}" if stage == "gram" else "{layers}",
     )
-    for stage in ("extract", "eigen", "gram", "merge", "derive", "report")
+    for stage in (
+        "extract",
+        "eigen",
+        "gram",
+        "merge",
+        "derive",
+        "composition",
+        "report",
+    )
 }
 ENVIRONMENT = "../../envs/cuda.yaml" if GPUS else "../../envs/cpu.yaml"
 
@@ -201,10 +209,13 @@ def weights_of(wildcards, layers, fresh):
 
 
 def final_files(model):
-    """All files that a merge and a derivation write for a model."""
+    """All files that a user reads of a model, and their records."""
     files = [PATHS.table(table, model) for table in TABLES]
     files += [PATHS.directions(model)]
     files += [PATHS.record(stage, model) for stage in ("merge", "derive")]
+    if PLAN.models[model].composed:
+        files += [PATHS.table(table, model) for table in COMPOSED]
+        files += [PATHS.channel_directions(model), PATHS.record("composition", model)]
     return files + (PATHS.original(model) if ORIGINAL else [])
 
 
@@ -302,6 +313,26 @@ def derive_input(wildcards):
         "shards": part_files(wildcards, "eigen", ".parquet"),
         "shard_files": part_files(wildcards, "eigen", ".pt")
         + part_files(wildcards, "eigen", ".json"),
+    }
+
+
+def composition_input(wildcards):
+    """The weights of both circuits, of every stack that has both."""
+    plan = model_of(wildcards)
+    if not plan.composed:
+        raise WorkflowError(
+            f"The model {wildcards.model} has no composition: it needs both circuits, and the option composition.enabled."
+        )
+    run_if_stale("composition", wildcards)
+    places = [
+        (wildcards.model, stack, circuit, group)
+        for stack in plan.composed
+        for circuit in ("qk", "ov")
+        for group in plan.heads[circuit, stack].groups
+    ]
+    return {
+        "weights": [file for place in places for file in PATHS.data("extract", *place)],
+        "records": [PATHS.record("extract", *place) for place in places],
     }
 
 
