@@ -8,7 +8,6 @@ import xarray as xr
 from typer.testing import CliRunner
 
 import headgram
-from headgram.atlas.compare import compare
 from headgram.cli import app
 from pipeline.conftest import Project, new_project
 from tiny import llama_tensors, write_llama, write_manifest
@@ -146,9 +145,8 @@ def test_compare_finds_the_heads_that_moved(revisions, tmp_path):
 
 
 def test_compare_says_why_there_are_no_cosines(revisions, finished):
-    atlas = headgram.open_atlas(revisions.folder / "results")
-    found = compare(atlas, "before", "wide")
-    assert found.why_no_cosine == "the forms differ in shape (width 32 and 48), so they have no cosine"
+    found = headgram.compare("before", "wide", revisions.folder / "results")
+    assert found.why_no_drift == "the forms differ in shape (width 32 and 48), so they have no cosine"
     assert "cosine" not in found.heads
     assert "right" not in found.heads
     assert "No cosines: the forms differ in shape" in headgram_command(revisions, "compare", "before", "wide")
