@@ -22,7 +22,7 @@ rule all:
     input:
         [final_files(model) for model in PLAN.models],
         [pair_files(*pair) for pair in PLAN.pairs],
-        [PATHS.report("index.html"), *reported_figures()]
+        [PATHS.report("index.html"), RECORDS["report"], *reported_figures()]
         if PLAN.config.report.enabled
         else [],
 

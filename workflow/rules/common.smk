@@ -12,9 +12,9 @@ from headgram.results.asked import check_asked_for
 from headgram.results.paths import DERIVED, MERGED, Results
 from headgram.run.devices import require_device, wants_gpu
 from headgram.errors import HeadgramError
-from headgram.report.names import PROFILE_FIGURES, STACK_FIGURES
+from headgram.report.names import DRAWN, PROFILE_FIGURES, STACK_FIGURES
 from headgram.report.names import TABLES as REPORTED
-from headgram.run.startup import Run
+from headgram.run.startup import OPTIONS, Run
 
 
 @contextlib.contextmanager
@@ -29,7 +29,7 @@ def headgram_errors():
 with headgram_errors():
     # Not by `configfile:`, which evaluates templates, code, in the file.
     RUN = Run(
-        Path("config/config.yaml"),
+        OPTIONS,
         given=config,
         scripts=Path(workflow.basedir) / "workflow" / "scripts",
         is_job=workflow.remote_exec,
@@ -134,23 +134,28 @@ def run_if_stale(stage, wildcards):
     Snakemake compares params with what it remembers in `.snakemake`; the artifact's own record also holds where that
     memory is lost. Called by input functions, which see every job of the DAG before it is decided which must run.
     """
-    run_if_other(identity(stage, wildcards).key, RECORDS[stage].format(**wildcards))
+    return run_if_other(
+        identity(stage, wildcards).key, RECORDS[stage].format(**wildcards)
+    )
 
 
 def run_if_other(key, record):
+    """As `run_if_stale`; returns whether the artifact is there and the one that the plan asks for."""
     if workflow.remote_exec:
         # On a node: whoever sent the job decided. Snakemake removes outputs before a job begins: not those of a newer run.
         with headgram_errors():
             check_asked_for(Path(RESULTS), PATHS.relative(record), key)
-        return
+        return False
     if STORAGE is None:
         file = record
-        stale = Path(record).exists() and not is_fresh(Path(record), key)
+        there, fresh = Path(record).exists(), is_fresh(Path(record), key)
     else:
         file = str(in_storage(record).local_path())
-        stale = stored_has_key(record, key) is False
-    if stale:
+        found = stored_has_key(record, key)
+        there, fresh = found is not None, bool(found)
+    if there and not fresh:
         workflow.dag.forcefiles.add(file)
+    return fresh
 
 
 def stored_has_key(record, key):
@@ -173,15 +178,21 @@ def in_storage(path):
     return STORAGE.object(f"{prefix.rstrip('/')}/{path}")
 
 
-def weights_of(wildcards, layers):
-    """The weight files, with their records, that hold these layers."""
+def weights_of(wildcards, layers, fresh):
+    """The weight files, with their records, that hold these layers.
+
+    Where what is made of them is fresh, their dates mean nothing: weights that are extracted anew are the same then.
+    """
     groups = heads_of(wildcards).groups_of(layers)
     place = wildcards.model, wildcards.stack, wildcards.circuit
+    dated = ancient if fresh else str
     return {
         "weights": [
-            file for group in groups for file in PATHS.data("extract", *place, group)
+            dated(file)
+            for group in groups
+            for file in PATHS.data("extract", *place, group)
         ],
-        "records": [PATHS.record("extract", *place, group) for group in groups],
+        "records": [dated(PATHS.record("extract", *place, group)) for group in groups],
     }
 
 
@@ -219,13 +230,13 @@ def eigen_layers(wildcards):
 
 
 def eigen_input(wildcards):
-    run_if_stale("eigen", wildcards)
-    return weights_of(wildcards, eigen_layers(wildcards))
+    fresh = run_if_stale("eigen", wildcards)
+    return weights_of(wildcards, eigen_layers(wildcards), fresh)
 
 
 def gram_input(wildcards):
-    run_if_stale("gram", wildcards)
-    return weights_of(wildcards, heads_of(wildcards).row_layers(wildcards.row))
+    fresh = run_if_stale("gram", wildcards)
+    return weights_of(wildcards, heads_of(wildcards).row_layers(wildcards.row), fresh)
 
 
 def merge_parts(wildcards):
@@ -314,7 +325,16 @@ def beside_outputs(job):
     if job.rule.name != "report" or STORAGE:
         return []
     figures = [file for file, *_ in stack_figures()]
-    return [PATHS.report(f"data/{model}.js") for model in PLAN.models] + figures
+    layers = [
+        f"{model}/{circuit}-{stack}-{layer}"
+        for model, plan in PLAN.models.items()
+        for (circuit, stack), heads in plan.heads.items()
+        if heads.all_pairs and heads.stack.heads * len(heads.stack.layers) > DRAWN
+        for layer in heads.stack.layers
+    ]
+    return [
+        PATHS.report(f"data/{name}.js") for name in [*PLAN.models, *layers]
+    ] + figures
 
 
 def reported_figures():

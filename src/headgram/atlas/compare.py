@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import pandas as pd
 import torch
@@ -14,7 +13,7 @@ from headgram.atlas.reader import Atlas, open_atlas
 from headgram.errors import HeadgramError
 from headgram.geometry.overlaps import paired_overlaps
 from headgram.results.factors import FactorFiles
-from headgram.results.record import read_record
+from headgram.results.record import has_key, read_record
 from headgram.results.tables import HEAD_NUMBERS, SIDES, Place
 from headgram.stages.lineage import Measured, measure
 
@@ -141,11 +140,10 @@ def _tables(atlas: Atlas, a: str, b: str, place: Place, shapes: list[Mapping[str
 def _weights(atlas: Atlas, model: str, place: Place) -> FactorFiles:
     """The extracted weights from which a model was measured."""
     circuit, stack = place
-    record: dict[str, Any] = read_record(atlas.results / "provenance" / f"{model}.json")
-    key = record["stages"]["extract"][circuit]["key"]
+    extract = read_record(atlas.results / "provenance" / f"{model}.json").stages.get("extract", {}).get(circuit)
     folder = atlas.results / "models" / model / stack / circuit / "weights"
-    current = [path for path in sorted(folder.glob("*.json")) if read_record(path)["key"] == key]
-    factors = FactorFiles([path.with_suffix(".pt") for path in current], key, circuit) if current else None
+    current = [path for path in sorted(folder.glob("*.json")) if extract and has_key(path, extract.key)]
+    factors = FactorFiles([path.with_suffix(".pt") for path in current], extract.key, circuit) if extract and current else None
     if factors is None or set(factors.layers) != set(atlas.of_heads("layers", model, stack, circuit)["layer"]):
         raise HeadgramError(f"the extracted weights of {model} are no longer in {folder}, so there are no cosines")
     return factors

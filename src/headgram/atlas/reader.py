@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from headgram.errors import HeadgramError
+from headgram.study.manifest import MODEL_NAME
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -25,7 +26,8 @@ class Atlas:
     @property
     def models(self) -> list[str]:
         """Names of the measured models, sorted; those that were chosen by `where`."""
-        names = sorted(path.stem for path in (self.results / "provenance").glob("*.json"))
+        found = (path.stem for path in (self.results / "provenance").glob("*.json"))
+        names = sorted(name for name in found if MODEL_NAME.fullmatch(name))
         return names if self._chosen is None else [name for name in names if name in self._chosen]
 
     def where(self, **wanted: Any) -> Atlas:
@@ -94,6 +96,7 @@ class Atlas:
             If there is no such table, the model was not measured, or a file cannot be read.
         """
         import pandas as pd
+        import pyarrow as pa
 
         from headgram.results.paths import LINEAGE, Results
         from headgram.results.tables import TABLES, read_table
@@ -112,9 +115,12 @@ class Atlas:
         tables = []
         for path, keys in files:
             try:
-                tables.append(read_table(Path(path)).to_pandas().assign(**keys))
-            except OSError as error:
+                table = read_table(Path(path))
+            except (OSError, pa.ArrowException) as error:
                 raise HeadgramError(f"{path} cannot be read ({error}): run `snakemake` again") from None
+            if not table.schema.equals(TABLES[name]):
+                raise HeadgramError(f"{path} has not the columns of the table '{name}': run `snakemake` again")
+            tables.append(table.to_pandas().assign(**keys))
         if not files:
             tables, keys = [TABLES[name].empty_table().to_pandas().assign(model="", other="")], {"model": "", "other": ""}
         joined: pd.DataFrame = pd.concat(tables, ignore_index=True)

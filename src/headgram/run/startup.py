@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any
 import filelock
 
 from headgram.errors import HeadgramError
-from headgram.results.asked import ask_for
+from headgram.foreign import read_bounded
+from headgram.results.asked import ask_for, given_to
 from headgram.results.claims import NAME as CLAIMS
 from headgram.results.claims import Writing, claim, settle
 from headgram.results.files import RESULTS, remove_temporaries, write_text
@@ -39,8 +40,12 @@ from headgram.study.plan import Plan, left_out, make_plan
 if TYPE_CHECKING:
     from headgram.run.progress import ProgressHandler
 
+#: The options of a working folder.
+OPTIONS = Path("config", "config.yaml")
 #: Remembers, in the results folder, the files that were found to be what was locked.
 _SEEN = ".sources.json"
+#: What is remembered of thousands of models is smaller.
+_LARGEST = 64 * 2**20
 
 
 class Run:
@@ -53,6 +58,7 @@ class Run:
 
     def __init__(self, options: Path, given: Mapping[str, Any], scripts: Path, is_job: bool = False) -> None:
         config = load_config(read_options(options, given))
+        self._given = given
         self._manifest = Path(config.manifest)
         self._results = Path(config.results)
         self._new: dict[str, LockedModel] = {}
@@ -61,13 +67,8 @@ class Run:
         self._progress: ProgressHandler | None = None
         os.environ[RESULTS] = os.path.normpath(self._results.absolute())  # for the jobs of this run
         manifest = read_manifest(self._manifest)
-        entries = self._locked(manifest) if is_job else self._checked(manifest)
-        self.plan: Plan = make_plan(entries, config, scripts, {row.name: row.labels for row in manifest.rows})
-
-    def _locked(self, manifest: Manifest) -> dict[str, LockedModel]:
-        """The entries of the manifest's models, as they are."""
-        models = read_lock(lock_path(self._manifest)).models
-        return {row.name: models[row.name] for row in manifest.rows if row.name in models}
+        entries = _locked(manifest) if is_job else self._checked(manifest)
+        self.plan: Plan = make_plan(entries, config, scripts, manifest.labels)
 
     def _checked(self, manifest: Manifest) -> dict[str, LockedModel]:
         """The entries of the manifest's models, new ones resolved, old ones compared with their sources."""
@@ -121,7 +122,7 @@ class Run:
             self._held.acquire()
             remove_temporaries(self._results / name for name in (_SEEN, CLAIMS))
             claim(self._results, _writings(workflow, beside))
-            ask_for(self._results, self.plan.records())
+            ask_for(self._results, self.plan.records(), self._given)
             sightings = {name: _sighting(model.entry, file_times(model.entry)) for name, model in self.plan.models.items()}
             write_text(self._results / _SEEN, json.dumps(sightings, indent=1) + "\n")
         except filelock.Timeout:
@@ -158,6 +159,27 @@ class Run:
                 thread.cancel()
 
 
+def asked_by_study(results: Path) -> dict[str, str] | None:
+    """The keys that configuration and lock of this working folder ask for, by record, with the options of the latest run.
+
+    None where they cannot be read, or speak of another results folder.
+    """
+    try:
+        config = load_config(read_options(OPTIONS, given_to(results)))
+        if Path(config.results).resolve() != results.resolve():
+            return None
+        manifest = read_manifest(Path(config.manifest))
+        return make_plan(_locked(manifest), config, Path("workflow", "scripts"), manifest.labels).records()
+    except (HeadgramError, OSError):
+        return None
+
+
+def _locked(manifest: Manifest) -> dict[str, LockedModel]:
+    """The entries of a manifest's models, as they are."""
+    models = read_lock(lock_path(manifest.path)).models
+    return {row.name: models[row.name] for row in manifest.rows if row.name in models}
+
+
 def _writings(workflow: Any, beside: Callable[[Any], Sequence[str]]) -> Iterator[Writing]:
     """What the jobs of a run will write in the results folder; what they keep in object storage is not on this disk."""
     for job in workflow.dag.needrun_jobs():
@@ -169,8 +191,8 @@ def _writings(workflow: Any, beside: Callable[[Any], Sequence[str]]) -> Iterator
 def _read_sightings(path: Path) -> dict[str, Any]:
     """What earlier runs remember; nothing if that is lost or damaged, for it can be found again."""
     try:
-        content = json.loads(path.read_bytes())
-    except (OSError, ValueError):
+        content = json.loads(read_bounded(path, _LARGEST))
+    except (OSError, ValueError, RecursionError):
         return {}
     return content if isinstance(content, dict) else {}
 

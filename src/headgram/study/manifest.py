@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import difflib
+import io
 import math
 import re
 from collections.abc import Mapping
@@ -11,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from headgram.errors import HeadgramError
+from headgram.foreign import read_bounded
 
 COLUMNS = ("name", "source", "revision")
 #: Columns that a manifest may add for a checkpoint that does not state these itself.
@@ -20,7 +22,10 @@ LINEAGE_COLUMNS = ("lineage", "step")
 _KNOWN = COLUMNS + OVERRIDE_COLUMNS + LINEAGE_COLUMNS
 _HEADER = f"with the columns {', '.join(COLUMNS)} in its first line (where needed also {', '.join(_KNOWN[len(COLUMNS) :])})"
 _FORM = f"{_HEADER}, separated by tabs"
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
+#: A manifest of a million models is smaller.
+_LARGEST = 64 * 2**20
+#: What a model may be called: its name is part of file names.
+MODEL_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 _LABEL = re.compile(r"[A-Za-z][A-Za-z0-9_]{0,49}")
 
 
@@ -63,6 +68,11 @@ class Manifest:
     rows: tuple[Row, ...]
     problems: tuple[str, ...]
 
+    @property
+    def labels(self) -> dict[str, Labels]:
+        """Lineage, step and labels of every good row, by name."""
+        return {row.name: row.labels for row in self.rows}
+
     def check(self, *more: str) -> None:
         """Report every problem of the table, and more that were found elsewhere, at once.
 
@@ -73,7 +83,7 @@ class Manifest:
         """
         if problems := (*self.problems, *more):
             count = f"{len(problems)} bad {'entry' if len(problems) == 1 else 'entries'}"
-            raise HeadgramError(f"The manifest {self.path} has {count}:\n  " + "\n  ".join(problems))
+            raise HeadgramError(f"The manifest {self.path} has {count}:", *problems)
 
 
 def read_manifest(path: Path) -> Manifest:
@@ -85,11 +95,11 @@ def read_manifest(path: Path) -> Manifest:
         If the table as a whole cannot be read.
     """
     try:
-        with path.open(newline="", encoding="utf-8-sig") as file:
-            lines = list(enumerate(csv.reader(file, delimiter="\t", quoting=csv.QUOTE_NONE), start=1))
+        text = read_bounded(path, _LARGEST).decode("utf-8-sig")
+        lines = list(enumerate(csv.reader(io.StringIO(text, newline=""), delimiter="\t", quoting=csv.QUOTE_NONE), start=1))
     except FileNotFoundError:
         raise HeadgramError(f"There is no manifest {path}: create it, {_FORM}.") from None
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, ValueError, csv.Error) as error:
         raise HeadgramError(f"The manifest {path} cannot be read ({error}).") from None
     lines = [(number, cells) for number, cells in lines if any(cell.strip() for cell in cells) and not cells[0].startswith("#")]
     if not lines:
@@ -142,7 +152,7 @@ def _problems_of(values: dict[str, str], cells: int, columns: int) -> list[str]:
     if cells > columns:
         problems.append(f"{cells} cells, but only {columns} columns")
     name = values.get("name", "")
-    if not _NAME.fullmatch(name) or _is_number(name):
+    if not MODEL_NAME.fullmatch(name) or _is_number(name):
         problems.append(
             f"the name '{name}' must be made of letters, digits, '.', '_' and '-', begin with a letter or digit, "
             "and not be a number"

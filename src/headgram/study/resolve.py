@@ -13,9 +13,12 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from pydantic import ValidationError
+
 from headgram.checkpoints.checkpoint import Checkpoint, Stack, open_checkpoint
 from headgram.checkpoints.sources import Location
 from headgram.errors import HeadgramError
+from headgram.foreign import first_problem, plain
 from headgram.forms.circuits import CIRCUITS
 from headgram.proofs.adopt import open_or_derive
 from headgram.results.record import canonical, digest
@@ -39,7 +42,7 @@ def main(manifest: Path, doubtful: Sequence[str]) -> None:
     """Resolve the missing rows of a manifest, and compare others with the lock."""
     lock = read_lock(lock_path(manifest))
     rows = missing_rows(read_manifest(manifest).rows, lock)
-    models, problems = resolve_all(rows, progress=lambda line: print(line, file=sys.stderr))
+    models, problems = resolve_all(rows, progress=lambda line: print(plain(line), file=sys.stderr))
     problems += [sentence for name in doubtful for sentence in compare(name, lock.models[name])]
     print(json.dumps({"models": {name: entry.model_dump(mode="json") for name, entry in models.items()}, "problems": problems}))
 
@@ -57,6 +60,8 @@ def resolve_all(
             progress(f"locked {row.name}: {entry.architecture}{how}, fingerprint {entry.fingerprint[:12]}")
         except (HeadgramError, OSError) as error:
             problems.append(f"line {row.line} ({row.name}): {error}")
+        except ValidationError as error:  # no lock could hold that
+            problems.append(f"line {row.line} ({row.name}): {row.source} holds what no model has ({first_problem(error)})")
     return models, problems
 
 
