@@ -12,7 +12,7 @@ from headgram.cli import app
 from pipeline.conftest import Project, new_project
 from tiny import llama_tensors, write_llama, write_manifest
 
-TABLES = ("heads", "spectra", "gram", "pairs", "overlap", "neighbours", "layers", "models")
+TABLES = ("heads", "spectra", "gram", "pairs", "overlap", "neighbours", "layers", "models", "drift", "changes", "matches")
 
 
 def headgram_command(project: Project, *arguments: str) -> str:
@@ -61,7 +61,7 @@ def test_show_says_what_the_tables_say(finished, atlas):
 
 def test_show_without_a_name_lists_the_models(finished):
     printed = headgram_command(finished, "show")
-    assert [row[:4] for row in rows(printed, "Models: ", 4)] == [
+    assert [row[:5] for row in rows(printed, "Models: ", 5)] == [
         ["tiny-bert", "qk", "self", "bert", "3"],
         ["tiny-llama", "qk", "self", "llama", "4"],
     ]
@@ -89,7 +89,7 @@ def test_csv_holds_every_table_to_the_last_bit(finished, atlas, tmp_path):
     for name in TABLES:
         table = atlas.table(name)
         narrow = {column: dtype for column, dtype in table.dtypes.items() if dtype == np.float32}
-        written = pd.read_csv(tmp_path / "csv" / f"{name}.csv", dtype=narrow)
+        written = pd.read_csv(tmp_path / "csv" / f"{name}.csv", dtype=narrow, keep_default_na=False, na_values={"step": [""]})
         pd.testing.assert_frame_equal(written, table, check_exact=True, check_dtype=False)
 
 

@@ -83,12 +83,17 @@ def compare(
 
 def _places(atlas: Atlas, a: str, b: str, stack: str | None, circuit: str | None) -> list[Place]:
     """The circuits and stacks that both models have, of those that are asked for."""
-    ours, theirs = ([(c, s) for c in atlas.circuits(model) for s in atlas.stacks(model, c)] for model in (a, b))
-    wanted = [place for place in ours if circuit in (None, place[0]) and stack in (None, place[1])]
-    both = [place for place in wanted if place in theirs]
+    both: list[Place] = []
+    for i, model in enumerate((a, b)):
+        circuits = [circuit] if circuit else atlas.circuits(model)
+        places = [(each, name) for each in circuits for name in atlas.stacks(model, each)]
+        wanted = [place for place in places if stack in (None, place[1])]
+        if not wanted:
+            known = ", ".join(dict.fromkeys(name for _, name in places))
+            raise HeadgramError(f"the model '{model}' has no stack '{stack}'; there are: {known}")
+        both = [place for place in both if place in wanted] if i else wanted
     if not both:
-        known = [", ".join(f"{c} of {s}" for c, s in each) for each in (ours, theirs)]
-        raise HeadgramError(f"the two models share no such circuit and stack: {a} has {known[0]}, and {b} has {known[1]}")
+        raise HeadgramError(f"'{a}' and '{b}' have no circuit of a stack in common")
     return both
 
 
