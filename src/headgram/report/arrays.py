@@ -124,8 +124,8 @@ def _stack(place: Place, tables: Mapping[str, pd.DataFrame], pairs: Path) -> Sta
 
 
 def _plain(row: pd.Series) -> dict[str, Any]:
-    """A row in JSON's terms."""
-    return {str(name): value.item() if isinstance(value, np.generic) else value for name, value in row.items()}
+    """A row in JSON's terms, without what is not known."""
+    return {str(name): value.item() if isinstance(value, np.generic) else value for name, value in row.dropna().items()}
 
 
 def _cosines(gram: pd.DataFrame, layers: np.ndarray, heads: int) -> dict[str, np.ndarray]:
