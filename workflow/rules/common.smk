@@ -344,7 +344,9 @@ def beside_outputs(job):
         if heads.all_pairs and heads.stack.heads * len(heads.stack.layers) > DRAWN
         for layer in heads.stack.layers
     ]
-    return [PATHS.report(f"data/{name}.js") for name in [*PLAN.models, *layers]] + figures
+    return [
+        PATHS.report(f"data/{name}.js") for name in [*PLAN.models, *layers]
+    ] + figures
 
 
 def reported_figures():

@@ -12,13 +12,14 @@ from headgram.results.tables import TABLES
 
 
 def export_csv(atlas: Atlas, models: Sequence[str], folder: Path) -> list[Path]:
-    """Write every table of some models as `{table}.csv`, models below one another; numbers round-trip exactly."""
-    paths = [folder / f"{name}.csv" for name in TABLES]
-    for name, path in zip(TABLES, paths, strict=True):
+    """Write every table that any of some models has as `{table}.csv`, models below one another; numbers round-trip exactly."""
+    having = {name: [model for model in models if atlas.has(name, model)] for name in TABLES}
+    paths = {name: folder / f"{name}.csv" for name, found in having.items() if found}
+    for name, path in paths.items():
         with written_whole(path) as file:
-            for model in models:
-                atlas.table(name, model).to_csv(file, mode="wb", index=False, header=model == models[0])
-    return paths
+            for model in having[name]:
+                atlas.table(name, model).to_csv(file, mode="wb", index=False, header=model == having[name][0])
+    return list(paths.values())
 
 
 def export_netcdf(atlas: Atlas, models: Sequence[str], folder: Path) -> list[Path]:

@@ -7,10 +7,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from headgram.errors import HeadgramError
+from headgram.results.paths import COMPOSED, Results
 
 if TYPE_CHECKING:
     import pandas as pd
     import xarray as xr
+
+_WHY_ABSENT = "it needs both circuits of a stack (options `circuits` and `composition.enabled`)"
 
 PairColumn = Literal["gram", "cosine", "transposed", "symmetric", "antisymmetric", "z"]
 
@@ -52,15 +55,14 @@ class Atlas:
         """
         import pandas as pd
 
-        from headgram.results.tables import TABLES, read_table
+        from headgram.results.tables import read_table
 
-        if name not in TABLES:
-            raise HeadgramError(f"the atlas has no table '{name}'; there are: {', '.join(TABLES)}")
-        if model is not None:
-            self._require(model)
+        wanted = [each for each in ([model] if model else self.models) if self.has(name, each)]
+        if not wanted:
+            raise HeadgramError(f"{model or 'no model'} has {'no' if model else 'a'} table '{name}': {_WHY_ABSENT}")
         tables = []
-        for each in [model] if model else self.models:
-            path = self.results / "atlas" / name / f"model={each}" / f"{name}.parquet"
+        for each in wanted:
+            path = self._path(name, each)
             try:
                 table = read_table(path).to_pandas()
             except OSError as error:
@@ -69,6 +71,24 @@ class Atlas:
             tables.append(table)
         joined: pd.DataFrame = pd.concat(tables, ignore_index=True)
         return joined
+
+    def has(self, name: str, model: str) -> bool:
+        """Whether a model has a table: all models have all, but for `composition` and `channels`, which need both circuits.
+
+        Raises
+        ------
+        HeadgramError
+            If there is no such table, or the model was not measured.
+        """
+        from headgram.results.tables import TABLES
+
+        if name not in TABLES:
+            raise HeadgramError(f"the atlas has no table '{name}'; there are: {', '.join(TABLES)}")
+        self._require(model)
+        return name not in COMPOSED or self._path(name, model).exists()
+
+    def _path(self, name: str, model: str) -> Path:
+        return Path(Results(str(self.results)).table(name, model))
 
     def stacks(self, model: str, circuit: str = "qk") -> list[str]:
         """Names of a model's stacks of which a circuit was measured, in its order.
@@ -170,6 +190,56 @@ class Atlas:
         data[own, heads["head"], own, heads["head"]] = itself
         coordinates = {"layer_a": layers, "head_a": indices, "layer_b": layers, "head_b": indices}
         attributes = {"model": model, "circuit": circuit, "stack": stack, "chance": 1 / int(heads["hidden"].iloc[0])}
+        return xr.DataArray(data, coords=coordinates, dims=list(coordinates), name=value, attrs=attributes)
+
+    def composition(
+        self,
+        model: str,
+        kind: Literal["q", "k", "v"],
+        stack: str = "self",
+        value: Literal["score", "times_chance", "z", "acausal"] = "score",
+    ) -> xr.DataArray:
+        """How much of what each head writes each head of a later layer reads.
+
+        Parameters
+        ----------
+        kind
+            What the later head does with it: `q`, its queries read it; `k`, its keys; `v`, it moves it on.
+        value
+            A column of the table `composition`.
+
+        Returns
+        -------
+        xarray.DataArray, (L, H, L, H) float32
+            Dimensions `layer_a`, `head_a`, `layer_b`, `head_b`, with the true layer indices; NaN unless `layer_a < layer_b`. The
+            attribute `chance` is `1/√d`, the root mean square of the score if one head is turned by a random rotation.
+
+        Raises
+        ------
+        HeadgramError
+            If the model or the stack was not measured in both circuits.
+
+        Examples
+        --------
+        >>> scores = atlas.composition("smollm2-135m-instruct", "k")  # doctest: +SKIP
+        >>> scores.sel(layer_a=16, head_a=0, layer_b=17, head_b=3).item()  # doctest: +SKIP
+        0.218
+        """
+        import numpy as np
+        import xarray as xr
+
+        if kind not in ("q", "k", "v"):
+            raise HeadgramError(f"compositions have no kind '{kind}': ask for 'q', 'k' or 'v'")
+        if value not in (values := ("score", "times_chance", "z", "acausal")):
+            raise HeadgramError(f"compositions have no '{value}'; there are: {', '.join(values)}")
+        heads, table = self.of_heads("heads", model, stack, "ov"), self.table("composition", model)
+        table = table[(table["stack"] == stack) & (table["kind"] == kind)]
+        layers, indices = np.unique(heads["layer"]), np.unique(heads["head"])
+        data = np.full((len(layers), len(indices)) * 2, np.nan, dtype=np.float32)
+        a, b = (np.searchsorted(layers, table[name]) for name in ("layer_a", "layer_b"))
+        data[a, table["head_a"], b, table["head_b"]] = table[value]
+        coordinates = {"layer_a": layers, "head_a": indices, "layer_b": layers, "head_b": indices}
+        attributes = {"model": model, "stack": stack, "kind": kind, "chance": int(heads["hidden"].iloc[0]) ** -0.5}
         return xr.DataArray(data, coords=coordinates, dims=list(coordinates), name=value, attrs=attributes)
 
     def overlap(
