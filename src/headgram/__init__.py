@@ -15,10 +15,11 @@ if TYPE_CHECKING:
     from headgram.atlas.reader import Atlas as Atlas
     from headgram.atlas.reader import open_atlas as open_atlas
     from headgram.checkpoints.checkpoint import Checkpoint as Checkpoint
-    from headgram.checkpoints.checkpoint import Stack as Stack
     from headgram.checkpoints.checkpoint import open_checkpoint as open_checkpoint
+    from headgram.checkpoints.stack import Stack as Stack
     from headgram.errors import HeadgramError as HeadgramError
     from headgram.geometry.spectra import Spectrum as Spectrum
+    from headgram.run.project import SNAKEFILE as SNAKEFILE
     from headgram.tensors import gram as gram
     from headgram.tensors import spectrum as spectrum
 
@@ -27,10 +28,11 @@ _HOMES = {
     "Atlas": "headgram.atlas.reader",
     "open_atlas": "headgram.atlas.reader",
     "Checkpoint": "headgram.checkpoints.checkpoint",
-    "Stack": "headgram.checkpoints.checkpoint",
+    "Stack": "headgram.checkpoints.stack",
     "open_checkpoint": "headgram.checkpoints.checkpoint",
     "HeadgramError": "headgram.errors",
     "Spectrum": "headgram.geometry.spectra",
+    "SNAKEFILE": "headgram.run.project",
     "spectrum": "headgram.tensors",
     "gram": "headgram.tensors",
 }

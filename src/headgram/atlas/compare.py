@@ -4,17 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
 from headgram.atlas.reader import Atlas
-from headgram.errors import HeadgramError
+from headgram.errors import HeadgramError, require
 from headgram.geometry.ratios import cosines
 from headgram.geometry.same_index import same_index_products
 from headgram.results.factors import FactorFiles
-from headgram.results.record import read_record
+from headgram.results.record import has_key, read_record
 from headgram.results.tables import HEAD_NUMBERS, SIDES
 
 if TYPE_CHECKING:
@@ -67,6 +67,7 @@ def compare(atlas: Atlas, a: str, b: str, stack: str | None = None, circuit: str
     HeadgramError
         If a model, its stack or the circuit was not measured, or the two differ in layers or heads.
     """
+    require(atlas, Atlas, "compare takes what `open_atlas` gives")
     stack = stack or atlas.stacks(a)[0]
     tables = {model: atlas.of_heads("heads", model, stack, circuit).set_index(["layer", "head"]).sort_index() for model in (a, b)}
     if not tables[a].index.equals(tables[b].index):
@@ -114,13 +115,12 @@ def _overlaps(a: torch.Tensor, b: torch.Tensor) -> np.ndarray:
 
 def _weights(atlas: Atlas, model: str, stack: str, circuit: str) -> FactorFiles:
     """The extracted weights from which a model was measured."""
-    record: dict[str, Any] = read_record(atlas.results / "provenance" / f"{model}.json")
-    key = record["stages"]["extract"][circuit]["key"]
+    extract = read_record(atlas.results / "provenance" / f"{model}.json").stages.get("extract", {}).get(circuit)
     folder = atlas.results / "models" / model / stack / circuit / "weights"
-    current = [path for path in sorted(folder.glob("*.json")) if read_record(path)["key"] == key]
-    if not current:
+    current = [path for path in sorted(folder.glob("*.json")) if extract and has_key(path, extract.key)]
+    if not extract or not current:
         raise HeadgramError(f"the extracted weights of {model} are no longer in {folder}, so there are no cosines")
-    return FactorFiles([path.with_suffix(".pt") for path in current], key, circuit)
+    return FactorFiles([path.with_suffix(".pt") for path in current], extract.key, circuit)
 
 
 def _cosines(heads: pd.DataFrame, a: FactorFiles, b: FactorFiles) -> np.ndarray:

@@ -7,7 +7,10 @@ from typing import TYPE_CHECKING, Any
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
+
+from headgram.foreign import plain
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -25,7 +28,7 @@ _EIGHTHS = " ▏▎▍▌▋▊▉█"
 def console() -> Console:
     """Standard output: as wide as the terminal, and at least wide enough for every table."""
     terminal = Console()
-    return Console(width=max(terminal.width, _WIDTH) if terminal.is_terminal else _WIDE)
+    return Console(width=max(terminal.width, _WIDTH) if terminal.is_terminal else _WIDE, emoji=False)
 
 
 def bar(share: float, width: int = 6) -> str:
@@ -33,6 +36,11 @@ def bar(share: float, width: int = 6) -> str:
     eighths = round(8 * width * min(max(share, 0.0), 1.0))
     whole, rest = divmod(eighths, 8)
     return (_EIGHTHS[8] * whole + (_EIGHTHS[rest] if rest else "")).ljust(width)
+
+
+def _text(value: object) -> str:
+    """A stranger's text in a table of ours: no markup, and nothing that a terminal acts on."""
+    return escape(plain(value))
 
 
 def _number(value: float) -> str:
@@ -85,7 +93,7 @@ _COLUMNS: Mapping[str, tuple[str, Callable[[Any], str]]] = {
     "layer_b": ("layer", str),
     "kv_heads": ("key\nheads", str),
     "hidden": ("width", str),
-    "stored_dtype": ("stored\nas", str),
+    "stored_dtype": ("stored\nas", _text),
     "lowest_cosine": ("lowest", _signed),
     "symmetry_a": ("symmetry\nbefore", _plain),
     "symmetry_b": ("after", _plain),
@@ -152,12 +160,10 @@ def show_comparison(comparison: Comparison, top: int, out: Console) -> None:
     heads = comparison.heads
     heads = heads.assign(norm_ratio=_ratios(heads["fro_sq_b"] ** 0.5, heads["fro_sq_a"] ** 0.5))
     measures = [name for name in ("cosine", "right", "left", "signed") if name in heads]
-    out.print(
-        f"[bold]{comparison.b}[/bold] (after) against [bold]{comparison.a}[/bold] (before), "
-        f"circuit {comparison.circuit}, stack {comparison.stack}"
-    )
+    after, before, circuit, stack = map(_text, (comparison.b, comparison.a, comparison.circuit, comparison.stack))
+    out.print(f"[bold]{after}[/bold] (after) against [bold]{before}[/bold] (before), circuit {circuit}, stack {stack}")
     if comparison.why_no_cosine:
-        out.print(f"No cosines: {comparison.why_no_cosine}.", highlight=False, soft_wrap=True)
+        out.print(f"No cosines: {_text(comparison.why_no_cosine)}.", highlight=False, soft_wrap=True)
     if comparison.expected is not None:
         out.print(f"Random subspaces overlap by {comparison.expected:.3f} on average.", highlight=False)
     out.print(_numbers(heads))
@@ -173,10 +179,11 @@ def show_comparison(comparison: Comparison, top: int, out: Console) -> None:
 
 
 def _show_facts(model: str, facts: pd.Series, out: Console) -> None:
+    circuit, stack, architecture, dtype = (_text(facts[name]) for name in ("circuit", "stack", "architecture", "stored_dtype"))
     out.print(
-        f"[bold]{model}[/bold], circuit {facts['circuit']}, stack {facts['stack']}: {facts['architecture']}, "
+        f"[bold]{_text(model)}[/bold], circuit {circuit}, stack {stack}: {architecture}, "
         f"{facts['layers']} layers of {facts['heads']} heads ({facts['kv_heads']} factors shared by heads), "
-        f"rank {facts['rank']}, width {facts['hidden']}, stored as {facts['stored_dtype']}",
+        f"rank {facts['rank']}, width {facts['hidden']}, stored as {dtype}",
         highlight=False,
         soft_wrap=True,
     )
@@ -217,7 +224,7 @@ def _table(title: str, rows: pd.DataFrame, columns: Sequence[str]) -> Table:
     table = _empty(title)
     cells = []
     for name in columns:
-        heading, write = _COLUMNS.get(name, (name, str))
+        heading, write = _COLUMNS.get(name, (name, _text))
         words = rows[name].dtype.kind not in "if"
         table.add_column(heading, justify="left" if words else "right", no_wrap=not words, overflow="fold")
         cells.append([write(value) for value in rows[name]])

@@ -16,6 +16,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from headgram.forms.heads import Heads
+from headgram.forms.reading import Norm, Rotary
 
 
 def transposed(heads: Heads) -> Heads:
@@ -75,6 +76,25 @@ def centred(heads: Heads, left: bool = False, right: bool = False) -> Heads:
         for factors, wanted in ((heads.a, left), (heads.b, right))
     )
     return heads.with_factors(a, b)
+
+
+def folded(heads: Heads, norm: Norm, left: bool = True, right: bool = True) -> Heads:
+    """The forms of the stream that a norm is given: its gain and its centring folded into what reads, in float64.
+
+    Its bias adds terms that are linear in one token, which are no part of a form.
+
+    Parameters
+    ----------
+    left, right
+        Which sides read through the norm: of `qk` both, of `ov` the right one alone.
+    """
+    gained = scaled(heads, norm.gain if left else None, norm.gain if right else None)
+    return centred(gained, left and norm.centred, right and norm.centred)
+
+
+def rotated(heads: Heads, rotary: Rotary, offset: float) -> Heads:
+    """The forms `g(offset) = W_K^T R(offset) W_Q` of `qk`, in float64: scores of a query so many tokens after the key."""
+    return heads.with_factors(heads.a.double(), rotary.scaled(rotary.turned(heads.b, offset)))
 
 
 def difference(one: Heads, other: Heads) -> Heads:

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 #: Tables that a merge and a derivation write for a model.
 MERGED = ("heads", "spectra", "gram", "pairs")
 DERIVED = ("overlap", "neighbours", "layers", "models")
+#: Tables about two models of one lineage.
+LINEAGE = ("drift", "changes", "matches")
 #: Tables of models whose stacks are measured in both circuits.
 COMPOSED = ("composition", "channels")
 #: The folders that hold artifacts, their records among them; logs are nobody's results.
@@ -43,7 +45,7 @@ class Results:
         return [self.part(stage, model, stack, circuit, name, suffix) for suffix in _PARTS[stage][1]]
 
     def record(self, stage: str, model: str = "", stack: str = "", circuit: str = "", name: str = "") -> str:
-        """The record of an artifact of any stage."""
+        """The record of an artifact of any stage; of `lineage`, the earlier model is the name."""
         if stage in _PARTS:
             return self.part(stage, model, stack, circuit, name, ".json")
         return (
@@ -51,6 +53,7 @@ class Results:
             + {
                 "merge": f"provenance/{model}.json",
                 "derive": f"provenance/derived/{model}.json",
+                "lineage": f"provenance/lineage/{model}/{name}.json",
                 "composition": f"provenance/composition/{model}.json",
                 "report": "report/index.json",
             }[stage]
@@ -59,6 +62,10 @@ class Results:
     def table(self, table: str, model: str) -> str:
         """A table of the atlas."""
         return f"{self.root}/atlas/{table}/model={model}/{table}.parquet"
+
+    def pair_table(self, table: str, model: str, other: str) -> str:
+        """A table of the atlas about a model and an earlier one."""
+        return f"{self.root}/atlas/{table}/model={model}/other={other}/{table}.parquet"
 
     def directions(self, model: str) -> str:
         """The directions of a model."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from pydantic import BaseModel
@@ -20,7 +20,9 @@ from headgram.geometry.costs import Sizes, cheapest, flops
 from headgram.results.paths import Results
 from headgram.results.record import Identity, canonical, digest
 from headgram.study.keys import code_digest, page_digest
+from headgram.study.lineages import Pair, pairs
 from headgram.study.lock import LockedCircuit, LockedModel, LockedStack
+from headgram.study.manifest import Labels
 from headgram.study.options import Config
 
 #: What one core does, roughly; only the sizes of jobs follow from it.
@@ -86,6 +88,7 @@ class ModelPlan:
 
     name: str
     entry: LockedModel
+    labels: Labels
     heads: dict[Place, HeadsPlan]  # circuit by circuit, the stacks in the model's order
     composed: tuple[str, ...]  # the stacks whose compositions are measured
     identities: dict[tuple[str, str], Identity]  # by stage and circuit, which is empty where a stage takes all
@@ -102,7 +105,26 @@ class Plan:
 
     config: Config
     models: dict[str, ModelPlan]
+    pairs: list[Pair]  # of models of one lineage
     report: Identity  # of the page and the figures of all models
+    pair_code: str  # the digest of the stage `lineage`
+
+    def pair_places(self, pair: Pair) -> list[Place]:
+        """The circuits and stacks that both models of a pair have."""
+        ours, theirs = (self.models[name].heads for name in pair)
+        return [place for place in ours if place in theirs]
+
+    def pair_identity(self, pair: Pair) -> Identity:
+        """What the tables about a model and an earlier one follow from."""
+        models = [self.models[name] for name in reversed(pair)]
+        places = self.pair_places(pair)
+        circuits = list(dict.fromkeys(circuit for circuit, _ in places))
+        upstream = [
+            model.identities[stage, circuit].key for model in models for stage in ("extract", "eigen") for circuit in circuits
+        ]
+        all_pairs = all(model.heads[place].all_pairs for model in models for place in places)
+        options = {"export": self.config.export.model_dump(mode="json"), "gram": {"pairs": "all" if all_pairs else "same"}}
+        return Identity("lineage", canonical(options), models[1].entry.fingerprint, self.pair_code, tuple(upstream))
 
     def records(self) -> dict[str, str]:
         """The key of every artifact, by its record's path below the results folder."""
@@ -114,6 +136,8 @@ class Plan:
             for (circuit, stack), plan in model.heads.items():
                 for stage, parts in (("extract", plan.groups), ("eigen", plan.shards), ("gram", plan.rows)):
                     keys |= {paths.record(stage, name, stack, circuit, part): key[stage, circuit] for part in parts}
+        for pair in self.pairs:
+            keys[paths.record("lineage", pair[0], name=pair[1])] = self.pair_identity(pair).key
         return {paths.relative(path): key for path, key in keys.items()}
 
 
@@ -142,19 +166,23 @@ def left_out(plan: Plan) -> list[str]:
     return absent + costly + uncomposed
 
 
-def make_plan(entries: Mapping[str, LockedModel], config: Config, scripts: Path) -> Plan:
-    """Plan every model of the manifest, given its entry in the lock, and the folder of the stages' scripts.
+def make_plan(
+    entries: Mapping[str, LockedModel], config: Config, scripts: Path, labels: Mapping[str, Labels] | None = None
+) -> Plan:
+    """Plan every model of the manifest, given its entry in the lock, the folder of the stages' scripts, and the models' labels.
 
     Raises
     ------
     HeadgramError
         If the lock holds an architecture that this version does not know, or a model has none of the circuits that are asked for.
     """
-    models = {name: _plan_model(name, entry, config, scripts) for name, entry in entries.items()}
-    return Plan(config, models, _report_identity(models, scripts))
+    labels = {name: (labels or {}).get(name, Labels()) for name in entries}
+    models = {name: _plan_model(name, entry, labels[name], config, scripts) for name, entry in entries.items()}
+    code = code_digest("lineage", scripts / "lineage.py")
+    return Plan(config, models, pairs(labels, config.lineage.pairs), _report_identity(models, scripts), code)
 
 
-def _plan_model(name: str, entry: LockedModel, config: Config, scripts: Path) -> ModelPlan:
+def _plan_model(name: str, entry: LockedModel, labels: Labels, config: Config, scripts: Path) -> ModelPlan:
     heads: dict[Place, HeadsPlan] = {
         (circuit, stack.name): _plan_heads(stack, circuit, config)
         for circuit in config.circuits
@@ -175,7 +203,7 @@ def _plan_model(name: str, entry: LockedModel, config: Config, scripts: Path) ->
         if enabled is True
         or (enabled == "auto" and _composition_flops(heads["qk", stack], heads["ov", stack]) <= MOST_PAIR_FLOPS)
     )
-    return ModelPlan(name, entry, heads, composed, _identities(entry, circuits, bool(composed), config, scripts))
+    return ModelPlan(name, entry, labels, heads, composed, _identities(entry, labels, circuits, bool(composed), config, scripts))
 
 
 def _in_both_circuits(heads: Mapping[Place, HeadsPlan]) -> list[str]:
@@ -199,7 +227,7 @@ def stage_config(stage: str, config: Config, circuit: str = "qk") -> str:
 
 
 def _identities(
-    entry: LockedModel, circuits: Sequence[str], composed: bool, config: Config, scripts: Path
+    entry: LockedModel, labels: Labels, circuits: Sequence[str], composed: bool, config: Config, scripts: Path
 ) -> dict[tuple[str, str], Identity]:
     stages = ("extract", "eigen", "gram", "merge", "derive", "composition")
     code = {stage: code_digest(stage, scripts / f"{stage}.py") for stage in stages}
@@ -216,9 +244,8 @@ def _identities(
     merge = Identity(
         "merge", stage_config("merge", config), entry.fingerprint, code["merge"], measured["eigen"] + measured["gram"]
     )
-    derive = Identity(
-        "derive", stage_config("derive", config), entry.fingerprint, code["derive"], (merge.key, *measured["eigen"])
-    )
+    writes_labels = digest(code["derive"], canonical(asdict(labels)))
+    derive = Identity("derive", stage_config("derive", config), entry.fingerprint, writes_labels, (merge.key, *measured["eigen"]))
     found |= {("merge", ""): merge, ("derive", ""): derive}
     if composed:
         upstream = tuple(found["extract", circuit].key for circuit in ("qk", "ov"))
