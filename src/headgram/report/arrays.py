@@ -40,14 +40,11 @@ class StackSummary:
         True indices.
     quartiles : (3, C, L)
         Lower quartile, median and upper quartile of each column over heads, in the order of `columns()`.
-    expected
-        The overlap of random spans.
     """
 
     facts: dict[str, Any]
     layers: np.ndarray
     quartiles: np.ndarray
-    expected: float
 
 
 @dataclass(frozen=True)
@@ -110,7 +107,6 @@ def _stack(place: Place, tables: Mapping[str, pd.DataFrame], pairs: Path) -> Sta
         facts=_plain(tables["models"].iloc[0]),
         layers=layers,
         quartiles=np.stack([[by_layer[f"{name}_{each}"] for name in names] for each in QUARTILES]),
-        expected=float(overlap["expected"].iloc[0]),
     )
     return StackArrays(
         summary=summary,

@@ -6,6 +6,7 @@ from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from headgram.report.arrays import StackSummary, read_model
 from headgram.report.figures import profile_figures, stack_figures
@@ -43,9 +44,10 @@ def write_report(sources: Sequence[Source], report: Report, provenance: Provenan
         If a table is damaged or belongs to another run.
     """
     keys = iter(provenance.identity.upstream)
+    origins = {}
     for source in sources:
-        for record in source.records:
-            check(record, next(keys), reads=source.tables.values())
+        merged, _ = (check(record, next(keys), reads=source.tables.values()) for record in source.records)
+        origins[source.model] = _origin(merged)
 
     summaries: dict[str, dict[str, StackSummary]] = {}
     packs: dict[str, str] = {}
@@ -60,10 +62,18 @@ def write_report(sources: Sequence[Source], report: Report, provenance: Provenan
                 packs[source.model] = pack
         first = {model: next(iter(stacks.values())) for model, stacks in summaries.items()}
         profiles = pool.submit(profile_figures, first).result()
-        text = page(shell.result(), index_pack(summaries), packs)
+        text = page(shell.result(), index_pack(summaries, origins), packs)
     written += _write({report.figures / f"{name}.svg": text for name, text in profiles.items()})
     written += _write({report.page: text})
     seal(report.record, provenance, written)
+
+
+def _origin(merged: Mapping[str, Any]) -> dict[str, str]:
+    """Where a model is from, its revision and commit, and when and by what version it was measured."""
+    lock = merged["lock"]
+    known = {"source": lock["source"], "revision": lock["revision"], "commit": lock["commit"]}
+    known |= {"measured": merged["started"][:10], "version": merged["headgram"]}
+    return {name: text for name, text in known.items() if text}
 
 
 def _write_model(source: Source, report: Report) -> tuple[dict[str, StackSummary], str, list[Path]]:
