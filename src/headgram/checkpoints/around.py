@@ -25,12 +25,11 @@ _UNSAID = "the family's data do not say what it is, for it is not proven"
 
 @dataclass(frozen=True)
 class Surroundings:
-    """What is known of a stack besides its factors; names of a layer's modules begin with `prefix` and `block`."""
+    """What is known of a stack besides its factors; `place` is what the names of a layer's modules begin with."""
 
     rule: AroundRule
     section: Section
-    prefix: str
-    block: str
+    place: str
     modules: Mapping[str, str]
     layout: str
     dims: Dimensions
@@ -117,11 +116,6 @@ class Around:
         start = dims.sizes.get("nope", 0)
         return rotary_of(rule, self._known.section, self.layer, dims.rank - start, start, length)
 
-    @property
-    def block(self) -> str:
-        """What the names of the layer's modules begin with, below the prefix."""
-        return self._known.block.format(layer=self.layer)
-
     def names(self, role: str) -> list[str]:
         """The tensors of this layer that hold a norm or a bias; none for other roles."""
         if role in ("query_bias", "key_bias"):
@@ -183,7 +177,7 @@ class Around:
 
     @property
     def _place(self) -> str:
-        return f"{self._known.prefix}{self._known.block}".format(layer=self.layer)
+        return self._known.place.format(layer=self.layer)
 
     def _said(self, role: str, value: Any) -> Any:
         if value is None:

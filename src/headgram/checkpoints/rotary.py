@@ -19,6 +19,8 @@ from headgram.errors import HeadgramError
 from headgram.families.around import RotaryRule
 from headgram.forms.reading import Rotary
 
+#: What configurations that state no base leave unsaid.
+_BASE = 10_000
 _FULL, _SLIDING = "full_attention", "sliding_attention"
 
 
@@ -112,10 +114,10 @@ def rotary_of(rule: RotaryRule, section: Section, layer: int, rank: int, start: 
     if local:
         stated = {}
     names = (rule.local_base,) if local else rule.bases
-    base = next((value for name in names if name and (value := stated.get("rope_theta") or section.get(name))), rule.base)
+    base = next((value for name in names if name and (value := stated.get("rope_theta") or section.get(name))), _BASE)
     base = positive(section, "the rotary base", base)
     shares = [stated.get("partial_rotary_factor"), *(section.get(name) for name in ("partial_rotary_factor", "rotary_pct"))]
-    share = next((value for value in shares if value is not None), rule.partial)
+    share = next((value for value in shares if value is not None), 1)
     stated_width = section.find(rule.width) if rule.width else None
     width = stated_width or int(rank * positive(section, "the rotary share", share))
     name = str(stated.get("rope_type") or stated.get("type") or "default")[:40]
@@ -139,7 +141,7 @@ def _flag(rule: RotaryRule, section: Section, layer: int) -> bool:
 
 def _stated(section: Section, kind: str | None) -> Mapping[str, Any]:
     """The parameters of one kind of layer: those that the configuration states for it, or for all."""
-    found = section.get("rope_parameters") or section.get("rope_scaling") or {}
+    found = section.get("rope_scaling") or section.get("rope_parameters") or {}
     if not isinstance(found, Mapping):
         raise HeadgramError(f"{section.whose} has rotary parameters {found!r:.60}, which should be a table")
     if any(isinstance(value, Mapping) for value in found.values()):
