@@ -114,7 +114,7 @@ class Around:
         """
         rule, dims = self._said("rotary", self._known.rule.rotary), self._known.dims
         start = dims.sizes.get("nope", 0)
-        return rotary_of(rule, self._known.section, self.layer, dims.rank - start, start, length)
+        return rotary_of(rule, self._known.section, self.layer, dims.rank, start, length)
 
     def names(self, role: str) -> list[str]:
         """The tensors of this layer that hold a norm or a bias; none for other roles."""
@@ -150,8 +150,10 @@ class Around:
         if rule.module is None or (self.layer == 0 and rule.not_first):
             return {}
         modules = dict.fromkeys(rule.module.format(head=head) for head in range(heads))
-        names = {kind: [f"{self._place}{module}.{kind}" for module in modules] for kind in ("weight", "bias")}
-        return {kind: found for kind, found in names.items() if kind == "weight" or found[0] in self._store}
+        names = {kind: [f"{self._place}{module}.{kind}" for module in modules] for kind in ("weight", "gamma", "bias", "beta")}
+        held = {kind: found for kind, found in names.items() if found[0] in self._store}
+        weight, bias = held.get("gamma", names["weight"]), held.get("bias") or held.get("beta")
+        return {"weight": weight} | ({} if bias is None else {"bias": bias})
 
     def _bias(self, role: str) -> Tensor | None:
         """A bias is a weight that reads one channel, which is always 1."""
