@@ -6,7 +6,8 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
-from headgram.errors import HeadgramError
+from headgram.errors import HeadgramError, require
+from headgram.study.manifest import MODEL_NAME
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -18,29 +19,73 @@ PairColumn = Literal["gram", "cosine", "transposed", "symmetric", "antisymmetric
 class Atlas:
     """Tables and directions of all models of a results folder; made by `open_atlas`."""
 
-    def __init__(self, results: Path) -> None:
+    def __init__(self, results: Path, chosen: frozenset[str] | None = None) -> None:
         self.results = results  #: the folder
+        self._chosen = chosen
 
     @property
     def models(self) -> list[str]:
-        """Names of the measured models, sorted."""
-        return sorted(path.stem for path in (self.results / "provenance").glob("*.json"))
+        """Names of the measured models, sorted; those that were chosen by `where`."""
+        found = (path.stem for path in (self.results / "provenance").glob("*.json"))
+        names = sorted(name for name in found if MODEL_NAME.fullmatch(name))
+        return names if self._chosen is None else [name for name in names if name in self._chosen]
 
-    def heads(self) -> pd.DataFrame:
-        """One row per head: the scalars of `headgram.Spectrum`, keyed by model, stack, layer, head."""
-        return self.table("heads")
+    def where(self, **wanted: Any) -> Atlas:
+        """The same atlas of fewer models: those of a lineage, a step, a label of the manifest, or any other column of `summary`.
 
-    def spectra(self) -> pd.DataFrame:
+        Parameters
+        ----------
+        wanted
+            By column, one value or a list of them; the label `data` is the column `label_data`, and may be called `data`.
+
+        Raises
+        ------
+        HeadgramError
+            If there is no such column, or no such model.
+
+        Examples
+        --------
+        >>> headgram.open_atlas("results").where(lineage="pythia-70m", step=[0, 1000]).heads()  # doctest: +SKIP
+        """
+        table = self.summary()
+        chosen = table
+        for name, value in wanted.items():
+            column = name if name in table else f"label_{name}"
+            if column not in table:
+                raise HeadgramError(f"models have no '{name}'; there are: {', '.join(map(str, table.columns))}")
+            chosen = chosen[chosen[column].isin(value if isinstance(value, list | tuple | set) else [value])]
+        if chosen.empty:
+            given = ", ".join(f"{name} {value!r}" for name, value in wanted.items())
+            raise HeadgramError(f"{self.results} holds no model with {given}")
+        return Atlas(self.results, frozenset(chosen["model"]))
+
+    def heads(self, circuit: str | None = None) -> pd.DataFrame:
+        """One row per head, of one circuit (`qk` or `ov`) or of each: the scalars of `headgram.Spectrum`."""
+        return self._of_circuit("heads", circuit)
+
+    def spectra(self, circuit: str | None = None) -> pd.DataFrame:
         """One row per head and index: singular value and signed eigenvalue of the symmetric part."""
-        return self.table("spectra")
+        return self._of_circuit("spectra", circuit)
 
-    def layers(self) -> pd.DataFrame:
+    def layers(self, circuit: str | None = None) -> pd.DataFrame:
         """One row per layer: quartiles over its heads, mean cosines to other layers, scores of the layer's whole form."""
-        return self.table("layers")
+        return self._of_circuit("layers", circuit)
 
-    def summary(self) -> pd.DataFrame:
-        """One row per model and stack, the table `models`: what the model is, and medians over its heads."""
-        return self.table("models")
+    def summary(self, circuit: str | None = None) -> pd.DataFrame:
+        """One row per model, circuit and stack, the table `models`: what the model is, and medians over its heads.
+
+        Every label of the manifest is a column `label_{name}`.
+        """
+        import json
+
+        import pandas as pd
+
+        table = self._of_circuit("models", circuit)
+        try:
+            labels = pd.DataFrame([dict(json.loads(text)) for text in table["labels"]], index=table.index)
+        except (ValueError, TypeError, RecursionError):
+            raise HeadgramError(f"a table `models` of {self.results} holds labels that are none: run `snakemake` again") from None
+        return table.drop(columns="labels").join(labels.add_prefix("label_"))
 
     def table(self, name: str, model: str | None = None) -> pd.DataFrame:
         """A table by its name, of one model or of all; the first column is the model.
@@ -51,24 +96,91 @@ class Atlas:
             If there is no such table, the model was not measured, or a file cannot be read.
         """
         import pandas as pd
+        import pyarrow as pa
 
+        from headgram.results.paths import LINEAGE, Results
         from headgram.results.tables import TABLES, read_table
 
-        if name not in TABLES:
+        if not isinstance(name, str) or name not in TABLES:
             raise HeadgramError(f"the atlas has no table '{name}'; there are: {', '.join(TABLES)}")
         if model is not None:
             self._require(model)
+        paths = Results(str(self.results))
+        models = [model] if model else self.models
+        if name in LINEAGE:
+            pairs = [(each, other) for each in models for other in self.others(each)]
+            files = [(paths.pair_table(name, *pair), {"model": pair[0], "other": pair[1]}) for pair in pairs]
+        else:
+            files = [(paths.table(name, each), {"model": each}) for each in models]
         tables = []
-        for each in [model] if model else self.models:
-            path = self.results / "atlas" / name / f"model={each}" / f"{name}.parquet"
+        for path, keys in files:
             try:
-                table = read_table(path).to_pandas()
-            except OSError as error:
+                table = read_table(Path(path))
+            except (OSError, pa.ArrowException) as error:
                 raise HeadgramError(f"{path} cannot be read ({error}): run `snakemake` again") from None
-            table.insert(0, "model", each)
-            tables.append(table)
+            if not table.schema.equals(TABLES[name]):
+                raise HeadgramError(f"{path} has not the columns of the table '{name}': run `snakemake` again")
+            tables.append(table.to_pandas().assign(**keys))
+        if not files:
+            tables, keys = [TABLES[name].empty_table().to_pandas().assign(model="", other="")], {"model": "", "other": ""}
         joined: pd.DataFrame = pd.concat(tables, ignore_index=True)
-        return joined
+        return joined[[*keys, *(column for column in joined if column not in keys)]]
+
+    def others(self, model: str) -> list[str]:
+        """Earlier models of its lineage that a model was compared with, in the tables `drift`, `changes` and `matches`."""
+        self._require(model)
+        return sorted(path.stem for path in (self.results / "provenance" / "lineage" / model).glob("*.json"))
+
+    def lineage(self, name: str) -> dict[str, float]:
+        """The steps of a lineage's models, in their order.
+
+        Raises
+        ------
+        HeadgramError
+            If there is no such lineage.
+        """
+        table = self.summary()
+        mine = table[table["lineage"] == name].drop_duplicates("model").sort_values("step")
+        if mine.empty:
+            known = ", ".join(sorted({each for each in table["lineage"] if each})) or "none"
+            raise HeadgramError(f"{self.results} holds no lineage '{name}'; there are: {known}")
+        return dict(zip(mine["model"], mine["step"], strict=True))
+
+    def trajectory(
+        self,
+        column: str,
+        lineage: str,
+        stack: str = "self",
+        circuit: str = "qk",
+        to: Literal["first", "previous"] | None = None,
+    ) -> xr.DataArray:
+        """A number of every head, or of every layer, over the steps of a lineage.
+
+        Parameters
+        ----------
+        column
+            Of the table `heads` or `layers`; with `to`, of the table `drift`.
+        to
+            What every model but the first is compared with: the first one of the lineage, or the previous one.
+
+        Returns
+        -------
+        xarray.DataArray, (steps, L, H) or (steps, L) float64
+            Dimensions `step`, `layer` and, for a number of heads, `head`; the coordinate `model` names the model of every step.
+
+        Raises
+        ------
+        HeadgramError
+            If there is no such lineage or column, or models were not compared: says which option asks for that.
+
+        Examples
+        --------
+        >>> atlas = headgram.open_atlas("results")  # doctest: +SKIP
+        >>> atlas.trajectory("cosine", "pythia-70m", to="first").min(["layer", "head"])  # doctest: +SKIP
+        """
+        from headgram.atlas.trajectories import trajectory
+
+        return trajectory(self, column, lineage, stack, circuit, to)
 
     def stacks(self, model: str, circuit: str = "qk") -> list[str]:
         """Names of a model's stacks of which a circuit was measured, in its order.
@@ -213,6 +325,11 @@ class Atlas:
         )
         return loaded[circuit]
 
+    def _of_circuit(self, name: str, circuit: str | None) -> pd.DataFrame:
+        """A table of all models; the rows of one circuit, if one is given."""
+        table = self.table(name)
+        return table if circuit is None else table[table["circuit"] == circuit].reset_index(drop=True)
+
     def _square(self, name: str, model: str, stack: str, circuit: str, value: str, keep: str | None = None) -> xr.DataArray:
         """A column of a table of layer pairs, as layers by layers by heads; `keep` is a constant column for the attributes."""
         import numpy as np
@@ -254,8 +371,9 @@ def open_atlas(results: str | os.PathLike[str] = "results") -> Atlas:
     HeadgramError
         If it holds no finished model.
     """
+    require(results, (str, os.PathLike), "The results folder is a path")
     atlas = Atlas(Path(results))
-    if not Path(results).is_dir():
+    if not os.path.isdir(results):  # noqa: PTH112  (Path.is_dir raises where a name is too long)
         raise HeadgramError(f"there is no folder '{Path(results)}'")
     if not atlas.models:
         raise HeadgramError(f"{Path(results)} holds no finished model: run `snakemake` first")

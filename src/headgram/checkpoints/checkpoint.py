@@ -5,31 +5,25 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING, Any, Self
+from typing import Any, Self
 
 from jaxtyping import Float
 from torch import Tensor
 
 from headgram.checkpoints.around import Around
-from headgram.checkpoints.dimensions import Section, find_layers, find_rules
+from headgram.checkpoints.bases import AnyLocation
+from headgram.checkpoints.declared import LONGEST_NAME, checked, declared_family
+from headgram.checkpoints.dimensions import Section, find_layers, find_rules, gguf_rule
 from headgram.checkpoints.gguf_store import GgufStore
 from headgram.checkpoints.opening import locate, open_store
-from headgram.checkpoints.sources import HUB_DIGEST, Location
+from headgram.checkpoints.prefixes import unwrapped
+from headgram.checkpoints.sources import HUB_DIGEST
 from headgram.checkpoints.stack import Stack, stack_of
 from headgram.checkpoints.stores import TensorStore
-from headgram.errors import HeadgramError
-from headgram.families.around import AROUND, AroundRule
+from headgram.errors import HeadgramError, require
 from headgram.families.layouts import LAYOUTS, QK, undo_gguf_permutation
-from headgram.families.registry import Family, StackRule, family_of, family_of_gguf
+from headgram.families.registry import Family, family_of, family_of_gguf
 from headgram.geometry.checks import is_finite
-
-if TYPE_CHECKING:
-    from headgram.checkpoints.hub import RemoteLocation
-
-#: What a manifest may state when a checkpoint does not, or states it wrongly.
-OVERRIDES = ("model_type", "heads", "kv_heads", "head_dim")
-
-_LONGEST_NAME = 100
 
 
 class Checkpoint:
@@ -43,12 +37,20 @@ class Checkpoint:
         A tuple of `Stack`.
     location
         Where the files are.
+    remarks
+        How it is read, where that is not plain: sentences.
     """
 
     def __init__(
-        self, location: Location | RemoteLocation, store: TensorStore, architecture: str, stacks: tuple[Stack, ...]
+        self,
+        location: AnyLocation,
+        store: TensorStore,
+        architecture: str,
+        stacks: tuple[Stack, ...],
+        remarks: tuple[str, ...] = (),
     ) -> None:
         self.location = location
+        self.remarks = remarks
         self.architecture = architecture
         self.stacks = stacks
         self._store = store
@@ -123,6 +125,7 @@ class Checkpoint:
         torch.Size([4, 8, 32])
         """
         stack = self.stack(stack_name)
+        require(roles or (), Iterable, "Roles are a list of names")
         wanted = tuple(stack.roles if roles is None else roles)
         names = self._names(stack, layer, wanted)
         stored = {name: self._store.read(name) for name in dict.fromkeys(names.values())}
@@ -181,7 +184,7 @@ class Checkpoint:
         return {tensor: stack._tensors[tensor].format(layer=layer) for tensor in stack._reads(roles)}
 
     def _check_layer(self, stack: Stack, layer: int) -> None:
-        if layer not in stack.layers:
+        if isinstance(layer, bool | float) or layer not in stack.layers:
             raise HeadgramError(f"the stack '{stack.name}' has no layer {layer}; it has {', '.join(map(str, stack.layers))}")
 
     def _unique(self, stack: Stack, layer: int, roles: Iterable[str]) -> list[str]:
@@ -208,90 +211,51 @@ def open_checkpoint(
     revision
         Branch, tag or commit of a hub id.
     overrides
-        Any of `model_type`, `heads`, `kv_heads`, `head_dim`, for a checkpoint that does not state them.
+        Any of `model_type`, `heads`, `kv_heads`, `head_dim`, for a checkpoint that does not state them; `base`, the source of
+        the checkpoint that an adapter changes; `prefix`, what stands before the model's names.
 
     Raises
     ------
     HeadgramError
         If the source cannot be found or read, its architecture is unknown, or its tensors disagree with its configuration.
     """
-    location = locate(os.fspath(source), revision)
+    require(source, (str, os.PathLike), "A source is a text or a path")
+    require(revision or "", str, "A revision is a text")
+    require(overrides or {}, Mapping, "Overrides are a mapping of names to values")
+    given = checked(overrides or {})
+    location = locate(os.fspath(source), revision, given.get("base"))
     store = open_store(location)
-    given = {key: value for key, value in (overrides or {}).items() if value is not None}
-    if unknown := set(given) - set(OVERRIDES):
-        raise HeadgramError(f"unknown override '{sorted(unknown)[0]}'; there are: {', '.join(OVERRIDES)}")
-    for key, value in given.items():
-        if key != "model_type" and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
-            raise HeadgramError(f"the override {key} is {value!r:.60}, which should be a positive whole number")
+    remarks: tuple[str, ...] = ()
     if isinstance(store, GgufStore):
         architecture, family, stacks = _read_gguf(store, given)
     else:
-        architecture, family, stacks = _read_config(location, store, given)
+        config = location.config()
+        architecture, family, config = declared_family(location, config, given)
+        store, remarks = unwrapped(store, family, config, architecture, given)
+        rules = find_rules(store, family, config, architecture)
+        stacks = tuple(
+            stack_of(
+                store,
+                rule,
+                *find_layers(store, rule, prefix, config, architecture, given),
+                architecture,
+                prefix,
+                Section.of(rule, config, architecture),
+            )
+            for rule, prefix in rules
+        )
     if not stacks:
         raise HeadgramError(f"a checkpoint of the family '{family.name}' should hold attention weights, but this one has none")
-    return Checkpoint(location, store, architecture, stacks)
-
-
-def _read_config(
-    location: Location | RemoteLocation, store: TensorStore, given: dict[str, Any]
-) -> tuple[str, Family, tuple[Stack, ...]]:
-    config = location.config()
-    if config is None and "model_type" not in given:
-        raise HeadgramError(f"{location.where} has no config.json: add it, or set `model_type` and `heads` in the manifest")
-    config = config or {}
-    architecture = given.get("model_type") or config.get("model_type")
-    if not isinstance(architecture, str) or len(architecture) > _LONGEST_NAME:
-        raise HeadgramError(f"the config.json of {location.where} names no model_type: set `model_type` in the manifest")
-    family = family_of(architecture)
-    if not family.stacks:
-        architecture = _text_type(config, architecture)
-        family = family_of(architecture)
-    rules = find_rules(store, family, config, architecture)
-    stacks = [
-        stack_of(
-            store,
-            rule,
-            *find_layers(store, rule, prefix, config, architecture, given),
-            architecture,
-            prefix,
-            Section.of(rule, config, architecture),
-        )
-        for rule, prefix in rules
-    ]
-    return architecture, family, tuple(stacks)
-
-
-def _text_type(config: Mapping[str, Any], architecture: str) -> str:
-    """The type of a multimodal model's text tower."""
-    tower = config.get("text_config")
-    name = tower.get("model_type") if isinstance(tower, Mapping) else None
-    if not isinstance(name, str) or len(name) > _LONGEST_NAME:
-        raise HeadgramError(
-            f"the config.json of this '{architecture}' checkpoint names no text tower's type: set `model_type` in the manifest"
-        )
-    return name
+    if location.base:
+        remarks = (f"a LoRA adapter, merged into {location.base}", *remarks)
+    return Checkpoint(location, store, architecture, stacks, remarks)
 
 
 def _read_gguf(store: GgufStore, given: dict[str, Any]) -> tuple[str, Family, tuple[Stack, ...]]:
-    architecture = str(store.metadata.get("general.architecture"))[:_LONGEST_NAME]
+    architecture = str(store.metadata.get("general.architecture"))[:LONGEST_NAME]
     family = family_of(given["model_type"]) if "model_type" in given else family_of_gguf(architecture)
-    if family.gguf is None:
-        raise HeadgramError(f"the family '{family.name}' has no known GGUF naming")
+    rule, permuted = gguf_rule(family)
     meta = {key.removeprefix(f"{architecture}."): value for key, value in store.metadata.items()}
-    rule = StackRule(
-        name=family.stacks[0].name,
-        layout=family.gguf.layout,
-        block="blk.{layer}.",
-        modules=family.gguf.modules,
-        layers="block_count",
-        heads="attention.head_count",
-        kv_heads="attention.head_count_kv",
-        hidden="embedding_length",
-        head_dim="attention.key_length",
-        remarks=family.stacks[0].remarks,
-        around=(AroundRule(unproven=dict.fromkeys(AROUND, "it is not read from GGUF files")),),
-    )
     found = find_layers(store, rule, "", meta, architecture, given)
-    section = Section(meta, architecture)
-    stack = stack_of(store, rule, *found, architecture, "", section, permuted=family.gguf.permuted)
+    stack = stack_of(store, rule, *found, architecture, "", Section(meta, architecture), permuted=permuted)
     return given.get("model_type") or architecture, family, (stack,)

@@ -98,7 +98,7 @@ class Stack:
         roles = tuple(roles)
         for role in roles:
             if role not in ROLES:
-                raise HeadgramError(f"unknown role '{role:.60}'; there are: {', '.join(ROLES)}")
+                raise HeadgramError(f"unknown role {role!r:.60}; there are: {', '.join(ROLES)}")
             if role in self.missing:
                 raise HeadgramError(f"the stack '{self.name}' has no role '{role}' to read: {self.missing[role]}")
         wanted = reads_of(self._layout, roles)

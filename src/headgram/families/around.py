@@ -69,7 +69,7 @@ class AroundRule(_Entry):
     """What stands around the projections, for some types, in configurations that state `when`.
 
     Of several, a later one says anew what it names and leaves the rest. Without any, nothing is proven. What a rule does not name
-    is what most models have: no norms of queries and keys, biases where the checkpoint holds them, scores over the root of the rank.
+    is what most models have: no norms of queries and keys, biases where the checkpoint holds them, scores over the rank's root.
     """
 
     types: tuple[str, ...] = ()

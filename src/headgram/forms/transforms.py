@@ -5,7 +5,8 @@ With a thin factorisation `A^T = U R`, `U` orthonormal, `A = R^T U^T`, so
     X^T X = (R B)^T (R B)      the reading side of a form       X = A^T B
     X X^T = (S A)^T (S A)      its writing side                 B^T = V S
 
-which are symmetric forms of one factor each. Inner products of these are compositions: `<g^T g, o o^T> = ‖g o‖_F²`.
+which are symmetric forms of one factor each. Inner products of these are compositions: `<g^T g, o o^T> = ‖g o‖_F²`
+(`headgram.geometry.composition`).
 """
 
 from __future__ import annotations
@@ -31,6 +32,16 @@ def right_gram(heads: Heads) -> Heads:
 def left_gram(heads: Heads) -> Heads:
     """The forms `X X^T`, `(width_a, width_a)`, in float64: of `qk` the key side, of `ov` what a head writes."""
     return right_gram(transposed(heads))
+
+
+def product(x: Heads, y: Heads) -> Heads:
+    """The forms `X_i Y_i`, in float64: what one head makes of what another hands on.
+
+    `A_x^T (B_x A_y^T) B_y`: the rank is that of the left forms.
+    """
+    joint = x.right().double() @ y.left().double().mT
+    places = torch.arange(len(x))
+    return Heads(x.left().double(), joint @ y.right().double(), places, places)
 
 
 def with_orthonormal_left(heads: Heads) -> Heads:

@@ -15,6 +15,7 @@ import numpy as np
 from headgram.report import pictures
 from headgram.report.arrays import FORMS, StackArrays, StackSummary
 from headgram.report.columns import columns
+from headgram.report.names import DRAWN
 from headgram.report.pack import pack
 
 #: Characters of models' data that the page itself holds, in the manifest's order. What goes beyond lies beside the page.
@@ -28,8 +29,19 @@ def model_pack(stacks: Mapping[str, StackArrays]) -> str:
         parts = {"heads": stack.heads, "singular": stack.singular, "eigenvalues": stack.eigenvalues}
         parts |= {f"pairs/{kind}": values for kind, values in stack.pairs.items()}
         parts |= {f"neighbours/{measure}": values for measure, values in stack.neighbours.items()}
+        parts |= {f"matrix/{part}": values for part, values in (stack.matrix.arrays() if stack.matrix else {}).items()}
         arrays |= {f"{name}/{part}": values for part, values in parts.items()}
     return pack(None, arrays)
+
+
+def layer_packs(stacks: Mapping[str, StackArrays]) -> dict[str, str]:
+    """What the page asks for when it zooms into many heads: by `{circuit}-{stack}-{layer}`, that layer's heads with all heads."""
+    return {
+        f"{name.replace('/', '-')}-{layer}": pack(None, stack.matrix.layer(position))
+        for name, stack in stacks.items()
+        if stack.matrix is not None and len(stack.matrix.order) > DRAWN
+        for position, layer in enumerate(stack.summary.layers)
+    }
 
 
 def index_pack(models: Mapping[str, Mapping[str, StackSummary]]) -> str:
@@ -49,9 +61,9 @@ def index_pack(models: Mapping[str, Mapping[str, StackSummary]]) -> str:
     return pack(meta, quartiles)
 
 
-def beside(model: str, text: str) -> str:
-    """The script that holds a model's pack where the page does not."""
-    return f"headgram.receive({_script_json(model)}, {_script_json(text)});\n"
+def beside(name: str, text: str) -> str:
+    """The script that holds a pack where the page does not: a model's, or of `{model}/{circuit}-{stack}-{layer}`."""
+    return f"headgram.receive({_script_json(name)}, {_script_json(text)});\n"
 
 
 def page_shell() -> dict[str, str]:
@@ -66,7 +78,7 @@ def page_shell() -> dict[str, str]:
         "style": _asset("style.css"),
         "vega": pictures.vega_library(),
         "pictures": _script_json({name: pictures.for_page(chart) for name, chart in specs.items()}),
-        "app": _asset("app.js"),
+        "app": _asset("matrix.js") + _asset("app.js"),
     }
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from headgram.report.arrays import StackSummary, read_model
 from headgram.report.figures import profile_figures, stack_figures
-from headgram.report.page import EMBEDDED, beside, index_pack, model_pack, page, page_shell
+from headgram.report.page import EMBEDDED, beside, index_pack, layer_packs, model_pack, page, page_shell
 from headgram.report.workers import workers
 from headgram.results.files import write_text
 from headgram.results.record import Provenance, check, seal
@@ -29,7 +29,7 @@ class Report:
     """The files that a report writes."""
 
     page: Path
-    data: Path  # a folder: one script per model
+    data: Path  # a folder: one script per model, and of models with many heads one per layer
     figures: Path  # a folder: {figure}/{model}/{circuit}/{stack}.svg, and *.svg of all models
     record: Path
 
@@ -71,6 +71,8 @@ def _write_model(source: Source, report: Report) -> tuple[dict[str, StackSummary
     stacks = read_model(source.tables)
     pack = model_pack(stacks)
     texts = {report.data / f"{source.model}.js": beside(source.model, pack)}
+    for name, layer in layer_packs(stacks).items():
+        texts[report.data / source.model / f"{name}.js"] = beside(f"{source.model}/{name}", layer)
     for name, stack in stacks.items():
         drawn = stack_figures(source.model, name, stack)
         texts |= {report.figures / figure / source.model / f"{name}.svg": text for figure, text in drawn.items()}
