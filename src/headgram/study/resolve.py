@@ -12,8 +12,12 @@ import sys
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
-from headgram.checkpoints.checkpoint import Checkpoint, Stack, open_checkpoint
+from pydantic import ValidationError
+
+from headgram.checkpoints.checkpoint import Checkpoint, open_checkpoint
+from headgram.checkpoints.stack import Stack
 from headgram.errors import HeadgramError
+from headgram.foreign import first_problem, plain
 from headgram.forms.circuits import CIRCUITS
 from headgram.proofs.adopt import open_or_derive
 from headgram.results.record import canonical, digest
@@ -34,7 +38,7 @@ def main(manifest: Path, doubtful: Sequence[str]) -> None:
     """Resolve the missing rows of a manifest, and compare others with the lock."""
     lock = read_lock(lock_path(manifest))
     rows = missing_rows(read_manifest(manifest).rows, lock)
-    models, problems = resolve_all(rows, progress=lambda line: print(line, file=sys.stderr))
+    models, problems = resolve_all(rows, progress=lambda line: print(plain(line), file=sys.stderr))
     problems += [sentence for name in doubtful for sentence in compare(name, lock.models[name])]
     print(json.dumps({"models": {name: entry.model_dump(mode="json") for name, entry in models.items()}, "problems": problems}))
 
@@ -49,9 +53,11 @@ def resolve_all(
         try:
             entry = models[row.name] = resolve(row)
             how = ", derived: the layout that is proven for its unknown type" if entry.derived else ""
-            progress(f"locked {row.name}: {entry.architecture}{how}, fingerprint {entry.fingerprint[:12]}")
+            progress(f"resolved {row.name}: {entry.architecture}{how}, fingerprint {entry.fingerprint[:12]}")
         except (HeadgramError, OSError) as error:
             problems.append(f"line {row.line} ({row.name}): {error}")
+        except ValidationError as error:  # no lock could hold that
+            problems.append(f"line {row.line} ({row.name}): {row.source} holds what no model has ({first_problem(error)})")
     return models, problems
 
 
