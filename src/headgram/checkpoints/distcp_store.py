@@ -17,6 +17,7 @@ from headgram.checkpoints.pickle_walk import OTHER, Global, Walk
 from headgram.checkpoints.stores import TensorStore, bytes_of, word_of
 from headgram.checkpoints.weight_files import DISTRIBUTED_TABLE
 from headgram.errors import HeadgramError
+from headgram.foreign import read_bounded
 
 _LARGEST_METADATA = 64 * 2**20
 _INERT = ("pathlib PosixPath", "pathlib PurePosixPath", "pathlib._local PosixPath", "pathlib WindowsPath", "builtins set")
@@ -47,12 +48,10 @@ class DistcpStore(TensorStore):
 
     def __init__(self, paths: Mapping[str, Path]) -> None:
         self._where = paths[DISTRIBUTED_TABLE]
-        if self._where.stat().st_size > _LARGEST_METADATA:
-            raise HeadgramError(f"{self._where} is larger than {_LARGEST_METADATA >> 20} MiB, which no real checkpoint's is")
         self._files = {name: mapped(path) for name, path in paths.items() if name != DISTRIBUTED_TABLE}
         try:
-            self._tensors = read_metadata(self._where.read_bytes())
-        except (ValueError, LookupError, TypeError, AttributeError, struct.error) as error:
+            self._tensors = read_metadata(read_bounded(self._where, _LARGEST_METADATA))
+        except (OSError, ValueError, LookupError, TypeError, AttributeError, struct.error) as error:
             raise HeadgramError(
                 f"{self._where} is no table of a distributed checkpoint that headgram reads ({error!s:.200}): save it again, "
                 "or convert it with `python -m torch.distributed.checkpoint.format_utils dcp_to_torch`"
