@@ -118,7 +118,7 @@ class RemoteLocation:
     @property
     def described_by(self) -> tuple[str, ...]:
         """What the lock pins beside the weights."""
-        return described_by(self.files)
+        return described_by(self.choice, self.files)
 
     def file(self, name: str) -> HubFile:
         """A file of the repository, refused if it has none of this name."""

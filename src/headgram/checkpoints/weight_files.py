@@ -24,6 +24,9 @@ _PARAMS = {
     "dim": "hidden_size", "n_layers": "num_hidden_layers", "n_heads": "num_attention_heads", "n_kv_heads": "num_key_value_heads",
     "head_dim": "head_dim", "norm_eps": "rms_norm_eps", "rope_theta": "rope_theta", "vocab_size": "vocab_size",
 }  # fmt: skip
+#: What litgpt calls its weights, and their configuration.
+_LITGPT = "lit_model.pth"
+LITGPT_CONFIG = "model_config.yaml"
 #: What modelopt says of a quantised checkpoint where `config.json` is silent.
 MODELOPT_CONFIG = "hf_quant_config.json"
 #: What peft calls an adapter's settings, and its weights.
@@ -177,10 +180,15 @@ def format_of(name: str) -> str:
     return FORMATS[PurePosixPath(name).suffix]
 
 
-def described_by(names: Collection[str]) -> tuple[str, ...]:
+def described_by(choice: Weights, names: Collection[str]) -> tuple[str, ...]:
     """Which of a checkpoint's files, beside the weights, say how they are read."""
-    first = [name for name in (CONFIG, PARAMS) if name in names][:1]
+    first = [name for name in ((LITGPT_CONFIG,) if is_litgpt(choice, names) else (CONFIG, PARAMS)) if name in names][:1]
     return (*first, *(name for name in (MODELOPT_CONFIG, ADAPTER_CONFIG) if name in names))
+
+
+def is_litgpt(choice: Weights, names: Collection[str]) -> bool:
+    """Whether the weights are litgpt's, which may lie beside the `config.json` of the model that they were converted from."""
+    return choice.files == (_LITGPT,) and LITGPT_CONFIG in names
 
 
 def config_of(params: Mapping[str, Any]) -> dict[str, Any]:
