@@ -96,7 +96,7 @@ def choose_weights(names: Collection[str], read_index: Callable[[str], dict[str,
         others = {name for name in names if "/" not in name and PurePosixPath(name).suffix in FORMATS} - set(found.files)
         return replace(found, passed_over=tuple(sorted(others)))
     raise HeadgramError(
-        f"{where} holds no weights: no .safetensors, .gguf or torch file, and no distributed checkpoint ({', '.join(_TORCH)})"
+        f"{where} holds no .safetensors, .gguf or torch file ({', '.join(_TORCH)}), and no distributed checkpoint"
     )
 
 
