@@ -180,10 +180,19 @@ def change(folder: Path, name: str = "adapter_config.json", **values) -> None:
     path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
 
 
-@pytest.fixture
-def pair(tmp_path):
+@pytest.fixture(scope="module")
+def original(tmp_path_factory):
     """A base and a plain adapter of it."""
-    adapter(tmp_path / "adapter", base(tmp_path / "base"))
+    folder = tmp_path_factory.mktemp("pair")
+    adapter(folder / "adapter", base(folder / "base"))
+    return folder
+
+
+@pytest.fixture
+def pair(original, tmp_path):
+    """A copy of both, which a test may change."""
+    shutil.copytree(original, tmp_path, dirs_exist_ok=True)
+    change(tmp_path / "adapter", base_model_name_or_path=str(tmp_path / "base"))
     return tmp_path
 
 
