@@ -306,6 +306,44 @@ def test_factors_that_are_refused(pair, kind):
         open_checkpoint(pair / "adapter")
 
 
+def edited(path: Path, **edits: Tensor | None) -> None:
+    tensors = load_file(path) | edits
+    save_file({name: tensor for name, tensor in tensors.items() if tensor is not None}, path)
+
+
+def test_a_head_that_is_tied_in_the_base_keeps_nothing_else_from_being_read(pair):
+    """An adapter of `lm_head`, which a base with tied tables does not store."""
+    edited(pair / "base" / "model.safetensors", **{"lm_head.weight": None})
+    head = "base_model.model.lm_head"
+    factors = {f"{head}.lora_A.weight": torch.ones(4, 32), f"{head}.lora_B.weight": torch.ones(16, 4)}
+    edited(pair / "adapter" / "adapter_model.safetensors", **factors)
+    with open_checkpoint(pair / "adapter") as checkpoint:
+        assert checkpoint.stacks[0].dtype == "F32+LoRA"
+        with pytest.raises(HeadgramError, match="under no name of its own"):
+            checkpoint._store.dtype("lm_head.weight")
+
+
+def test_modules_that_are_saved_whole_under_every_name(pair):
+    """Peft has called them in several ways."""
+    key = "model.layers.1.self_attn.k_proj"
+    whole = torch.full((16, 32), 3.0)
+    path = pair / "adapter" / "adapter_model.safetensors"
+    for which in "AB":
+        edited(path, **{f"base_model.model.{key}.lora_{which}.weight": None})
+    edited(path, **{f"base_model.model.{key}.original_module.weight": torch.zeros(16, 32)})
+    for name in ("weight", "modules_to_save.weight", "modules_to_save.default.weight"):
+        edited(path, **{f"base_model.model.{key}.{name}": whole})
+        with open_checkpoint(pair / "adapter") as checkpoint:
+            assert torch.equal(checkpoint.qk("self", 1)[1].flatten(0, 1), whole)
+        edited(path, **{f"base_model.model.{key}.{name}": None})
+
+
+def test_a_weight_that_is_replaced_and_changed_is_refused(pair):
+    edited(pair / "adapter" / "adapter_model.safetensors", **{f"{KEY}.modules_to_save.weight": torch.zeros(32, 32)})
+    with pytest.raises(HeadgramError, match="both replaces and changes"):
+        open_checkpoint(pair / "adapter")
+
+
 def test_a_nan_in_a_factor_is_refused(pair):
     path = pair / "adapter" / "adapter_model.safetensors"
     tensors = load_file(path)
