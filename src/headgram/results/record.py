@@ -62,13 +62,13 @@ class Identity:
     Attributes
     ----------
     stage
-        `extract`, `eigen`, `gram`, `merge`, `derive` or `report`.
+        `extract`, `eigen`, `gram`, `merge`, `derive`, `composition` or `report`.
     config
         Canonical JSON of exactly the options that the stage reads.
     fingerprint
         The model's, from the lock; a report's names all of its models.
     code
-        Digest of the stage's own modules.
+        Digest of the stage's own modules, and of what else a job is told: names of tensors, labels.
     upstream
         Keys of the artifacts that the stage reads.
     """

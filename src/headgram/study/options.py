@@ -81,13 +81,20 @@ def _plain_path(value: str) -> str:
 
 
 def _each_once(value: tuple[str, ...]) -> tuple[str, ...]:
-    if not value or len(set(value)) < len(value):
-        raise ValueError("at least one circuit is needed, and each once")
+    if len(set(value)) < len(value):
+        raise ValueError("a list is needed that holds each word once")
+    return value
+
+
+def _at_least_one(value: tuple[str, ...]) -> tuple[str, ...]:
+    if not value:
+        raise ValueError("at least one is needed")
     return value
 
 
 _NUMBER = BeforeValidator(_no_truth_value)
-Circuits = Annotated[tuple[Literal["qk", "ov"], ...], AfterValidator(_each_once)]
+Circuits = Annotated[tuple[Literal["qk", "ov"], ...], AfterValidator(_each_once), AfterValidator(_at_least_one)]
+Pairs = Annotated[tuple[Literal["neighbours", "first", "last", "all"], ...], AfterValidator(_each_once)]
 LayerCount = Annotated[Annotated[int, Field(ge=1, le=MOST)] | Literal["auto"], _NUMBER]
 #: A path, of which Snakemake makes names of files: its wildcards are written in braces.
 PlainPath = Annotated[str, AfterValidator(_plain_path)]
@@ -150,6 +157,31 @@ class Gram(_Section):
     )
 
 
+class Lineage(_Section):
+    """Models that share a residual basis, compared head by head."""
+
+    pairs: Pairs = Field(
+        ("neighbours", "first"),
+        description="Which models of a lineage are compared, in the order of their steps: each with its predecessor "
+        "(`neighbours`), all with the `first`, all with the `last`, or `all` with all; a list of these, which may be empty.",
+    )
+
+
+class Composition(_Section):
+    """Which heads write what later heads read."""
+
+    enabled: bool | Literal["auto"] = Field(
+        "auto",
+        description="Write the tables `composition` and `channels` of every stack that is measured in both circuits. "
+        "`auto` does so unless that costs more than 2e14 operations, and the run says so.",
+    )
+    strongest: Annotated[int, _NUMBER] = Field(
+        64,
+        ge=0,
+        description="Of how many of the strongest pairs of each kind the composed form itself is looked at (`channels`).",
+    )
+
+
 class Original(_Section):
     """The two files that the original script writes, number for number."""
 
@@ -199,13 +231,15 @@ class Config(_Section):
     weights: Weights = Field(default_factory=Weights, description=Weights.__doc__)
     eigen: Eigen = Field(default_factory=Eigen, description=Eigen.__doc__)
     gram: Gram = Field(default_factory=Gram, description=Gram.__doc__)
+    lineage: Lineage = Field(default_factory=Lineage, description=Lineage.__doc__)
+    composition: Composition = Field(default_factory=Composition, description=Composition.__doc__)
     original: Original = Field(default_factory=Original, description=Original.__doc__)
     export: Export = Field(default_factory=Export, description=Export.__doc__)
     report: Report = Field(default_factory=Report, description=Report.__doc__)
 
 
-def read_options(path: Path, given: Mapping[str, Any]) -> dict[str, Any]:
-    """The options of a YAML file, if it is there, overruled by those that were given otherwise.
+def read_options(path: Path | None, given: Mapping[str, Any]) -> dict[str, Any]:
+    """The options of a YAML file, if there is one, overruled by those that were given otherwise.
 
     Plain data: Snakemake's own reader would evaluate templates in the file, which are code.
 
@@ -215,7 +249,7 @@ def read_options(path: Path, given: Mapping[str, Any]) -> dict[str, Any]:
         If the file is not plain YAML with keys at its top level.
     """
     try:
-        content = yaml.safe_load(read_bounded(path, _LARGEST))
+        content = yaml.safe_load(read_bounded(path, _LARGEST)) if path else None
     except FileNotFoundError:
         content = None
     except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
