@@ -1,4 +1,4 @@
-"""Norms, biases, rotary encoding, scales and tables of tokens: in odd configurations, and where the data or the files are wrong."""
+"""Norms, biases, rotary encoding, scales and tables of tokens: in odd configurations, and where data or files are wrong."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from headgram import HeadgramError, open_checkpoint
 from headgram.checkpoints.dimensions import Section
 from headgram.checkpoints.rotary import rotary_of
 from headgram.families.around import AROUND, AroundRule, NormRule, RotaryRule, ScaleRule, rule_of
-from headgram.families.registry import families, family_of
+from headgram.families.registry import families
 from headgram.forms.circuits import qk
 from headgram.forms.transforms import folded
 from headgram.proofs.prove import TOLERANCE, _models, _residuals, quiet
@@ -54,8 +54,6 @@ SCALINGS = {
         "long_factor": [2.0, 2.1, 2.2, 2.3, 2.4, 2.5],
         "original_max_position_embeddings": 4,
     },
-    "partial": {"rope_type": "default", "partial_rotary_factor": 0.5},
-    "partial yarn": {"rope_type": "yarn", "factor": 4.0, "partial_rotary_factor": 0.5, "original_max_position_embeddings": 32},
 }
 
 
@@ -80,6 +78,13 @@ def saved(model: Any, folder: Path) -> Path:
 def test_rotary_encoding_is_scaled_as_in_the_model(tmp_path: Path, scaling: str) -> None:
     longest = 5 if scaling == "dynamic" else 64  # a context of 7 tokens is longer than that
     model, entry = tiny("llama", rope_parameters={**WAVES, **SCALINGS[scaling]}, max_position_embeddings=longest)
+    assert residuals(model, saved(model, tmp_path), entry)["rotary"] < TOLERANCE
+
+
+@pytest.mark.parametrize("scaling", [{"rope_type": "default"}, SCALINGS["yarn"]])
+def test_some_rows_turn_and_others_do_not(tmp_path: Path, scaling: dict[str, Any]) -> None:
+    """YaRN scales those that turn, and not the others."""
+    model, entry = tiny("phi", rope_parameters={**WAVES, **scaling, "partial_rotary_factor": 0.5})
     assert residuals(model, saved(model, tmp_path), entry)["rotary"] < TOLERANCE
 
 
@@ -132,7 +137,7 @@ def test_older_names_in_configurations(tmp_path: Path, model_type: str) -> None:
         ("zamba2", 0, {"use_mem_rope": True}),
         ("esm", 0, {"position_embedding_type": "rotary"}),
         ("llama", 0, {"attention_bias": True}),
-        ("exaone4", 0, {"sliding_window": "null"}),
+        ("exaone4", 0, {"sliding_window": "null", "layer_types": ["full_attention", "full_attention"]}),
     ],
 )
 def test_switches_of_a_configuration(tmp_path: Path, model_type: str, number: int, flags: dict[str, Any]) -> None:
@@ -195,20 +200,15 @@ def test_defaults_of_rotary_encoding_are_those_of_transformers() -> None:
             config = getattr(config, family.stacks[0].config or "", config)
             stated = getattr(config, "rope_parameters", None)
             rule = rule_of(family.stacks[0].around, model_type, Section({}, model_type)).rotary
-            if (
-                not stated
-                or rule is None
-                or rule.kind == "none"
-                or rule.width
-                or any(isinstance(x, dict) for x in stated.values())
-            ):
+            nested = any(isinstance(value, dict) for value in (stated or {}).values())
+            if not stated or nested or rule is None or rule.kind == "none" or rule.width:
                 continue
-            rest = {"layer_types": [rule.only], "max_position_embeddings": 4096, **rule.when} | (
-                {rule.flags: [1]} if rule.flags else {}
-            )
+            rest = {"layer_types": [rule.only], "max_position_embeddings": 4096, **rule.when}
+            rest |= {rule.flags: [1]} if rule.flags else {}
             said = rotary_of(rule, Section({**rest, "rope_parameters": stated}, model_type), 0, 64, 0, None)
             unsaid = rotary_of(rule, Section.of(family.stacks[0], rest, model_type), 0, 64, 0, None)
-            assert said is not None and unsaid is not None, model_type
+            assert said is not None
+            assert unsaid is not None
             torch.testing.assert_close(unsaid.frequencies, said.frequencies, msg=f"{model_type}: {stated}")
             assert unsaid.factor == pytest.approx(said.factor)
             compared += 1
@@ -277,7 +277,7 @@ def test_a_damaged_norm_is_one_sentence(tmp_path: Path, change: Callable[..., di
 @pytest.mark.parametrize("model_type", ["llama", "gemma2", "gpt2", "cohere"])
 def test_folded_forms_of_the_stream_are_the_models_scores(tmp_path: Path, model_type: str) -> None:
     """A form with its norm folded in, on the stream divided by its norm, against the attention module's own input."""
-    model, entry = tiny(model_type)
+    model, _ = tiny(model_type)
     with open_checkpoint(saved(model, tmp_path)) as checkpoint:
         heads = qk(*checkpoint.qk("self", 1))
         norm = checkpoint.around("self", 1).norm
@@ -305,10 +305,6 @@ def test_a_later_rule_says_anew_what_it_names() -> None:
     assert rule_of((), "b", config).norm is None
 
 
-def test_every_family_is_about_types_of_its_own() -> None:
+def test_rules_are_about_types_of_their_family() -> None:
     for family in families():
         assert {name for rule in family.stacks for around in rule.around for name in around.types} <= set(family.model_types)
-
-
-def test_family_of_a_type_is_what_it_was() -> None:
-    assert family_of("llama").embedding == ("embed_tokens",)

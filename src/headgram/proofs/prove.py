@@ -277,7 +277,7 @@ def _tiny(model_type: str, shape: Mapping[str, Any], entry: Mapping[str, Any]) -
     own = entry.get("config", {})
     cls = CONFIG_MAPPING[model_type]
     kinds = _data()["two_kinds"]
-    small = {**_data()["common"], **shape, **(kinds["config"] if model_type in kinds["types"] else {})}
+    small = {**_data()["common"], **(kinds["config"] if model_type in kinds["types"] else {}), **shape}
     sections = {
         name: {**(small if "text" in name else _data()["vision"]), **own.get(name, {})}
         for name in getattr(cls, "sub_configs", {})
