@@ -61,6 +61,9 @@ class GgufStore(TensorStore):
         return tuple(int(size) for size in reversed(self._tensors[name].shape))  # GGUF counts from the fastest axis
 
     def dtype(self, name: str) -> str:
+        return self.stored(name)
+
+    def stored(self, name: str) -> str:
         return str(self._tensors[name].tensor_type.name)
 
     def nbytes(self, name: str) -> int:
