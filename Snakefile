@@ -14,6 +14,7 @@ include: "workflow/rules/gram.smk"
 include: "workflow/rules/merge.smk"
 include: "workflow/rules/derive.smk"
 include: "workflow/rules/lineage.smk"
+include: "workflow/rules/composition.smk"
 include: "workflow/rules/report.smk"
 
 
@@ -27,11 +28,15 @@ rule all:
         else [],
 
 
-onstart:
+def begin_run():
     with headgram_errors():
         if workflow.local_exec:
             require_device(PLAN.config.device)
         RUN.begin(workflow, beside_outputs)
+
+
+onstart:
+    begin_run()
 
 
 onsuccess:
@@ -40,3 +45,7 @@ onsuccess:
 
 onerror:
     RUN.end()
+
+
+if not IS_MAIN:
+    add_handlers(workflow, begin_run, RUN.end)

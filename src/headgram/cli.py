@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import shlex
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal, Optional
@@ -17,9 +18,8 @@ if TYPE_CHECKING:
     from headgram.atlas.reader import Atlas
 
 app = typer.Typer(
-    help="The geometry of attention heads, read out of checkpoints. The pipeline itself is run with `snakemake`.",
+    help="The geometry of attention heads, read out of checkpoints. `init` begins a project, and `run` runs its pipeline.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
 )
 _MANIFEST = Path("config/models.tsv")
@@ -45,6 +45,44 @@ def main() -> None:
 def _say(sentence: str) -> None:
     """A sentence on stderr."""
     print(f"headgram: {plain(sentence)}", file=sys.stderr)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        from headgram.version import __version__
+
+        print(f"headgram {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print it.")] = False,
+) -> None:
+    pass
+
+
+@app.command()
+def init(folder: Annotated[Path, typer.Argument(help="The folder to write; may exist, and must not hold such files.")]) -> None:
+    """Begin a project: a small folder with a manifest and options, that runs with the installed workflow."""
+    from headgram.run.project import new_project
+
+    for path in new_project(folder):
+        print(f"wrote {path}")
+    print(f"next: cd {shlex.quote(str(folder))}, and read README.md; `headgram run` measures the models of config/models.tsv")
+
+
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+def run(
+    more: typer.Context,
+    cores: Annotated[str, typer.Option(help="How many cores jobs may use together; `all` is every core here.")] = "all",
+    gpus: Annotated[Optional[int], typer.Option(min=0, help="How many GPUs jobs may use together; with 0, the CPU.")] = None,  # noqa: UP045
+    dry: Annotated[bool, typer.Option("-n", "--dry-run", help="Only say what would run.")] = False,
+) -> None:
+    """Measure the models of this folder's manifest. Prints the snakemake command that it runs; other options are handed to it."""
+    from headgram.run.project import run as run_snakemake
+
+    run_snakemake(cores, gpus, dry, more.args)
 
 
 @app.command()
@@ -99,6 +137,8 @@ def inspect(
     console.print(table)
     if location.choice.index is not None:
         console.print("each tensor is read from the file that the index names for it")
+    for remark in checkpoint.remarks:
+        console.print(plain(remark))
     if others := location.choice.passed_over:
         console.print(plain(f"not read, since these were found first: {', '.join(others)}"))
     console.print(f"{len(location.weights)} weight file(s), {total:,} bytes; q and k are {share:.1%} of them")

@@ -72,8 +72,9 @@ def test_given_sizes_are_kept():
         ({"gram": {"layers_per_tile": 4}}, {"gram", "merge", "derive"}),
         ({"gram": {"precision": "float64"}}, {"gram", "merge", "derive"}),
         ({"original": {"enabled": False}}, {"eigen", "merge", "derive"}),
-        ({"weights": {"dtype": "float32"}}, {"extract", "eigen", "gram", "merge", "derive"}),
-        ({"export": {"compression": "none"}}, {"merge", "derive"}),
+        ({"weights": {"dtype": "float32"}}, {"extract", "eigen", "gram", "merge", "derive", "composition"}),
+        ({"composition": {"strongest": 8}}, {"composition"}),
+        ({"export": {"compression": "none"}}, {"merge", "derive", "composition"}),
         ({"device": "cpu", "memory_budget": "1 GiB", "results": "r", "manifest": "m.tsv"}, set()),
     ],
 )

@@ -9,12 +9,12 @@ from snakemake.exceptions import WorkflowError
 
 from headgram.results.record import canonical, has_key, is_fresh
 from headgram.results.asked import check_asked_for
-from headgram.results.paths import DERIVED, MERGED, Results
+from headgram.results.paths import COMPOSED, DERIVED, MERGED, Results
 from headgram.run.devices import require_device, wants_gpu
 from headgram.errors import HeadgramError
 from headgram.report.names import DRAWN, PROFILE_FIGURES, STACK_FIGURES
 from headgram.report.names import TABLES as REPORTED
-from headgram.run.startup import OPTIONS, Run
+from headgram.run.startup import OPTIONS, Run, add_handlers
 
 
 @contextlib.contextmanager
@@ -26,12 +26,16 @@ def headgram_errors():
         sys.exit(f"headgram: {error}")
 
 
+RULES = Path(workflow.current_basedir.get_path_or_uri(secret_free=True))
+# Else a module of somebody's workflow, whose config/config.yaml is not ours: all options are those of `config:`.
+IS_MAIN = workflow.modifier.is_main_snakefile()
+
 with headgram_errors():
     # Not by `configfile:`, which evaluates templates, code, in the file.
     RUN = Run(
-        OPTIONS,
+        OPTIONS if IS_MAIN else None,
         given=config,
-        scripts=Path(workflow.basedir) / "workflow" / "scripts",
+        scripts=RULES.parent / "scripts",
         is_job=workflow.remote_exec,
     )
 
@@ -52,7 +56,15 @@ RECORDS = {
         "{circuit}",
         "{row}" if stage == "gram" else "{layers}",
     )
-    for stage in ("extract", "eigen", "gram", "merge", "derive", "report")
+    for stage in (
+        "extract",
+        "eigen",
+        "gram",
+        "merge",
+        "derive",
+        "composition",
+        "report",
+    )
 }
 ENVIRONMENT = "../../envs/cuda.yaml" if GPUS else "../../envs/cpu.yaml"
 
@@ -197,10 +209,13 @@ def weights_of(wildcards, layers, fresh):
 
 
 def final_files(model):
-    """All files that a merge and a derivation write for a model."""
+    """All files that a user reads of a model, and their records."""
     files = [PATHS.table(table, model) for table in TABLES]
     files += [PATHS.directions(model)]
     files += [PATHS.record(stage, model) for stage in ("merge", "derive")]
+    if PLAN.models[model].composed:
+        files += [PATHS.table(table, model) for table in COMPOSED]
+        files += [PATHS.channel_directions(model), PATHS.record("composition", model)]
     return files + (PATHS.original(model) if ORIGINAL else [])
 
 
@@ -301,6 +316,26 @@ def derive_input(wildcards):
     }
 
 
+def composition_input(wildcards):
+    """The weights of both circuits, of every stack that has both."""
+    plan = model_of(wildcards)
+    if not plan.composed:
+        raise WorkflowError(
+            f"The model {wildcards.model} has no composition: it needs both circuits, and the option composition.enabled."
+        )
+    run_if_stale("composition", wildcards)
+    places = [
+        (wildcards.model, stack, circuit, group)
+        for stack in plan.composed
+        for circuit in ("qk", "ov")
+        for group in plan.heads[circuit, stack].groups
+    ]
+    return {
+        "weights": [file for place in places for file in PATHS.data("extract", *place)],
+        "records": [PATHS.record("extract", *place) for place in places],
+    }
+
+
 def stack_figures():
     """Of every figure of a stack: its file, and the names of figure, model, circuit and stack."""
     return [
@@ -322,7 +357,7 @@ def beside_outputs(job):
 
     Snakemake remembers with every output all inputs of its job, and here both would grow with the manifest.
     """
-    if job.rule.name != "report" or STORAGE:
+    if RECORDS["report"] not in job.output or STORAGE:
         return []
     figures = [file for file, *_ in stack_figures()]
     layers = [

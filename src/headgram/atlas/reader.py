@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
-from headgram.errors import HeadgramError
+from headgram.errors import HeadgramError, require
 from headgram.study.manifest import MODEL_NAME
 
 if TYPE_CHECKING:
@@ -101,7 +101,7 @@ class Atlas:
         from headgram.results.paths import LINEAGE, Results
         from headgram.results.tables import TABLES, read_table
 
-        if name not in TABLES:
+        if not isinstance(name, str) or name not in TABLES:
             raise HeadgramError(f"the atlas has no table '{name}'; there are: {', '.join(TABLES)}")
         if model is not None:
             self._require(model)
@@ -371,8 +371,9 @@ def open_atlas(results: str | os.PathLike[str] = "results") -> Atlas:
     HeadgramError
         If it holds no finished model.
     """
+    require(results, (str, os.PathLike), "The results folder is a path")
     atlas = Atlas(Path(results))
-    if not Path(results).is_dir():
+    if not os.path.isdir(results):  # noqa: PTH112  (Path.is_dir raises where a name is too long)
         raise HeadgramError(f"there is no folder '{Path(results)}'")
     if not atlas.models:
         raise HeadgramError(f"{Path(results)} holds no finished model: run `snakemake` first")

@@ -16,8 +16,11 @@ from headgram.forms.heads import Heads
 from headgram.results.files import written_whole
 from headgram.results.record import check, record_of
 
-#: Bytes of one block's own factors in float32; two blocks of heads are multiplied at once.
+#: Bytes of the own factors of one block of heads in float32; all heads of two blocks are multiplied at once.
 _BLOCK_BYTES = 128 * 2**20
+
+#: Neighbouring heads of some layers.
+Block = tuple[Sequence[int], range]
 
 
 def write_factors(path: Path, layers: Sequence[int], factors: Mapping[str, Float[Tensor, "layers heads rank width"]]) -> None:
@@ -47,10 +50,10 @@ class FactorFiles:
 
     @property
     def layers(self) -> list[int]:
-        """All layers that the files hold."""
+        """The layers that the files hold, in order."""
         return sorted(self._home)
 
-    def blocks(self, layers: Sequence[int]) -> list[tuple[Sequence[int], range]]:
+    def blocks(self, layers: Sequence[int]) -> list[Block]:
         """The heads of some layers in order, in blocks of bounded size: of whole layers, or of a layer's heads."""
         most = max(1, _BLOCK_BYTES // (4 * self.rank * self.width))
         if most >= self.heads:

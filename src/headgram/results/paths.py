@@ -13,6 +13,8 @@ MERGED = ("heads", "spectra", "gram", "pairs")
 DERIVED = ("overlap", "neighbours", "layers", "models")
 #: Tables about two models of one lineage.
 LINEAGE = ("drift", "changes", "matches")
+#: Tables of models whose stacks are measured in both circuits.
+COMPOSED = ("composition", "channels")
 #: The folders that hold artifacts, their records among them; logs are nobody's results.
 FOLDERS = ("atlas", "models", "provenance", "seed", "report")
 RECORDS = ("models", "provenance", "report")
@@ -52,6 +54,7 @@ class Results:
                 "merge": f"provenance/{model}.json",
                 "derive": f"provenance/derived/{model}.json",
                 "lineage": f"provenance/lineage/{model}/{name}.json",
+                "composition": f"provenance/composition/{model}.json",
                 "report": "report/index.json",
             }[stage]
         )
@@ -67,6 +70,10 @@ class Results:
     def directions(self, model: str) -> str:
         """The directions of a model."""
         return f"{self.root}/atlas/directions/{model}.pt"
+
+    def channel_directions(self, model: str) -> str:
+        """What the strongest compositions of a model are made of."""
+        return f"{self.root}/atlas/channel-directions/{model}.pt"
 
     def original(self, model: str) -> list[str]:
         """The original script's two files."""

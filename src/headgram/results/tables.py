@@ -138,6 +138,21 @@ MATCHES = _schema(
     *((name, pa.float64()) for name in ("cosine", "margin", "chance")),
     ("mutual", pa.bool_()),
 )
+_COMPOSED = (
+    *((name, pa.string()) for name in ("stack", "kind")),
+    *((name, pa.int32()) for name in ("layer_a", "head_a", "layer_b", "head_b")),
+)
+COMPOSITION = _schema(
+    *_COMPOSED,
+    *((name, pa.float32()) for name in ("score", "times_chance", "z", "acausal")),
+    ("later", pa.int32()),
+)
+CHANNELS = _schema(
+    *_COMPOSED,
+    ("place", pa.int32()),
+    ("score", pa.float32()),
+    *((name, pa.float64()) for name in ("first", "effective_rank", "copying", "positive", "departure")),
+)
 #: Every table of the atlas, by name.
 TABLES = {
     "heads": HEADS,
@@ -151,6 +166,8 @@ TABLES = {
     "drift": DRIFT,
     "changes": CHANGES,
     "matches": MATCHES,
+    "composition": COMPOSITION,
+    "channels": CHANNELS,
 }
 
 

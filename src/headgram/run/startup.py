@@ -5,10 +5,12 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shlex
 import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +23,7 @@ from headgram.results.claims import NAME as CLAIMS
 from headgram.results.claims import Writing, claim, settle
 from headgram.results.files import RESULTS, remove_temporaries, write_text
 from headgram.run import forkserver
+from headgram.run.project import FOLDER
 from headgram.study.lineages import misfits
 from headgram.study.lock import (
     Lock,
@@ -56,7 +59,8 @@ class Run:
     with the sources. So it looks at no source but its own, and models may be added to the manifest meanwhile.
     """
 
-    def __init__(self, options: Path, given: Mapping[str, Any], scripts: Path, is_job: bool = False) -> None:
+    def __init__(self, options: Path | None, given: Mapping[str, Any], scripts: Path, is_job: bool = False) -> None:
+        _call_the_interpreter_by_name()
         config = load_config(read_options(options, given))
         self._given = given
         self._manifest = Path(config.manifest)
@@ -169,7 +173,7 @@ def asked_by_study(results: Path) -> dict[str, str] | None:
         if Path(config.results).resolve() != results.resolve():
             return None
         manifest = read_manifest(Path(config.manifest))
-        return make_plan(_locked(manifest), config, Path("workflow", "scripts"), manifest.labels).records()
+        return make_plan(_locked(manifest), config, FOLDER / "workflow" / "scripts", manifest.labels).records()
     except (HeadgramError, OSError):
         return None
 
@@ -180,11 +184,33 @@ def _locked(manifest: Manifest) -> dict[str, LockedModel]:
     return {row.name: models[row.name] for row in manifest.rows if row.name in models}
 
 
+def add_handlers(workflow: Any, begin: Callable[[], None], end: Callable[[], None]) -> None:
+    """Have a workflow that uses headgram as a module begin and end headgram's run too: Snakemake calls the handlers of the main
+    Snakefile alone. Its own still run; they must be defined above the module."""
+    if vars(workflow).setdefault("_headgram", begin) is not begin:
+        return  # every `use rule` reads the module again
+    for name, action in (("_onstart", begin), ("_onsuccess", end), ("_onerror", end)):
+        setattr(workflow, name, partial(_both, action, getattr(workflow, name)))
+
+
+def _both(action: Callable[[], None], handler: Callable[[Any], Any], log: Any) -> None:
+    action()
+    handler(log)
+
+
+def _call_the_interpreter_by_name() -> None:
+    """Snakemake starts jobs by a shell command that begins with the interpreter's bare path, which a blank cuts in two."""
+    if shlex.quote(sys.executable) != sys.executable:
+        folder, sys.executable = os.path.split(sys.executable)
+        os.environ["PATH"] = os.pathsep.join([folder, os.environ.get("PATH", os.defpath)])
+
+
 def _writings(workflow: Any, beside: Callable[[Any], Sequence[str]]) -> Iterator[Writing]:
     """What the jobs of a run will write in the results folder; what they keep in object storage is not on this disk."""
     for job in workflow.dag.needrun_jobs():
         files = [Path(file) for file in (*job.output, *job.log) if not file.is_storage]
-        if "record" in job.output.keys() and files:  # noqa: SIM118  (Snakemake's outputs are a list with names)
+        # Snakemake's params and outputs are lists with names. Jobs of a workflow that uses headgram as a module have no order.
+        if "order" in job.params.keys() and "record" in job.output.keys() and files:  # noqa: SIM118
             yield Writing(Path(job.output.record), [*files, *map(Path, beside(job))])
 
 

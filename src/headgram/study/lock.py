@@ -11,21 +11,18 @@ import json
 from collections.abc import Iterable
 from itertools import pairwise
 from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 import filelock
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from headgram.checkpoints.sources import HUB_DIGEST, Location, locate_here, parse_json
+from headgram.checkpoints.bases import AnyLocation, locate_here
+from headgram.checkpoints.sources import HUB_DIGEST, parse_json
 from headgram.errors import HeadgramError
 from headgram.foreign import first_problem, read_bounded
 from headgram.results.files import remove_temporaries, temporaries_in, write_text
 from headgram.results.record import canonical, digest
 from headgram.study.manifest import MODEL_NAME, Row
-
-if TYPE_CHECKING:
-    from headgram.checkpoints.hub import RemoteLocation
-
 
 #: The lock of thousands of models is smaller.
 _LARGEST = 64 * 2**20
@@ -112,8 +109,9 @@ class LockedModel(_Entry):
 
     source: _Text
     revision: _Text | None
-    overrides: dict[Literal["model_type", "heads", "kv_heads", "head_dim"], _Text | _Count]
+    overrides: dict[Literal["model_type", "heads", "kv_heads", "head_dim", "base", "prefix"], _Text | _Count]
     commit: Annotated[str, Field(pattern="^[0-9A-Za-z]{1,64}$")] | None
+    base: _Text | None = None  # of an adapter: the source of the checkpoint that it changes, with `@` and its commit at the hub
     format: _Text
     architecture: _Text  # a known type; if `derived`, one whose layout was proven for the checkpoint's own type
     derived: bool = False
@@ -140,7 +138,8 @@ class LockedModel(_Entry):
     def how_to_open(self) -> dict[str, Any]:
         """The arguments of `open_checkpoint` that give what was locked."""
         derived: dict[str, str | int] = {"model_type": self.architecture} if self.derived else {}
-        return {"source": self.source, "revision": self.commit, "overrides": self.overrides | derived}
+        based: dict[str, str | int] = {"base": self.base} if self.base else {}
+        return {"source": self.source, "revision": self.commit, "overrides": self.overrides | derived | based}
 
     def asks_for(self, row: Row) -> bool:
         """Whether this entry resolves exactly what the row says."""
@@ -208,7 +207,7 @@ def missing_rows(rows: Iterable[Row], lock: Lock) -> list[Row]:
     return [row for row in rows if row.name not in lock.models or not lock.models[row.name].asks_for(row)]
 
 
-def locked_file(location: Location | RemoteLocation, name: str) -> LockedFile:
+def locked_file(location: AnyLocation, name: str) -> LockedFile:
     """What the lock says of a file of a source."""
     return LockedFile(name=name, bytes=location.size(name), sample=location.sample(name))
 
@@ -220,7 +219,7 @@ def changes(name: str, entry: LockedModel) -> list[str]:
     not asked: there, a commit names its content.
     """
     try:
-        location = locate_here(entry.source, entry.commit)
+        location = locate_here(entry.source, entry.commit, entry.base)
         changed = [file.name for file in entry.files if not file.agrees_with(locked_file(location, file.name))]
     except (HeadgramError, OSError):
         return []
@@ -230,7 +229,7 @@ def changes(name: str, entry: LockedModel) -> list[str]:
 def file_times(entry: LockedModel) -> dict[str, tuple[int, int]]:
     """Size and time of change of a source's files, by name; empty if the source is gone."""
     try:
-        location = locate_here(entry.source, entry.commit)
+        location = locate_here(entry.source, entry.commit, entry.base)
         return {file.name: location.state(file.name) for file in entry.files}
     except (HeadgramError, OSError):
         return {}

@@ -16,7 +16,9 @@ from headgram.foreign import read_bounded
 
 COLUMNS = ("name", "source", "revision")
 #: Columns that a manifest may add for a checkpoint that does not state these itself.
-OVERRIDE_COLUMNS = ("model_type", "heads", "kv_heads", "head_dim")
+OVERRIDE_COLUMNS = ("model_type", "heads", "kv_heads", "head_dim", "base", "prefix")
+#: Those of them that are numbers.
+COUNTS = ("heads", "kv_heads", "head_dim")
 #: Columns that say which models share a residual basis, and in which order; all further columns are labels.
 LINEAGE_COLUMNS = ("lineage", "step")
 _KNOWN = COLUMNS + OVERRIDE_COLUMNS + LINEAGE_COLUMNS
@@ -159,7 +161,7 @@ def _problems_of(values: dict[str, str], cells: int, columns: int) -> list[str]:
         )
     if not values.get("source"):
         problems.append("the source is missing")
-    for key in ("heads", "kv_heads", "head_dim"):
+    for key in COUNTS:
         if values.get(key) and not re.fullmatch(r"[1-9]\d{0,5}", values[key]):
             problems.append(f"{key} is '{values[key]}', not a positive whole number")
     if values.get("step") and _number(values["step"]) is None:
@@ -193,7 +195,7 @@ def _row(line: int, values: dict[str, str]) -> Row:
     overrides: dict[str, str | int] = {}
     for key in OVERRIDE_COLUMNS:
         if values.get(key):
-            overrides[key] = values[key] if key == "model_type" else int(values[key])
+            overrides[key] = int(values[key]) if key in COUNTS else values[key]
     others = {key: value for key, value in values.items() if key not in _KNOWN and value}
     labels = Labels(values.get("lineage", ""), _number(values.get("step", "")), others)
     return Row(line, values["name"], values["source"], values.get("revision") or None, overrides, labels)

@@ -149,6 +149,21 @@ class Lineage(_Section):
     )
 
 
+class Composition(_Section):
+    """Which heads write what later heads read."""
+
+    enabled: bool | Literal["auto"] = Field(
+        "auto",
+        description="Write the tables `composition` and `channels` of every stack that is measured in both circuits. "
+        "`auto` does so unless that costs more than 2e14 operations, and the run says so.",
+    )
+    strongest: Annotated[int, _NUMBER] = Field(
+        64,
+        ge=0,
+        description="Of how many of the strongest pairs of each kind the composed form itself is looked at (`channels`).",
+    )
+
+
 class Original(_Section):
     """The two files that the original script writes, number for number."""
 
@@ -199,13 +214,14 @@ class Config(_Section):
     eigen: Eigen = Field(default_factory=Eigen, description=Eigen.__doc__)
     gram: Gram = Field(default_factory=Gram, description=Gram.__doc__)
     lineage: Lineage = Field(default_factory=Lineage, description=Lineage.__doc__)
+    composition: Composition = Field(default_factory=Composition, description=Composition.__doc__)
     original: Original = Field(default_factory=Original, description=Original.__doc__)
     export: Export = Field(default_factory=Export, description=Export.__doc__)
     report: Report = Field(default_factory=Report, description=Report.__doc__)
 
 
-def read_options(path: Path, given: Mapping[str, Any]) -> dict[str, Any]:
-    """The options of a YAML file, if it is there, overruled by those that were given otherwise.
+def read_options(path: Path | None, given: Mapping[str, Any]) -> dict[str, Any]:
+    """The options of a YAML file, if there is one, overruled by those that were given otherwise.
 
     Plain data: Snakemake's own reader would evaluate templates in the file, which are code.
 
@@ -215,7 +231,7 @@ def read_options(path: Path, given: Mapping[str, Any]) -> dict[str, Any]:
         If the file is not plain YAML with keys at its top level.
     """
     try:
-        content = yaml.safe_load(path.read_bytes()) if path.exists() else None
+        content = yaml.safe_load(path.read_bytes()) if path and path.exists() else None
     except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         reason = " ".join(str(error).split())
         raise HeadgramError(f"{path} cannot be read as plain YAML ({reason:.300}).") from None

@@ -90,6 +90,7 @@ class ModelPlan:
     entry: LockedModel
     labels: Labels
     heads: dict[Place, HeadsPlan]  # circuit by circuit, the stacks in the model's order
+    composed: tuple[str, ...]  # the stacks whose compositions are measured
     identities: dict[tuple[str, str], Identity]  # by stage and circuit, which is empty where a stage takes all
 
     @property
@@ -131,7 +132,7 @@ class Plan:
         keys = {paths.record("report"): self.report.key}
         for name, model in self.models.items():
             key = {stage: identity.key for stage, identity in model.identities.items()}
-            keys |= {paths.record(stage, name): key[stage, ""] for stage in ("merge", "derive")}
+            keys |= {paths.record(stage, name): found for (stage, circuit), found in key.items() if not circuit}
             for (circuit, stack), plan in model.heads.items():
                 for stage, parts in (("extract", plan.groups), ("eigen", plan.shards), ("gram", plan.rows)):
                     keys |= {paths.record(stage, name, stack, circuit, part): key[stage, circuit] for part in parts}
@@ -141,7 +142,7 @@ class Plan:
 
 
 def left_out(plan: Plan) -> list[str]:
-    """A sentence about every circuit that a model lacks, and every model of which all heads with all would cost too much."""
+    """A sentence about every circuit that a model lacks, and every model of which something would cost too much."""
     absent = [
         f"{name}, stack {stack.name}: without the circuit {circuit}: {stack.missing[circuit]}"
         for name, model in plan.models.items()
@@ -149,14 +150,20 @@ def left_out(plan: Plan) -> list[str]:
         for circuit in plan.config.circuits
         if circuit in stack.missing
     ]
-    if plan.config.gram.pairs != "auto":
-        return absent
-    short = [name for name, model in plan.models.items() if not all(heads.all_pairs for heads in model.heads.values())]
-    return absent + [
+    costly = [
         f"{name}: all heads with all would cost more than {MOST_PAIR_FLOPS:.0e} operations, so heads of the same index alone "
         "are multiplied; --config 'gram={pairs: all}' multiplies all"
-        for name in short
+        for name, model in plan.models.items()
+        if plan.config.gram.pairs == "auto" and not all(heads.all_pairs for heads in model.heads.values())
     ]
+    uncomposed = [
+        f"{name}, stack {stack}: without composition, which would cost more than {MOST_PAIR_FLOPS:.0e} operations; "
+        "--config 'composition={enabled: true}' measures it"
+        for name, model in plan.models.items()
+        for stack in _in_both_circuits(model.heads)
+        if plan.config.composition.enabled == "auto" and stack not in model.composed
+    ]
+    return absent + costly + uncomposed
 
 
 def make_plan(
@@ -189,7 +196,19 @@ def _plan_model(name: str, entry: LockedModel, labels: Labels, config: Config, s
             "give other circuits (--config 'circuits=[qk]') or remove its row."
         )
     circuits = list(dict.fromkeys(circuit for circuit, _ in heads))
-    return ModelPlan(name, entry, labels, heads, _identities(entry, labels, circuits, config, scripts))
+    enabled = config.composition.enabled
+    composed = tuple(
+        stack
+        for stack in _in_both_circuits(heads)
+        if enabled is True
+        or (enabled == "auto" and _composition_flops(heads["qk", stack], heads["ov", stack]) <= MOST_PAIR_FLOPS)
+    )
+    return ModelPlan(name, entry, labels, heads, composed, _identities(entry, labels, circuits, bool(composed), config, scripts))
+
+
+def _in_both_circuits(heads: Mapping[Place, HeadsPlan]) -> list[str]:
+    """The stacks of which both circuits are measured."""
+    return [stack for circuit, stack in heads if circuit == "qk" and ("ov", stack) in heads]
 
 
 def stage_config(stage: str, config: Config, circuit: str = "qk") -> str:
@@ -200,6 +219,7 @@ def stage_config(stage: str, config: Config, circuit: str = "qk") -> str:
         "extract": {"weights": config.weights},
         "eigen": {"eigen": config.eigen, "original": config.original},
         "gram": {"gram": config.gram},
+        "composition": {"composition": config.composition, "export": config.export},
         "merge": {"export": config.export, "original": config.original},
         "derive": {"export": config.export},
     }
@@ -207,9 +227,10 @@ def stage_config(stage: str, config: Config, circuit: str = "qk") -> str:
 
 
 def _identities(
-    entry: LockedModel, labels: Labels, circuits: Sequence[str], config: Config, scripts: Path
+    entry: LockedModel, labels: Labels, circuits: Sequence[str], composed: bool, config: Config, scripts: Path
 ) -> dict[tuple[str, str], Identity]:
-    code = {stage: code_digest(stage, scripts / f"{stage}.py") for stage in ("extract", "eigen", "gram", "merge", "derive")}
+    stages = ("extract", "eigen", "gram", "merge", "derive", "composition")
+    code = {stage: code_digest(stage, scripts / f"{stage}.py") for stage in stages}
     find = family_of_gguf if entry.format == "gguf" and "model_type" not in entry.overrides else family_of
     reads_weights = digest(code["extract"], family_text(find(entry.architecture).name))
     found: dict[tuple[str, str], Identity] = {}
@@ -225,7 +246,12 @@ def _identities(
     )
     writes_labels = digest(code["derive"], canonical(asdict(labels)))
     derive = Identity("derive", stage_config("derive", config), entry.fingerprint, writes_labels, (merge.key, *measured["eigen"]))
-    return found | {("merge", ""): merge, ("derive", ""): derive}
+    found |= {("merge", ""): merge, ("derive", ""): derive}
+    if composed:
+        upstream = tuple(found["extract", circuit].key for circuit in ("qk", "ov"))
+        options = stage_config("composition", config)
+        found["composition", ""] = Identity("composition", options, entry.fingerprint, code["composition"], upstream)
+    return found
 
 
 def _report_identity(models: Mapping[str, ModelPlan], scripts: Path) -> Identity:
@@ -279,6 +305,17 @@ def _tile_flops(stack: LockedStack, rank: int, layers: int, all_pairs: bool) -> 
     own, shared = layers * stack.heads, layers * stack.kv_heads
     sizes = Sizes((own, own), (shared, shared), (own, own), (rank, rank), stack.hidden, same=True)
     return flops(cheapest(sizes), sizes)
+
+
+def _composition_flops(qk: HeadsPlan, ov: HeadsPlan) -> float:
+    """Operations of all compositions of a stack: the three kinds, every head with every head."""
+    count = len(qk.stack.layers) * qk.stack.heads
+    both = (count, count)
+    of_kinds = [
+        Sizes(both, both, both, (reading.locked.rank, ov.locked.rank), qk.stack.hidden, same=False, symmetric=True)
+        for reading in (qk, qk, ov)
+    ]
+    return sum(flops(cheapest(sizes), sizes) for sizes in of_kinds)
 
 
 def _cut(layers: Layers, size: float) -> list[Layers]:
