@@ -97,6 +97,25 @@ def test_a_circuit_makes_nothing_of_another_stale(circuits):
     assert some.identities["merge", ""] != both.identities["merge", ""]
 
 
+def test_compositions_need_both_circuits_and_are_left_out_where_they_cost_too_much(monkeypatch):
+    def plan(**raw):
+        return make_plan({"m": locked_llama()}, load_config(raw), SCRIPTS)
+
+    record = "provenance/composition/m.json"
+    assert plan().models["m"].composed == ("self",)
+    assert record in plan().records()
+    for without in (plan(circuits=["ov"]), plan(composition={"enabled": False})):
+        assert without.models["m"].composed == ()
+        assert record not in without.records()
+        assert study_plan.left_out(without) == []
+    monkeypatch.setattr(study_plan, "MOST_PAIR_FLOPS", 1.0)
+    assert plan(composition={"enabled": True}).models["m"].composed == ("self",)
+    costly = plan(gram={"pairs": "same"})
+    assert costly.models["m"].composed == ()
+    (sentence,) = study_plan.left_out(costly)
+    assert sentence.startswith("m, stack self: without composition, which would cost more than 1e+00 operations")
+
+
 def test_a_circuit_that_cannot_be_read_is_left_out_with_its_reason():
     entry = locked_llama()
     (stack,) = entry.stacks
@@ -233,5 +252,5 @@ def test_all_pairs_unless_they_cost_too_much(monkeypatch):
     monkeypatch.setattr(study_plan, "MOST_PAIR_FLOPS", 1.0)
     assert plan("all").models["one"].heads["qk", "self"].all_pairs
     assert not plan("auto").models["one"].heads["qk", "self"].all_pairs
-    (sentence,) = study_plan.left_out(plan("auto"))
+    sentence, _ = study_plan.left_out(plan("auto"))
     assert sentence.startswith("one: all heads with all would cost more than 1e+00 operations")

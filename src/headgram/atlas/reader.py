@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
+from headgram.atlas.labelled import by_heads, by_layers, symmetric
 from headgram.errors import HeadgramError, require
 from headgram.study.manifest import MODEL_NAME
 
@@ -98,7 +99,7 @@ class Atlas:
         import pandas as pd
         import pyarrow as pa
 
-        from headgram.results.paths import LINEAGE, Results
+        from headgram.results.paths import COMPOSED, LINEAGE, Results
         from headgram.results.tables import TABLES, read_table
 
         if not isinstance(name, str) or name not in TABLES:
@@ -111,7 +112,8 @@ class Atlas:
             pairs = [(each, other) for each in models for other in self.others(each)]
             files = [(paths.pair_table(name, *pair), {"model": pair[0], "other": pair[1]}) for pair in pairs]
         else:
-            files = [(paths.table(name, each), {"model": each}) for each in models]
+            places = [(paths.table(name, each), {"model": each}) for each in models]
+            files = [place for place in places if name not in COMPOSED or Path(place[0]).exists()]
         tables = []
         for path, keys in files:
             try:
@@ -122,7 +124,8 @@ class Atlas:
                 raise HeadgramError(f"{path} has not the columns of the table '{name}': run `snakemake` again")
             tables.append(table.to_pandas().assign(**keys))
         if not files:
-            tables, keys = [TABLES[name].empty_table().to_pandas().assign(model="", other="")], {"model": "", "other": ""}
+            keys = dict.fromkeys(("model", "other") if name in LINEAGE else ("model",), "")
+            tables = [TABLES[name].empty_table().to_pandas().assign(**keys)]
         joined: pd.DataFrame = pd.concat(tables, ignore_index=True)
         return joined[[*keys, *(column for column in joined if column not in keys)]]
 
@@ -212,7 +215,8 @@ class Atlas:
         import xarray as xr
 
         pairs = {"gram": [*get_args(PairColumn)], "overlap": ["right", "left", "signed"]}
-        arrays = {name: self._square(table, model, stack, circuit, name) for table, names in pairs.items() for name in names}
+        tables = {name: self.of_heads(name, model, stack, circuit) for name in pairs}
+        arrays = {value: by_layers(tables[name], value) for name, values in pairs.items() for value in values}
         for name, keys in (("heads", ["layer", "head"]), ("spectra", ["layer", "head", "index"]), ("layers", ["layer"])):
             table = self.of_heads(name, model, stack, circuit).drop(columns=["model", "circuit", "stack"]).set_index(keys)
             arrays |= dict(table.drop(columns=["rank", "hidden"], errors="ignore").to_xarray().data_vars)
@@ -237,7 +241,8 @@ class Atlas:
         """
         if value not in get_args(PairColumn):
             raise HeadgramError(f"the Gram table has no column '{value}'; there are: {', '.join(get_args(PairColumn))}")
-        return self._square("gram", model, stack, circuit, value)
+        attributes = {"model": model, "circuit": circuit, "stack": stack}
+        return by_layers(self.of_heads("gram", model, stack, circuit), value, attributes)
 
     def pairs(
         self, model: str, stack: str = "self", value: Literal["cosine", "transposed"] = "cosine", circuit: str = "qk"
@@ -267,22 +272,57 @@ class Atlas:
         >>> atlas.pairs("smollm2-135m-instruct").sel(layer_a=18, head_a=6, layer_b=18, head_b=7).item()  # doctest: +SKIP
         0.9
         """
-        import numpy as np
-        import xarray as xr
-
         if value not in ("cosine", "transposed"):
             raise HeadgramError(f"pairs have no '{value}': ask for 'cosine' or 'transposed'")
         heads, table = (self.of_heads(name, model, stack, circuit) for name in ("heads", "pairs"))
-        layers, indices = np.unique(heads["layer"]), np.unique(heads["head"])
-        data = np.full((len(layers), len(indices)) * 2, np.nan, dtype=np.float32)
-        a, b = (np.searchsorted(layers, table[name]) for name in ("layer_a", "layer_b"))
-        data[a, table["head_a"], b, table["head_b"]] = data[b, table["head_b"], a, table["head_a"]] = table[value]
-        itself = np.where(heads["fro_sq"] > 0, 1.0, 0.0) if value == "cosine" else heads["symmetry_score"]
-        own = np.searchsorted(layers, heads["layer"])
-        data[own, heads["head"], own, heads["head"]] = itself
-        coordinates = {"layer_a": layers, "head_a": indices, "layer_b": layers, "head_b": indices}
         attributes = {"model": model, "circuit": circuit, "stack": stack, "chance": 1 / int(heads["hidden"].iloc[0])}
-        return xr.DataArray(data, coords=coordinates, dims=list(coordinates), name=value, attrs=attributes)
+        itself = (heads["fro_sq"] > 0).astype(float) if value == "cosine" else heads["symmetry_score"]
+        return symmetric(by_heads(heads, table, value, attributes), itself)
+
+    def composition(
+        self,
+        model: str,
+        kind: Literal["q", "k", "v"],
+        stack: str = "self",
+        value: Literal["score", "times_chance", "z", "acausal"] = "score",
+    ) -> xr.DataArray:
+        """How much of what each head writes each head of a later layer reads.
+
+        Parameters
+        ----------
+        kind
+            What the later head does with it: `q`, its queries read it; `k`, its keys; `v`, it moves it on.
+        value
+            A column of the table `composition`.
+
+        Returns
+        -------
+        xarray.DataArray, (L, H, L, H) float32
+            Dimensions `layer_a`, `head_a`, `layer_b`, `head_b`, with the true layer indices; NaN unless `layer_a < layer_b`. The
+            attribute `chance` is `1/√d`, the root mean square of the score if one head is turned by a random rotation.
+
+        Raises
+        ------
+        HeadgramError
+            If the model or the stack was not measured in both circuits.
+
+        Examples
+        --------
+        >>> scores = atlas.composition("smollm2-135m-instruct", "k")  # doctest: +SKIP
+        >>> scores.sel(layer_a=16, head_a=0, layer_b=17, head_b=3).item()  # doctest: +SKIP
+        0.218
+        """
+        if kind not in ("q", "k", "v"):
+            raise HeadgramError(f"compositions have no kind '{kind}': ask for 'q', 'k' or 'v'")
+        if value not in (values := ("score", "times_chance", "z", "acausal")):
+            raise HeadgramError(f"compositions have no '{value}'; there are: {', '.join(values)}")
+        heads, table = self.of_heads("heads", model, stack, "ov"), self.table("composition", model)
+        if table.empty:
+            needs = "both circuits, two layers, and the option composition.enabled"
+            raise HeadgramError(f"the model '{model}' has no compositions: they need {needs}")
+        table = table[(table["stack"] == stack) & (table["kind"] == kind)]
+        attributes = {"model": model, "stack": stack, "kind": kind, "chance": int(heads["hidden"].iloc[0]) ** -0.5}
+        return by_heads(heads, table, value, attributes)
 
     def overlap(
         self, model: str, stack: str = "self", side: Literal["right", "left", "signed"] = "right", circuit: str = "qk"
@@ -301,7 +341,9 @@ class Atlas:
         """
         if side not in ("right", "left", "signed"):
             raise HeadgramError(f"there are no '{side}' directions: ask for 'right', 'left' or 'signed'")
-        return self._square("overlap", model, stack, circuit, side, keep="expected")
+        table = self.of_heads("overlap", model, stack, circuit)
+        attributes = {"model": model, "circuit": circuit, "stack": stack, "expected": float(table["expected"].iloc[0])}
+        return by_layers(table, side, attributes)
 
     def directions(self, model: str, circuit: str = "qk") -> dict[str, dict[str, Any]]:
         """Directions of one circuit of a model, by stack.
@@ -329,21 +371,6 @@ class Atlas:
         """A table of all models; the rows of one circuit, if one is given."""
         table = self.table(name)
         return table if circuit is None else table[table["circuit"] == circuit].reset_index(drop=True)
-
-    def _square(self, name: str, model: str, stack: str, circuit: str, value: str, keep: str | None = None) -> xr.DataArray:
-        """A column of a table of layer pairs, as layers by layers by heads; `keep` is a constant column for the attributes."""
-        import numpy as np
-        import xarray as xr
-
-        table = self.of_heads(name, model, stack, circuit)
-        layers = np.unique(table["layer_a"])
-        heads = np.unique(table["head"])
-        a, b = (np.searchsorted(layers, table[name]) for name in ("layer_a", "layer_b"))
-        data = np.zeros((len(layers), len(layers), len(heads)))
-        data[a, b, table["head"]] = data[b, a, table["head"]] = table[value]
-        coordinates = {"layer_a": layers, "layer_b": layers, "head": heads}
-        attributes = {"model": model, "circuit": circuit, "stack": stack} | ({keep: float(table[keep].iloc[0])} if keep else {})
-        return xr.DataArray(data, coords=coordinates, dims=list(coordinates), name=value, attrs=attributes)
 
     def of_heads(self, name: str, model: str, stack: str, circuit: str = "qk") -> pd.DataFrame:
         """The rows of a table that are about one circuit of a stack.

@@ -109,7 +109,8 @@ def verify(results: Path, lock: Lock | None = None, keys: Mapping[str, str] | No
             unreadable.add(record.model)
     for path, record in records.items():
         if record.model not in unreadable and (find := _IDENTITIES.get(record.stage)):
-            tables = {file.stem: file for file in (_place(path.parent / name) for name in record.files)}
+            places = (_place(path.parent / name) for name in record.files if name.endswith(".parquet"))
+            tables = {file.stem: file for file in places}
             findings += [Finding(f"{path}: {problem}", path, "anew") for problem in _whatever(partial(find, tables))]
     strays = [results / os.path.relpath(path, _place(results)) for path in sorted(present - sealed)]
     for path in sorted({record_of(stray) for stray in strays} - set(paths)):
@@ -247,6 +248,21 @@ def _lineage_problems(files: dict[str, Path]) -> Iterator[str]:
             yield "a head is matched twice"
 
 
+def _composition_problems(files: dict[str, Path]) -> Iterator[str]:
+    """Whether scores are scores, and the strongest pairs those that were looked at."""
+    pair = ["stack", "kind", "layer_a", "head_a", "layer_b", "head_b"]
+    table, channels = (read_table(files[name]).to_pandas().set_index(pair).sort_index() for name in ("composition", "channels"))
+    if not (table["score"].between(0, 1).all() and table["acausal"].between(0, 1).all()):
+        yield "a score of composition or its percentile lies outside [0, 1]"
+    if (table.index.get_level_values("layer_a") >= table.index.get_level_values("layer_b")).any():
+        yield "a composition is not of an earlier with a later layer"
+    yield from _exceptions("the score of a channel", channels["score"] - table["score"].reindex(channels.index), tolerance=0)
+    for place, rows in channels.groupby(["stack", "kind"]):
+        highest = table["score"].loc[place].nlargest(len(rows))
+        if (rows["score"].nlargest(len(rows)).to_numpy() != highest.to_numpy()).any():
+            yield f"the channels of {' '.join(place)} are not those of its highest scores"
+
+
 def _exceptions(name: str, difference: pd.Series, tolerance: float = _TOLERANCE) -> Iterator[str]:
     worst = difference.abs()
     if worst.isna().any():
@@ -256,4 +272,9 @@ def _exceptions(name: str, difference: pd.Series, tolerance: float = _TOLERANCE)
 
 
 #: By stage: what must hold among the tables of one artifact, given as name -> path.
-_IDENTITIES = {"merge": _identity_problems, "derive": _derived_problems, "lineage": _lineage_problems}
+_IDENTITIES = {
+    "merge": _identity_problems,
+    "derive": _derived_problems,
+    "lineage": _lineage_problems,
+    "composition": _composition_problems,
+}

@@ -1,4 +1,3 @@
-"use strict";
 // All heads with all heads, on a canvas: a mark for every pair would be too many. See matrix.py for what is drawn.
 
 /** The symmetric matrix whose upper triangle is given row by row. */
@@ -32,12 +31,13 @@ class Matrix {
     this.canvas = this.place.appendChild(document.createElement("canvas"));
     this.place.setAttribute("role", "application");
     this.place.setAttribute("aria-roledescription", "picture");
+    this.view = { toCanvas: async (scale) => this.enlarged(scale), toSVG: async () => this.drawing() };
     this.place.addEventListener("keydown", (event) => (event.key === "Enter" ? this.turnZoom() : move(event, id)));
     this.canvas.addEventListener("click", (event) => this.pick(event));
     this.canvas.addEventListener("pointermove", (event) => this.hover(event));
     this.canvas.addEventListener("pointerleave", () => showTip(null, null));
     element("zoom").addEventListener("click", () => this.turnZoom());
-    element("save-matrix").addEventListener("click", () => this.save());
+    this.place.after(saveButtons(this));
   }
 
   turnZoom() {
@@ -53,8 +53,9 @@ class Matrix {
 
   async draw(data) {
     this.data = data;
-    this.place.setAttribute("aria-label", `${option("pairs")} of all heads with all heads of ${state.model}`);
-    element("card-matrix").hidden = !data.at("matrix/order");
+    this.place.setAttribute("aria-label", this.label());
+    for (const choice of element("pairs").options) choice.disabled = ["q", "k", "v"].includes(choice.value) && !data.feeding(choice.value);
+    element("card-matrix").hidden = !data.at("matrix/order") || (this.flows() && !data.feeding(state.pairs));
     if (element("card-matrix").hidden) return;
     const wanted = JSON.stringify([inStack(), state.pairs, state.order, state.zoom, themeName()]);
     if (wanted !== this.drawnFor) {
@@ -69,6 +70,7 @@ class Matrix {
   /** What is drawn of all heads: size, values, and the heads of a cell as places in layer order. */
   whole(data) {
     const heads = data.meta.heads * data.layers.length;
+    if (this.flows()) return this.written(data, heads);
     const order = state.order === "cluster" ? Array.from(data.at("matrix/order").data) : [...Array(heads).keys()];
     const own = data.at(`matrix/${state.pairs}/${state.order}`);
     const found = data.once(`matrix ${state.pairs} ${own ? state.order : "layer"}`, () => symmetric((own ?? data.at(`matrix/${state.pairs}/layer`)).data));
@@ -76,6 +78,19 @@ class Matrix {
     const rows = Array.from({ length: found.size }, (_, i) => order.slice(i * step, (i + 1) * step));
     const turned = own ? [...Array(found.size).keys()] : order;
     return { rows, columns: rows, value: (i, j) => found.matrix[turned[i] * found.size + turned[j]], single: step === 1 };
+  }
+
+  /** Whether one head writes and the other reads: compositions. */
+  flows() {
+    return ["q", "k", "v"].includes(state.pairs);
+  }
+
+  /** Compositions of all heads, in the order of layers: a row writes for the columns of later layers. */
+  written(data, heads) {
+    const { size, matrix } = data.once(`feeding ${state.pairs}`, () => symmetric(data.feeding(state.pairs).data));
+    const step = Math.ceil(heads / size);
+    const rows = Array.from({ length: size }, (_, i) => Array.from({ length: Math.min(step, heads - i * step) }, (_, k) => i * step + k));
+    return { rows, columns: rows, value: (i, j) => (i <= j ? matrix[i * size + j] : 0), single: step === 1 };
   }
 
   /** The heads of two layers, exactly. */
@@ -93,11 +108,16 @@ class Matrix {
     if (!data.at("matrix/cosine/cluster")) {
       const first = data.position(layer) * heads;
       return (name, head, place) => {
+        if (data.feeding(name)) {
+          const { size, matrix } = data.once(`feeding ${name}`, () => symmetric(data.feeding(name).data));
+          return first + head < place ? matrix[(first + head) * size + place] : 0;
+        }
         const { size, matrix } = data.once(`matrix ${name} layer`, () => symmetric(data.at(`matrix/${name}/layer`).data));
         return matrix[(first + head) * size + place];
       };
     }
-    const arrays = await loadModel(`${state.model}/${state.stack.replace("/", "-")}-${layer}`);
+    const stack = this.flows() ? `qk/${state.stack.split("/").at(-1)}` : state.stack;
+    const arrays = await loadModel(`${state.model}/${stack.replace("/", "-")}-${layer}`);
     return (name, head, place) => arrays[name].data[head * arrays[name].shape[1] + place];
   }
 
@@ -108,6 +128,7 @@ class Matrix {
     for (let i = 0; i < rows.length; i++) {
       for (let j = 0; j < columns.length; j++) if (rows[i][0] !== columns[j][0]) sizes.push(Math.abs(value(i, j)));
     }
+    if (this.flows()) return Math.max(quantile(sizes, 0.998), 3);
     const heads = this.data.meta.heads * this.data.layers.length;
     const best = Math.sqrt(2 * Math.log(Math.max(2, (heads * (heads - 1)) / 2))) / this.data.meta.hidden;
     return Math.min(1, Math.max(quantile(sizes, 0.995), 3 * best));
@@ -118,7 +139,8 @@ class Matrix {
     Object.assign(this.canvas, { width: columns.length, height: rows.length });
     const context = this.canvas.getContext("2d");
     const image = context.createImageData(columns.length, rows.length);
-    const colour = diverging(theme().diverging);
+    const middle = diverging(theme().diverging);
+    const colour = this.flows() ? (share) => middle(Math.max(0, (share * this.limit - 1) / (this.limit - 1))) : middle;
     this.limit = this.reach();
     for (let i = 0, place = 0; i < rows.length; i++) {
       for (let j = 0; j < columns.length; j++, place += 4) {
@@ -134,12 +156,14 @@ class Matrix {
   scale() {
     const legend = element("matrix-scale");
     const chance = 1 / this.data.meta.hidden;
-    legend.style.background = `linear-gradient(to right, ${theme().diverging.join(", ")})`;
+    const { diverging: colours } = theme();
+    legend.style.background = `linear-gradient(to right, ${(this.flows() ? colours.slice(3) : colours).join(", ")})`;
     const mark = (value, text) => {
       const label = Object.assign(document.createElement("span"), { textContent: text });
-      label.style.left = `${50 + (50 * value) / this.limit}%`;
+      label.style.left = `${this.flows() ? (100 * (value - 1)) / (this.limit - 1) : 50 + (50 * value) / this.limit}%`;
       return label;
     };
+    if (this.flows()) return legend.replaceChildren(mark(1, "chance"), mark(this.limit, `${show(this.limit)} × chance`));
     const times = show(Math.round(this.limit / chance));
     legend.replaceChildren(mark(-this.limit, `−${show(this.limit)}`), mark(0, "0"), mark(chance, "│"), mark(this.limit, `${show(this.limit)} = ${times} × chance`));
   }
@@ -173,7 +197,8 @@ class Matrix {
     const value = this.shown.value(i, j);
     const span = (first, final) => (name(first) === name(final) ? name(first) : `${name(first)} to ${name(final)}`);
     const times = show(Math.round(Math.abs(value) * this.data.meta.hidden));
-    showTip(event, [`${span(a, last[0])} with ${span(b, last[1])}`, `${option("pairs")}: ${show(value)}, ${times} × chance${this.shown.single ? "" : " (the largest among these)"}`]);
+    if (this.flows()) return showTip(event, [`${span(a, last[0])} writes for ${span(b, last[1])}`, `${show(value)} × chance`]);
+    return showTip(event, [`${span(a, last[0])} with ${span(b, last[1])}`, `${option("pairs")}: ${show(value)}, ${times} × chance${this.shown.single ? "" : " (the largest among these)"}`]);
   }
 
   pick(event) {
@@ -194,18 +219,49 @@ class Matrix {
     }
     const value = await this.row(this.data, state.layer);
     const place = this.data.position(layer) * heads + head;
+    const pair = `Layer ${state.layer}, head ${state.head} with layer ${layer}, head ${head}`;
+    if (this.flows()) {
+      const kinds = { q: "queries", k: "keys", v: "values" };
+      const known = Object.keys(kinds).filter((kind) => this.data.feeding(kind));
+      element("pair").textContent = layer > state.layer
+        ? `${pair}, which reads what it writes: ${known.map((kind) => `through ${kinds[kind]} ${show(value(kind, state.head, place))} × chance`).join(", ")}.`
+        : `${pair}: only a head of an earlier layer writes for another.`;
+      return;
+    }
     const found = ["cosine", "transposed"].map((name) => value(name, state.head, place));
     const group = (each) => Math.floor((each * shared) / heads);
     const same = layer === state.layer && group(head) === group(state.head);
     element("pair").textContent =
-      `Layer ${state.layer}, head ${state.head} with layer ${layer}, head ${head}: cosine ${show(found[0])} (${show(Math.round(Math.abs(found[0]) * hidden))} × chance), ` +
+      `${pair}: cosine ${show(found[0])} (${show(Math.round(Math.abs(found[0]) * hidden))} × chance), ` +
       `with the transpose ${show(found[1])} (${show(Math.round(Math.abs(found[1]) * hidden))} × chance)${same ? "; they share a factor, which alone makes them alike" : ""}.`;
   }
 
-  save() {
-    const link = document.createElement("a");
-    link.href = this.canvas.toDataURL("image/png");
-    link.download = `${state.model}-${state.stack.replace("/", "-")}-${state.pairs}.png`;
-    link.click();
+  label() {
+    const heads = state.zoom ? `the heads of layers ${state.zoom.replace("-", " and ")}` : "all heads with all heads";
+    return `${option("pairs")[0].toUpperCase()}${option("pairs").slice(1)}: ${heads} of ${state.model}`;
+  }
+
+  /** The picture as large as a saved one should be. */
+  enlarged(scale) {
+    const side = 600 * scale;
+    const canvas = Object.assign(document.createElement("canvas"), { width: side, height: Math.round((side * this.canvas.height) / this.canvas.width) });
+    const context = canvas.getContext("2d");
+    context.imageSmoothingEnabled = false;
+    context.drawImage(this.canvas, 0, 0, canvas.width, canvas.height);
+    return canvas;
+  }
+
+  drawing() {
+    const { width, height } = this.enlarged(1);
+    const image = this.canvas.toDataURL("image/png");
+    return `<svg xmlns="http://www.w3.org/2000/svg" width="${width}" height="${height}"><image width="${width}" height="${height}" href="${image}" style="image-rendering: pixelated"/></svg>`;
+  }
+
+  /** Of every cell that is drawn: its first heads, and the value. */
+  rows() {
+    const { rows, columns, value } = this.shown;
+    const { heads } = this.data.meta;
+    const place = (cell, side) => ({ [`layer_${side}`]: this.data.layers[Math.floor(cell[0] / heads)], [`head_${side}`]: cell[0] % heads });
+    return rows.flatMap((row, i) => columns.map((column, j) => ({ ...place(row, "a"), ...place(column, "b"), value: value(i, j) })));
   }
 }

@@ -14,9 +14,11 @@ import numpy as np
 
 from headgram.report import pictures
 from headgram.report.arrays import FORMS, StackArrays, StackSummary
+from headgram.report.chance import PALE, for_page
 from headgram.report.columns import columns
 from headgram.report.names import DRAWN
 from headgram.report.pack import pack
+from headgram.version import __version__
 
 #: Characters of models' data that the page itself holds, in the manifest's order. What goes beyond lies beside the page.
 EMBEDDED = 24 * 2**20
@@ -30,6 +32,7 @@ def model_pack(stacks: Mapping[str, StackArrays]) -> str:
         parts |= {f"pairs/{kind}": values for kind, values in stack.pairs.items()}
         parts |= {f"neighbours/{measure}": values for measure, values in stack.neighbours.items()}
         parts |= {f"matrix/{part}": values for part, values in (stack.matrix.arrays() if stack.matrix else {}).items()}
+        parts |= {f"feeding/{part}": values for part, values in (stack.feeding.arrays() if stack.feeding else {}).items()}
         arrays |= {f"{name}/{part}": values for part, values in parts.items()}
     return pack(None, arrays)
 
@@ -37,21 +40,26 @@ def model_pack(stacks: Mapping[str, StackArrays]) -> str:
 def layer_packs(stacks: Mapping[str, StackArrays]) -> dict[str, str]:
     """What the page asks for when it zooms into many heads: by `{circuit}-{stack}-{layer}`, that layer's heads with all heads."""
     return {
-        f"{name.replace('/', '-')}-{layer}": pack(None, stack.matrix.layer(position))
+        f"{name.replace('/', '-')}-{layer}": pack(
+            None, stack.matrix.layer(position) | (stack.feeding.layer(position) if stack.feeding else {})
+        )
         for name, stack in stacks.items()
         if stack.matrix is not None and len(stack.matrix.order) > DRAWN
         for position, layer in enumerate(stack.summary.layers)
     }
 
 
-def index_pack(models: Mapping[str, Mapping[str, StackSummary]]) -> str:
-    """What the page knows of every model before its own data are asked for."""
+def index_pack(models: Mapping[str, Mapping[str, StackSummary]], origins: Mapping[str, Mapping[str, str]] | None = None) -> str:
+    """What the page knows of every model before its own data are asked for; `origins` says where from, when and by what."""
     meta = {
+        "version": __version__,
+        "origins": dict(origins or {}),
+        "pale": PALE,
         "forms": FORMS,
         "columns": [asdict(column) for column in columns()],
         "models": {
             model: {
-                name: {**stack.facts, "layer_indices": stack.layers.tolist(), "expected": stack.expected}
+                name: {**stack.facts, "layer_indices": stack.layers.tolist(), "chance": for_page(stack.facts)}
                 for name, stack in stacks.items()
             }
             for model, stacks in models.items()
@@ -78,7 +86,7 @@ def page_shell() -> dict[str, str]:
         "style": _asset("style.css"),
         "vega": pictures.vega_library(),
         "pictures": _script_json({name: pictures.for_page(chart) for name, chart in specs.items()}),
-        "app": _asset("matrix.js") + _asset("app.js"),
+        "app": "".join(_asset(name) for name in ("picking.js", "saving.js", "matrix.js", "app.js")),
     }
 
 
