@@ -64,6 +64,8 @@ def training(tmp_path_factory) -> Project:
     project = new_project(tmp_path_factory.mktemp("training") / "project")
     (project.folder / "config" / "models.tsv").write_text("name\tsource\tlineage\tstep\tdata\n")
     edit(project.folder / "config" / "config.yaml", "report:\n  enabled: true", "report:\n  enabled: false")
+    edit(project.folder / "config" / "config.yaml", "original:\n  enabled: true", "original:\n  enabled: false")
+    edit(project.folder / "config" / "config.yaml", "enabled: auto", "enabled: false")  # compositions
     for step in range(COUNT):
         add(project, step)
     project.run()
