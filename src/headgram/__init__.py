@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from headgram.version import __version__ as __version__
 
 if TYPE_CHECKING:
+    from headgram.atlas.compare import compare as compare
     from headgram.atlas.reader import Atlas as Atlas
     from headgram.atlas.reader import open_atlas as open_atlas
     from headgram.checkpoints.checkpoint import Checkpoint as Checkpoint
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "Atlas": "headgram.atlas.reader",
+    "compare": "headgram.atlas.compare",
     "open_atlas": "headgram.atlas.reader",
     "Checkpoint": "headgram.checkpoints.checkpoint",
     "Stack": "headgram.checkpoints.stack",

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import shlex
 import sys
 from pathlib import Path
-from typing import Annotated, Literal, Optional
+from typing import TYPE_CHECKING, Annotated, Literal, Optional
 
 import typer
 
 from headgram.errors import HeadgramError
 from headgram.foreign import plain
+
+if TYPE_CHECKING:
+    from headgram.atlas.reader import Atlas
 
 app = typer.Typer(
     help="The geometry of attention heads, read out of checkpoints. `init` begins a project, and `run` runs its pipeline.",
@@ -154,7 +158,28 @@ def spans(layers: tuple[int, ...]) -> str:
 _Results = Annotated[Path, typer.Option(help="The results folder.")]
 _Stack = Annotated[Optional[str], typer.Option(help="Which stack; see the command's description if not given.")]  # noqa: UP045
 _Circuit = Annotated[Literal["qk", "ov"], typer.Option(help="What heads look for, or what they move.")]
+_AnyCircuit = Annotated[Optional[Literal["qk", "ov"]], typer.Option(help="Which circuit; both if not given.")]  # noqa: UP045
+_Where = Annotated[
+    Optional[list[str]],  # noqa: UP045
+    typer.Option(help="COLUMN=VALUE: only models of a lineage, a step or another label of the manifest; may be repeated."),
+]
 _Top = Annotated[int, typer.Option(min=1, help="Rows of each list of heads.")]
+
+
+def _opened(results: Path, where: list[str] | None) -> Atlas:
+    """The atlas of the models that are asked for."""
+    from headgram.atlas.reader import open_atlas
+
+    wanted: dict[str, list[str | float]] = {}
+    for text in where or []:
+        column, sign, value = text.partition("=")
+        if not sign:
+            raise HeadgramError(f"--where {text}: write COLUMN=VALUE, such as --where lineage=pythia-70m")
+        wanted.setdefault(column, []).append(value)
+        with contextlib.suppress(ValueError):
+            wanted[column].append(float(value))
+    atlas = open_atlas(results)
+    return atlas.where(**wanted) if wanted else atlas
 
 
 @app.command()
@@ -163,13 +188,13 @@ def show(
     results: _Results = Path("results"),
     stack: _Stack = None,
     circuit: _Circuit = "qk",
+    where: _Where = None,
     top: _Top = 5,
 ) -> None:
     """Show a measured model: its layers, its most and least symmetric heads, its strongest couplings; of all stacks."""
     from headgram.atlas.display import console, show_model, show_models
-    from headgram.atlas.reader import open_atlas
 
-    atlas = open_atlas(results)
+    atlas = _opened(results, where)
     if model is None:
         show_models(atlas, console())
     else:
@@ -179,21 +204,20 @@ def show(
 @app.command()
 def compare(
     before: Annotated[str, typer.Argument(help="A measured model.")],
-    after: Annotated[str, typer.Argument(help="Another one with the same layers and heads, such as another revision.")],
+    after: Annotated[str, typer.Argument(help="A later one with the same layers and heads, such as another checkpoint.")],
     results: _Results = Path("results"),
     stack: _Stack = None,
-    circuit: _Circuit = "qk",
+    circuit: _AnyCircuit = None,
     top: _Top = 10,
     out: Annotated[Optional[Path], typer.Option(help="Also write a row per head to this CSV file.")] = None,  # noqa: UP045
 ) -> None:
-    """Show which heads moved between two measured models: cosines, overlaps, numbers; of the first stack."""
+    """Show which heads moved between two measured models: cosines, overlaps, numbers; of all stacks and circuits."""
     from headgram.atlas.compare import compare as compare_models
     from headgram.atlas.display import console, show_comparison
     from headgram.atlas.export import harmless
-    from headgram.atlas.reader import open_atlas
     from headgram.results.files import write_text
 
-    comparison = compare_models(open_atlas(results), before, after, stack, circuit)
+    comparison = compare_models(before, after, results, stack, circuit)
     show_comparison(comparison, top, console())
     if out:
         write_text(out, harmless(comparison.heads).to_csv(index=False))
@@ -209,12 +233,12 @@ def export(
         typer.Option(help="A CSV file per table, or a NetCDF file per model with a group per circuit and stack."),
     ] = "csv",
     results: _Results = Path("results"),
+    where: _Where = None,
 ) -> None:
     """Write all tables of the atlas as CSV or NetCDF."""
     from headgram.atlas.export import export_csv, export_netcdf
-    from headgram.atlas.reader import open_atlas
 
-    atlas = open_atlas(results)
+    atlas = _opened(results, where)
     for model in models or []:
         atlas.stacks(model)  # refuse an unknown name before anything is written
     paths = {"csv": export_csv, "netcdf": export_netcdf}[format](atlas, list(dict.fromkeys(models or atlas.models)), to)

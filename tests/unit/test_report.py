@@ -49,7 +49,6 @@ def stack(layers: int, heads: int, rank: int, seed=0, facts=None) -> StackArrays
             facts=known | {"hidden": 4 * rank, "directions": 8} | (facts or {}),
             layers=np.arange(layers),
             quartiles=np.sort(random.random((3, len(columns()), layers)), axis=0),
-            expected=8 / rank / 4,
         ),
         heads=random.random((len(columns()), layers, heads)),
         singular=-np.sort(-random.random((layers, heads, rank))),

@@ -33,10 +33,15 @@ def pair_parts(wildcards):
 
 
 def lineage_input(wildcards):
+    """Of both models, files of factors and of directions, with their records.
+
+    Where what is made of them is fresh, their dates mean nothing, as in `weights_of`.
+    """
     pair = pair_of(wildcards)
-    run_if_other(
+    fresh = run_if_other(
         PLAN.pair_identity(pair).key, PATHS.record("lineage", pair[0], name=pair[1])
     )
+    dated = ancient if fresh else str
     found = {}
     for side, name, parts in zip(
         ("before", "after"), reversed(pair), pair_parts(wildcards), strict=True
@@ -45,8 +50,8 @@ def lineage_input(wildcards):
         for circuit, stack, groups, shards in parts:
             for stage, names in (("extract", groups), ("eigen", shards)):
                 place = stage, name, stack, circuit
-                files += [PATHS.part(*place, each, ".pt") for each in names]
-                records += [PATHS.record(*place, each) for each in names]
+                files += [dated(PATHS.part(*place, each, ".pt")) for each in names]
+                records += [dated(PATHS.record(*place, each)) for each in names]
         found |= {side: files, f"{side}_records": records}
     return found
 

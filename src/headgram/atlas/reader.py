@@ -82,7 +82,10 @@ class Atlas:
         import pandas as pd
 
         table = self._of_circuit("models", circuit)
-        labels = pd.DataFrame([json.loads(text) for text in table["labels"]], index=table.index)
+        try:
+            labels = pd.DataFrame([dict(json.loads(text)) for text in table["labels"]], index=table.index)
+        except (ValueError, TypeError, RecursionError):
+            raise HeadgramError(f"a table `models` of {self.results} holds labels that are none: run `snakemake` again") from None
         return table.drop(columns="labels").join(labels.add_prefix("label_"))
 
     def table(self, name: str, model: str | None = None) -> pd.DataFrame:

@@ -40,14 +40,11 @@ class StackSummary:
         True indices.
     quartiles : (3, C, L)
         Lower quartile, median and upper quartile of each column over heads, in the order of `columns()`.
-    expected
-        The overlap of random spans.
     """
 
     facts: dict[str, Any]
     layers: np.ndarray
     quartiles: np.ndarray
-    expected: float
 
 
 @dataclass(frozen=True)
@@ -110,7 +107,6 @@ def _stack(place: Place, tables: Mapping[str, pd.DataFrame], pairs: Path) -> Sta
         facts=_plain(tables["models"].iloc[0]),
         layers=layers,
         quartiles=np.stack([[by_layer[f"{name}_{each}"] for name in names] for each in QUARTILES]),
-        expected=float(overlap["expected"].iloc[0]),
     )
     return StackArrays(
         summary=summary,
@@ -124,8 +120,8 @@ def _stack(place: Place, tables: Mapping[str, pd.DataFrame], pairs: Path) -> Sta
 
 
 def _plain(row: pd.Series) -> dict[str, Any]:
-    """A row in JSON's terms."""
-    return {str(name): value.item() if isinstance(value, np.generic) else value for name, value in row.items()}
+    """A row in JSON's terms, without what is not known."""
+    return {str(name): value.item() if isinstance(value, np.generic) else value for name, value in row.dropna().items()}
 
 
 def _cosines(gram: pd.DataFrame, layers: np.ndarray, heads: int) -> dict[str, np.ndarray]:

@@ -1,4 +1,3 @@
-"use strict";
 // All heads with all heads, on a canvas: a mark for every pair would be too many. See matrix.py for what is drawn.
 
 /** The symmetric matrix whose upper triangle is given row by row. */
@@ -32,12 +31,13 @@ class Matrix {
     this.canvas = this.place.appendChild(document.createElement("canvas"));
     this.place.setAttribute("role", "application");
     this.place.setAttribute("aria-roledescription", "picture");
+    this.view = { toCanvas: async (scale) => this.enlarged(scale), toSVG: async () => this.drawing() };
     this.place.addEventListener("keydown", (event) => (event.key === "Enter" ? this.turnZoom() : move(event, id)));
     this.canvas.addEventListener("click", (event) => this.pick(event));
     this.canvas.addEventListener("pointermove", (event) => this.hover(event));
     this.canvas.addEventListener("pointerleave", () => showTip(null, null));
     element("zoom").addEventListener("click", () => this.turnZoom());
-    element("save-matrix").addEventListener("click", () => this.save());
+    this.place.after(saveButtons(this));
   }
 
   turnZoom() {
@@ -53,7 +53,7 @@ class Matrix {
 
   async draw(data) {
     this.data = data;
-    this.place.setAttribute("aria-label", `${option("pairs")} of all heads with all heads of ${state.model}`);
+    this.place.setAttribute("aria-label", this.label());
     element("card-matrix").hidden = !data.at("matrix/order");
     if (element("card-matrix").hidden) return;
     const wanted = JSON.stringify([inStack(), state.pairs, state.order, state.zoom, themeName()]);
@@ -202,10 +202,32 @@ class Matrix {
       `with the transpose ${show(found[1])} (${show(Math.round(Math.abs(found[1]) * hidden))} × chance)${same ? "; they share a factor, which alone makes them alike" : ""}.`;
   }
 
-  save() {
-    const link = document.createElement("a");
-    link.href = this.canvas.toDataURL("image/png");
-    link.download = `${state.model}-${state.stack.replace("/", "-")}-${state.pairs}.png`;
-    link.click();
+  label() {
+    const heads = state.zoom ? `the heads of layers ${state.zoom.replace("-", " and ")}` : "all heads with all heads";
+    return `${option("pairs")[0].toUpperCase()}${option("pairs").slice(1)}: ${heads} of ${state.model}`;
+  }
+
+  /** The picture as large as a saved one should be. */
+  enlarged(scale) {
+    const side = 600 * scale;
+    const canvas = Object.assign(document.createElement("canvas"), { width: side, height: Math.round((side * this.canvas.height) / this.canvas.width) });
+    const context = canvas.getContext("2d");
+    context.imageSmoothingEnabled = false;
+    context.drawImage(this.canvas, 0, 0, canvas.width, canvas.height);
+    return canvas;
+  }
+
+  drawing() {
+    const { width, height } = this.enlarged(1);
+    const image = this.canvas.toDataURL("image/png");
+    return `<svg xmlns="http://www.w3.org/2000/svg" width="${width}" height="${height}"><image width="${width}" height="${height}" href="${image}" style="image-rendering: pixelated"/></svg>`;
+  }
+
+  /** Of every cell that is drawn: its first heads, and the value. */
+  rows() {
+    const { rows, columns, value } = this.shown;
+    const { heads } = this.data.meta;
+    const place = (cell, side) => ({ [`layer_${side}`]: this.data.layers[Math.floor(cell[0] / heads)], [`head_${side}`]: cell[0] % heads });
+    return rows.flatMap((row, i) => columns.map((column, j) => ({ ...place(row, "a"), ...place(column, "b"), value: value(i, j) })));
   }
 }

@@ -14,9 +14,11 @@ import numpy as np
 
 from headgram.report import pictures
 from headgram.report.arrays import FORMS, StackArrays, StackSummary
+from headgram.report.chance import PALE, for_page
 from headgram.report.columns import columns
 from headgram.report.names import DRAWN
 from headgram.report.pack import pack
+from headgram.version import __version__
 
 #: Characters of models' data that the page itself holds, in the manifest's order. What goes beyond lies beside the page.
 EMBEDDED = 24 * 2**20
@@ -44,14 +46,17 @@ def layer_packs(stacks: Mapping[str, StackArrays]) -> dict[str, str]:
     }
 
 
-def index_pack(models: Mapping[str, Mapping[str, StackSummary]]) -> str:
-    """What the page knows of every model before its own data are asked for."""
+def index_pack(models: Mapping[str, Mapping[str, StackSummary]], origins: Mapping[str, Mapping[str, str]] | None = None) -> str:
+    """What the page knows of every model before its own data are asked for; `origins` says where from, when and by what."""
     meta = {
+        "version": __version__,
+        "origins": dict(origins or {}),
+        "pale": PALE,
         "forms": FORMS,
         "columns": [asdict(column) for column in columns()],
         "models": {
             model: {
-                name: {**stack.facts, "layer_indices": stack.layers.tolist(), "expected": stack.expected}
+                name: {**stack.facts, "layer_indices": stack.layers.tolist(), "chance": for_page(stack.facts)}
                 for name, stack in stacks.items()
             }
             for model, stacks in models.items()
@@ -78,7 +83,7 @@ def page_shell() -> dict[str, str]:
         "style": _asset("style.css"),
         "vega": pictures.vega_library(),
         "pictures": _script_json({name: pictures.for_page(chart) for name, chart in specs.items()}),
-        "app": _asset("matrix.js") + _asset("app.js"),
+        "app": "".join(_asset(name) for name in ("picking.js", "saving.js", "matrix.js", "app.js")),
     }
 
 
