@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     import xarray as xr
 
 PairColumn = Literal["gram", "cosine", "transposed", "symmetric", "antisymmetric", "z"]
+Kind = Literal["q", "k", "v"]
+ComposedColumn = Literal["score", "times_chance", "z", "acausal"]
 
 
 class Atlas:
@@ -277,13 +279,7 @@ class Atlas:
         itself = (heads["fro_sq"] > 0).astype(float) if value == "cosine" else heads["symmetry_score"]
         return symmetric(by_heads(heads, table, value, attributes), itself)
 
-    def composition(
-        self,
-        model: str,
-        kind: Literal["q", "k", "v"],
-        stack: str = "self",
-        value: Literal["score", "times_chance", "z", "acausal"] = "score",
-    ) -> xr.DataArray:
+    def composition(self, model: str, kind: Kind, stack: str = "self", value: ComposedColumn = "score") -> xr.DataArray:
         """How much of what each head writes each head of a later layer reads.
 
         Parameters
@@ -309,14 +305,14 @@ class Atlas:
         >>> atlas.composition("smollm2-135m-instruct", "k").max().item()  # doctest: +SKIP
         0.218
         """
-        if kind not in ("q", "k", "v"):
-            raise HeadgramError(f"compositions have no kind '{kind}': ask for 'q', 'k' or 'v'")
-        if value not in (values := ("score", "times_chance", "z", "acausal")):
-            raise HeadgramError(f"compositions have no '{value}'; there are: {', '.join(values)}")
+        for asked, known in ((kind, get_args(Kind)), (value, get_args(ComposedColumn))):
+            if asked not in known:
+                raise HeadgramError(f"compositions have no '{asked}'; there are: {', '.join(known)}")
         heads, table = self.of_heads("heads", model, stack, "ov"), self.table("composition", model)
-        if table.empty:
-            raise HeadgramError(f"'{model}' has no compositions: they need both circuits, and the option composition.enabled")
         table = table[(table["stack"] == stack) & (table["kind"] == kind)]
+        if table.empty:
+            needs = "both circuits, two layers, and the option composition.enabled"
+            raise HeadgramError(f"'{model}' has no compositions of the stack '{stack}' and the kind '{kind}': they need {needs}")
         attributes = {"model": model, "stack": stack, "kind": kind, "chance": int(heads["hidden"].iloc[0]) ** -0.5}
         return by_heads(heads, table, value, attributes)
 
