@@ -53,7 +53,7 @@ function loadBeside(name) {
 
 // ---- The state ---------------------------------------------------------------------------------------------------------
 
-const SELECTS = ["side", "measure", "scale", "depth", "pairs", "order"]; // whose options do not depend on the model
+const SELECTS = ["side", "measure", "scale", "depth", "pairs", "order", "kind"]; // whose options do not depend on the model
 const COMPARED = 8; // as many models as there are colours
 const state = {};
 let index; // columns, models, stacks; the quartiles of all models
@@ -150,6 +150,7 @@ function quantile(values, share) {
 class StackData {
   constructor(arrays, name, meta) {
     this.at = (part) => arrays[`${name}/${part}`];
+    this.feeding = (part) => arrays[`qk/${name.split("/").at(-1)}/feeding/${part}`]; // of both circuits
     this.meta = meta;
     this.layers = meta.layer_indices;
     this.memory = new Map();
@@ -701,6 +702,25 @@ function drawTables(data) {
   if (!found.length) fillTable("neighbours", [row("None was measured.")]);
 }
 
+/** The strongest feeders or readers of the chosen head. */
+function drawFeeding(data) {
+  element("card-feeding").hidden = !["q", "k", "v"].some((kind) => data.feeding(kind));
+  element("feeding-subject").textContent = `layer ${state.layer}, head ${state.head}`;
+  for (const side of ["feeders", "readers"]) {
+    const found = data.feeding(`${state.kind}/${side}`);
+    const rows = [];
+    if (found) {
+      const { shape: [, layers, heads, count], data: values } = found;
+      const [size, start] = [layers * heads * count, (data.position(state.layer) * heads + state.head) * count];
+      for (let i = start; i < start + count && values[2 * size + i] > 0; i++) {
+        const [layer, head, value] = [data.layers[values[i]], values[size + i], values[2 * size + i]];
+        rows.push(row(pressed(`L${layer} H${head}`, () => set({ layer, head }), `layer ${layer}, head ${head}`), show(value), bar(value / Math.sqrt(data.meta.hidden))));
+      }
+    }
+    fillTable(side, rows.length ? rows : [row("None.")]);
+  }
+}
+
 // ---- Drawing -----------------------------------------------------------------------------------------------------------
 
 let drawing = null;
@@ -738,6 +758,7 @@ async function drawOnce() {
   element("status").classList.remove("error");
   drawText(data);
   drawTables(data);
+  drawFeeding(data);
   for (const picture of pictures) {
     if (outdated) return;
     await picture.draw(data);
