@@ -225,7 +225,8 @@ def test_clicks_choose_and_link(page, reported):
     value = table(reported, "heads", "llama", "qk/self").query("layer == 2 and head == 0")["symmetry"].item()
     tip = page.page.inner_text("#tip")
     assert tip.startswith("Layer 2, head 0")
-    assert float(tip.split()[-1]) == pytest.approx(value, rel=1e-3)
+    assert float(tip.splitlines()[1].split()[-1]) == pytest.approx(value, rel=1e-3)
+    assert tip.endswith("deviations from chance")
     line = page.table("neighbours")[0]
     page.page.click("#neighbours tbody button")
     page.settle()

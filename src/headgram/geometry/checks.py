@@ -29,18 +29,6 @@ def _pieces(tensor: Tensor) -> Iterable[Tensor]:
     return (piece.float() for piece in torch.split(tensor.flatten(), _PIECE)) if tensor.element_size() == 1 else (tensor,)
 
 
-def check_floating(name: str, weights: Tensor) -> None:
-    """Refuse what is no floating-point tensor.
-
-    Raises
-    ------
-    HeadgramError
-        Says which weights.
-    """
-    if not weights.is_floating_point():
-        raise HeadgramError(f"The {name} weights are {weights.dtype}, not floating point.")
-
-
 def check_weights(name: str, weights: Tensor) -> None:
     """Refuse what is not a finite floating-point tensor.
 
@@ -49,6 +37,7 @@ def check_weights(name: str, weights: Tensor) -> None:
     HeadgramError
         Says which weights, and why.
     """
-    check_floating(name, weights)
+    if not weights.is_floating_point():
+        raise HeadgramError(f"The {name} weights are {weights.dtype}, not floating point.")
     if not is_finite(weights):
         raise HeadgramError(f"The {name} weights hold a NaN or an infinity.")

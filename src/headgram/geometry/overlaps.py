@@ -32,3 +32,12 @@ def overlaps(directions: Float[Tensor, "layers heads k hidden"], device: str = "
     """
     spans = Heads.symmetric(directions.to(device).double().flatten(0, 1))
     return same_index_products(spans, spans, directions.shape[1], "float64").gram.cpu() / directions.shape[2]
+
+
+def paired_overlaps(one: Float[Tensor, "heads k hidden"], other: Float[Tensor, "heads l hidden"]) -> Float[Tensor, " heads"]:
+    """Overlaps of each head's directions with those of the head in the same place of another set, float64.
+
+    Over the smaller number of directions: 1 where one span lies in the other.
+    """
+    products = one.double() @ other.double().mT
+    return products.square().sum((1, 2)) / min(one.shape[1], other.shape[1])

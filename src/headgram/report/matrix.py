@@ -1,0 +1,149 @@
+"""All heads with all heads, as the page draws them: whole if they are few, else an overview and the rows of single layers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pyarrow.compute as pc
+from scipy.cluster.hierarchy import leaves_list, linkage
+from scipy.spatial.distance import squareform
+
+from headgram.report.names import DRAWN
+from headgram.results.tables import Place, of_place, read_parts
+
+#: What two heads are compared by: columns of the table `pairs`.
+VALUES = ("cosine", "transposed")
+#: Feeders and readers of a head that a page lists.
+STRONGEST = 8
+
+
+@dataclass(frozen=True)
+class PairMatrix:
+    """Cosines of all pairs of `N` heads, which lie layer by layer, `H` in each.
+
+    Attributes
+    ----------
+    values : by name of VALUES, (N, N) float32
+        Symmetric; a head with itself is 1, and its symmetry score.
+    order : (N,)
+        The heads as an average-linkage clustering by `1 - |cosine|` places them.
+    """
+
+    values: dict[str, np.ndarray]
+    order: np.ndarray
+    heads: int
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        """What a page holds: the order, and upper triangles by value and order; of few heads in the order of layers only."""
+        whole = len(self.order) <= DRAWN
+        orders = {"layer": np.arange(len(self.order))} | ({} if whole else {"cluster": self.order})
+        drawn = {
+            f"{value}/{name}": _triangle(_largest(matrix[np.ix_(order, order)]))
+            for value, matrix in self.values.items()
+            for name, order in orders.items()
+        }
+        return {"order": self.order, **drawn}
+
+    def layer(self, position: int) -> dict[str, np.ndarray]:
+        """By value, the heads of one layer with all heads, (H, N)."""
+        return {value: matrix[position * self.heads : (position + 1) * self.heads] for value, matrix in self.values.items()}
+
+
+@dataclass(frozen=True)
+class Feeding:
+    """Compositions of all pairs of `N` heads, in times chance: the head of a row writes, the one of a column reads.
+
+    Attributes
+    ----------
+    kinds : by `q`, `k`, `v`, (N, N) float32
+        0 where the first head is not of an earlier layer.
+    """
+
+    kinds: dict[str, np.ndarray]
+    heads: int
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        """What a page holds: by kind the upper triangle, and the strongest feeders and readers of every head."""
+        drawn = {kind: _triangle(_largest(matrix)) for kind, matrix in self.kinds.items()}
+        feeders = {f"{kind}/feeders": self._strongest(matrix.T) for kind, matrix in self.kinds.items()}
+        return drawn | feeders | {f"{kind}/readers": self._strongest(matrix) for kind, matrix in self.kinds.items()}
+
+    def layer(self, position: int) -> dict[str, np.ndarray]:
+        """By kind, what the heads of one layer write for all heads, (H, N)."""
+        return {kind: matrix[position * self.heads : (position + 1) * self.heads] for kind, matrix in self.kinds.items()}
+
+    def _strongest(self, matrix: np.ndarray) -> np.ndarray:
+        """Place of the layer, head, and value of every row's strongest partners, (3, L, H, n); values are 0 beyond the last."""
+        partners = np.argsort(-matrix, axis=1, kind="stable")[:, :STRONGEST]
+        values = np.take_along_axis(matrix, partners, axis=1)
+        return np.stack([partners // self.heads, partners % self.heads, values]).reshape(3, -1, self.heads, values.shape[1])
+
+
+def read_feeding(path: Path, stack: str, layers: np.ndarray, heads: int) -> Feeding | None:
+    """Compositions of a stack from the table of that name; None if it holds none of this stack.
+
+    Parameters
+    ----------
+    layers : (L,)
+        True indices.
+    """
+    kinds: dict[str, np.ndarray] = {}
+    for part in read_parts(path):
+        for kind in part["kind"].unique().to_pylist():
+            rows = part.filter((pc.field("stack") == stack) & (pc.field("kind") == kind))
+            if len(rows):
+                matrix = kinds.setdefault(kind, np.zeros((len(layers) * heads,) * 2, dtype=np.float32))
+                a, b = (np.searchsorted(layers, rows[f"layer_{side}"].to_numpy()) * heads + rows[f"head_{side}"] for side in "ab")
+                matrix[a, b] = rows["times_chance"]
+    return Feeding(kinds, heads) if kinds else None
+
+
+def read_matrix(path: Path, place: Place, layers: np.ndarray, itself: dict[str, np.ndarray]) -> PairMatrix | None:
+    """All pairs of one circuit of a stack from the table `pairs`; None where not all were measured.
+
+    Parameters
+    ----------
+    layers : (L,)
+        True indices.
+    itself : by name of VALUES, (L, H)
+        The value of a head with itself.
+    """
+    heads = itself["cosine"].shape[1]
+    values = {name: np.diag(value.ravel()).astype(np.float32) for name, value in itself.items()}
+    known = np.eye(itself["cosine"].size, dtype=bool)
+    for part in read_parts(path):
+        rows = of_place(place, part)
+        a, b = (np.searchsorted(layers, rows[f"layer_{side}"].to_numpy()) * heads + rows[f"head_{side}"] for side in "ab")
+        known[a, b] = known[b, a] = True
+        for name, matrix in values.items():
+            matrix[a, b] = matrix[b, a] = rows[name]
+    return PairMatrix(values, _clustered(values["cosine"]), heads) if known.all() else None
+
+
+def _clustered(cosine: np.ndarray) -> np.ndarray:
+    if len(cosine) < 3:
+        return np.arange(len(cosine))
+    distance = 1 - np.abs(cosine)
+    np.fill_diagonal(distance, 0)
+    order: np.ndarray = leaves_list(linkage(squareform(distance.clip(0), checks=False), "average"))
+    return order
+
+
+def _largest(matrix: np.ndarray) -> np.ndarray:
+    """At most DRAWN cells a side: of every block of neighbours the value of largest magnitude."""
+    step = -(-len(matrix) // DRAWN)
+    if step == 1:
+        return matrix
+    cells = -(-len(matrix) // step)
+    padded = np.pad(matrix, (0, cells * step - len(matrix))).reshape(cells, step, cells, step)
+    most, least = padded.max((1, 3)), padded.min((1, 3))
+    largest: np.ndarray = np.where(most >= -least, most, least)
+    return largest
+
+
+def _triangle(matrix: np.ndarray) -> np.ndarray:
+    """The upper triangle with the diagonal, row by row."""
+    values: np.ndarray = matrix[np.triu_indices(len(matrix))]
+    return values
