@@ -198,8 +198,10 @@ def test_every_byte_is_the_cpus(device, alike, name, route, dtype):
     q, k = weights(2, 6, 2, 8, 48, dtype)
     found, known = measure(q, k, torch.Tensor.cuda), measure(q, k, lambda tensor: tensor)
     assert device.launches
+    # Of a wrapped tensor, torch's `svdvals` asks LAPACK for vectors too, which is another routine.
+    rounding = 1e-12 if name == "drift" else 0
     for one, other in zip(values_of(found), values_of(known), strict=True):
-        assert torch.equal(one, other)
+        torch.testing.assert_close(one, other, rtol=rounding, atol=rounding)
 
 
 @pytest.fixture(params=["products", "strips"])
