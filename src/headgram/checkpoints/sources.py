@@ -37,7 +37,9 @@ from headgram.foreign import read_bounded
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _PACKAGE = re.compile(r"package:([A-Za-z_]\w*)/(.+)")
 #: An index of 250,000 tensors takes less; parsed, it takes some twenty times as much.
-LARGEST_JSON = 32 * 2**20
+_LARGEST_INDEX = 32 * 2**20
+#: A configuration that names 22,000 classes takes one.
+_LARGEST_JSON = 4 * 2**20
 #: Begins what stands for a file by the hub's own hash of it, instead of by its bytes.
 HUB_DIGEST = "hub:"
 _LARGEST_YAML = 2**20
@@ -178,14 +180,32 @@ def read_json(path: Path) -> dict[str, Any]:
     HeadgramError
         If the file is unreasonably large, is not JSON, or is not an object.
     """
-    if path.stat().st_size > LARGEST_JSON:
-        raise HeadgramError(f"{path} is larger than {LARGEST_JSON >> 20} MiB, which no real checkpoint's is")
     try:
-        value = parse_json(path.read_bytes())
+        content = read_bounded(path, largest_json(path.name))
+    except ValueError as error:
+        raise HeadgramError(f"{path} is no JSON of a checkpoint: {error}") from None
+    return json_object(content, str(path))
+
+
+def largest_json(name: str) -> int:
+    """The most bytes that a JSON file may have: an index names every tensor, a configuration does not."""
+    return _LARGEST_INDEX if name.endswith(".index.json") else _LARGEST_JSON
+
+
+def json_object(content: bytes, where: str) -> dict[str, Any]:
+    """The JSON object that a file of a checkpoint holds.
+
+    Raises
+    ------
+    HeadgramError
+        If it is no JSON, or no object.
+    """
+    try:
+        value = parse_json(content)
     except (ValueError, RecursionError) as error:
-        raise HeadgramError(f"{path} is not valid JSON ({error})") from None
+        raise HeadgramError(f"{where} is not valid JSON ({error})") from None
     if not isinstance(value, dict):
-        raise HeadgramError(f"{path} does not hold a JSON object")
+        raise HeadgramError(f"{where} does not hold a JSON object")
     return value
 
 

@@ -108,7 +108,7 @@ class Family(_Entry):
     name: str
     model_types: tuple[str, ...]
     prefixes: tuple[str, ...] = ()  # where the base model may sit inside the checkpoint
-    embedding: str | None = None  # the module, below the prefix, with a row for every token
+    embedding: tuple[str, ...] = ()  # the module, below the prefix, with a row for every token; the first that is there
     unembedding: tuple[str, ...] = (
         "lm_head",
     )  # modules with a row for every token that is predicted, if they are not the embedding
