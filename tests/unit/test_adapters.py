@@ -374,3 +374,31 @@ def test_names_that_anchored_patterns_cannot_be_held_against_are_refused(tmp_pat
     change(tmp_path, alpha_pattern={"o_proj": 32}, rank_pattern={"q_proj": 2, "1.self_attn.k_proj": 3})
     with open_checkpoint(tmp_path) as checkpoint:
         assert checkpoint.stacks[0].dtype == "F32+LoRA"
+
+
+STRANGE = [
+    None, True, -1, 0, 10**400, math.inf, "", "\0", "a" * 5000, "../../etc", [], [[]], {}, {"(a|a)*$": 1}, {"": -1}, {"q": "x"},
+]  # fmt: skip
+SETTINGS = [
+    "peft_type", "base_model_name_or_path", "revision", "r", "lora_alpha", "rank_pattern", "alpha_pattern", "fan_in_fan_out",
+    "use_rslora", "use_dora", "init_lora_weights", "modules_to_save", "target_parameters", "layer_replication", "new_config",
+]  # fmt: skip
+
+
+def refusal(source: Path) -> str:
+    """The sentence that a source is refused with; empty if it is read."""
+    try:
+        with open_checkpoint(source) as checkpoint:
+            checkpoint.qk("self", 0)
+    except HeadgramError as error:
+        return str(error)
+    return ""
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_strange_settings_are_read_or_refused_in_a_sentence(pair, name):
+    for value in STRANGE:
+        change(pair / "adapter", **{name: value})
+        sentence = refusal(pair / "adapter")
+        assert "\n" not in sentence
+        assert len(sentence) < 700
