@@ -401,4 +401,4 @@ def test_strange_settings_are_read_or_refused_in_a_sentence(pair, name):
         change(pair / "adapter", **{name: value})
         sentence = refusal(pair / "adapter")
         assert "\n" not in sentence
-        assert len(sentence) < 700
+        assert len(sentence) < 800
