@@ -52,13 +52,13 @@ class StackRule(_Entry):
     name: str
     layout: str
     block: str  # what the modules' names begin with, below the prefix; `{layer}` stands for the layer's index
-    modules: dict[str, str]  # what the layout reads -> the module below `block` that holds it as its weight
-    config: str | None = None  # a section of the config, such as `text_config`, looked into before the config itself
+    modules: dict[str, str]  # what the layout reads -> the module below `block` that holds it as its weight, or `…_weight` itself
+    config: str | None = None  # a section of the config, such as `text_config` or `a.b`, looked into before the config itself
     when: dict[str, bool | int | str] = Field(default={})  # what the config must state for this rule to apply
-    layers: Names = "num_hidden_layers"
+    layers: Names = "num_hidden_layers"  # no name at all: they are counted, or the block has no `{layer}` and is the only one
     heads: Names = "num_attention_heads"
     kv_heads: Names | int | None = None  # None, or absent from the config: as many key heads as query heads
-    hidden: Names = "hidden_size"
+    hidden: Names = "hidden_size"  # absent from the config: the width of the tensor of queries
     head_dim: Names | None = None  # None, or absent from the config: hidden / heads
     value_rank: Names | None = None  # None: values have the rank of keys
     output_width: Names | None = None  # None: heads write to the width that they read
@@ -84,7 +84,8 @@ class StackRule(_Entry):
     def tensors(self, roles: tuple[str, ...] = ROLES) -> dict[str, str]:
         """What the layout reads for some roles -> key below the prefix."""
         wanted = reads_of(self.layout, roles)
-        return {tensor: f"{self.block}{name}.weight" for tensor, name in self.modules.items() if tensor in wanted}
+        names = {tensor: self.block + name for tensor, name in self.modules.items() if tensor in wanted}
+        return {tensor: name if name.endswith("_weight") else f"{name}.weight" for tensor, name in names.items()}
 
 
 class GgufRule(_Entry):
@@ -107,6 +108,7 @@ class Family(_Entry):
     prefixes: tuple[str, ...] = ()  # where the base model may sit inside the checkpoint
     stacks: tuple[StackRule, ...] = ()
     gguf: GgufRule | None = None
+    walked: bool = False  # written by the walk over live models
 
 
 @cache
