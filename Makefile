@@ -3,12 +3,13 @@ SHELL := /bin/bash -eu -o pipefail
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+WORKERS ?= 2
 KILLS ?= 51
 SEED ?= 0
 NUMPY = $(shell sed -n 's/^numpy==//p' envs/requirements.txt)
 CORES ?= $(shell nproc 2>/dev/null || sysctl -n hw.ncpu)
 
-.PHONY: help run report test test-fast test-gpu lint format docs notebook pictures bench bench-gpu chaos audit walk families bytes config-docs lock-requirements clean
+.PHONY: help run report test test-fast test-gpu lint format docs notebook pictures bench bench-gpu chaos lineage audit walk families bytes config-docs lock-requirements clean
 
 help: ## What each command does
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-18s %s\n", $$1, $$2}'
@@ -22,11 +23,10 @@ report: $(VENV)/installed ## The page results/report/index.html, and snakemake's
 	$(BIN)/snakemake --report report.html
 
 test: $(VENV)/installed-dev lint docs ## Every check: lint, the site, unit tests, then real pipeline runs
-	$(BIN)/python -m pytest tests/unit
-	$(BIN)/python -m pytest tests/pipeline
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile tests/pipeline tests/unit
 
 test-fast: $(VENV)/installed-dev ## Unit tests only
-	$(BIN)/python -m pytest tests/unit
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile tests/unit
 
 test-gpu: $(VENV)/installed-dev ## What a GPU measures against the CPU; needs a GPU
 	$(BIN)/python -m pytest --confcutdir=tests/gpu tests/gpu
@@ -58,6 +58,9 @@ pictures: $(VENV)/installed-dev ## Draw the pictures of README and docs from res
 
 chaos: $(VENV)/installed-dev ## Faults in real runs, with at least fifty kills; prints what was survived (KILLS=51 SEED=0)
 	PYTHONPATH=src:tests $(BIN)/python -m pipeline.chaos --kills $(KILLS) --seed $(SEED)
+
+lineage: $(VENV)/installed-dev ## 155 tiny checkpoints of one training through the pipeline, and its story read off the tables
+	HEADGRAM_CHECKPOINTS=154 $(BIN)/python -m pytest tests/pipeline/test_lineage.py
 
 audit: ## Known vulnerabilities of every pinned package; asks PyPI's advisory service
 	test -x build/audit/bin/python || $(PYTHON) -m venv build/audit

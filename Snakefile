@@ -13,6 +13,8 @@ include: "workflow/rules/eigen.smk"
 include: "workflow/rules/gram.smk"
 include: "workflow/rules/merge.smk"
 include: "workflow/rules/derive.smk"
+include: "workflow/rules/lineage.smk"
+include: "workflow/rules/composition.smk"
 include: "workflow/rules/report.smk"
 
 
@@ -20,16 +22,21 @@ rule all:
     default_target: True
     input:
         [final_files(model) for model in PLAN.models],
-        [PATHS.report("index.html"), *reported_figures()]
+        [pair_files(*pair) for pair in PLAN.pairs],
+        [PATHS.report("index.html"), RECORDS["report"], *reported_figures()]
         if PLAN.config.report.enabled
         else [],
 
 
-onstart:
+def begin_run():
     with headgram_errors():
         if workflow.local_exec:
             require_device(PLAN.config.device)
         RUN.begin(workflow, beside_outputs)
+
+
+onstart:
+    begin_run()
 
 
 onsuccess:
@@ -38,3 +45,7 @@ onsuccess:
 
 onerror:
     RUN.end()
+
+
+if not IS_MAIN:
+    add_handlers(workflow, begin_run, RUN.end)

@@ -84,11 +84,11 @@ def end_to_end(shape: kernels.Shape, folder: Path) -> list[str]:
     """From the weights on disk to the tables, against the script's arithmetic on the same weights."""
     path = folder / "layers.pt"
     write_factors(path, range(shape.layers), dict(zip(("query", "key"), shape.weights("cpu"), strict=True)))
-    seal(record_of(path), Provenance(EXTRACT, shape.name, "self"), [path])
+    seal(record_of(path), Provenance(EXTRACT, shape.name, "self", "qk"), [path])
     layers = list(range(shape.layers))
 
     def provenance(stage: str) -> Provenance:
-        return Provenance(Identity(stage, "{}", "benchmark", "benchmark", (EXTRACT.key,)), shape.name, "self", "cuda")
+        return Provenance(Identity(stage, "{}", "benchmark", "benchmark", (EXTRACT.key,)), shape.name, "self", "qk", "cuda")
 
     def eigen_job() -> None:
         measure_shard(folder / "eigen.parquet", folder / "eigen.pt", [path], layers, OPTIONS, provenance("eigen"))
@@ -98,7 +98,7 @@ def end_to_end(shape: kernels.Shape, folder: Path) -> list[str]:
             measure_row(folder / "gram.parquet", [path], [layers], False, OPTIONS.gram, provenance("gram"))
 
     def read() -> tuple[torch.Tensor, torch.Tensor]:
-        source = FactorFiles([path], EXTRACT.key)
+        source = FactorFiles([path], EXTRACT.key, "qk")
         heads = source.read(layers)
         q, k = (factors.unflatten(0, (len(layers), -1)) for factors in (heads.b, heads.a))
         return q.cuda(), k.cuda()

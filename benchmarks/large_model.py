@@ -28,7 +28,7 @@ sys.path.insert(0, str(ROOT / "src"))
 from headgram.checkpoints.checkpoint import open_checkpoint  # noqa: E402
 from headgram.study.lock import LockedModel, LockedStack, locked_file, write_lock  # noqa: E402
 from headgram.study.options import load_config, read_options  # noqa: E402
-from headgram.study.plan import StackPlan, make_plan  # noqa: E402
+from headgram.study.plan import HeadsPlan, make_plan  # noqa: E402
 
 LAYERS, HEADS, KV_HEADS, RANK, HIDDEN = 126, 128, 8, 128, 16384
 NAME = "large"
@@ -98,12 +98,12 @@ def lock(folder: Path) -> None:
     write_lock(manifest.with_suffix(".lock.json"), {NAME: entry})
 
 
-def planned(folder: Path) -> StackPlan:
+def planned(folder: Path) -> HeadsPlan:
     """The plan that snakemake makes of it."""
     content = json.loads((folder / "models.lock.json").read_text())
     entries = {name: LockedModel(**entry) for name, entry in content["models"].items()}
     config = load_config(read_options(ROOT / "config" / "config.yaml", {}))
-    return make_plan(entries, config, ROOT / "workflow" / "scripts").models[NAME].stacks["self"]
+    return make_plan(entries, config, ROOT / "workflow" / "scripts").models[NAME].heads["qk", "self"]
 
 
 def run(folder: Path, *arguments: str) -> tuple[float, float, int]:

@@ -14,7 +14,7 @@ RED, BLUE = "#b2182b", "#2166ac"
 
 def model(atlas: headgram.Atlas) -> plt.Figure:
     """The README's picture: pairs of layers, symmetry of every head, signed spectra of the most symmetric head's layer."""
-    heads = atlas.heads().query("model == @SMOLLM2")
+    heads = atlas.heads("qk").query("model == @SMOLLM2")
     cosine = atlas.gram(SMOLLM2, value="cosine")
     figure, (left, middle, right) = plt.subplots(1, 3, figsize=(11, 3.6), layout="constrained", width_ratios=[1, 0.62, 1])
 
@@ -31,7 +31,7 @@ def model(atlas: headgram.Atlas) -> plt.Figure:
 
     layer = int(symmetry.max(axis=1).idxmax())
     head = int(symmetry.loc[layer].idxmax())
-    spectra = atlas.spectra().query("model == @SMOLLM2 and layer == @layer")
+    spectra = atlas.spectra("qk").query("model == @SMOLLM2 and layer == @layer")
     for each, rows in spectra.groupby("head"):
         chosen = each == head
         style = {"color": RED if chosen else "#bbbbbb", "lw": 1.6 if chosen else 0.8, "zorder": 2 if chosen else 1}
@@ -49,7 +49,7 @@ def model(atlas: headgram.Atlas) -> plt.Figure:
 
 def kinds(atlas: headgram.Atlas) -> plt.Figure:
     """Three kinds of heads: what their top queries and keys have in common, and their signed spectra."""
-    heads = atlas.heads().assign(score=lambda table: (table["symmetry"] - 0.5).abs())
+    heads = atlas.heads("qk").assign(score=lambda table: (table["symmetry"] - 0.5).abs())
     symmetric = heads[heads["symmetry"] > 0.7]
     chosen = {
         "looks for its like": heads.loc[symmetric["positive_energy"].idxmax()],
@@ -63,7 +63,7 @@ def kinds(atlas: headgram.Atlas) -> plt.Figure:
         place = directions["layers"].tolist().index(layer)
         image = above.imshow(directions["right"][place, head] @ directions["left"][place, head].T, cmap="RdBu_r", vmin=-1, vmax=1)
         above.set(title=f"{kind}\n{NAMES[name]}, layer {layer}, head {head}", xlabel="key direction")
-        spectrum = atlas.spectra().query("model == @name and layer == @layer and head == @head")["symmetric_eigenvalue"]
+        spectrum = atlas.spectra("qk").query("model == @name and layer == @layer and head == @head")["symmetric_eigenvalue"]
         bars = np.sort(spectrum / np.abs(spectrum).max())[::-1]
         below.bar(range(len(bars)), bars, width=1, color=np.where(bars > 0, RED, BLUE))
         below.set(ylim=(-1.05, 1.05), xlabel="eigenvalues, largest first")

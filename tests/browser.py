@@ -80,9 +80,10 @@ class Opened:
 
 
 @contextmanager
-def opened(running, path: Path, fragment="", size=(1280, 900), theme="light") -> Iterator[Opened]:
+def opened(running, path: Path, fragment="", size=(1280, 900), theme="light", touch=False) -> Iterator[Opened]:
     """The page at a path, drawn; complaints are console messages, errors, and requests beyond the disk."""
-    page = running.new_page(viewport={"width": size[0], "height": size[1]}, color_scheme=theme)
+    viewport = {"width": size[0], "height": size[1]}
+    page = running.new_page(viewport=viewport, color_scheme=theme, has_touch=touch, is_mobile=touch)
     found = Opened(page)
     page.on("console", lambda message: found.complaints.append(f"{message.type}: {message.text}"))
     page.on("pageerror", lambda error: found.complaints.append(f"error: {error}"))

@@ -1,21 +1,20 @@
 """Entries of a lock, made up; imports no torch, as the plan does not."""
 
-from headgram.study.lock import LockedModel, LockedStack
+from headgram.study.lock import LockedCircuit, LockedModel, LockedStack
 
 
 def locked_llama(name="m", layers=12, heads=12, kv_heads=4, rank=64, hidden=768, dtype="BF16") -> LockedModel:
     """The lock's entry of a llama that is nowhere: planning reads the lock alone."""
-    stack = LockedStack(
-        name="self",
-        layers=tuple(range(layers)),
-        heads=heads,
-        kv_heads=kv_heads,
-        rank=rank,
-        hidden=hidden,
-        dtype=dtype,
-        qk_bytes=layers * (heads + kv_heads) * rank * hidden * 2,
-        digests=tuple(f"{name}{layer:016x}" for layer in range(layers)),
-    )
+    factors = {
+        circuit: LockedCircuit(
+            rank=rank,
+            dtype=dtype,
+            bytes=layers * (heads + kv_heads) * rank * hidden * 2,
+            digests=tuple(f"{name}-{circuit}-{layer:016x}" for layer in range(layers)),
+        )
+        for circuit in ("qk", "ov")
+    }
+    stack = LockedStack(name="self", layers=tuple(range(layers)), heads=heads, kv_heads=kv_heads, hidden=hidden, circuits=factors)
     return LockedModel(
         source=f"models/{name}",
         revision=None,

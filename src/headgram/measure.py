@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 
+from headgram.families.layouts import QK
 from headgram.forms.circuits import qk
 from headgram.geometry.original import original_quantities
 from headgram.geometry.same_index import same_index_products
@@ -29,7 +30,8 @@ def measure_model(model: str, out: Path, topk: int, revision: str | None, stack:
     with checkpoint, leased_device(require_device(device)) as leased:
         where = usable(leased)
         chosen = checkpoint.stack(stack) if stack else checkpoint.stacks[0]
-        w_q, w_k = (weight.to(where) for weight in read_layers(checkpoint, chosen.name, chosen.layers, dtype))
+        factors = read_layers(checkpoint, chosen.name, chosen.layers, QK, dtype)
+        w_q, w_k = (factors[role].to(where) for role in QK)
         layers = [qk(q, k) for q, k in zip(w_q, w_k, strict=True)]
         original = [original_quantities(heads, topk) for heads in layers]
         eigenvalues = [spectra(heads, topk).symmetric_eigenvalues for heads in layers]

@@ -108,13 +108,13 @@ def test_a_shard_and_a_row_are_those_of_the_cpu(tmp_path):
     extract = Identity("extract", "{}", "f", "c")
     path = tmp_path / "layers-000-005.pt"
     write_factors(path, range(6), {"query": q, "key": k})
-    seal(record_of(path), Provenance(extract, "m", "self"), [path])
+    seal(record_of(path), Provenance(extract, "m", "self", "qk"), [path])
     options = Config()
     tables, tensors = {}, {}
     for device in ("cpu", "cuda"):
         folder = tmp_path / device
         for stage in ("eigen", "gram"):
-            provenance = Provenance(Identity(stage, "{}", "f", "c", (extract.key,)), "m", "self", device)
+            provenance = Provenance(Identity(stage, "{}", "f", "c", (extract.key,)), "m", "self", "qk", device)
             (folder / stage).mkdir(parents=True)
             table = folder / stage / "table.parquet"
             if stage == "eigen":

@@ -246,7 +246,7 @@ def damaged_cache(
         arena.advance()
     for stage, pattern in files:
         for damage in damages:
-            victim = arena.chance.choice(sorted((arena.results / "models" / MODEL / "self" / stage).glob(pattern)))
+            victim = arena.chance.choice(sorted((arena.results / "models" / MODEL / "self" / "qk" / stage).glob(pattern)))
             later = ["provenance/**/*.json"] + (
                 ["models/*/*/eigen/*.json", "models/*/*/gram/*.json"] if stage == "weights" else []
             )

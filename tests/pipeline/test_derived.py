@@ -127,8 +127,8 @@ def test_equal_indices_alone(finished, tmp_path):
 def test_one_row_per_model_and_stack(atlas):
     table = atlas.summary().set_index("model")
     llama = table.loc["tiny-llama"]
-    facts = ["stack", "architecture", "stored_dtype", "layers", "heads", "kv_heads", "rank", "hidden", "directions"]
-    assert list(llama[facts]) == ["self", "llama", "F32", 4, 4, 2, 8, 32, 8]
+    facts = ["circuit", "stack", "architecture", "stored_dtype", "layers", "heads", "kv_heads", "rank", "hidden", "directions"]
+    assert list(llama[facts]) == ["qk", "self", "llama", "F32", 4, 4, 2, 8, 32, 8]
     heads = atlas.heads().query("model == 'tiny-llama'")
     for name in NUMBERS:
         assert llama[f"{name}_median"] == pytest.approx(heads[name].median())
@@ -153,7 +153,7 @@ def test_one_layer_and_heads_that_fall_short(tmp_path):
     edit(project.folder / "config" / "config.yaml", "compression: zstd", "compression: none")
     project.run()
     atlas = headgram.open_atlas(project.folder / "results")
-    for table in (atlas.heads(), atlas.layers(), atlas.summary()):
+    for table in (atlas.heads(), atlas.layers(), atlas.summary().drop(columns="step")):
         assert table.notna().all().all()
     heads = atlas.heads()
     assert heads.loc[0, ["symmetry_score", "directionality"]].tolist() == [0, 0]

@@ -42,7 +42,8 @@ def test_a_residual_above_tolerance_names_model_layer_and_head(finished, tmp_pat
     assert done.returncode != 0
     sentences = errors_of(done)
     assert any(
-        "model tiny-llama, stack self, layer 0, head" in sentence and "eigen.tolerance" in sentence for sentence in sentences
+        "model tiny-llama, stack self, circuit qk, layer 0, head" in sentence and "eigen.tolerance" in sentence
+        for sentence in sentences
     )
     assert not list((project.folder / "results").rglob("eigen/*.parquet"))
 
@@ -50,7 +51,7 @@ def test_a_residual_above_tolerance_names_model_layer_and_head(finished, tmp_pat
 @pytest.mark.parametrize("victim", ["weights/layers-000-003.pt", "eigen/layers-000-001.parquet"])
 def test_a_flipped_byte_is_refused_and_mended(finished, tmp_path, victim):
     project = finished.copy(tmp_path / "project")
-    path = project.folder / "results" / "models" / "tiny-llama" / "self" / victim
+    path = project.folder / "results" / "models" / "tiny-llama" / "self" / "qk" / victim
     data = bytearray(path.read_bytes())
     data[len(data) // 2] ^= 1
     path.write_bytes(data)
@@ -125,7 +126,7 @@ def test_a_job_on_a_node_trusts_the_lock(project):
     assert project.headgram("lock").returncode == 0
     with (project.folder / "config" / "models.tsv").open("a") as file:
         file.write("later\tmodels/not-there-yet\t\n")
-    record = "results/models/tiny-bert/self/weights/layers-000-002.json"
+    record = "results/models/tiny-bert/self/qk/weights/layers-000-002.json"
     done = project.snakemake("--mode", "remote", "--cores", "1", "--force", "--allowed-rules", "extract", "--", record)
     assert done.returncode == 0, done.stderr
     assert (project.folder / record).exists()

@@ -88,7 +88,7 @@ def test_strangers_in_every_folder_survive_every_run(project):
 
 def test_a_file_of_a_former_report_that_somebody_changed_is_kept(project):
     results = project.folder / "results"
-    edited, untouched = results / "report" / "data" / "tiny-bert.js", results / "report/figures/cosine/tiny-bert/self.svg"
+    edited, untouched = results / "report" / "data" / "tiny-bert.js", results / "report/figures/cosine/tiny-bert/qk/self.svg"
     assert untouched.exists()
     edited.write_text("mine")
     write_manifest(project.folder / "config" / "models.tsv", {"tiny-llama": "models/llama"})
@@ -102,14 +102,14 @@ def test_a_file_of_a_former_report_that_somebody_changed_is_kept(project):
     [
         "atlas/heads/model=tiny-llama/heads.parquet",
         "atlas/directions/tiny-bert.pt",
-        "models/tiny-bert/self/weights/layers-000-002.pt",
-        "models/tiny-llama/self/gram/row-001.json",
+        "models/tiny-bert/self/qk/weights/layers-000-002.pt",
+        "models/tiny-llama/self/qk/gram/row-001.json",
         "provenance/derived/tiny-bert.json",
         "seed/tiny-bert.json",
         "logs/merge/tiny-bert.log",
         "report/index.html",
         "report/data/tiny-bert.js",
-        "report/figures/symmetry/tiny-llama/self.svg",
+        "report/figures/symmetry/tiny-llama/qk/self.svg",
     ],
 )
 def test_a_file_where_headgram_would_write_is_not_overwritten(project, place):

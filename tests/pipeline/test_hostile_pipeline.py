@@ -11,7 +11,7 @@ def test_a_source_is_never_a_command(project):
     write_llama(project.folder / SOURCE)
     write_manifest(project.folder / "config" / "models.tsv", {"odd": SOURCE})
     project.run("--until", "extract")
-    assert (project.folder / "results" / "models" / "odd" / "self" / "weights" / "layers-000-003.pt").exists()
+    assert (project.folder / "results" / "models" / "odd" / "self" / "qk" / "weights" / "layers-000-003.pt").exists()
     assert not list(project.folder.rglob("executed"))
 
 

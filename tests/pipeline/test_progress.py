@@ -60,7 +60,7 @@ def test_a_pipe_gets_plain_lines(finished, tmp_path):
 
 def test_a_failed_run_says_how_far_it_came(finished, tmp_path):
     project = unfinished(finished, tmp_path / "project")
-    shard = project.folder / "results" / "models" / "tiny-bert" / "self" / "eigen" / "layers-000-001.pt"
+    shard = project.folder / "results" / "models" / "tiny-bert" / "self" / "qk" / "eigen" / "layers-000-001.pt"
     data = bytearray(shard.read_bytes())
     data[-1] ^= 1
     shard.write_bytes(data)

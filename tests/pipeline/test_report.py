@@ -47,7 +47,7 @@ def page(chrome, reported):
 def table(project, name: str, model: str, stack: str) -> pd.DataFrame:
     path = project.folder / "results" / "atlas" / name / f"model={model}" / f"{name}.parquet"
     frame = pd.read_parquet(path.open("rb"))
-    return frame[frame["stack"] == stack]
+    return frame[(frame["circuit"] + "/" + frame["stack"]) == stack]
 
 
 def check_strip(page, project, model, stack, column, **_):
@@ -109,7 +109,8 @@ def check_profile(page, project, stack, column, depth, compared, **_):
 
 def table_stacks(project, model: str) -> list[str]:
     path = project.folder / "results" / "atlas" / "heads" / f"model={model}" / "heads.parquet"
-    return list(dict.fromkeys(pd.read_parquet(path.open("rb"))["stack"]))
+    frame = pd.read_parquet(path.open("rb"))
+    return list(dict.fromkeys(frame["circuit"] + "/" + frame["stack"]))
 
 
 def check_tables(page, project, model, stack, layer, head, measure, **_):
@@ -149,7 +150,7 @@ def test_it_opens_from_disk(page, reported):
 
 def test_every_control_changes_every_picture_to_the_values_in_parquet(page, reported):
     columns = page.page.evaluate("[...document.querySelector('#column').options].map(o => o.value)")
-    numbers = table(reported, "heads", "llama", "self").select_dtypes("float64")
+    numbers = table(reported, "heads", "llama", "qk/self").select_dtypes("float64")
     assert sorted(columns) == sorted(numbers)
     for column in columns:
         page.select("column", column)
@@ -164,7 +165,7 @@ def test_every_control_changes_every_picture_to_the_values_in_parquet(page, repo
         "depth": ["relative", "layer"],
         "scale": ["symlog", "linear"],
         "model": ["t5"],
-        "stack": ["decoder", "cross", "encoder"],
+        "stack": ["qk/decoder", "qk/cross", "ov/cross", "qk/encoder"],
     }.items():
         for value in values:
             page.select(control, value)
@@ -180,7 +181,7 @@ def test_every_control_changes_every_picture_to_the_values_in_parquet(page, repo
 def test_the_address_holds_the_choice(chrome, reported):
     path = reported.folder / "results" / "report" / "index.html"
     with opened(chrome, path) as first:
-        first.set(model="t5", stack="cross", layer=1, head=1, column="trace", side="left", theme="dark")
+        first.set(model="t5", stack="qk/cross", layer=1, head=1, column="trace", side="left", theme="dark")
         fragment = first.page.evaluate("location.hash")
         state = first.state()
     with opened(chrome, path, fragment) as second:
@@ -190,7 +191,7 @@ def test_the_address_holds_the_choice(chrome, reported):
         second.settle()
         state = second.state()
         chosen = [state[name] for name in ("stack", "layer", "head", "column", "side")]
-        assert chosen == ["self", 2, 2, "symmetry", "right"]
+        assert chosen == ["qk/self", 2, 2, "symmetry", "right"]
         check_everything(second, reported)
         assert second.complaints == []
 
@@ -221,10 +222,11 @@ def test_clicks_choose_and_link(page, reported):
     page.settle()
     assert page.state()["layer"] == 1
     page.page.mouse.move(*centre(page, "strip", layer=2, head=0))
-    value = table(reported, "heads", "llama", "self").query("layer == 2 and head == 0")["symmetry"].item()
+    value = table(reported, "heads", "llama", "qk/self").query("layer == 2 and head == 0")["symmetry"].item()
     tip = page.page.inner_text("#tip")
     assert tip.startswith("Layer 2, head 0")
-    assert float(tip.split()[-1]) == pytest.approx(value, rel=1e-3)
+    assert float(tip.splitlines()[1].split()[-1]) == pytest.approx(value, rel=1e-3)
+    assert tip.endswith("deviations from chance")
     line = page.table("neighbours")[0]
     page.page.click("#neighbours tbody button")
     page.settle()
@@ -321,7 +323,7 @@ def test_what_makes_the_report_stale(reported, tmp_path):
     project.run()
     folder = project.folder / "results" / "report"
     assert sorted(path.stem for path in (folder / "data").glob("*.js")) == ["bert", "llama"]
-    assert {path.parent.name for path in (folder / "figures").glob("*/*/*.svg")} == {"bert", "llama"}
+    assert {path.parents[1].name for path in (folder / "figures").glob("*/*/*/*.svg")} == {"bert", "llama"}
     assert project.headgram("verify").stderr.count("report") == 0
     (folder / "data" / "bert.js").write_bytes(b"")
     assert project.planned() == alone

@@ -65,8 +65,8 @@ def test_other_shards_and_tiles(project, whole):
         assert before.keys() == after.keys()
         assert all(np.array_equal(before[name], after[name]) for name in before)
     directions = [torch.load(io.BytesIO(tables[f"atlas/directions/{MODEL}.pt"]), weights_only=True) for tables in (whole, other)]
-    for name, tensor in directions[0]["self"].items():
-        assert torch.equal(tensor, directions[1]["self"][name])
+    for name, tensor in directions[0]["qk"]["self"].items():
+        assert torch.equal(tensor, directions[1]["qk"]["self"][name])
     before, after = numbers(whole, "gram"), numbers(other, "gram")
     for name in ("stack", "layer_a", "layer_b", "head"):
         assert np.array_equal(before[name], after[name])

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import headgram
+from headgram.forms.circuits import CIRCUITS
 from headgram.measure import measure_model
 from headgram.proofs.prove import _models
 from pipeline.conftest import edit, new_project
@@ -27,20 +28,23 @@ def measured(tmp_path_factory):
     return project
 
 
+@pytest.mark.parametrize("circuit", ["qk", "ov"])
 @pytest.mark.parametrize("name", ["t5", "jamba"])
-def test_every_stack_is_measured(measured, name):
+def test_every_stack_is_measured(measured, name, circuit):
     atlas = headgram.open_atlas(measured.folder / "out")
     checkpoint = headgram.open_checkpoint(measured.folder / "models" / name)
-    assert list(atlas.directions(name)) == [stack.name for stack in checkpoint.stacks]
+    assert list(atlas.directions(name, circuit)) == [stack.name for stack in checkpoint.stacks]
     for stack in checkpoint.stacks:
-        pairs = [checkpoint.qk(stack.name, layer) for layer in stack.layers]
-        w_q, w_k = (torch.stack(weights) for weights in zip(*pairs, strict=True))
-        gram = atlas.gram(name, stack.name)
+        roles = CIRCUITS[circuit].roles
+        read = [checkpoint.factors(stack.name, layer, roles) for layer in stack.layers]
+        own, shared = (torch.stack([factors[role] for factors in read]) for role in roles)
+        gram = atlas.gram(name, stack.name, circuit=circuit)
         assert tuple(gram["layer_a"].to_numpy()) == stack.layers
-        exact = headgram.gram(w_q, w_k, w_q, w_k).numpy()
+        # `o = W_O W_V` is the transpose of a form of outputs as queries and values as keys, and so has its inner products.
+        exact = headgram.gram(own, shared, own, shared).numpy()
         norms = np.sqrt(np.einsum("aah->ah", exact))
         assert (np.abs(gram - exact) <= 1e-6 * norms[:, None] * norms[None]).all()
-        heads = atlas.heads().query("model == @name and stack == @stack.name")
+        heads = atlas.heads().query("model == @name and stack == @stack.name and circuit == @circuit")
         assert len(heads) == len(stack.layers) * stack.heads
     if name == "t5":
         assert [stack.name for stack in checkpoint.stacks] == ["encoder", "decoder", "cross"]

@@ -41,7 +41,7 @@ def test_a_proven_layout_is_taken_and_kept_in_the_lock(forgetful, row):
     assert "derived" in lines[0]
     (stack,) = models["m"].stacks
     checkpoint = open_checkpoint(row.source, overrides={"model_type": models["m"].architecture})
-    assert checkpoint.qk("self", stack.layers[0])[0].shape == (stack.heads, stack.rank, stack.hidden)
+    assert checkpoint.qk("self", stack.layers[0])[0].shape == (stack.heads, stack.circuits["qk"].rank, stack.hidden)
 
 
 def test_a_known_type_is_not_derived_and_gives_the_same_weights(row):

@@ -22,7 +22,7 @@ def test_a_file_that_is_replaced_between_check_and_read_is_refused(tmp_path, mon
         return read(*arguments)
 
     monkeypatch.setattr(stage, "read_layers", replaced_meanwhile)
-    provenance = Provenance(Identity("extract", json.dumps({}), "f", "c"), "m", "self")
+    provenance = Provenance(Identity("extract", json.dumps({}), "f", "c"), "m", "self", "qk")
     with pytest.raises(HeadgramError, match="self: model.safetensors changed while it was read; .*lock --upgrade m"):
         stage.extract(tmp_path / "out.pt", {"source": folder}, range(4), digests, "stored", provenance)
     assert not (tmp_path / "out.pt").exists()

@@ -35,8 +35,8 @@ def weights(tmp_path):
         range(6),
         {"query": torch.randn(6, 4, 3, 8, generator=generator), "key": torch.randn(6, 2, 3, 8, generator=generator)},
     )
-    seal(record_of(path), Provenance(extract, "m", "self"), [path])
-    return path, Provenance(Identity("gram", "{}", "f", "c", (extract.key,)), "m", "self")
+    seal(record_of(path), Provenance(extract, "m", "self", "qk"), [path])
+    return path, Provenance(Identity("gram", "{}", "f", "c", (extract.key,)), "m", "self", "qk")
 
 
 def test_finished_tiles_are_kept(every, tmp_path, weights, monkeypatch):
@@ -109,7 +109,7 @@ def test_blocks_of_any_size_give_the_same(every, tmp_path, weights, monkeypatch)
     path, provenance = weights
     found = []
     for size in (2**30, 4 * 3 * 8 * 4 * 2, 4 * 3 * 8 * 4, 4 * 3 * 8 * 3):
-        monkeypatch.setattr(stage, "_BLOCK_BYTES", size)
+        monkeypatch.setattr("headgram.results.factors._BLOCK_BYTES", size)
         row = tmp_path / f"row-{size:03d}.parquet"
         stage.measure_row(row, [path], [[0, 1, 2], [3, 4, 5]], every, CONFIG, provenance)
         found.append(read_table(row).to_pandas())
@@ -119,7 +119,7 @@ def test_blocks_of_any_size_give_the_same(every, tmp_path, weights, monkeypatch)
 
 def test_tiles_of_another_configuration_are_not_taken(every, tmp_path, weights, monkeypatch):
     path, provenance = weights
-    other = Provenance(Identity("gram", "{}", "f", "another", provenance.identity.upstream), "m", "self")
+    other = Provenance(Identity("gram", "{}", "f", "another", provenance.identity.upstream), "m", "self", "qk")
     row = tmp_path / "row-000.parquet"
     monkeypatch.setattr(stage, "seal", lambda *arguments: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):

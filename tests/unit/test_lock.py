@@ -7,7 +7,7 @@ import torch
 
 from headgram.errors import HeadgramError
 from headgram.study.lock import Lock, changes, lock_path, missing_rows, read_lock, write_lock
-from headgram.study.manifest import read_manifest
+from headgram.study.manifest import Labels, read_manifest
 from headgram.study.resolve import resolve, resolve_all
 from tiny import llama_tensors, write_bert, write_llama, write_manifest
 
@@ -24,8 +24,10 @@ def test_a_locked_model_holds_all_that_the_plan_needs(manifest):
     entry = resolve(read_manifest(manifest).rows[0])
     (stack,) = entry.stacks
     assert (entry.format, entry.architecture, entry.commit) == ("safetensors", "llama", None)
-    assert (stack.layers, stack.heads, stack.kv_heads, stack.rank, stack.hidden) == ((0, 1, 2, 3), 4, 2, 8, 32)
-    assert len(set(stack.digests)) == 4
+    assert (stack.layers, stack.heads, stack.kv_heads, stack.circuits["qk"].rank, stack.hidden) == ((0, 1, 2, 3), 4, 2, 8, 32)
+    assert len(set(stack.circuits["qk"].digests)) == 4
+    assert (list(stack.circuits), list(stack.missing)) == (["qk"], ["ov"])
+    assert "o_proj" in stack.missing["ov"]
     assert [file.name for file in entry.files] == ["model.safetensors", "config.json"]
 
 
@@ -81,10 +83,10 @@ def test_a_changed_byte_of_a_large_file_is_found_by_extraction(tmp_path, monkeyp
     start = data.index(query)
     next(i for i in range(start, start + len(query)) if flip(data, i, path) and not changes("m", entry))
     source = {"source": "m", "revision": None, "overrides": {}}
-    provenance = Provenance(Identity("extract", "{}", entry.fingerprint, "c"), "m", "self")
+    provenance = Provenance(Identity("extract", "{}", entry.fingerprint, "c"), "m", "self", "qk")
     stack = entry.stacks[0]
     with pytest.raises(HeadgramError, match=r"model m, stack self: layer 1 changed since it was locked"):
-        extract(tmp_path / "out.pt", source, stack.layers, stack.digests, "stored", provenance)
+        extract(tmp_path / "out.pt", source, stack.layers, stack.circuits["qk"].digests, "stored", provenance)
     assert not (tmp_path / "out.pt").exists()
 
 
@@ -104,8 +106,8 @@ def test_a_damaged_lock_is_refused(manifest, text):
 
 
 def test_a_lock_of_another_version_is_refused(manifest):
-    lock_path(manifest).write_text(json.dumps(Lock(schema_version=2).model_dump()))
-    with pytest.raises(HeadgramError, match="version 2"):
+    lock_path(manifest).write_text(json.dumps(Lock(schema_version=1).model_dump()))
+    with pytest.raises(HeadgramError, match="version 1, but this headgram writes version 2"):
         read_lock(lock_path(manifest))
 
 
@@ -116,7 +118,9 @@ def test_a_lock_of_another_version_is_refused(manifest):
         ("# only a comment\n", "is empty"),
         ("name\tsource\n", "lists no model"),
         ("name,source\na,b\n", "lacks the column 'name'"),
-        ("name\tsource\tcolour\na\tb\tc\n", "unknown column 'colour'"),
+        ("name\tsource\trevison\na\tb\tc\n", "the column 'revison', which is nearly 'revision'"),
+        ("name\tsource\tSteps\na\tb\tc\n", "the column 'Steps', which is nearly 'step'"),
+        ("name\tsource\tits colour\na\tb\tc\n", "the column 'its colour', which is no label's name"),
         ("name\tname\tsource\na\ta\tb\n", "repeats a column"),
     ],
 )
@@ -158,6 +162,33 @@ def test_good_rows_with_overrides(tmp_path):
     assert (second.source, second.revision, second.overrides) == ("s", None, {})
 
 
+@pytest.mark.parametrize(
+    ("row", "words"),
+    [
+        ("b\ts\tpythia\tlate", r"line 3 \(b\): the step is 'late', not a number"),
+        ("b\ts\tpythia\tnan", "the step is 'nan', not a number"),
+        ("b\ts\tpythia\t1_0", "the step is '1_0', not a number"),
+        ("b\ts\t\tinf", "the step is 'inf', not a number"),
+        ("b\ts\tpythia\t", "the lineage 'pythia' needs a step, a number: of a base 0"),
+        ("b\ts\tpythia\t1e3", "the step 1e3 of the lineage 'pythia' is taken by line 2"),
+    ],
+)
+def test_bad_steps(tmp_path, row, words):
+    (tmp_path / "m.tsv").write_text(f"name\tsource\tlineage\tstep\na\ts\tpythia\t1000\n{row}\n")
+    manifest = read_manifest(tmp_path / "m.tsv")
+    with pytest.raises(HeadgramError, match=words):
+        manifest.check()
+    assert [row.name for row in manifest.rows] == ["a"]
+
+
+def test_further_columns_are_labels(tmp_path):
+    (tmp_path / "m.tsv").write_text(
+        "name\tsource\tstep\tlineage\tdata\tdeduped\na\ts\t1.5\tpythia\tpile\t\nb\ts\t1.5\tother\t\t\nc\ts\n"
+    )
+    labels = [row.labels for row in read_manifest(tmp_path / "m.tsv").rows]
+    assert labels == [Labels("pythia", 1.5, {"data": "pile"}), Labels("other", 1.5), Labels()]
+
+
 def test_layers_of_several_precisions_keep_them(tmp_path):
     from headgram.checkpoints.checkpoint import open_checkpoint
     from headgram.stages.extract import read_layers
@@ -167,8 +198,8 @@ def test_layers_of_several_precisions_keep_them(tmp_path):
     tensors[name] = tensors[name].half()
     tensors["model.layers.2.self_attn.q_proj.weight"] *= 1e6
     checkpoint = open_checkpoint(write_llama(tmp_path / "m", layers=3, tensors=tensors))
-    w_q, w_k = read_layers(checkpoint, "self", (0, 1, 2), "stored")
+    factors = read_layers(checkpoint, "self", (0, 1, 2), ("query", "key"), "stored")
     for layer in range(3):
         q, k = checkpoint.qk("self", layer)
-        assert torch.equal(w_q[layer], q.float())
-        assert torch.equal(w_k[layer], k)
+        assert torch.equal(factors["query"][layer], q.float())
+        assert torch.equal(factors["key"][layer], k)

@@ -82,7 +82,7 @@ def test_bars_say_the_same(clock):
 def test_without_a_terminal_a_line_comes_now_and_then(clock, caplog):
     log = logging.Logger("run", logging.INFO)
     log.addHandler(caplog.handler)
-    handler = ProgressHandler(Tally(dict.fromkeys(range(10), "eigen"), clock), log)
+    handler = ProgressHandler(Tally(dict.fromkeys(range(10), "eigen"), clock), log, finished=list)
     log.addHandler(handler)
     for job in range(10):
         log.info("", extra={"event": LogEvent.JOB_STARTED, "jobs": [job]})
@@ -96,7 +96,7 @@ def test_without_a_terminal_a_line_comes_now_and_then(clock, caplog):
 
 def test_what_goes_wrong_ends_the_display_only(clock):
     log = logging.Logger("run", logging.INFO)
-    handler = ProgressHandler(Tally({1: "eigen"}, clock), log)
+    handler = ProgressHandler(Tally({1: "eigen"}, clock), log, finished=list)
     log.addHandler(handler)
     log.info("", extra={"event": LogEvent.JOB_STARTED})  # says nothing about jobs
     assert log.handlers == []

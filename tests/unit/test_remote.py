@@ -115,8 +115,8 @@ def test_locks_without_reading_weights_then_extracts(hub, tmp_path):
 
 def extract_entry(entry, output: Path) -> None:
     source = {"source": entry.source, "revision": entry.commit, "overrides": entry.overrides}
-    provenance = Provenance(Identity("extract", "{}", entry.fingerprint, ""), "tiny", "self")
-    extract(output, source, entry.stacks[0].layers, entry.stacks[0].digests, "stored", provenance)
+    provenance = Provenance(Identity("extract", "{}", entry.fingerprint, ""), "tiny", "self", "qk")
+    extract(output, source, entry.stacks[0].layers, entry.stacks[0].circuits["qk"].digests, "stored", provenance)
 
 
 def test_a_lock_made_at_the_hub_holds_for_a_downloaded_copy_and_the_other_way_round(hub, tmp_path):
@@ -129,7 +129,7 @@ def test_a_lock_made_at_the_hub_holds_for_a_downloaded_copy_and_the_other_way_ro
     extract_entry(entry, tmp_path / "out.pt")
     local = resolve(row(revision=commit))
     assert not hub.requests
-    assert not local.stacks[0].digests[0].startswith("hub:")
+    assert not local.stacks[0].circuits["qk"].digests[0].startswith("hub:")
     (snapshot / "model.safetensors").unlink()
     extract_entry(local, tmp_path / "again.pt")
     assert hub.requests

@@ -2,18 +2,19 @@
 import contextlib
 import sys
 import tempfile
+from dataclasses import asdict
 from pathlib import Path
 
 from snakemake.exceptions import WorkflowError
 
 from headgram.results.record import canonical, has_key, is_fresh
 from headgram.results.asked import check_asked_for
-from headgram.results.paths import DERIVED, MERGED, Results
+from headgram.results.paths import COMPOSED, DERIVED, MERGED, Results
 from headgram.run.devices import require_device, wants_gpu
 from headgram.errors import HeadgramError
-from headgram.report.names import PROFILE_FIGURES, STACK_FIGURES
+from headgram.report.names import DRAWN, PROFILE_FIGURES, STACK_FIGURES
 from headgram.report.names import TABLES as REPORTED
-from headgram.run.startup import Run
+from headgram.run.startup import OPTIONS, Run, add_handlers
 
 
 @contextlib.contextmanager
@@ -25,12 +26,16 @@ def headgram_errors():
         sys.exit(f"headgram: {error}")
 
 
+RULES = Path(workflow.current_basedir.get_path_or_uri(secret_free=True))
+# Else a module of somebody's workflow, whose config/config.yaml is not ours: all options are those of `config:`.
+IS_MAIN = workflow.modifier.is_main_snakefile()
+
 with headgram_errors():
     # Not by `configfile:`, which evaluates templates, code, in the file.
     RUN = Run(
-        Path("config/config.yaml"),
+        OPTIONS if IS_MAIN else None,
         given=config,
-        scripts=Path(workflow.basedir) / "workflow" / "scripts",
+        scripts=RULES.parent / "scripts",
         is_job=workflow.remote_exec,
     )
 
@@ -40,12 +45,26 @@ RESULTS = PLAN.config.results
 # Where results are kept, if that is no folder (--default-storage-provider).
 STORAGE = workflow.storage_registry.default_storage_provider
 PATHS = Results(RESULTS)
+# The original script's two files, which are about queries and keys.
+ORIGINAL = PLAN.config.original.enabled and "qk" in PLAN.config.circuits
 TABLES = (*MERGED, *DERIVED)
 RECORDS = {
     stage: PATHS.record(
-        stage, "{model}", "{stack}", "{row}" if stage == "gram" else "{layers}"
+        stage,
+        "{model}",
+        "{stack}",
+        "{circuit}",
+        "{row}" if stage == "gram" else "{layers}",
     )
-    for stage in ("extract", "eigen", "gram", "merge", "derive", "report")
+    for stage in (
+        "extract",
+        "eigen",
+        "gram",
+        "merge",
+        "derive",
+        "composition",
+        "report",
+    )
 }
 ENVIRONMENT = "../../envs/cuda.yaml" if GPUS else "../../envs/cpu.yaml"
 
@@ -53,6 +72,7 @@ ENVIRONMENT = "../../envs/cuda.yaml" if GPUS else "../../envs/cpu.yaml"
 wildcard_constraints:
     model=r"[A-Za-z0-9][A-Za-z0-9._-]*",
     stack=r"[a-z][a-z0-9_-]*",
+    circuit=r"[a-z]+",
     layers=r"layers-\d+-\d+",
     row=r"row-\d+",
 
@@ -70,22 +90,26 @@ def model_of(wildcards):
     return PLAN.models[wildcards.model]
 
 
-def stack_of(wildcards):
-    stacks = model_of(wildcards).stacks
-    if wildcards.stack not in stacks:
+def heads_of(wildcards):
+    """The heads of a circuit of a stack."""
+    heads = model_of(wildcards).heads
+    place = wildcards.circuit, wildcards.stack
+    if place not in heads:
+        known = ", ".join(f"{circuit} of {stack}" for circuit, stack in heads)
         raise WorkflowError(
-            f"The model {wildcards.model} has no stack '{wildcards.stack}'; there are: {', '.join(stacks)}."
+            f"The model {wildcards.model} has no circuit {place[0]} of a stack '{place[1]}'; there are: {known}."
         )
-    return stacks[wildcards.stack]
+    return heads[place]
+
+
+def identity(stage, wildcards):
+    """The identity of a stage's artifacts of a model, and of a circuit where the stage takes one."""
+    return model_of(wildcards).identities[stage, wildcards.get("circuit", "")]
 
 
 def identity_of(stage):
     """A param of a rule: the identity of its artifacts, which decides what is stale."""
-
-    def param(wildcards):
-        return canonical(model_of(wildcards).identities[stage].described())
-
-    return param
+    return lambda wildcards: canonical(identity(stage, wildcards).described())
 
 
 def order_of(stage):
@@ -102,7 +126,16 @@ def stages_before(*stages):
 
     def param(wildcards):
         identities = model_of(wildcards).identities
-        return canonical({stage: identities[stage].described() for stage in stages})
+        return canonical(
+            {
+                stage: {
+                    circuit: found.described()
+                    for (each, circuit), found in identities.items()
+                    if each == stage
+                }
+                for stage in stages
+            }
+        )
 
     return param
 
@@ -113,25 +146,28 @@ def run_if_stale(stage, wildcards):
     Snakemake compares params with what it remembers in `.snakemake`; the artifact's own record also holds where that
     memory is lost. Called by input functions, which see every job of the DAG before it is decided which must run.
     """
-    run_if_other(
-        model_of(wildcards).identities[stage].key, RECORDS[stage].format(**wildcards)
+    return run_if_other(
+        identity(stage, wildcards).key, RECORDS[stage].format(**wildcards)
     )
 
 
 def run_if_other(key, record):
+    """As `run_if_stale`; returns whether the artifact is there and the one that the plan asks for."""
     if workflow.remote_exec:
         # On a node: whoever sent the job decided. Snakemake removes outputs before a job begins: not those of a newer run.
         with headgram_errors():
             check_asked_for(Path(RESULTS), PATHS.relative(record), key)
-        return
+        return False
     if STORAGE is None:
         file = record
-        stale = Path(record).exists() and not is_fresh(Path(record), key)
+        there, fresh = Path(record).exists(), is_fresh(Path(record), key)
     else:
         file = str(in_storage(record).local_path())
-        stale = stored_has_key(record, key) is False
-    if stale:
+        found = stored_has_key(record, key)
+        there, fresh = found is not None, bool(found)
+    if there and not fresh:
         workflow.dag.forcefiles.add(file)
+    return fresh
 
 
 def stored_has_key(record, key):
@@ -154,26 +190,33 @@ def in_storage(path):
     return STORAGE.object(f"{prefix.rstrip('/')}/{path}")
 
 
-def weights_of(wildcards, layers):
-    """The weight files, with their records, that hold these layers."""
-    groups = stack_of(wildcards).groups_of(layers)
-    model, stack = wildcards.model, wildcards.stack
+def weights_of(wildcards, layers, fresh):
+    """The weight files, with their records, that hold these layers.
+
+    Where what is made of them is fresh, their dates mean nothing: weights that are extracted anew are the same then.
+    """
+    groups = heads_of(wildcards).groups_of(layers)
+    place = wildcards.model, wildcards.stack, wildcards.circuit
+    dated = ancient if fresh else str
     return {
         "weights": [
-            file
+            dated(file)
             for group in groups
-            for file in PATHS.data("extract", model, stack, group)
+            for file in PATHS.data("extract", *place, group)
         ],
-        "records": [PATHS.record("extract", model, stack, group) for group in groups],
+        "records": [dated(PATHS.record("extract", *place, group)) for group in groups],
     }
 
 
 def final_files(model):
-    """All files that a merge and a derivation write for a model."""
+    """All files that a user reads of a model, and their records."""
     files = [PATHS.table(table, model) for table in TABLES]
     files += [PATHS.directions(model)]
     files += [PATHS.record(stage, model) for stage in ("merge", "derive")]
-    return files + (PATHS.original(model) if PLAN.config.original.enabled else [])
+    if PLAN.models[model].composed:
+        files += [PATHS.table(table, model) for table in COMPOSED]
+        files += [PATHS.channel_directions(model), PATHS.record("composition", model)]
+    return files + (PATHS.original(model) if ORIGINAL else [])
 
 
 def extract_input(wildcards):
@@ -190,40 +233,40 @@ def locked_entry(wildcards):
 
 
 def extract_layers(wildcards):
-    stack = stack_of(wildcards)
-    digests = dict(zip(stack.stack.layers, stack.stack.digests, strict=True))
+    heads = heads_of(wildcards)
+    digests = dict(zip(heads.stack.layers, heads.locked.digests, strict=True))
     return canonical(
-        [[layer, digests[layer]] for layer in stack.groups[wildcards.layers]]
+        [[layer, digests[layer]] for layer in heads.groups[wildcards.layers]]
     )
 
 
 def eigen_layers(wildcards):
-    return stack_of(wildcards).shards[wildcards.layers]
+    return heads_of(wildcards).shards[wildcards.layers]
 
 
 def eigen_input(wildcards):
-    run_if_stale("eigen", wildcards)
-    return weights_of(wildcards, eigen_layers(wildcards))
+    fresh = run_if_stale("eigen", wildcards)
+    return weights_of(wildcards, eigen_layers(wildcards), fresh)
 
 
 def gram_input(wildcards):
-    run_if_stale("gram", wildcards)
-    return weights_of(wildcards, stack_of(wildcards).row_layers(wildcards.row))
+    fresh = run_if_stale("gram", wildcards)
+    return weights_of(wildcards, heads_of(wildcards).row_layers(wildcards.row), fresh)
 
 
 def merge_parts(wildcards):
-    """Of every stack, in the model's order: its name, and the names of its eigen shards and of its Gram rows."""
-    stacks = model_of(wildcards).stacks
+    """Of every circuit and stack: their names, and the names of the eigen shards and of the Gram rows."""
     return [
-        [name, list(stack.shards), list(stack.rows)] for name, stack in stacks.items()
+        [circuit, stack, list(heads.shards), list(heads.rows)]
+        for (circuit, stack), heads in model_of(wildcards).heads.items()
     ]
 
 
-def stack_files(wildcards, stage, suffix):
-    """Files of the eigen shards or of the Gram rows of all stacks."""
+def part_files(wildcards, stage, suffix):
+    """Files of the eigen shards or of the Gram rows of all circuits and stacks."""
     return [
-        PATHS.part(stage, wildcards.model, stack, name, suffix)
-        for stack, shards, rows in merge_parts(wildcards)
+        PATHS.part(stage, wildcards.model, stack, circuit, name, suffix)
+        for circuit, stack, shards, rows in merge_parts(wildcards)
         for name in (shards if stage == "eigen" else rows)
     ]
 
@@ -231,24 +274,31 @@ def stack_files(wildcards, stage, suffix):
 def merge_input(wildcards):
     run_if_stale("merge", wildcards)
     return {
-        "tables": stack_files(wildcards, "eigen", ".parquet")
-        + stack_files(wildcards, "gram", ".parquet"),
-        "directions": stack_files(wildcards, "eigen", ".pt"),
-        "records": stack_files(wildcards, "eigen", ".json")
-        + stack_files(wildcards, "gram", ".json"),
+        "tables": part_files(wildcards, "eigen", ".parquet")
+        + part_files(wildcards, "gram", ".parquet"),
+        "directions": part_files(wildcards, "eigen", ".pt"),
+        "records": part_files(wildcards, "eigen", ".json")
+        + part_files(wildcards, "gram", ".json"),
     }
 
 
 def derive_shards(wildcards):
-    """Of every stack, in the model's order: its name, and the names of its eigen shards."""
-    return [[name, shards] for name, shards, _ in merge_parts(wildcards)]
+    """Of every circuit and stack: their names, and the names of the eigen shards."""
+    return [parts[:3] for parts in merge_parts(wildcards)]
 
 
 def derive_facts(wildcards):
-    """What the lock says of a model. Its fingerprint covers all of it."""
-    entry = model_of(wildcards).entry
-    dtypes = {stack.name: stack.dtype for stack in entry.stacks}
-    return canonical({"architecture": entry.architecture, "stored_dtype": dtypes})
+    """What the lock and the manifest say of a model. Its identity covers all of it."""
+    plan = model_of(wildcards)
+    return canonical(
+        {
+            "architecture": plan.entry.architecture,
+            "stored_dtypes": [
+                [*place, heads.locked.dtype] for place, heads in plan.heads.items()
+            ],
+            "labels": asdict(plan.labels),
+        }
+    )
 
 
 def derive_input(wildcards):
@@ -260,19 +310,45 @@ def derive_input(wildcards):
         "pairs": PATHS.table("pairs", model),
         "directions": PATHS.directions(model),
         "record": PATHS.record("merge", model),
-        "shards": stack_files(wildcards, "eigen", ".parquet"),
-        "shard_files": stack_files(wildcards, "eigen", ".pt")
-        + stack_files(wildcards, "eigen", ".json"),
+        "shards": part_files(wildcards, "eigen", ".parquet"),
+        "shard_files": part_files(wildcards, "eigen", ".pt")
+        + part_files(wildcards, "eigen", ".json"),
+    }
+
+
+def composition_input(wildcards):
+    """The weights of both circuits, of every stack that has both."""
+    plan = model_of(wildcards)
+    if not plan.composed:
+        raise WorkflowError(
+            f"The model {wildcards.model} has no composition: it needs both circuits, and the option composition.enabled."
+        )
+    run_if_stale("composition", wildcards)
+    places = [
+        (wildcards.model, stack, circuit, group)
+        for stack in plan.composed
+        for circuit in ("qk", "ov")
+        for group in plan.heads[circuit, stack].groups
+    ]
+    return {
+        "weights": [file for place in places for file in PATHS.data("extract", *place)],
+        "records": [PATHS.record("extract", *place) for place in places],
     }
 
 
 def stack_figures():
-    """Of every figure of a stack: its file, and the names of figure, model and stack."""
+    """Of every figure of a stack: its file, and the names of figure, model, circuit and stack."""
     return [
-        (PATHS.report(f"figures/{figure}/{model}/{stack}.svg"), figure, model, stack)
+        (
+            PATHS.report(f"figures/{figure}/{model}/{circuit}/{stack}.svg"),
+            figure,
+            model,
+            circuit,
+            stack,
+        )
         for figure in STACK_FIGURES
         for model, plan in PLAN.models.items()
-        for stack in plan.stacks
+        for circuit, stack in plan.heads
     ]
 
 
@@ -281,18 +357,31 @@ def beside_outputs(job):
 
     Snakemake remembers with every output all inputs of its job, and here both would grow with the manifest.
     """
-    if job.rule.name != "report" or STORAGE:
+    if RECORDS["report"] not in job.output or STORAGE:
         return []
     figures = [file for file, *_ in stack_figures()]
-    return [PATHS.report(f"data/{model}.js") for model in PLAN.models] + figures
+    layers = [
+        f"{model}/{circuit}-{stack}-{layer}"
+        for model, plan in PLAN.models.items()
+        for (circuit, stack), heads in plan.heads.items()
+        if heads.all_pairs and heads.stack.heads * len(heads.stack.layers) > DRAWN
+        for layer in heads.stack.layers
+    ]
+    return [
+        PATHS.report(f"data/{name}.js") for name in [*PLAN.models, *layers]
+    ] + figures
 
 
 def reported_figures():
     """For `snakemake --report`: the figures of stacks that are there. No rule's output, so that they are the last rule's input."""
     found = []
-    for file, figure, model, stack in stack_figures():
+    for file, figure, model, circuit, stack in stack_figures():
         if Path(file).is_file():
-            labels = {"stack": stack, "picture": STACK_FIGURES[figure]}
+            labels = {
+                "circuit": circuit,
+                "stack": stack,
+                "picture": STACK_FIGURES[figure],
+            }
             caption = f"workflow/report/{figure}.rst"
             shown = report(
                 file,

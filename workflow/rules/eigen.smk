@@ -3,11 +3,15 @@ rule eigen:
     input:
         unpack(eigen_input),
     output:
-        table=PATHS.part("eigen", "{model}", "{stack}", "{layers}", ".parquet"),
-        directions=PATHS.part("eigen", "{model}", "{stack}", "{layers}", ".pt"),
+        table=PATHS.part(
+            "eigen", "{model}", "{stack}", "{circuit}", "{layers}", ".parquet"
+        ),
+        directions=PATHS.part(
+            "eigen", "{model}", "{stack}", "{circuit}", "{layers}", ".pt"
+        ),
         record=RECORDS["eigen"],
     log:
-        PATHS.log("eigen", "{model}", "{stack}", "{layers}"),
+        PATHS.log("eigen", "{model}", "{stack}", "{circuit}", "{layers}"),
     conda:
         ENVIRONMENT
     threads: 1
@@ -19,6 +23,6 @@ rule eigen:
         order=order_of("eigen"),
         layers=lambda wildcards: canonical(eigen_layers(wildcards)),
     message:
-        "Spectra of {wildcards.model}, stack {wildcards.stack}, {wildcards.layers}"
+        "Spectra of {wildcards.model}, stack {wildcards.stack}, circuit {wildcards.circuit}, {wildcards.layers}"
     script:
         "../scripts/eigen.py"

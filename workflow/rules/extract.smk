@@ -1,12 +1,14 @@
-# Checkpoint -> query and key weights of a group of layers.
+# Checkpoint -> the two factors of every head of a group of layers, for one circuit.
 rule extract:
     input:
         extract_input,
     output:
-        weights=PATHS.part("extract", "{model}", "{stack}", "{layers}", ".pt"),
+        weights=PATHS.part(
+            "extract", "{model}", "{stack}", "{circuit}", "{layers}", ".pt"
+        ),
         record=RECORDS["extract"],
     log:
-        PATHS.log("extract", "{model}", "{stack}", "{layers}"),
+        PATHS.log("extract", "{model}", "{stack}", "{circuit}", "{layers}"),
     conda:
         ENVIRONMENT
     threads: 1
@@ -18,6 +20,6 @@ rule extract:
         entry=locked_entry,
         layers=extract_layers,
     message:
-        "Extracting {wildcards.model}, stack {wildcards.stack}, {wildcards.layers}"
+        "Extracting {wildcards.model}, stack {wildcards.stack}, circuit {wildcards.circuit}, {wildcards.layers}"
     script:
         "../scripts/extract.py"

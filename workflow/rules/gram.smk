@@ -3,10 +3,10 @@ rule gram:
     input:
         unpack(gram_input),
     output:
-        table=PATHS.part("gram", "{model}", "{stack}", "{row}", ".parquet"),
+        table=PATHS.part("gram", "{model}", "{stack}", "{circuit}", "{row}", ".parquet"),
         record=RECORDS["gram"],
     log:
-        PATHS.log("gram", "{model}", "{stack}", "{row}"),
+        PATHS.log("gram", "{model}", "{stack}", "{circuit}", "{row}"),
     conda:
         ENVIRONMENT
     threads: 1
@@ -18,11 +18,11 @@ rule gram:
         order=order_of("gram"),
         tiles=lambda wildcards: canonical(
             {
-                "tiles": stack_of(wildcards).row(wildcards.row),
-                "all_pairs": stack_of(wildcards).all_pairs,
+                "tiles": heads_of(wildcards).row(wildcards.row),
+                "all_pairs": heads_of(wildcards).all_pairs,
             }
         ),
     message:
-        "Gram matrix of {wildcards.model}, stack {wildcards.stack}, {wildcards.row}"
+        "Gram matrix of {wildcards.model}, stack {wildcards.stack}, circuit {wildcards.circuit}, {wildcards.row}"
     script:
         "../scripts/gram.py"

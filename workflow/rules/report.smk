@@ -11,11 +11,15 @@ rule report:
             [
                 report(
                     directory(PATHS.report(f"figures/{figure}")),
-                    patterns=["{model}/{stack}.svg"],
+                    patterns=["{model}/{circuit}/{stack}.svg"],
                     caption=f"../report/{figure}.rst",
                     category="Models",
                     subcategory="{model}",
-                    labels={"stack": "{stack}", "picture": label},
+                    labels={
+                        "circuit": "{circuit}",
+                        "stack": "{stack}",
+                        "picture": label,
+                    },
                 )
                 for figure, label in STACK_FIGURES.items()
             ]

@@ -9,7 +9,10 @@ with running(snakemake) as (provenance, options):
     from headgram.stages.derive import Derived, Merged, derive
 
     tables = by_place(snakemake.input.shards)
-    shards = {stack: [tables[stack, "eigen", name] for name in names] for stack, names in json.loads(snakemake.params.shards)}
+    shards = {
+        (circuit, stack): [tables[stack, circuit, "eigen", name] for name in names]
+        for circuit, stack, names in json.loads(snakemake.params.shards)
+    }
     merged = Merged(*(Path(snakemake.input[name]) for name in ("heads", "gram", "pairs", "directions", "record")), shards=shards)
     derived = Derived(*(Path(snakemake.output[name]) for name in ("overlap", "neighbours", "layers", "models", "record")))
     derive(merged, derived, json.loads(snakemake.params.facts), options.export, provenance)

@@ -6,12 +6,14 @@ from pathlib import Path
 from headgram.run.job import by_place, running
 
 with running(snakemake) as (provenance, options):
-    from headgram.stages.merge import Atlas, StackParts, merge
+    from headgram.stages.merge import Atlas, Parts, merge
 
     tables = by_place(snakemake.input.tables)
     parts = {
-        stack: StackParts([tables[stack, "eigen", name] for name in shards], [tables[stack, "gram", name] for name in rows])
-        for stack, shards, rows in json.loads(snakemake.params.parts)
+        (circuit, stack): Parts(
+            [tables[stack, circuit, "eigen", name] for name in shards], [tables[stack, circuit, "gram", name] for name in rows]
+        )
+        for circuit, stack, shards, rows in json.loads(snakemake.params.parts)
     }
     record = Path(snakemake.output.record)
     atlas = Atlas(

@@ -1,6 +1,6 @@
 """Where a manifest's source lies: on this machine, or at the hub.
 
-A source is a hub id, a folder, a `.safetensors`, `.gguf` or `.bin` file, or `package:NAME/PATH`, a file or folder inside
+A source is a hub id, a folder, a `.safetensors`, `.gguf` or torch file, or `package:NAME/PATH`, a file or folder inside
 an installed Python package. A hub id is looked for in the local Hugging Face cache, then at the hub itself. No code of a
 package or a checkpoint runs, and no path leaves the folder that the source names.
 """
@@ -11,45 +11,33 @@ import hashlib
 import importlib.util
 import json
 import re
-from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from headgram.checkpoints.weight_files import (
+    ADAPTER_CONFIG,
+    CONFIG,
+    FORMATS,
+    PARAMS,
+    Weights,
+    choose_weights,
+    config_of,
+    described_by,
+    format_of,
+    leads_out,
+    weights_of_file,
+)
 from headgram.errors import HeadgramError
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _PACKAGE = re.compile(r"package:([A-Za-z_]\w*)/(.+)")
-_GGUF_SHARD = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.gguf")
-_FORMATS = {".safetensors": "safetensors", ".gguf": "gguf", ".bin": "bin"}
-#: What transformers calls the weights, in the order of preference: `NAME`, or shards that `NAME.index.json` lists.
-_USUAL_NAMES = ("model.safetensors", "pytorch_model.bin")
 #: An index of 250,000 tensors takes less; parsed, it takes some twenty times as much.
 LARGEST_JSON = 32 * 2**20
 #: Begins what stands for a file by the hub's own hash of it, instead of by its bytes.
 HUB_DIGEST = "hub:"
-_MOST_SHARDS = 10_000
 _SAMPLES = 64
 _SAMPLE_BYTES = 4096
-
-
-@dataclass(frozen=True)
-class Weights:
-    """Which of a checkpoint's files are its weights.
-
-    Attributes
-    ----------
-    files
-        Their names, in order; one format.
-    index
-        By tensor, the file that it is read from; None where there is no index.
-    passed_over
-        Other weight files beside them, which are not read.
-    """
-
-    files: tuple[str, ...]
-    index: Mapping[str, str] | None = None
-    passed_over: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -89,6 +77,18 @@ class Location:
         """The source in words, for messages."""
         return str(self.folder)
 
+    @property
+    def base(self) -> None:
+        """Only an adapter has one."""
+        return None
+
+    @property
+    def described_by(self) -> tuple[str, ...]:
+        """What the lock pins beside the weights."""
+        if self.format == "gguf":
+            return ()
+        return described_by(self.choice, {name for name in (CONFIG, PARAMS, ADAPTER_CONFIG) if (self.folder / name).exists()})
+
     def path(self, name: str) -> Path:
         """The path of a file of the source, refused if it leads outside."""
         return _inside(self.boundary, self.folder, name)
@@ -112,16 +112,18 @@ class Location:
                 state.update(file.read(_SAMPLE_BYTES))
         return state.hexdigest()
 
-    def config(self) -> dict[str, Any] | None:
-        """`config.json`, or None where there is none."""
-        if not (self.folder / "config.json").exists():
-            return None
-        return read_json(self.path("config.json"))
+    def config(self, name: str = CONFIG) -> dict[str, Any] | None:
+        """A JSON file of the source, or None where there is none; `params.json` in the words of `config.json` in its place."""
+        if (self.folder / name).exists():
+            return read_json(self.path(name))
+        if name == CONFIG and (self.folder / PARAMS).exists():
+            return config_of(read_json(self.path(PARAMS)))
+        return None
 
 
 def is_hub_id(source: str) -> bool:
     """Whether a source can only be a hub id: it looks like one, and neither it nor the folder that it would be in exists."""
-    looks_like_one = bool(_HUB_ID.fullmatch(source)) and PurePosixPath(source).suffix not in _FORMATS
+    looks_like_one = bool(_HUB_ID.fullmatch(source)) and PurePosixPath(source).suffix not in FORMATS
     return looks_like_one and not Path(source).parent.exists()
 
 
@@ -154,9 +156,8 @@ def locate_here(source: str, revision: str | None = None) -> Location:
         raise HeadgramError(f"there is no file or folder '{source}'{not_asked}")
     if path.is_dir():
         return Location(path, _weights_in(path, boundary), None, boundary)
-    if path.suffix not in _FORMATS:
-        raise HeadgramError(f"'{source}' is neither a folder nor a .safetensors, .gguf or .bin file")
-    return Location(path.parent, Weights(_gguf_shards(path.name)), None, boundary)
+    beside = {other.name for other in path.parent.iterdir()}
+    return Location(path.parent, weights_of_file(path.name, beside, source), None, boundary)
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -200,15 +201,11 @@ def parse_json(text: bytes) -> Any:
 def _inside(boundary: Path, folder: Path, name: str) -> Path:
     relative = PurePosixPath(name)
     path = folder / relative
-    if not _leads_out(relative) and not path.is_file():
+    if not leads_out(relative) and not path.is_file():
         raise HeadgramError(f"{folder} lacks the file '{name}'")
-    if _leads_out(relative) or not path.resolve().is_relative_to(boundary.resolve()):
+    if leads_out(relative) or not path.resolve().is_relative_to(boundary.resolve()):
         raise HeadgramError(f"the file name '{name}' leads out of {boundary}: a checkpoint may only name its own files")
     return path
-
-
-def _leads_out(relative: PurePosixPath) -> bool:
-    return relative.is_absolute() or ".." in relative.parts
 
 
 def _package_path(package: str, inner: str) -> tuple[Path, Path]:
@@ -220,7 +217,7 @@ def _package_path(package: str, inner: str) -> tuple[Path, Path]:
     root = Path(spec.origin).parent
     relative = PurePosixPath(inner)
     path = root / relative
-    if _leads_out(relative) or not path.resolve().is_relative_to(root.resolve()):
+    if leads_out(relative) or not path.resolve().is_relative_to(root.resolve()):
         raise HeadgramError(f"the path '{inner}' leads out of the package '{package}'")
     if not path.exists():
         raise HeadgramError(f"the package '{package}' holds no '{inner}'")
@@ -249,78 +246,3 @@ def _weights_in(folder: Path, boundary: Path) -> Weights:
     for name in choice.files:
         _inside(boundary, folder, name)
     return choice
-
-
-def choose_weights(names: Collection[str], read_index: Callable[[str], dict[str, Any]], where: str) -> Weights:
-    """The weight files among a checkpoint's files: safetensors or torch's own, with an index or alone, or GGUF.
-
-    Parameters
-    ----------
-    names
-        The files that are there.
-    read_index
-        Reads a JSON file among them.
-    where
-        The checkpoint in words, for messages.
-
-    Raises
-    ------
-    HeadgramError
-        If there are none, several to choose from, or a useless index.
-    """
-    safetensors, pickle = _USUAL_NAMES
-    found = (
-        _usual(names, safetensors, read_index, where)
-        or _only(names, ".safetensors", where)
-        or _only(names, ".gguf", where)
-        or _usual(names, pickle, read_index, where)
-    )
-    if found:
-        others = {name for name in names if "/" not in name and PurePosixPath(name).suffix in _FORMATS} - set(found.files)
-        return replace(found, passed_over=tuple(sorted(others)))
-    raise HeadgramError(f"{where} holds no .safetensors and no .gguf file, and no pytorch_model.bin")
-
-
-def _usual(names: Collection[str], whole: str, read_index: Callable[[str], dict[str, Any]], where: str) -> Weights | None:
-    if f"{whole}.index.json" in names:
-        return _shards(read_index(f"{whole}.index.json"), whole, where)
-    return Weights((whole,)) if whole in names else None
-
-
-def _only(names: Collection[str], suffix: str, where: str) -> Weights | None:
-    """The one model among the files with a suffix; a split GGUF model is one."""
-    found = sorted(name for name in names if name.endswith(suffix) and "/" not in name)
-    if len({_GGUF_SHARD.sub(r"\1", name) for name in found}) > 1:
-        raise HeadgramError(f"{where} holds several *{suffix} files: name the one that is meant")
-    return Weights(_gguf_shards(found[0])) if found else None
-
-
-def _shards(index: dict[str, Any], whole: str, where: str) -> Weights:
-    """The files that an index names. They may only be weight files of the same format."""
-    named = index.get("weight_map")
-    if not isinstance(named, dict) or not named or not all(isinstance(name, str) for name in named.values()):
-        raise HeadgramError(f"{where}: {whole}.index.json has no usable 'weight_map'")
-    files = tuple(sorted(set(named.values())))
-    if len(files) > _MOST_SHARDS:
-        raise HeadgramError(f"{where}: {whole}.index.json names {len(files)} files, which no real checkpoint's does")
-    for name in files:
-        if _leads_out(PurePosixPath(name)):
-            raise HeadgramError(f"the file name {name!r:.200} leads out of {where}: a checkpoint may only name its own files")
-        if not name.endswith(PurePosixPath(whole).suffix) or not name.isprintable():
-            raise HeadgramError(
-                f"{where}: {whole}.index.json names {name!r:.200}, which is no {PurePosixPath(whole).suffix} file"
-            )
-    return Weights(files, named)
-
-
-def _gguf_shards(name: str) -> tuple[str, ...]:
-    """A file, or all the parts of the split GGUF model that it is one of."""
-    shard = _GGUF_SHARD.fullmatch(name)
-    if shard and int(shard[3]):
-        return tuple(f"{shard[1]}-{i + 1:05d}-of-{shard[3]}.gguf" for i in range(min(int(shard[3]), _MOST_SHARDS)))
-    return (name,)
-
-
-def format_of(name: str) -> str:
-    """The format of a weight file, by its name."""
-    return _FORMATS[PurePosixPath(name).suffix]

@@ -22,18 +22,6 @@ def is_finite(tensor: Tensor) -> bool:
     return all(math.isfinite(low.item()) and math.isfinite(high.item()) for low, high in extremes)
 
 
-def check_floating(name: str, weights: Tensor) -> None:
-    """Refuse what is no floating-point tensor.
-
-    Raises
-    ------
-    HeadgramError
-        Says which weights.
-    """
-    if not weights.is_floating_point():
-        raise HeadgramError(f"The {name} weights are {weights.dtype}, not floating point.")
-
-
 def check_weights(name: str, weights: Tensor) -> None:
     """Refuse what is not a finite floating-point tensor.
 
@@ -42,6 +30,7 @@ def check_weights(name: str, weights: Tensor) -> None:
     HeadgramError
         Says which weights, and why.
     """
-    check_floating(name, weights)
+    if not weights.is_floating_point():
+        raise HeadgramError(f"The {name} weights are {weights.dtype}, not floating point.")
     if not is_finite(weights):
         raise HeadgramError(f"The {name} weights hold a NaN or an infinity.")

@@ -3,7 +3,7 @@
 If a form is turned by Haar-random rotations of both its sides, its cosine with another has mean 0 and deviation `1/d`. If a
 subspace of `k` dimensions is turned by one, `‖V_a V_b^T‖_F²` has mean `k²/d` and variance `2 k² (d-k)² / (d² (d-1) (d+2))`
 (second moments of the Haar measure: Collins & Śniady, "Integration with respect to the Haar measure", Comm. Math. Phys. 264,
-2006).
+2006). A form of two independent random factors has the symmetry `0.5 + 1/(2d)`, and deviates by `√2/(2d)`, whatever its rank.
 """
 
 from __future__ import annotations
@@ -28,10 +28,29 @@ class Null:
         quantile = torch.special.ndtri(torch.tensor((tries - 0.375) / (tries + 0.25), dtype=torch.float64))
         return self.mean + self.deviation * float(quantile)
 
+    def mean_of(self, count: int) -> Null:
+        """Of the mean of so many independent ones."""
+        return Null(self.mean, self.deviation / math.sqrt(count), self.two_sided)
+
 
 def cosine_null(width: int) -> Null:
     """Of the cosine of two forms `(d, d)`, and of one with the other's transpose."""
     return Null(0.0, 1 / width, two_sided=True)
+
+
+def part_cosine_null(width: int) -> Null:
+    """Of the cosine of two forms' symmetric, or antisymmetric, parts: half as many dimensions."""
+    return Null(0.0, math.sqrt(2) / width, two_sided=True)
+
+
+def symmetry_null(width: int) -> Null:
+    """Of the share of a form's energy in its symmetric part."""
+    return Null(0.5 + 0.5 / width, math.sqrt(0.5) / width, two_sided=True)
+
+
+def symmetry_score_null(width: int) -> Null:
+    """Of `2 symmetry - 1`."""
+    return Null(1 / width, math.sqrt(2) / width, two_sided=True)
 
 
 def overlap_null(kept: int, width: int) -> Null:

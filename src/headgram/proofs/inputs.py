@@ -28,7 +28,7 @@ def every_call(model: nn.Module) -> tuple[list[Call], list[str]]:
     def run(path: str, arguments: Iterator[dict[str, Any]]) -> None:
         for inputs in arguments:
             failed = True
-            with suppress(Exception), torch.no_grad(), Watch(model) as watch:
+            with suppress(Exception), torch.no_grad(), Watch(model, still=True) as watch:
                 model.get_submodule(path)(**inputs)
                 failed = False
             new = [call for call in watch.calls if call.module not in covered and (call.complete or not failed)]

@@ -21,13 +21,14 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 _PRODUCTS = (torch.matmul, torch.bmm, torch.baddbmm, Tensor.matmul, Tensor.__matmul__, Tensor.bmm, Tensor.baddbmm)
+_SOFTMAXES = (torch.softmax, nn.functional.softmax, Tensor.softmax)
 _GATES = (torch.sigmoid, Tensor.sigmoid, nn.functional.softplus)
 _SINES, _COSINES = (torch.sin, Tensor.sin), (torch.cos, Tensor.cos)
 #: What modules call the inputs of their queries, of their keys where it is not that of their queries, and of their values where
 #: it is not that of their keys.
-_QUERY_INPUTS = ("hidden_states", "hidden_state", "query", "query_states")
-_KEY_INPUTS = ("key_value_states", "encoder_hidden_states", "key", "key_states", "current_states")
-_VALUE_INPUTS = ("value", "value_states")
+_QUERY_INPUTS = ("hidden_states", "hidden_state", "query", "query_states", "query_tensor")
+_KEY_INPUTS = ("key_value_states", "encoder_hidden_states", "key", "key_states", "key_tensor", "current_states")
+_VALUE_INPUTS = ("value", "value_states", "value_tensor")
 
 
 @dataclass
@@ -62,8 +63,9 @@ class Reading:
 class Call:
     """One product of queries and keys, `(H, t, r)` and `(H, s, r)`, and the inputs `(t, d)` and `(s, d)` that they come from.
 
-    `reading` is what the module did next with the softmax of that product, if that was a matrix product. `between` has what lies
-    between values and outputs besides: a `gate`, a `norm`.
+    `reading` is what the module did next with the softmax of that product, if that was a matrix product, and `logits` what that
+    softmax was given. `outer` has what the modules around it were given, by their paths. `between` has what lies between values
+    and outputs besides: a `gate`, a `norm`.
     """
 
     module: str
@@ -73,6 +75,8 @@ class Call:
     y: Float[Tensor, "s hidden"]
     z: Float[Tensor, "s hidden"]  # what values come from: `y` but in few modules
     reading: Reading | None = None
+    logits: Float[Tensor, "heads t scores"] | None = None
+    outer: dict[str, Tensor] = field(default_factory=dict)
     between: set[str] = field(default_factory=set)
 
     @property
@@ -91,6 +95,11 @@ class Call:
         numbers = re.findall(r"\.(\d+)(?=\.|$)", self.module)
         return not numbers or str(layer) in numbers
 
+    @property
+    def block(self) -> str:
+        """The module's path up to that number: the block of layers that it is part of."""
+        return re.sub(r"(?<=\.)(\d+)\..*", r"\1", self.module)
+
 
 def scores_of(model: nn.Module, inputs: Mapping[str, Tensor]) -> list[Call]:
     """Run a model, and catch the products of every module that computes attention.
@@ -104,6 +113,10 @@ def scores_of(model: nn.Module, inputs: Mapping[str, Tensor]) -> list[Call]:
 
 def neutralise(model: nn.Module, attention: set[str]) -> None:
     """Take out of the model's attention modules what `g` leaves out: biases, and norms of queries and keys."""
+    for module in model.modules():
+        if "Sinusoidal" in type(module).__name__ and isinstance(weight := getattr(module, "weight", None), Tensor):
+            sines, cosines = weight.data.chunk(2, -1)  # a rotary encoding, if that is what it is for, is the identity
+            sines.zero_(), cosines.fill_(1)
     for path in attention:
         module = model.get_submodule(path)
         for name, weight in module.named_parameters():
@@ -150,8 +163,9 @@ class _Running:
 class Watch(TorchFunctionMode):
     """Catches, in every module of a model that runs, its first product of shape (tokens, tokens), and what follows it."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, still: bool = False) -> None:
         super().__init__()
+        self._still = still  # rotary encodings are the identity, wherever tokens sit
         self._unwritten: Call | None = None
         self.calls: list[Call] = []
         self._model = model
@@ -190,13 +204,15 @@ class Watch(TorchFunctionMode):
         if func is nn.functional.multi_head_attention_forward and self._running:
             return self._multi_head(*args, **(kwargs or {}))
         result = func(*args, **(kwargs or {}))
-        if func in _SINES + _COSINES:  # rotary encodings are the identity, wherever tokens sit
+        if self._still and func in _SINES + _COSINES:
             return torch.zeros_like(result) if func in _SINES else torch.ones_like(result)
-        if func is torch.polar:
+        if self._still and func is torch.polar:
             return torch.ones_like(result)
         if func in _GATES and self._unwritten is not None:
             self._unwritten.between.add("gate")
             result = torch.ones_like(result)
+        if func in _SOFTMAXES and self._running:
+            self._softmax(self._running[-1].call, args[0])
         if func in _PRODUCTS and self._running:
             query, key = (kwargs["batch1"], kwargs["batch2"]) if kwargs and "batch1" in kwargs else args[-2:]
             self._product(self._running[-1], query, key, result)
@@ -235,6 +251,10 @@ class Watch(TorchFunctionMode):
         self._writes(project, (made.transpose(0, 1),))
         return made @ output.t() + (0 if bias is None else bias), None
 
+    def _softmax(self, call: Call | None, given: Tensor) -> None:
+        if call is not None and call.logits is None and given.shape[-2] == len(call.x):
+            call.logits = given.double().reshape(-1, *given.shape[-2:])
+
     def _product(self, running: _Running, left: Tensor, right: Tensor, product: Tensor) -> None:
         x, y, z = running.x, running.y, running.z
         if x is None or y is None or z is None or x.dim() < 2 or y.dim() < 2:
@@ -250,6 +270,7 @@ class Watch(TorchFunctionMode):
                 _rows(x, scores[0]),
                 _rows(y, scores[1]),
                 _rows(z, scores[1]),
+                outer={run.module: run.x.clone() for run in self._running[:-1] if run.x is not None},
             )
             self.calls.append(running.call)
             self._unwritten = running.call

@@ -30,10 +30,13 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from headgram.checkpoints.checkpoint import Checkpoint, Stack, open_checkpoint
+from headgram.checkpoints.checkpoint import Checkpoint, open_checkpoint
+from headgram.checkpoints.stack import Stack
 from headgram.errors import HeadgramError
+from headgram.families.around import AROUND
 from headgram.families.layouts import ROLES
 from headgram.families.registry import Family, adopting, families, family_of
+from headgram.proofs.around import Matched, around_residuals, forms_of, relative, without_epsilon
 from headgram.proofs.inputs import attention_only, every_call
 from headgram.proofs.probe import Call, neutralise, scores_of
 from headgram.proofs.shrink import SHAPES, model_classes, tiny_data, tiny_model
@@ -125,6 +128,7 @@ def prove(model_type: str, flags: Mapping[str, bool] = NO_FLAGS) -> Proof:
     family = family_of(model_type)
     found: list[Stack] = []
     scores = writes = 0.0
+    around: dict[str, float] = {}
     problem = None
     try:
         with quiet():
@@ -135,6 +139,8 @@ def prove(model_type: str, flags: Mapping[str, bool] = NO_FLAGS) -> Proof:
                     found += checkpoint.stacks
                     residuals = _residuals(model, checkpoint, entry)
                     scores, writes = max(scores, residuals[0]), max(writes, residuals[1])
+                    for role, residual in residuals[2].items():
+                        around[role] = max(around.get(role, 0.0), residual)
     except Exception as error:  # whatever transformers raises, the other types should still be proven
         problem = str(error) if isinstance(error, HeadgramError) else f"{type(error).__name__}: {error}"
     if problem is None and not found:
@@ -143,15 +149,18 @@ def prove(model_type: str, flags: Mapping[str, bool] = NO_FLAGS) -> Proof:
         problem = f"the scores differ by {scores:.1e} of the largest"
     if problem is None and not writes <= TOLERANCE:
         problem = f"what the heads write differs by {writes:.1e} of the largest"
+    if problem is None and around and not max(around.values()) <= TOLERANCE:
+        worst = max(around, key=lambda role: around[role])
+        problem = f"what follows from the role '{worst}' differs by {around[worst]:.1e} of the largest"
     return Proof(
         model_type,
         family.name,
         layouts=_each(stack._layout for stack in found),
         stacks=_each(stack.name for stack in found),
         shapes=_each(f"{stack.heads}/{stack.kv_heads}×{stack.rank}" for stack in found),
-        roles=tuple(role for role in ROLES if found and all(role in stack.roles for stack in found)),
+        roles=tuple(role for role in ROLES + AROUND if found and not any(role in stack.missing for stack in found)),
         missing=_each(f"{role} of {stack.name}: {why}" for stack in found for role, why in stack.missing.items()),
-        residual=max(scores, writes),
+        residual=max(scores, writes, *around.values()),
         problem=problem,
     )
 
@@ -262,12 +271,13 @@ def _walked_models(model_type: str) -> Iterator[tuple[nn.Module, dict[str, Any]]
     base, *others = model_classes(model_type)
     for model_class, number in [*((base, number) for number in range(len(SHAPES))), *((other, 0) for other in others)]:
         try:
-            model = tiny_model(model_type, model_class, number)
+            model: Any = tiny_model(model_type, model_class, number)
         except Exception:
             if model_class is base:
                 raise
             continue  # some classes need what a tiny configuration does not say
-        yield model, entry
+        if model_class is base or model.config.model_type == model_type:  # some classes are saved as one of their towers
+            yield model, entry
 
 
 def _tiny(model_type: str, shape: Mapping[str, Any], entry: Mapping[str, Any]) -> dict[str, Any]:
@@ -276,7 +286,8 @@ def _tiny(model_type: str, shape: Mapping[str, Any], entry: Mapping[str, Any]) -
 
     own = entry.get("config", {})
     cls = CONFIG_MAPPING[model_type]
-    small = {**tiny_data()["common"], **shape}
+    kinds = tiny_data()["two_kinds"]
+    small = {**tiny_data()["common"], **shape, **(kinds["config"] if model_type in kinds["types"] else {})}
     sections = {
         name: {**(small if "text" in name else tiny_data()["vision"]), **own.get(name, {})}
         for name in getattr(cls, "sub_configs", {})
@@ -294,8 +305,8 @@ def _saved(model: Any) -> Iterator[Path]:
         yield Path(folder)
 
 
-def _residuals(model: nn.Module, checkpoint: Checkpoint, entry: Mapping[str, Any]) -> tuple[float, float]:
-    """The largest relative difference of any score, and of what any head writes, over all layers of all stacks.
+def _residuals(model: nn.Module, checkpoint: Checkpoint, entry: Mapping[str, Any]) -> tuple[float, float, dict[str, float]]:
+    """The largest relative difference of any score, of what any head writes, and of what follows from every other role.
 
     Raises
     ------
@@ -304,12 +315,15 @@ def _residuals(model: nn.Module, checkpoint: Checkpoint, entry: Mapping[str, Any
         that no remark tells.
     """
     model.double()
-    calls = _calls(model, entry)
-    neutralise(model, {call.module for call in calls})
+    without_epsilon(model)
+    free = {call.module: call for call in _calls(model, entry, placed=True)}
+    neutralise(model, set(free))
     calls = [call for call in _calls(model, entry) if call.layer not in entry.get("left_out", [])]
     claimed: set[str] = set()
     scores = writes = 0.0
+    others: dict[str, float] = {}
     for stack in checkpoint.stacks:
+        matched = []
         for layer in stack.layers:
             weights = {role: weight.double() for role, weight in checkpoint.factors(stack.name, layer).items()}
             w_q, w_k = weights["query"], weights["key"]
@@ -324,13 +338,18 @@ def _residuals(model: nn.Module, checkpoint: Checkpoint, entry: Mapping[str, Any
             scores = max(scores, *(_difference(call, w_q * scale, w_k, entry.get("walked", False)) for call in ours))
             if {"value", "output"} <= weights.keys():
                 writes = max(writes, *(_written(call, stack, weights["value"], weights["output"]) for call in ours))
+            matched.append(Matched(stack, checkpoint.around(stack.name, layer), w_q, w_k, free.get(best, ours[0]), ours[0]))
+        for role, residual in around_residuals(matched).items():
+            others[role] = max(others.get(role, 0.0), residual)
     if unclaimed := sorted({call.module for call in calls} - claimed):
         raise HeadgramError(f"the model's attention at {unclaimed[0]} belongs to no stack")
-    return scores, writes
+    return scores, writes, others
 
 
-def _calls(model: nn.Module, entry: Mapping[str, Any]) -> list[Call]:
+def _calls(model: nn.Module, entry: Mapping[str, Any], placed: bool = False) -> list[Call]:
     """What attention computes in a model: all of it if the walk has written the type's data, else what one forward runs.
+
+    Tokens are all at one position, unless they are `placed`.
 
     Raises
     ------
@@ -338,7 +357,8 @@ def _calls(model: nn.Module, entry: Mapping[str, Any]) -> list[Call]:
         If a module that looks like attention cannot be run.
     """
     if not entry.get("walked", False):
-        return scores_of(model, _inputs(model, entry))
+        inputs = _inputs(model, entry)
+        return scores_of(model, {name: x for name, x in inputs.items() if not placed or name != "position_ids"})
     calls, idle = every_call(model)
     if idle:
         raise HeadgramError(f"the model's attention at {idle[0]} could not be run")
@@ -353,14 +373,12 @@ def _difference(
     call: Call, w_q: Float[Tensor, "heads rank hidden"], w_k: Float[Tensor, "kv_heads rank hidden"], scaled: bool = False
 ) -> float:
     """How far the model's scores are from `x_s^T g x_t`, or from one multiple of all of them, relative to the largest of them."""
-    group = len(w_q) // len(w_k)
     if call.y.shape[-1] != w_k.shape[-1]:
         return math.inf
-    ours = (call.x @ w_q.transpose(1, 2)) @ (call.y @ w_k.repeat_interleave(group, 0).transpose(1, 2)).transpose(1, 2)
-    theirs = call.query @ call.key.transpose(1, 2)
+    ours, theirs = forms_of(call, w_q, w_k), call.query @ call.key.transpose(1, 2)
     if scaled and ours.shape == theirs.shape:
         ours = ours * ((ours * theirs).sum() / (ours * ours).sum()).clamp(min=0)
-    return _relative(ours, theirs)
+    return relative(ours, theirs)
 
 
 def _written(
@@ -379,15 +397,10 @@ def _written(
         return math.inf
     side_by_side = reading.heads.transpose(0, 1).flatten(1)
     return max(
-        _relative(value, reading.value),
-        _relative(reading.given, side_by_side),
-        _relative(reading.weights @ value @ w_o, reading.written(reading.heads)),
+        relative(value, reading.value),
+        relative(reading.given, side_by_side),
+        relative(reading.weights @ value @ w_o, reading.written(reading.heads)),
     )
-
-
-def _relative(ours: Tensor, theirs: Tensor) -> float:
-    difference = float((ours - theirs).abs().max() / theirs.abs().max()) if ours.shape == theirs.shape else math.inf
-    return difference if math.isfinite(difference) else math.inf
 
 
 def _inputs(model: Any, entry: Mapping[str, Any]) -> dict[str, Tensor]:

@@ -116,6 +116,8 @@ def _small(config_class: Any, shape: Mapping[str, int], way: Way, other: bool) -
             values[field.name] = _SPEECH[field.name]
         if default is None and field.name in _NEVER_NONE:
             values[field.name] = _NEVER_NONE[field.name]
+        if default is None and field.name == "head_dim" and not way.own_rank:
+            values[field.name] = sizes["rank"]
         if isinstance(default, bool) or not isinstance(default, int):
             continue
         rule = next((rule for pattern, rule in _RULES if re.fullmatch(pattern, field.name)), "keep")

@@ -1,4 +1,3 @@
-"use strict";
 // The page: what is chosen (the state, kept in the address), the models' arrays, and pictures that follow from both.
 
 const element = (id) => document.getElementById(id);
@@ -46,7 +45,7 @@ function loadBeside(name) {
   return new Promise((resolve, reject) => {
     awaited.set(name, resolve);
     const script = document.createElement("script");
-    script.src = `data/${encodeURIComponent(name)}.js`;
+    script.src = `data/${name.split("/").map(encodeURIComponent).join("/")}.js`;
     script.onerror = () => reject(new Error(`The data of ${name} are not there: they lie beside this page, in data/${name}.js.`));
     document.head.append(script);
   });
@@ -54,7 +53,7 @@ function loadBeside(name) {
 
 // ---- The state ---------------------------------------------------------------------------------------------------------
 
-const SELECTS = ["side", "measure", "scale", "depth"]; // whose options do not depend on the model
+const SELECTS = ["side", "measure", "scale", "depth", "pairs", "order"]; // whose options do not depend on the model
 const COMPARED = 8; // as many models as there are colours
 const state = {};
 let index; // columns, models, stacks; the quartiles of all models
@@ -78,6 +77,9 @@ function choose(wish) {
   for (const id of SELECTS) {
     state[id] = among([...element(id).options].map((option) => option.value), state[id]);
   }
+  const known = (layer, head = 0) => stack.layer_indices.includes(Number(layer)) && Number(head) < stack.heads;
+  state.zoom = /^\d+-\d+$/.test(state.zoom) && state.zoom.split("-").every((layer) => known(layer)) ? state.zoom : "";
+  state.other = /^\d+\.\d+$/.test(state.other) && known(...state.other.split(".")) ? state.other : "";
   state.with = (state.with ?? names.slice(0, 4)).filter((name) => names.includes(name));
   state.with = state.with.slice(0, COMPARED - (state.with.includes(state.model) ? 0 : 1));
 }
@@ -88,11 +90,14 @@ function readAddress() {
   return wish;
 }
 
+let replaces = true; // whether the next address takes the place of this one in the browser's history, or follows it
+
 function writeAddress() {
   const { with: others, ...rest } = state;
   const address = new URLSearchParams(Object.entries(rest).filter(([, value]) => value !== undefined));
   address.set("with", others.join(","));
-  history.replaceState(null, "", `#${address}`);
+  if (`#${address}` !== location.hash) history[replaces ? "replaceState" : "pushState"](null, "", `#${address}`);
+  replaces = false;
 }
 
 // ---- Themes ------------------------------------------------------------------------------------------------------------
@@ -111,7 +116,8 @@ const THEMES = {
   },
 };
 const prefersDark = matchMedia("(prefers-color-scheme: dark)");
-const themeName = () => (state.theme in THEMES ? state.theme : prefersDark.matches ? "dark" : "light");
+const prints = matchMedia("print"); // on white, whatever the screen shows
+const themeName = () => (prints.matches ? "light" : state.theme in THEMES ? state.theme : prefersDark.matches ? "dark" : "light");
 const theme = () => THEMES[themeName()];
 
 function vegaConfig() {
@@ -248,20 +254,50 @@ class StackData {
 
 // ---- Colours of heatmaps -----------------------------------------------------------------------------------------------
 
-function setColours(spec, { type = "linear", domain, range }) {
+/** `marks` are the values that the bar names, and what it calls them. */
+function setColours(spec, { type = "linear", domain, range, marks }) {
   const scale = spec.scales.find((each) => each.name === "color");
   Object.assign(scale, { type, domain, range: { scheme: range } });
   delete scale.interpolate;
   const largest = Math.max(...domain.map(Math.abs));
   spec.legends[0].format = largest >= 1e3 ? "~s" : largest < 1e-3 ? "~e" : "~g";
+  if (!marks) return;
+  const [values, names] = [marks.map(([value]) => value), marks.map(([value, name]) => name ?? show(Number(value.toPrecision(2))))];
+  const text = { signal: `${JSON.stringify(names)}[indexof(${JSON.stringify(values)}, datum.value)]` };
+  Object.assign(spec.legends[0], { values, encode: { labels: { update: { text } } } });
+}
+
+const chanceOf = (name) => currentStack().chance[name];
+
+/** Colours of what may lie on either side of a centre: they reach so far that what chance gives is pale, and the bar marks it. */
+function around(centre, largest, best = 0) {
+  const reach = Math.max(largest, index.pale * best) || 1;
+  const chance = best > reach / 5 ? [[centre - best, "chance"], [centre + best, "chance"]] : [[centre, best ? "chance" : undefined]];
+  return { domain: [centre - reach, centre + reach], range: theme().diverging, marks: [[centre - reach], ...chance, [centre + reach]] };
+}
+
+/** The same for what is 0 at least. */
+function above({ mean }, largest, best) {
+  const reach = Math.max(largest, Math.min(1, index.pale * (mean + best))) || 1;
+  const between = reach > 4 * mean ? [[reach / 2]] : [];
+  return { domain: [0, reach], range: "viridis", marks: [[mean, "chance"], ...between, [reach]] };
+}
+
+/** A value against chance, in words. */
+function againstChance(name, value, ofMean = false) {
+  const { mean, deviation } = chanceOf(name) ?? {};
+  if (!deviation) return [];
+  if (["right", "left", "signed"].includes(name)) return [`${show(Number((value / mean).toPrecision(3)))} × chance`];
+  const unit = ofMean ? deviation / Math.sqrt(currentStack().heads) : deviation;
+  return [`${show(Number(((value - mean) / unit).toPrecision(2)))} deviations from chance`];
 }
 
 function columnColours(data) {
   const { name, centre } = index.columns.find((column) => column.name === state.column);
   const values = data.column(name);
   if (centre !== null) {
-    const reach = quantile(values.map((value) => Math.abs(value - centre)), 0.99) || 1;
-    return { domain: [centre - reach, centre + reach], range: theme().diverging };
+    const middle = chanceOf(name)?.mean ?? centre;
+    return around(middle, quantile(values.map((value) => Math.abs(value - middle)), 0.99), chanceOf(name)?.best);
   }
   const [low, high] = [quantile(values, 0), quantile(values, 1)];
   if (spansDecades(low, high)) return { type: "log", domain: [low, high], range: "viridis" };
@@ -284,19 +320,45 @@ function columnColours(data) {
 class Picture {
   constructor(id, spec, parts) {
     Object.assign(this, { id, spec, place: element(id), kindDrawn: null, drawn: {} }, parts);
-    this.place.setAttribute("role", "application");
-    this.place.setAttribute("aria-roledescription", "picture");
     this.place.addEventListener("keydown", (event) => move(event, id));
-    const save = Object.assign(document.createElement("button"), { type: "button", className: "save", textContent: "SVG" });
-    save.setAttribute("aria-label", `Save the picture ${id} as SVG`);
-    save.addEventListener("click", () => this.save());
-    this.place.after(save);
+    this.place.addEventListener("click", (event) => this.choose(event));
+    this.place.addEventListener("pointermove", (event) => event.pointerType !== "touch" && this.point(event));
+    this.place.addEventListener("pointerleave", (event) => event.pointerType !== "touch" && showTip(null, null));
+    this.place.after(saveButtons(this));
+  }
+
+  /** A row's tip beside the pointer. */
+  point(event) {
+    const row = this.view && rowAt(this.view, this.place, event);
+    this.place.style.cursor = row ? "pointer" : "";
+    showTip(event, row && this.tip(row));
+    return row;
+  }
+
+  /** A click or a tap. */
+  choose(event) {
+    const row = this.point(event);
+    if (row) this.pick(row);
+  }
+
+  /** All rows that it draws, without what is only a frame. */
+  rows() {
+    const rows = Object.values(this.sets(this.data)).flatMap(([, make]) => make());
+    return rows.filter((row) => row.value !== undefined || row.median !== undefined);
   }
 
   async draw(data) {
+    this.data = data;
+    await this.update(data);
+    // Vega names the place anew whenever it makes a view.
+    for (const [name, value] of Object.entries({ role: "application", "aria-roledescription": "picture", "aria-label": this.label(data) })) {
+      this.place.setAttribute(name, value);
+    }
+  }
+
+  async update(data) {
     const kind = JSON.stringify([themeName(), this.kind?.(data)]);
     const sets = Object.entries(this.sets(data)).map(([name, [dependencies, rows]]) => [name, JSON.stringify(dependencies), rows]);
-    this.place.setAttribute("aria-label", this.label(data));
     if (kind !== this.kindDrawn) return this.make(kind, sets, data);
     const changed = sets.filter(([name, key]) => this.drawn[name] !== key);
     for (const [name, key, rows] of changed) {
@@ -315,18 +377,9 @@ class Picture {
     this.embedded = await vegaEmbed(this.place, spec, {
       mode: "vega", renderer: "canvas", config: vegaConfig(), actions: false, defaultStyle: false,
       logLevel: 1, // errors: that a layer with one head has no others is no warning
-      tooltip: (_, event, item, row) => showTip(event, row && this.tip(row)),
     });
     this.view = this.embedded.view;
-    this.view.addEventListener("click", (_, item) => item?.datum && this.pick(item.datum));
     Object.assign(this, { kindDrawn: kind, drawn: Object.fromEntries(sets.map(([name, key]) => [name, key])) });
-  }
-
-  async save() {
-    const link = document.createElement("a");
-    link.href = await this.view.toImageURL("svg");
-    link.download = `${state.model}-${state.stack}-${this.id}.svg`;
-    link.click();
   }
 }
 
@@ -347,7 +400,8 @@ const strip = {
     chosen: [inHead(), () => [{ layer: state.layer, head: state.head }]],
   }),
   label: () => `All heads of ${state.model}, layer by head, coloured by ${columnOf(state.column).label}`,
-  tip: (row) => [`Layer ${row.layer}, head ${row.head}`, `${columnOf(state.column).label}: ${show(row.value)}`],
+  tip: (row) => [`Layer ${row.layer}, head ${row.head}`, `${columnOf(state.column).label}: ${show(row.value)}`,
+    ...againstChance(state.column, row.value)],
   pick: (row) => row.head !== undefined && set({ layer: row.layer, head: row.head }),
 };
 
@@ -356,8 +410,9 @@ function square(control, mean) {
   return {
     kind: () => [inStack(), kind()],
     adapt: (spec, data) => {
-      const reach = data.reach(kind(), mean);
-      setColours(spec, control === "form" ? { domain: [-reach, reach], range: theme().diverging } : { domain: [0, reach], range: "viridis" });
+      const chance = chanceOf(kind());
+      const [reach, best] = [data.reach(kind(), mean), mean ? chance.best_mean : chance.best];
+      setColours(spec, control === "form" ? around(0, reach, best) : above(chance, reach, best));
     },
     sets: (data) => ({
       cells: [[mean ? inStack() : [...inStack(), state.head], kind()], () => data.square(kind(), mean ? undefined : state.head)],
@@ -367,6 +422,7 @@ function square(control, mean) {
     tip: (row) => [
       `Layers ${row.layer_a} and ${row.layer_b}`,
       `${mean ? "mean over heads" : `head ${state.head}`}: ${show(row.value)}`,
+      ...againstChance(kind(), row.value, mean),
     ],
     pick: (row) => row.layer_a !== undefined && set({ layer: row.layer_a }),
   };
@@ -393,6 +449,21 @@ function lines(part, name) {
 }
 
 /** The chosen model and those it is compared with, in the manifest's order. */
+const DASHES = [[1, 0], [6, 3], [2, 2], [8, 3, 2, 3]];
+
+/** A model's colour and dash follow from its place in the manifest, whatever is chosen beside it. */
+function looks(model) {
+  const place = Object.keys(index.models).indexOf(model);
+  const { series } = theme();
+  return { colour: series[place % series.length], dash: DASHES[Math.floor(place / series.length) % DASHES.length] };
+}
+
+/** Of a compared model: the stack that is drawn, the chosen one where it has that, else its first; and what it is called. */
+function seriesOf(model) {
+  const stack = state.stack in index.models[model] ? state.stack : Object.keys(index.models[model])[0];
+  return { stack, series: Object.keys(index.models[model]).length > 1 ? `${model}, ${stack}` : model };
+}
+
 const compared = () => Object.keys(index.models).filter((name) => name === state.model || state.with.includes(name));
 
 function depthOf(stack, position) {
@@ -400,15 +471,13 @@ function depthOf(stack, position) {
   return state.depth === "layer" ? stack.layer_indices[position] : count > 1 ? position / (count - 1) : 0;
 }
 
-/** Of every compared model one stack: the chosen one where it has that, else its first. */
 function profileRows() {
   return compared().flatMap((model) => {
-    const name = state.stack in index.models[model] ? state.stack : Object.keys(index.models[model])[0];
+    const { stack: name, series } = seriesOf(model);
     const stack = index.models[model][name];
     const { shape: [, columns, layers], data: values } = quartiles[`${model}/${name}`];
     const column = index.columns.findIndex((each) => each.name === state.column);
     const [q25, median, q75] = [0, 1, 2].map((part) => (part * columns + column) * layers);
-    const series = Object.keys(index.models[model]).length > 1 ? `${model}, ${name}` : model;
     return stack.layer_indices.map((layer, i) => ({
       series, model, layer, x: depthOf(stack, i), q25: values[q25 + i], median: values[median + i], q75: values[q75 + i],
     }));
@@ -422,12 +491,21 @@ const profileIsWide = () => {
 };
 
 const profile = {
-  kind: () => [state.depth, profileIsWide()],
+  kind: () => [state.depth, profileIsWide(), compared(), state.stack, element("profile").clientWidth],
   adapt: (spec) => {
+    const names = compared().map((model) => seriesOf(model).series);
+    const longest = Math.max(...names.map((name) => name.length));
+    const width = element("profile").clientWidth;
+    for (const [scale, look] of [["color", "colour"], ["strokeDash", "dash"]]) {
+      Object.assign(spec.scales.find((each) => each.name === scale), { domain: names, range: compared().map((model) => looks(model)[look]) });
+    }
+    for (const legend of spec.legends) {
+      Object.assign(legend, { strokeDash: "strokeDash", columns: Math.max(1, Math.floor(width / (7 * longest + 40))), labelLimit: width - 50 });
+    }
     if (profileIsWide()) Object.assign(spec.scales.find((each) => each.name === "y"), { type: "log", nice: false, zero: false });
     spec.axes.filter((axis) => axis.title === "depth").forEach((axis) => {
       axis.title = state.depth === "layer" ? "layer" : "relative depth";
-      if (state.depth === "layer") Object.assign(axis, { tickMinStep: 1, format: "d" });
+      if (state.depth === "layer") Object.assign(axis, { tickMinStep: 1, format: "d", labelSeparation: 6 });
     });
   },
   sets: (data) => ({
@@ -453,6 +531,7 @@ function makePictures() {
     new Picture("singular", "spectrum", lines("singular", "Singular values")),
     new Picture("eigenvalues", "spectrum", lines("eigenvalues", "Signed eigenvalues")),
     new Picture("profile", "profile", profile),
+    new Matrix("matrix"),
   ];
 }
 
@@ -473,6 +552,7 @@ function move(event, id) {
   const [what, step] = steps[event.key] ?? [];
   if (!what || event.altKey || event.ctrlKey || event.metaKey) return;
   event.preventDefault();
+  replaces = event.repeat; // a key that is held is one step back
   const stack = currentStack();
   if (what === "layer" || id === "profile") {
     const position = stack.layer_indices.indexOf(state.layer) + step;
@@ -494,10 +574,15 @@ function fill(id, entries) {
   select.value = state[id];
 }
 
+/** Whether a model's name holds every word of the filter. */
+const isWanted = (name) => element("filter").value.toLowerCase().split(/\s+/).every((word) => name.toLowerCase().includes(word));
+
 function drawControls() {
   const stack = currentStack();
   const numbers = (count) => [...Array(count).keys()].map((i) => [i, i]);
-  fill("model", Object.keys(index.models).map((name) => [name, name]));
+  const names = Object.keys(index.models);
+  element("filter").hidden = names.length <= COMPARED;
+  fill("model", names.filter((name) => name === state.model || isWanted(name)).map((name) => [name, name]));
   fill("stack", Object.keys(index.models[state.model]).map((name) => [name, name]));
   fill("layer", stack.layer_indices.map((layer) => [layer, layer]));
   fill("head", numbers(stack.heads));
@@ -526,9 +611,17 @@ function drawCompared() {
   for (const box of place.querySelectorAll("input")) {
     box.checked = box.value === state.model || state.with.includes(box.value);
     box.disabled = box.value === state.model || (full && !box.checked);
+    box.parentElement.hidden = !box.checked && !isWanted(box.value);
   }
   place.querySelector("legend").textContent = `Models in this picture${names.length > COMPARED ? `, at most ${COMPARED}` : ""}`;
   element("compare").querySelector("summary").textContent = `Models: ${compared().length}`;
+}
+
+/** Where the chosen model is from, when it was measured, and by what. */
+function originText() {
+  const { source, revision, commit, measured, version } = index.origins[state.model] ?? {};
+  return [source && `source ${source}`, revision && `revision ${revision}`, commit && commit !== revision && `commit ${commit.slice(0, 12)}`,
+    `${measured ? `measured ${measured} by ` : ""}headgram ${version ?? index.version}`].filter(Boolean).join(" · ");
 }
 
 function drawText(data) {
@@ -537,23 +630,26 @@ function drawText(data) {
   const facts = [meta.architecture, `${data.layers.length} layers × ${meta.heads} heads`, meta.kv_heads === meta.heads ? null : `${meta.kv_heads} key heads`,
     `rank ${meta.rank}`, `width ${meta.hidden}`, meta.stored_dtype];
   element("facts").textContent = facts.filter((fact) => fact !== null && fact !== undefined).join(" · ");
+  element("origin").textContent = originText();
   element("strip-subject").textContent = `by ${column.label.toLowerCase()}`;
   const { type } = columnColours(data);
   element("strip-note").textContent = `${column.label}${column.meaning && ": "}${column.meaning}. ${type === "log"
-    ? "Colours on a logarithmic scale." : "Colours are clipped at the outermost hundredth of heads."}`;
+    ? "Colours on a logarithmic scale." : "Colours are clipped at the outermost hundredth of heads."}${chanceOf(column.name)
+    ? ` By chance: ${show(chanceOf(column.name).mean)} ± ${show(chanceOf(column.name).deviation)}.` : ""}`;
   const head = `Head ${state.head} of every layer`;
   element("form-head-caption").textContent = head;
   element("side-head-caption").textContent = head;
-  const ofParts = ["symmetric", "antisymmetric"].includes(state.form); // half as many dimensions as d²
-  element("form-note").textContent = `The frame is layer ${state.layer}. Random forms: about ±${ofParts ? "√2" : "1"}/d = ±${show((ofParts ? Math.SQRT2 : 1) / meta.hidden)}. Colours are clipped at the outermost pairs.`;
-  element("side-note").textContent = `‖V_a V_bᵀ‖² / k: 1 for equal spans, k/d = ${show(meta.expected)} for random ones. Colours are clipped at the outermost pairs.`;
+  const forms = chanceOf(state.form);
+  element("form-note").textContent = `The frame is layer ${state.layer}. By chance 0 ± ${show(forms.deviation)}, in the mean over heads ± ${show(forms.deviation / Math.sqrt(meta.heads))}; the best of all by chance is marked on the bar.`;
+  const sides = chanceOf(state.side);
+  element("side-note").textContent = `‖V_a V_bᵀ‖² / k: 1 for equal spans, by chance k/d = ${show(sides.mean)} ± ${show(sides.deviation)}.`;
   element("neighbours-note").textContent = `Among all other heads, of this layer too: ${{
     cosine: "cosine of the two forms; at −1 one is the other's negative.",
     transposed: "cosine of this form with the other's transpose: near 1, what one looks for with queries the other looks for with keys.",
     right: `overlap of the spans of the top ${meta.directions} right (query side) directions.`,
     left: `overlap of the spans of the top ${meta.directions} left (key side) directions.`,
     signed: `overlap of the spans of the top ${meta.directions} directions of the symmetric parts.`,
-  }[state.measure]} ${["cosine", "transposed"].includes(state.measure) ? `By chance: 0 ± ${show(1 / meta.hidden)}.` : `By chance: ${show(meta.expected)}.`}`;
+  }[state.measure]} By chance: ${show(chanceOf(state.measure).mean)} ± ${show(chanceOf(state.measure).deviation)}.`;
   element("spectrum-subject").textContent = `of head ${state.head} in layer ${state.layer}`;
   element("profile-subject").textContent = column.label;
   element("chosen-title").textContent = `Layer ${state.layer}, head ${state.head}`;
@@ -662,11 +758,12 @@ async function start() {
   for (const id of ["model", "stack", "layer", "head", "column", "form", ...SELECTS]) {
     element(id).addEventListener("change", (event) => set({ [id]: event.target.value }));
   }
+  element("filter").addEventListener("input", drawControls);
   element("theme").addEventListener("click", () => set({ theme: themeName() === "dark" ? "light" : "dark" }));
   element("compare").addEventListener("keydown", (event) => { if (event.key === "Escape") element("compare").open = false; });
   document.addEventListener("click", (event) => { if (!element("compare").contains(event.target)) element("compare").open = false; });
-  prefersDark.addEventListener("change", draw);
-  addEventListener("hashchange", () => set(readAddress()));
+  for (const medium of [prefersDark, prints]) medium.addEventListener("change", draw);
+  addEventListener("hashchange", () => { replaces = true; return set(readAddress()); });
   addEventListener("scroll", () => showTip(null, null), { passive: true });
   return set(readAddress());
 }
@@ -678,6 +775,10 @@ globalThis.headgram = {
   set,
   settled: async () => { while (drawing) await drawing; },
   rows: (id, set) => pictures.find((picture) => picture.id === id).view.data(set),
+  matrix: () => {
+    const { rows, columns, value } = pictures.find((picture) => picture.id === "matrix").shown;
+    return { rows, columns, values: rows.map((_, i) => columns.map((_, j) => value(i, j))) };
+  },
   view: (id) => pictures.find((picture) => picture.id === id).view,
 };
 

@@ -9,6 +9,7 @@ import numpy as np
 
 from headgram.report import pictures
 from headgram.report.arrays import StackArrays, StackSummary
+from headgram.report.chance import PALE, nulls
 from headgram.report.columns import columns
 from headgram.report.names import PROFILE_FIGURES, STACK_FIGURES
 from headgram.results.tables import SIDES
@@ -18,8 +19,9 @@ COMPARED = 8
 
 
 def stack_figures(model: str, name: str, stack: StackArrays) -> dict[str, str]:
-    """Figures of one stack of a model in SVG, by the names of `STACK_FIGURES`."""
-    of = model if name == "self" else f"{model}, {name}"
+    """Figures of one circuit of a stack in SVG, by the names of `STACK_FIGURES`."""
+    circuit, stack_name = name.split("/")
+    of = ", ".join([model, *([] if stack_name == "self" else [stack_name]), circuit])
     return {figure: _FIGURES[figure](f"{label}: {of}", stack) for figure, label in STACK_FIGURES.items()}
 
 
@@ -45,13 +47,14 @@ def _relative(layers: np.ndarray) -> np.ndarray:
 
 def _symmetry(title: str, stack: StackArrays) -> str:
     values = stack.heads[[column.name for column in columns()].index("symmetry")]
-    reach = float(np.quantile(np.abs(values - 0.5), 0.99)) or 0.5
+    null = nulls(stack.summary.facts)["symmetry"]
+    reach = max(float(np.quantile(np.abs(values - null.mean), 0.99)), PALE * (null.best_of(values.size) - null.mean))
     rows = [
         {"layer": int(layer), "head": head, "value": float(value)}
         for layer, line in zip(stack.summary.layers, values, strict=True)
         for head, value in enumerate(line)
     ]
-    chart = pictures.heatmap("head", "layer", (0.5 - reach, 0.5 + reach), pictures.DIVERGING)
+    chart = pictures.heatmap("head", "layer", (null.mean - reach, null.mean + reach), pictures.DIVERGING)
     width, height = (max(160, min(640, 22 * size)) for size in values.T.shape)
     return pictures.figure(chart, title, {"cells": rows, "chosen": []}, width, height)
 
@@ -76,9 +79,11 @@ def _square(chart: pictures.Chart, title: str, stack: StackArrays, kind: str) ->
 
 
 def _reach(stack: StackArrays, kind: str) -> float:
-    """Where the colours end: the largest magnitude off the diagonal."""
+    """Where the colours end: the largest magnitude off the diagonal, but so far from chance that chance is pale."""
     others = stack.mean_square(kind)[~np.eye(len(stack.summary.layers), dtype=bool)]
-    return float(np.abs(others).max(initial=0)) or 1.0
+    null = nulls(stack.summary.facts)[kind].mean_of(stack.summary.facts["heads"])
+    best = null.best_of(max(1, others.size // 2))
+    return max(float(np.abs(others).max(initial=0)), min(1.0, PALE * best))
 
 
 _FIGURES: dict[str, Callable[[str, StackArrays], str]] = {

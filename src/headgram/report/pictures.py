@@ -21,7 +21,8 @@ _ACCENT, _QUIET, _INK, _HALO = (alt.ExprRef(name) for name in _COLOURS)
 #: Blue, neutral, orange: told apart by everybody.
 DIVERGING = ("#1f4e9c", "#5a8fd0", "#b4cfea", "#f5f4f2", "#f3c69a", "#d98032", "#8f4a06")
 _SERIES = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#5b6570", "#a39200")
-_TIP = {"content": "data"}
+#: As many digits as needed, and no more.
+_NUMBER = "~g"
 
 
 def heatmap(x: str, y: str, domain: Sequence[float] | None = None, colours: str | Sequence[str] = "viridis") -> Chart:
@@ -29,7 +30,7 @@ def heatmap(x: str, y: str, domain: Sequence[float] | None = None, colours: str 
 
     Datasets: `cells` (x, y, value) and `chosen`, which holds x and y, or y alone in a square of layers: a whole row.
     """
-    axis = alt.Axis(labelOverlap=True, labelAngle=0, ticks=False, domain=False, grid=False)
+    axis = alt.Axis(labelOverlap=True, labelSeparation=6, labelAngle=0, ticks=False, domain=False, grid=False)
     place: dict[str, Any] = {
         "x": alt.X(f"{x}:O", axis=axis, title=x.split("_")[0]),
         "y": alt.Y(f"{y}:O", axis=axis, title=y.split("_")[0]),
@@ -39,7 +40,7 @@ def heatmap(x: str, y: str, domain: Sequence[float] | None = None, colours: str 
     if domain is not None:
         scale["domain"] = list(domain)
     legend = alt.Legend(orient="bottom", direction="horizontal", title=None, tickCount=4, gradientThickness=9, format="~g")
-    cells = alt.Chart(alt.NamedData("cells")).mark_rect(tooltip=_TIP, cursor="pointer")
+    cells = alt.Chart(alt.NamedData("cells")).mark_rect()
     frame = {"y": place["y"]} if "_" in y else place
     chosen = alt.Chart(alt.NamedData("chosen")).encode(**frame)
     return _layers(
@@ -56,14 +57,12 @@ def spectrum() -> Chart:
     """
     place: dict[str, Any] = {
         "x": alt.X("index:Q", title="index", axis=alt.Axis(tickMinStep=1, grid=False), scale=alt.Scale(nice=False, zero=False)),
-        "y": alt.Y("value:Q", title=None),
+        "y": alt.Y("value:Q", title=None, axis=alt.Axis(format=_NUMBER)),
         "detail": "head:N",
     }
     zero = alt.Chart(alt.InlineData([{"zero": 0}])).mark_rule(strokeWidth=1, color=_QUIET).encode(y="zero:Q")
-    others = alt.Chart(alt.NamedData("others")).mark_line(
-        tooltip=_TIP, cursor="pointer", strokeWidth=1.2, opacity=0.5, color=_QUIET
-    )
-    chosen = alt.Chart(alt.NamedData("chosen")).mark_line(tooltip=_TIP, strokeWidth=2.8, color=_ACCENT)
+    others = alt.Chart(alt.NamedData("others")).mark_line(strokeWidth=1.2, opacity=0.5, color=_QUIET)
+    chosen = alt.Chart(alt.NamedData("chosen")).mark_line(strokeWidth=2.8, color=_ACCENT)
     return _layers(zero, others.encode(**place), chosen.encode(**place))
 
 
@@ -72,15 +71,17 @@ def profile(depth: str = "depth") -> Chart:
 
     Datasets: `profile` (series, x, q25, median, q75) and `chosen` (x).
     """
-    x = alt.X("x:Q", title=depth, axis=alt.Axis(grid=False), scale=alt.Scale(nice=False, zero=False))
+    x = alt.X("x:Q", title=depth, axis=alt.Axis(grid=False, format=_NUMBER), scale=alt.Scale(nice=False, zero=False))
     legend = alt.Legend(
         orient="bottom", title=None, labelLimit=320, columns=4, symbolType="stroke", symbolStrokeWidth=3, symbolOpacity=1
     )
     colour = alt.Color("series:N", sort=None, legend=legend)
+    dash = alt.StrokeDash("series:N", sort=None, legend=None, scale=alt.Scale(range=[[1, 0]]))
     base = alt.Chart(alt.NamedData("profile")).encode(x=x, color=colour)
-    band = base.mark_area(opacity=0.16).encode(y=alt.Y("q25:Q", title=None, scale=alt.Scale(zero=False)), y2="q75:Q")
-    line = base.mark_line(strokeWidth=2.2).encode(y=alt.Y("median:Q", title=None))
-    points = base.mark_point(filled=True, size=50, opacity=1, tooltip=_TIP, cursor="pointer").encode(y="median:Q")
+    y = alt.Axis(format=_NUMBER)
+    band = base.mark_area(opacity=0.16).encode(y=alt.Y("q25:Q", title=None, axis=y, scale=alt.Scale(zero=False)), y2="q75:Q")
+    line = base.mark_line(strokeWidth=2.2).encode(y=alt.Y("median:Q", title=None, axis=y), strokeDash=dash)
+    points = base.mark_point(filled=True, size=50, opacity=1).encode(y="median:Q")
     chosen = alt.Chart(alt.NamedData("chosen")).mark_rule(strokeDash=[4, 3], strokeWidth=1.2, color=_INK).encode(x="x:Q")
     return _layers(band, chosen, line, points)
 
@@ -94,7 +95,10 @@ def _layers(*charts: alt.Chart) -> Chart:
 def for_page(chart: Chart) -> dict[str, Any]:
     """A picture in Vega that fills its place in the page, and whose datasets are empty."""
     fitted = chart.properties(
-        width="container", height="container", background="transparent", autosize={"type": "fit", "contains": "padding"}
+        width="container",
+        height="container",
+        background="transparent",
+        autosize={"type": "fit", "contains": "padding", "resize": True},
     )
     return _vega(fitted.to_dict())
 
@@ -109,12 +113,12 @@ def figure(chart: Chart, title: str, datasets: Mapping[str, Sequence[Mapping[str
 
 
 def _vega(spec: dict[str, Any]) -> dict[str, Any]:
-    """In Vega, where only marks with a tooltip answer to the pointer, and the cells of a heatmap overlap by a hair: no background
-    shines through where they meet."""
+    """In Vega, where no mark answers to the pointer, since the page finds itself what lies under it, and the cells of a heatmap
+    overlap by a hair: no background shines through where they meet."""
     vega: dict[str, Any] = vl_convert.vegalite_to_vega(spec, vl_version=_VEGA_LITE)
     for mark in _marks(vega):
         drawn = mark["encode"]["update"]
-        mark["interactive"] = "tooltip" in drawn
+        mark["interactive"] = False
         if mark["type"] == "rect" and drawn.get("fill", {}).get("scale") == "color":
             drawn |= {"width": {"signal": "bandwidth('x') + 0.7"}, "height": {"signal": "bandwidth('y') + 0.7"}}
     return vega

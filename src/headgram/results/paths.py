@@ -11,10 +11,14 @@ from dataclasses import dataclass
 #: Tables that a merge and a derivation write for a model.
 MERGED = ("heads", "spectra", "gram", "pairs")
 DERIVED = ("overlap", "neighbours", "layers", "models")
+#: Tables about two models of one lineage.
+LINEAGE = ("drift", "changes", "matches")
+#: Tables of models whose stacks are measured in both circuits.
+COMPOSED = ("composition", "channels")
 #: The folders that hold artifacts, their records among them; logs are nobody's results.
 FOLDERS = ("atlas", "models", "provenance", "seed", "report")
 RECORDS = ("models", "provenance", "report")
-#: Below a stack's folder, the files of each stage that cuts it into jobs: folder, and suffixes of the data files.
+#: Below the folder of a stack's circuit, the files of each stage that cuts it into jobs: folder, and suffixes of the data files.
 _PARTS = {"extract": ("weights", (".pt",)), "eigen": ("eigen", (".parquet", ".pt")), "gram": ("gram", (".parquet",))}
 
 
@@ -24,31 +28,33 @@ class Results:
 
     Examples
     --------
-    >>> Results("results").record("eigen", "gpt2", "self", "layers-000-011")
-    'results/models/gpt2/self/eigen/layers-000-011.json'
+    >>> Results("results").record("eigen", "gpt2", "self", "ov", "layers-000-011")
+    'results/models/gpt2/self/ov/eigen/layers-000-011.json'
     >>> Results("results").table("heads", "gpt2")
     'results/atlas/heads/model=gpt2/heads.parquet'
     """
 
     root: str
 
-    def part(self, stage: str, model: str, stack: str, name: str, suffix: str) -> str:
+    def part(self, stage: str, model: str, stack: str, circuit: str, name: str, suffix: str) -> str:
         """A file of one job of `extract`, `eigen` or `gram`: of a group or shard of layers, or of a row of tiles."""
-        return f"{self.root}/models/{model}/{stack}/{_PARTS[stage][0]}/{name}{suffix}"
+        return f"{self.root}/models/{model}/{stack}/{circuit}/{_PARTS[stage][0]}/{name}{suffix}"
 
-    def data(self, stage: str, model: str, stack: str, name: str) -> list[str]:
+    def data(self, stage: str, model: str, stack: str, circuit: str, name: str) -> list[str]:
         """All data files of one job of `extract`, `eigen` or `gram`."""
-        return [self.part(stage, model, stack, name, suffix) for suffix in _PARTS[stage][1]]
+        return [self.part(stage, model, stack, circuit, name, suffix) for suffix in _PARTS[stage][1]]
 
-    def record(self, stage: str, model: str = "", stack: str = "", name: str = "") -> str:
-        """The record of an artifact of any stage."""
+    def record(self, stage: str, model: str = "", stack: str = "", circuit: str = "", name: str = "") -> str:
+        """The record of an artifact of any stage; of `lineage`, the earlier model is the name."""
         if stage in _PARTS:
-            return self.part(stage, model, stack, name, ".json")
+            return self.part(stage, model, stack, circuit, name, ".json")
         return (
             f"{self.root}/"
             + {
                 "merge": f"provenance/{model}.json",
                 "derive": f"provenance/derived/{model}.json",
+                "lineage": f"provenance/lineage/{model}/{name}.json",
+                "composition": f"provenance/composition/{model}.json",
                 "report": "report/index.json",
             }[stage]
         )
@@ -57,9 +63,17 @@ class Results:
         """A table of the atlas."""
         return f"{self.root}/atlas/{table}/model={model}/{table}.parquet"
 
+    def pair_table(self, table: str, model: str, other: str) -> str:
+        """A table of the atlas about a model and an earlier one."""
+        return f"{self.root}/atlas/{table}/model={model}/other={other}/{table}.parquet"
+
     def directions(self, model: str) -> str:
         """The directions of a model."""
         return f"{self.root}/atlas/directions/{model}.pt"
+
+    def channel_directions(self, model: str) -> str:
+        """What the strongest compositions of a model are made of."""
+        return f"{self.root}/atlas/channel-directions/{model}.pt"
 
     def original(self, model: str) -> list[str]:
         """The original script's two files."""

@@ -7,7 +7,9 @@ import itertools
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from headgram.errors import HeadgramError
@@ -35,6 +37,22 @@ LAYER_SCORES = tuple(f"layer_{name}" for name in SCORES)
 HEAD_NUMBERS = (*SCALARS, *SCORES)
 #: Sides of a head's directions.
 SIDES = ("right", "left", "signed")
+#: What changed of a head from one model to another: fields of `headgram.geometry.drift.Drift`, and what chance gives.
+DRIFT_NUMBERS = (
+    "cosine",
+    "norm_before",
+    "norm_after",
+    "norm_ratio",
+    "change_norm",
+    "change",
+    "change_rank",
+    "inside_right",
+    "inside_left",
+    "inside",
+    "inside_expected",
+    "floor",
+    "equal",
+)
 #: What `layers` says of each number of its heads.
 QUARTILES = {"q25": 0.25, "median": 0.5, "q75": 0.75}
 
@@ -43,59 +61,97 @@ _VALUES_PER_BYTE = 64
 _FEW_VALUES = 2**26
 
 
-def _schema(*columns: tuple[str, pa.DataType]) -> pa.Schema:
-    return pa.schema([pa.field(name, kind, nullable=False) for name, kind in columns])
+def _schema(*columns: tuple[str, pa.DataType] | pa.Field) -> pa.Schema:
+    return pa.schema([each if isinstance(each, pa.Field) else pa.field(*each, nullable=False) for each in columns])
 
+
+_PLACE = (("circuit", pa.string()), ("stack", pa.string()))
+#: A circuit and a stack: whose heads some rows are about.
+Place = tuple[str, str]
 
 # The column `model` is the partition of the atlas, so no file repeats it.
 HEADS = _schema(
-    ("stack", pa.string()),
+    *_PLACE,
     *((name, pa.int32()) for name in ("layer", "head", "kv_head", "rank", "hidden")),
     *((name, pa.float64()) for name in HEAD_NUMBERS),
 )
 SPECTRA = _schema(
-    ("stack", pa.string()),
+    *_PLACE,
     *((name, pa.int32()) for name in ("layer", "head", "index")),
     ("singular_value", pa.float64()),
     ("symmetric_eigenvalue", pa.float64()),
 )
 GRAM = _schema(
-    ("stack", pa.string()),
+    *_PLACE,
     *((name, pa.int32()) for name in ("layer_a", "layer_b", "head")),
     *((name, pa.float64()) for name in ("gram", "cosine", "transposed", "symmetric", "antisymmetric", "z")),
 )
 PAIRS = _schema(
-    ("circuit", pa.string()),
-    ("stack", pa.string()),
+    *_PLACE,
     *((name, pa.int32()) for name in ("layer_a", "head_a", "layer_b", "head_b")),
     ("shared", pa.bool_()),
     *((name, pa.float32()) for name in ("cosine", "transposed")),
 )
 OVERLAP = _schema(
-    ("stack", pa.string()),
+    *_PLACE,
     *((name, pa.int32()) for name in ("layer_a", "layer_b", "head")),
     *((name, pa.float64()) for name in (*SIDES, "expected")),
 )
 LAYERS = _schema(
-    ("stack", pa.string()),
+    *_PLACE,
     ("layer", pa.int32()),
     *((f"{name}_{label}", pa.float64()) for name in HEAD_NUMBERS for label in QUARTILES),
     *((name, pa.float64()) for name in ("cosine_previous", "cosine_next", "cosine_all", *LAYER_SCORES)),
 )
 MODELS = _schema(
-    *((name, pa.string()) for name in ("stack", "architecture", "stored_dtype")),
+    *((name, pa.string()) for name in ("circuit", "stack", "architecture", "stored_dtype", "lineage")),
+    pa.field("step", pa.float64()),  # null where the manifest gives none
+    ("labels", pa.string()),
     *((name, pa.int32()) for name in ("layers", "heads", "kv_heads", "rank", "hidden", "directions")),
     *((f"{name}_median", pa.float64()) for name in (*HEAD_NUMBERS, *LAYER_SCORES)),
     *((name, pa.float64()) for name in ("cosine_adjacent", "cosine_all")),
     *((f"overlap_{name}", pa.float64()) for name in (*(f"{side}_adjacent" for side in SIDES), "expected")),
 )
 NEIGHBOURS = _schema(
-    ("stack", pa.string()),
+    *_PLACE,
     *((name, pa.int32()) for name in ("layer", "head")),
     ("measure", pa.string()),
     *((name, pa.int32()) for name in ("place", "other_layer", "other_head")),
     ("same_layer", pa.bool_()),
     *((name, pa.float64()) for name in ("value", "chance", "deviations")),
+)
+# The column `other`, the earlier of the two models, is the second partition of what follows.
+DRIFT = _schema(
+    *_PLACE,
+    *((name, pa.int32()) for name in ("layer", "head")),
+    *((name, pa.float64()) for name in (*DRIFT_NUMBERS, *SIDES, "expected")),
+)
+CHANGES = _schema(
+    *_PLACE,
+    *((name, pa.int32()) for name in ("layer", "head", "index")),
+    ("singular_value", pa.float64()),
+)
+MATCHES = _schema(
+    *_PLACE,
+    ("among", pa.string()),
+    *((name, pa.int32()) for name in ("layer", "head", "other_layer", "other_head")),
+    *((name, pa.float64()) for name in ("cosine", "margin", "chance")),
+    ("mutual", pa.bool_()),
+)
+_COMPOSED = (
+    *((name, pa.string()) for name in ("stack", "kind")),
+    *((name, pa.int32()) for name in ("layer_a", "head_a", "layer_b", "head_b")),
+)
+COMPOSITION = _schema(
+    *_COMPOSED,
+    *((name, pa.float32()) for name in ("score", "times_chance", "z", "acausal")),
+    ("later", pa.int32()),
+)
+CHANNELS = _schema(
+    *_COMPOSED,
+    ("place", pa.int32()),
+    ("score", pa.float32()),
+    *((name, pa.float64()) for name in ("first", "effective_rank", "copying", "positive", "departure")),
 )
 #: Every table of the atlas, by name.
 TABLES = {
@@ -107,7 +163,25 @@ TABLES = {
     "neighbours": NEIGHBOURS,
     "layers": LAYERS,
     "models": MODELS,
+    "drift": DRIFT,
+    "changes": CHANGES,
+    "matches": MATCHES,
+    "composition": COMPOSITION,
+    "channels": CHANNELS,
 }
+
+
+def at_place(place: Place, table: pa.Table, schema: pa.Schema) -> pa.Table:
+    """Rows about the heads of one place, with the columns that say so, as a schema has it."""
+    rows = pa.array(np.zeros(len(table), dtype=np.int32))
+    for name, value in zip(("circuit", "stack"), place, strict=True):
+        table = table.append_column(name, pa.array([value]).take(rows))
+    return table.select(schema.names).cast(schema)
+
+
+def of_place(place: Place, table: pa.Table) -> pa.Table:
+    """The rows of a table that are about the heads of one place."""
+    return table.filter((pc.field("circuit") == place[0]) & (pc.field("stack") == place[1]))
 
 
 def write_table(path: Path, parts: Iterable[pa.Table], provenance: Provenance, compression: str = "zstd") -> None:

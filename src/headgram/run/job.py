@@ -6,6 +6,7 @@ import contextlib
 import io
 import json
 import os
+import signal
 import sys
 import time
 import traceback
@@ -14,12 +15,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from headgram.errors import HeadgramError
+from headgram.foreign import plain
 from headgram.results.files import open_new, refuse_links
 from headgram.run.forkserver import hand_over
 
 if TYPE_CHECKING:
     from headgram.results.record import Identity, Provenance
     from headgram.study.options import Config
+
+
+#: The exit code of a process that Ctrl-C ended.
+_INTERRUPTED = 130
 
 
 @contextlib.contextmanager
@@ -29,8 +35,9 @@ def running(snakemake: Any) -> Iterator[tuple[Provenance, Config]]:
     Yields what its artifact comes from, and the options that its stage reads; all others have their defaults.
 
     Output goes to the rule's log. A `HeadgramError` is printed as one sentence and ends the job with exit code 1; any
-    other error leaves its traceback in the log.
+    other error leaves its traceback in the log. Ctrl-C ends it without one.
     """
+    signal.signal(signal.SIGINT, lambda *_: sys.exit(_INTERRUPTED))
     hand_over(Path(sys.argv[0]))
     # Only now: a script that hands itself over need not wait for it.
     from headgram.results.asked import Order, working_for
@@ -53,13 +60,15 @@ def running(snakemake: Any) -> Iterator[tuple[Provenance, Config]]:
         _append(log, sentence)
         raise SystemExit(1) from None
     except Exception:
-        _append(log, traceback.format_exc())
-        raise
+        lines = "\n".join(map(plain, traceback.format_exc().splitlines()))
+        print(lines, file=sys.stderr)
+        _append(log, lines)
+        raise SystemExit(1) from None
 
 
-def by_place(paths: Iterable[str]) -> dict[tuple[str, str, str], Path]:
-    """Input files by stack, stage and name. The folder above is Snakemake's matter: of results in object storage, a copy's."""
-    return {(path.parts[-3], path.parts[-2], path.stem): path for path in map(Path, paths)}
+def by_place(paths: Iterable[str]) -> dict[tuple[str, ...], Path]:
+    """Input files by stack, circuit, stage and name. The folder above is Snakemake's matter."""
+    return {(*path.parts[-4:-1], path.stem): path for path in map(Path, paths)}
 
 
 @contextlib.contextmanager
@@ -88,7 +97,8 @@ def _provenance(snakemake: Any, identity: Identity, device: str) -> Provenance:
     origin = {}
     if "stages" in snakemake.params.keys():  # noqa: SIM118  (Snakemake's params are a list with names)
         origin = {"lock": snakemake.params.entry.model_dump(mode="json"), "stages": json.loads(snakemake.params.stages)}
-    return Provenance(identity, snakemake.wildcards.get("model", ""), snakemake.wildcards.get("stack"), device, origin=origin)
+    places = snakemake.wildcards.get("model", ""), snakemake.wildcards.get("stack"), snakemake.wildcards.get("circuit")
+    return Provenance(identity, *places, device, origin=origin)
 
 
 def _date_no_later_than_now(paths: Iterable[str]) -> None:

@@ -12,7 +12,7 @@ import os
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -162,15 +162,16 @@ def _duration(seconds: float) -> str:
 class ProgressHandler(logging.Handler):
     """Listens to a run's log, and shows how far the run is."""
 
-    def __init__(self, tally: Tally, log: logging.Logger) -> None:
+    def __init__(self, tally: Tally, log: logging.Logger, finished: Callable[[], Iterable[Any]], draws: bool = True) -> None:
         super().__init__(logging.INFO)
         self._tally = tally
         self._log = log
+        self._finished = finished  # ids of jobs: with --quiet, the log does not tell of them
         self._said = tally.clock()
         self._display = contextlib.ExitStack()
         stream = next((each for each in log.handlers if each.name == "DefaultStreamHandler"), None)
         self._draws = False
-        if isinstance(stream, logging.StreamHandler) and stream.stream.isatty() and os.environ.get("TERM") != "dumb":
+        if draws and isinstance(stream, logging.StreamHandler) and stream.stream.isatty() and os.environ.get("TERM") != "dumb":
             self._draws = True
             self._display.enter_context(_bars(stream, Console(file=stream.stream), tally.table))
 
@@ -202,6 +203,8 @@ class ProgressHandler(logging.Handler):
         with contextlib.suppress(Exception):
             self._display.close()
             if last_line:
+                for job in self._finished():
+                    self._tally.finish(job)
                 self._log.info(self._tally.line())
 
     def close(self) -> None:
@@ -253,9 +256,10 @@ def show_progress(workflow: Any) -> ProgressHandler | None:
         if not workflow.is_main_process:
             return None
         order = [rule.name for rule in workflow.rules]
-        jobs = [job for job in workflow.dag.needrun_jobs() if job.rule.name != "all"]
+        jobs = [job for job in workflow.dag.needrun_jobs() if job.output]
         stages = {job.jobid: job.rule.name for job in sorted(jobs, key=lambda job: order.index(job.rule.name))}
-        handler = ProgressHandler(Tally(stages), logger)
+        dag, quiet = workflow.dag, workflow.output_settings.quiet
+        handler = ProgressHandler(Tally(stages), logger, lambda: [job.jobid for job in dag.finished_jobs], draws=not quiet)
         logger.addHandler(handler)
         return handler
     except Exception as error:

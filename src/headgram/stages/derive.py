@@ -15,7 +15,7 @@ import torch
 from headgram.geometry.neighbours import BY_FORM, BY_SPAN, Neighbours, nearest_heads, span_overlaps
 from headgram.geometry.nulls import Null, cosine_null, overlap_null
 from headgram.geometry.overlaps import overlaps
-from headgram.results.record import Provenance, check, record_of, seal
+from headgram.results.record import Provenance, canonical, check, record_of, seal
 from headgram.results.tables import (
     HEAD_NUMBERS,
     LAYER_SCORES,
@@ -25,6 +25,9 @@ from headgram.results.tables import (
     OVERLAP,
     QUARTILES,
     SIDES,
+    Place,
+    at_place,
+    of_place,
     read_parts,
     read_table,
     write_table,
@@ -39,14 +42,14 @@ NEAREST = 8
 
 @dataclass(frozen=True)
 class Merged:
-    """What a merge wrote of a model, and by stack the tables of the eigen shards, which also hold the scores of layers."""
+    """What a merge wrote of a model; by circuit and stack, tables of the eigen shards, which also hold the scores of layers."""
 
     heads: Path
     gram: Path
     pairs: Path
     directions: Path
     record: Path
-    shards: Mapping[str, Sequence[Path]]
+    shards: Mapping[Place, Sequence[Path]]
 
 
 @dataclass(frozen=True)
@@ -62,9 +65,9 @@ class Derived:
 
 @dataclass(frozen=True)
 class _Stack:
-    """What was measured of one stack, as arrays: `L` layers, `H` heads."""
+    """What was measured of one circuit of a stack, as arrays: `L` layers, `H` heads."""
 
-    name: str
+    place: Place
     layers: np.ndarray  # (L,) true indices
     facts: dict[str, int]  # layers, heads, kv_heads, rank, hidden, directions
     numbers: dict[str, np.ndarray]  # of heads (L, H)
@@ -80,21 +83,24 @@ def derive(merged: Merged, derived: Derived, facts: Mapping[str, Any], options: 
     Parameters
     ----------
     facts
-        `{"architecture": name, "stored_dtype": {stack: name}}`, as locked.
+        `{"architecture": name, "stored_dtypes": [[circuit, stack, name], …]}`, as locked, and `labels`, as in the manifest.
 
     Raises
     ------
     HeadgramError
         If an artifact is damaged or belongs to another run.
     """
-    merge_key, eigen_key = provenance.identity.upstream
+    circuits = list(dict.fromkeys(circuit for circuit, _ in merged.shards))
+    merge_key, *keys = provenance.identity.upstream
+    eigen_keys = dict(zip(circuits, keys, strict=True))
     check(merged.record, merge_key, [merged.heads, merged.gram, merged.pairs, merged.directions])
-    for path in [path for paths in merged.shards.values() for path in paths]:
-        check(record_of(path), eigen_key)
+    for (circuit, _), paths in merged.shards.items():
+        for path in paths:
+            check(record_of(path), eigen_keys[circuit])
     heads, gram = read_table(merged.heads), read_table(merged.gram)
     stacks = [
-        _stack(name, _of(heads, name), _of(gram, name), merged, shards, provenance.device)
-        for name, shards in merged.shards.items()
+        _stack(place, of_place(place, heads), of_place(place, gram), merged, shards, provenance.device)
+        for place, shards in merged.shards.items()
     ]
     compression = options.compression
     write_table(derived.overlap, [pa.concat_tables([_overlap_table(stack) for stack in stacks])], provenance, compression)
@@ -105,17 +111,13 @@ def derive(merged: Merged, derived: Derived, facts: Mapping[str, Any], options: 
     seal(derived.record, provenance, [derived.overlap, derived.neighbours, derived.layers, derived.models])
 
 
-def _of(table: pa.Table, stack: str) -> pa.Table:
-    return table.filter(pc.equal(table["stack"], stack))
-
-
-def _stack(name: str, heads: pa.Table, gram: pa.Table, merged: Merged, shards: Sequence[Path], device: str) -> _Stack:
-    mapped = _mapped(merged.directions)[name]
+def _stack(place: Place, heads: pa.Table, gram: pa.Table, merged: Merged, shards: Sequence[Path], device: str) -> _Stack:
+    mapped = _mapped(merged.directions, place)
     layers = mapped["layers"].clone().numpy()
     count, per_layer, kept, hidden = mapped["right"].shape
     measured = pa.concat_tables([read_table(path).select(LAYER_SCORES) for path in shards])
     return _Stack(
-        name=name,
+        place=place,
         layers=layers,
         facts={
             "layers": count,
@@ -128,26 +130,26 @@ def _stack(name: str, heads: pa.Table, gram: pa.Table, merged: Merged, shards: S
         numbers={column: _by_layer(heads, column, count) for column in HEAD_NUMBERS},
         layer_scores={column: _by_layer(measured, column, count)[:, 0] for column in LAYER_SCORES},
         cosine=_square(gram, "cosine", layers, per_layer),
-        overlap={side: _overlaps(merged.directions, name, side, device) for side in SIDES},
-        neighbours=dict(_neighbours(merged, name, layers, per_layer, device)),
+        overlap={side: _overlaps(merged.directions, place, side, device) for side in SIDES},
+        neighbours=dict(_neighbours(merged, place, layers, per_layer, device)),
     )
 
 
-def _neighbours(merged: Merged, stack: str, layers: np.ndarray, heads: int, device: str) -> Iterator[tuple[str, Neighbours]]:
+def _neighbours(merged: Merged, place: Place, layers: np.ndarray, heads: int, device: str) -> Iterator[tuple[str, Neighbours]]:
     """The nearest heads by each measure; by forms only where all heads were multiplied with all heads."""
     for measure in BY_FORM:
-        values = _all_pairs(merged.pairs, stack, measure, layers, heads)
+        values = _all_pairs(merged.pairs, place, measure, layers, heads)
         if not bool(values.isnan().any()):
             yield measure, nearest_heads(values, NEAREST)
     for measure in BY_SPAN:
-        yield measure, nearest_heads(span_overlaps(_mapped(merged.directions)[stack][measure], device), NEAREST)
+        yield measure, nearest_heads(span_overlaps(_mapped(merged.directions, place)[measure], device), NEAREST)
 
 
-def _all_pairs(path: Path, stack: str, column: str, layers: np.ndarray, heads: int) -> torch.Tensor:
+def _all_pairs(path: Path, place: Place, column: str, layers: np.ndarray, heads: int) -> torch.Tensor:
     """A column of the table `pairs` as (N, N), `N = L H`; 0 on the diagonal, NaN where a pair was not measured."""
     values = torch.full((len(layers) * heads,) * 2, torch.nan).fill_diagonal_(0)
     for part in read_parts(path):
-        own = _of(part, stack)
+        own = of_place(place, part)
         a, b = (
             torch.from_numpy(np.searchsorted(layers, own[f"layer_{side}"].to_numpy()) * heads + own[f"head_{side}"].to_numpy())
             for side in "ab"
@@ -171,16 +173,17 @@ def _square(gram: pa.Table, column: str, layers: np.ndarray, heads: int) -> np.n
     return square
 
 
-def _overlaps(path: Path, stack: str, side: str, device: str) -> np.ndarray:
+def _overlaps(path: Path, place: Place, side: str, device: str) -> np.ndarray:
     """Head by head, (L, L, H): the directions may exceed the memory of a job, of which pages once read are a part."""
-    heads = range(_mapped(path)[stack][side].shape[1])
-    found = [overlaps(_mapped(path)[stack][side][:, head], device).numpy() for head in heads]
+    heads = range(_mapped(path, place)[side].shape[1])
+    found = [overlaps(_mapped(path, place)[side][:, head], device).numpy() for head in heads]
     stacked: np.ndarray = np.stack(found, axis=-1)
     return stacked
 
 
-def _mapped(path: Path) -> dict[str, dict[str, torch.Tensor]]:
-    directions: dict[str, dict[str, torch.Tensor]] = torch.load(path, mmap=True, weights_only=True)
+def _mapped(path: Path, place: Place) -> dict[str, torch.Tensor]:
+    circuit, stack = place
+    directions: dict[str, torch.Tensor] = torch.load(path, mmap=True, weights_only=True)[circuit][stack]
     return directions
 
 
@@ -245,7 +248,10 @@ def _layers_table(stack: _Stack) -> pa.Table:
 def _models_table(stack: _Stack, facts: Mapping[str, Any]) -> pa.Table:
     columns = {
         "architecture": facts["architecture"],
-        "stored_dtype": facts["stored_dtype"][stack.name],
+        "stored_dtype": next(dtype for *place, dtype in facts["stored_dtypes"] if tuple(place) == stack.place),
+        "lineage": facts["labels"]["lineage"],
+        "step": facts["labels"]["step"],
+        "labels": canonical(facts["labels"]["others"]),
         **stack.facts,
         **{f"{name}_median": np.median(values) for name, values in stack.numbers.items()},
         **{f"{name}_median": np.median(values) for name, values in stack.layer_scores.items()},
@@ -258,9 +264,7 @@ def _models_table(stack: _Stack, facts: Mapping[str, Any]) -> pa.Table:
 
 
 def _table(stack: _Stack, columns: Mapping[str, Any], schema: pa.Schema) -> pa.Table:
-    length = len(next(iter(columns.values())))
-    names = pa.array([stack.name]).take(pa.array(np.zeros(length, dtype=np.int32)))
-    return pa.table({"stack": names, **columns}).select(schema.names).cast(schema)
+    return at_place(stack.place, pa.table(dict(columns)), schema)
 
 
 def _expected_overlap(stack: _Stack) -> float:

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 _BATCH_BYTES = 512 * 2**20
 
 _SHARD = pa.schema(
-    [field for field in HEADS if field.name != "stack"]
+    [field for field in HEADS if field.name not in ("circuit", "stack")]
     + [(name, pa.float64()) for name in LAYER_SCORES]  # the same for every head of a layer
     + [("singular_values", pa.list_(pa.float64())), ("symmetric_eigenvalues", pa.list_(pa.float64()))]
 )
@@ -55,9 +55,10 @@ def measure_shard(
     HeadgramError
         If a residual exceeds the tolerance: names model, stack, layer and head.
     """
-    source = FactorFiles(weights, provenance.identity.upstream[0])
+    assert provenance.circuit is not None
+    source = FactorFiles(weights, provenance.identity.upstream[0], provenance.circuit)
     device, topk = provenance.device, options.eigen.topk
-    place = f"model {provenance.model}, stack {provenance.stack}"
+    place = f"model {provenance.model}, stack {provenance.stack}, circuit {provenance.circuit}"
     together = max(1, _BATCH_BYTES // source.layer_bytes) if at_once(torch.device(device)) else 1
     reads = shared_head(source.heads, source.kv_heads).tolist()
     rows: list[dict[str, Any]] = []

@@ -1,4 +1,4 @@
-"""Extraction: the query and key weights of a group of layers, out of a checkpoint."""
+"""Extraction: the two factors of every head of a group of layers, for one circuit, out of a checkpoint."""
 
 from __future__ import annotations
 
@@ -8,10 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from headgram.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from headgram.errors import HeadgramError
+from headgram.forms.circuits import CIRCUITS
 from headgram.geometry.checks import is_finite
 from headgram.results.factors import write_factors
 from headgram.results.record import Provenance, record_of, seal
@@ -22,7 +24,7 @@ _DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 def extract(
     output: Path, source: Mapping[str, Any], layers: Sequence[int], digests: Sequence[str], dtype: str, provenance: Provenance
 ) -> None:
-    """Write `W_Q (n, H, r, d)` and `W_K (n, K, r, d)` of a group of layers.
+    """Write the factors of a circuit in a group of layers, by role: of `qk`, `W_Q (n, H, r, d)` and `W_K (n, K, r, d)`.
 
     Parameters
     ----------
@@ -39,20 +41,22 @@ def extract(
         If the checkpoint cannot be opened or is not what was locked, or a weight is not finite.
     """
     assert provenance.stack is not None
+    assert provenance.circuit is not None
+    roles = CIRCUITS[provenance.circuit].roles
     try:
         with open_checkpoint(**source) as checkpoint:
-            checkpoint.prefetch(provenance.stack, layers)
+            checkpoint.prefetch(provenance.stack, layers, roles)
             before = _states(checkpoint)
             for layer, digest in zip(layers, digests, strict=True):
-                if not checkpoint.holds(provenance.stack, layer, digest):
+                if not checkpoint.holds(provenance.stack, layer, digest, roles):
                     raise HeadgramError(_changed(f"layer {layer} changed since it was locked", provenance.model))
-            w_q, w_k = read_layers(checkpoint, provenance.stack, layers, dtype)
+            factors = read_layers(checkpoint, provenance.stack, layers, roles, dtype)
             for name, state in _states(checkpoint).items():
                 if state != before[name]:
                     raise HeadgramError(_changed(f"{name} changed while it was read", provenance.model))
     except HeadgramError as error:
         raise HeadgramError(f"model {provenance.model}, stack {provenance.stack}: {error}") from None
-    write_factors(output, layers, {"query": w_q, "key": w_k})
+    write_factors(output, layers, factors)
     seal(record_of(output), provenance, [output])
 
 
@@ -65,18 +69,22 @@ def _changed(what: str, model: str) -> str:
     return f"{what}; if that is meant, run `headgram lock --upgrade {model}` and measure it anew, else restore it"
 
 
-def read_layers(checkpoint: Checkpoint, stack: str, layers: Sequence[int], dtype: str) -> tuple[Tensor, Tensor]:
-    """Stacked weights of some layers, `(n, H, r, d)` and `(n, K, r, d)`, rounded to `dtype`.
+def read_layers(
+    checkpoint: Checkpoint, stack: str, layers: Sequence[int], roles: Sequence[str], dtype: str
+) -> dict[str, Float[Tensor, "layers heads rank width"]]:
+    """The factors of some layers, by role, rounded to `dtype`.
 
     Raises
     ------
     HeadgramError
         If a weight is not finite, before or after rounding.
     """
-    checkpoint.prefetch(stack, layers)
-    pairs = [[_rounded(weight, dtype, layer) for weight in checkpoint.qk(stack, layer)] for layer in layers]
-    w_q, w_k = (_stacked(list(weights)) for weights in zip(*pairs, strict=True))
-    return w_q, w_k
+    checkpoint.prefetch(stack, layers, roles)
+    read = [checkpoint.factors(stack, layer, roles) for layer in layers]
+    return {
+        role: _stacked([_rounded(factors[role], dtype, layer) for factors, layer in zip(read, layers, strict=True)])
+        for role in roles
+    }
 
 
 def _stacked(weights: list[Tensor]) -> Tensor:

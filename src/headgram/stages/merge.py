@@ -17,16 +17,16 @@ from headgram.errors import HeadgramError
 from headgram.geometry.ratios import cosines
 from headgram.results.files import scratch, written_whole
 from headgram.results.original import directions_path, write_seed_files
-from headgram.results.record import Provenance, check, record_of, seal
-from headgram.results.tables import GRAM, HEADS, PAIRS, SPECTRA, read_parts, read_table, write_table
+from headgram.results.record import Provenance, Record, check, record_of, seal
+from headgram.results.tables import GRAM, HEADS, PAIRS, SPECTRA, Place, at_place, read_parts, read_table, write_table
 
 if TYPE_CHECKING:
     from headgram.study.options import Config
 
 
 @dataclass(frozen=True)
-class StackParts:
-    """What was measured of one stack: tables of the eigen shards (each has a `.pt` beside it) and of the Gram rows."""
+class Parts:
+    """What was measured of one circuit of a stack: tables of the eigen shards, each with a `.pt` beside it, and of Gram rows."""
 
     shards: Sequence[Path]
     rows: Sequence[Path]
@@ -45,7 +45,7 @@ class Atlas:
     record: Path
 
 
-def merge(parts: Mapping[str, StackParts], atlas: Atlas, options: Config, provenance: Provenance) -> None:
+def merge(parts: Mapping[Place, Parts], atlas: Atlas, options: Config, provenance: Provenance) -> None:
     """Merge one model.
 
     The record also says how long its parts took, and where.
@@ -53,7 +53,7 @@ def merge(parts: Mapping[str, StackParts], atlas: Atlas, options: Config, proven
     Parameters
     ----------
     parts
-        By stack, in the model's order.
+        By circuit and stack, circuit by circuit, the stacks in the model's order.
     options
         Sections `export` and `original` are read.
 
@@ -62,15 +62,17 @@ def merge(parts: Mapping[str, StackParts], atlas: Atlas, options: Config, proven
     HeadgramError
         If an artifact is damaged or belongs to another run.
     """
-    eigen_key, gram_key = provenance.identity.upstream
+    circuits = list(dict.fromkeys(circuit for circuit, _ in parts))
+    keys = iter(provenance.identity.upstream)
+    eigen_keys, gram_keys = ({circuit: next(keys) for circuit in circuits} for _ in range(2))
     records = {
-        "eigen": [check(record_of(path), eigen_key) for stack in parts.values() for path in stack.shards],
-        "gram": [check(record_of(path), gram_key) for stack in parts.values() for path in stack.rows],
+        "eigen": [check(record_of(path), eigen_keys[place[0]]) for place, part in parts.items() for path in part.shards],
+        "gram": [check(record_of(path), gram_keys[place[0]]) for place, part in parts.items() for path in part.rows],
     }
 
-    shards = {name: pa.concat_tables([read_table(path) for path in stack.shards]) for name, stack in parts.items()}
-    rows = {name: _gram_table(name, shards[name], stack.rows) for name, stack in parts.items()}
-    pairs = (table for name, stack in parts.items() for table in _pair_tables(name, shards[name], stack.rows))
+    shards = {place: pa.concat_tables([read_table(path) for path in part.shards]) for place, part in parts.items()}
+    rows = {place: _gram_table(place, shards[place], part.rows) for place, part in parts.items()}
+    pairs = (table for place, part in parts.items() for table in _pair_tables(place, shards[place], part.rows))
 
     compression = options.export.compression
     write_table(atlas.heads, [pa.concat_tables([_heads_table(*item) for item in shards.items()])], provenance, compression)
@@ -78,36 +80,35 @@ def merge(parts: Mapping[str, StackParts], atlas: Atlas, options: Config, proven
     write_table(atlas.gram, [pa.concat_tables(rows.values())], provenance, compression)
     write_table(atlas.pairs, pairs, provenance, compression)
     with scratch(atlas.directions) as reserve:
-        directions = {name: _directions(stack.shards, name, reserve) for name, stack in parts.items()}
+        directions = {place: _directions(part.shards, "-".join(place), reserve) for place, part in parts.items()}
+        by_circuit = {
+            circuit: {stack: _public(directions[circuit, stack]) for each, stack in parts if each == circuit}
+            for circuit in circuits
+        }
         with written_whole(atlas.directions) as file:
-            torch.save({name: _public(tensors) for name, tensors in directions.items()}, file)
+            torch.save(by_circuit, file)
         written = [atlas.heads, atlas.spectra, atlas.gram, atlas.pairs, atlas.directions]
-        if options.original.enabled:
-            main = next(iter(parts))  # the script knows one stack per model: the first
+        if options.original.enabled and "qk" in circuits:
+            main = next(place for place in parts if place[0] == "qk")  # the script knows one stack per model: the first
             _write_seed(atlas.seed, provenance.model, shards[main], rows[main], directions[main])
             written += [atlas.seed, directions_path(atlas.seed)]
-    worst = max(record["residual"] for record in records["eigen"])
+    worst = max(record.residual or 0.0 for record in records["eigen"])
     jobs = {stage: _summary(found) for stage, found in records.items()}
     seal(atlas.record, replace(provenance, residual=worst), written, {"jobs": jobs})
 
 
-def _summary(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+def _summary(records: Sequence[Record]) -> dict[str, Any]:
     """How many jobs a stage took, where they ran and how long."""
-    seconds = round(sum(record["seconds"] for record in records), 3)
-    devices, machines = (sorted({record[name] for record in records}) for name in ("device", "machine"))
+    seconds = round(sum(record.seconds for record in records), 3)
+    devices, machines = (sorted({getattr(record, name) for record in records}) for name in ("device", "machine"))
     return {"count": len(records), "seconds": seconds, "devices": devices, "machines": machines}
 
 
-def _heads_table(stack: str, shards: pa.Table) -> pa.Table:
-    return _with_stack(stack, shards, HEADS)
+def _heads_table(place: Place, shards: pa.Table) -> pa.Table:
+    return at_place(place, shards, HEADS)
 
 
-def _with_stack(stack: str, table: pa.Table, schema: pa.Schema) -> pa.Table:
-    names = pa.array([stack]).take(pa.array(np.zeros(len(table), dtype=np.int32)))
-    return table.append_column("stack", names).select(schema.names).cast(schema)
-
-
-def _spectra_table(stack: str, shards: pa.Table) -> pa.Table:
+def _spectra_table(place: Place, shards: pa.Table) -> pa.Table:
     """One row per head and index `0 … 2r-1`; a form of rank `r` has no more than `r` singular values, the rest are 0."""
     symmetric = _matrix(shards, "symmetric_eigenvalues")
     singular = np.zeros_like(symmetric)
@@ -122,7 +123,7 @@ def _spectra_table(stack: str, shards: pa.Table) -> pa.Table:
             "symmetric_eigenvalue": symmetric.ravel(),
         }
     )
-    return _with_stack(stack, table, SPECTRA)
+    return at_place(place, table, SPECTRA)
 
 
 def _matrix(shards: pa.Table, column: str) -> np.ndarray:
@@ -132,7 +133,7 @@ def _matrix(shards: pa.Table, column: str) -> np.ndarray:
     return matrix
 
 
-def _gram_table(stack: str, shards: pa.Table, paths: Sequence[Path]) -> pa.Table:
+def _gram_table(place: Place, shards: pa.Table, paths: Sequence[Path]) -> pa.Table:
     """Equal head indices in order of the layers, with what follows from the two inner products of each pair."""
     tiles = (tile for path in paths for tile in read_parts(path))
     table = pa.concat_tables([tile.filter(pc.equal(tile["head_a"], tile["head_b"])) for tile in tiles])
@@ -150,25 +151,24 @@ def _gram_table(stack: str, shards: pa.Table, paths: Sequence[Path]) -> pa.Table
         "antisymmetric": (gram - transposed) / 2,
         "z": cosine * shards["hidden"][0].as_py(),
     }
-    return _with_stack(stack, pa.table(columns), GRAM)
+    return at_place(place, pa.table(columns), GRAM)
 
 
-def _pair_tables(stack: str, shards: pa.Table, paths: Sequence[Path]) -> Iterator[pa.Table]:
-    """Tile by tile, every pair of two heads, with cosines and whether they read one key head."""
+def _pair_tables(place: Place, shards: pa.Table, paths: Sequence[Path]) -> Iterator[pa.Table]:
+    """Tile by tile, every pair of two heads, with cosines and whether they share a key head, or a value head."""
     kv_heads, positions = _by_layer(shards, shards["kv_head"].to_numpy())
     itself = (pc.field("layer_a") == pc.field("layer_b")) & (pc.field("head_a") == pc.field("head_b"))
     for tile in (part.filter(~itself) for path in paths for part in read_parts(path)):
         layer_a, head_a, layer_b, head_b = (tile[name].to_numpy() for name in ("layer_a", "head_a", "layer_b", "head_b"))
         gram, transposed, norms = _products(tile, shards)
-        keys = kv_heads[positions[layer_a], head_a] == kv_heads[positions[layer_b], head_b]
+        shared = kv_heads[positions[layer_a], head_a] == kv_heads[positions[layer_b], head_b]
         columns = {
-            "circuit": pa.array(["qk"]).take(pa.array(np.zeros(len(tile), dtype=np.int32))),
             **{name: tile[name] for name in ("layer_a", "head_a", "layer_b", "head_b")},
-            "shared": keys & (layer_a == layer_b),
+            "shared": shared & (layer_a == layer_b),
             "cosine": cosines(gram, *norms).astype(np.float32),
             "transposed": cosines(transposed, *norms).astype(np.float32),
         }
-        yield _with_stack(stack, pa.table(columns), PAIRS)
+        yield at_place(place, pa.table(columns), PAIRS)
 
 
 def _products(pairs: pa.Table, shards: pa.Table) -> tuple[np.ndarray, np.ndarray, tuple[np.ndarray, np.ndarray]]:
@@ -192,12 +192,12 @@ def _by_layer(shards: pa.Table, values: np.ndarray) -> tuple[np.ndarray, np.ndar
     return values.reshape(len(unique), -1), positions
 
 
-def _directions(shards: Sequence[Path], stack: str, reserve: Callable[[str, int], Path]) -> dict[str, torch.Tensor]:
+def _directions(shards: Sequence[Path], place: str, reserve: Callable[[str, int], Path]) -> dict[str, torch.Tensor]:
     """The shards' tensors, joined along the layers. They may exceed the memory of a job, so they are mapped, not loaded."""
     loaded = [torch.load(path.with_suffix(".pt"), mmap=True, weights_only=True) for path in shards]
     layers = torch.tensor([layer for part in loaded for layer in part["layers"]])
     names = [name for name in loaded[0] if name != "layers"]
-    return {"layers": layers} | {name: _joined([part[name] for part in loaded], f"{stack}-{name}", reserve) for name in names}
+    return {"layers": layers} | {name: _joined([part[name] for part in loaded], f"{place}-{name}", reserve) for name in names}
 
 
 def _joined(parts: Sequence[torch.Tensor], name: str, reserve: Callable[[str, int], Path]) -> torch.Tensor:

@@ -52,6 +52,8 @@ def _values(schema: dict) -> str:
         return " or ".join(dict.fromkeys(_values(option) for option in schema["anyOf"]))
     if "enum" in schema:
         return ", ".join(f"`{value}`" for value in schema["enum"])
+    if schema.get("type") == "array":
+        return f"a list of {_values(schema['items'])}"
     if "const" in schema:
         return f"`{schema['const']}`"
     bound = "".join(

@@ -8,18 +8,21 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from pydantic import BaseModel
 
+from headgram.errors import HeadgramError
 from headgram.families.registry import family_of, family_of_gguf, family_text
 from headgram.geometry.costs import Sizes, cheapest, flops
 from headgram.results.paths import Results
 from headgram.results.record import Identity, canonical, digest
 from headgram.study.keys import code_digest, page_digest
-from headgram.study.lock import LockedModel, LockedStack
+from headgram.study.lineages import Pair, pairs
+from headgram.study.lock import LockedCircuit, LockedModel, LockedStack
+from headgram.study.manifest import Labels
 from headgram.study.options import Config
 
 #: What one core does, roughly; only the sizes of jobs follow from it.
@@ -33,11 +36,13 @@ MOST_PAIR_FLOPS = 2e14
 _STORED_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
 
 Layers = tuple[int, ...]
+#: A circuit and a stack.
+Place = tuple[str, str]
 
 
 @dataclass(frozen=True)
-class StackPlan:
-    """How the layers of one stack are cut into jobs: names and layers, in order.
+class HeadsPlan:
+    """How the layers of one circuit of a stack are cut into jobs: names and layers, in order.
 
     Attributes
     ----------
@@ -52,6 +57,7 @@ class StackPlan:
     """
 
     stack: LockedStack
+    locked: LockedCircuit
     all_pairs: bool
     groups: dict[str, Layers]
     shards: dict[str, Layers]
@@ -82,8 +88,15 @@ class ModelPlan:
 
     name: str
     entry: LockedModel
-    stacks: dict[str, StackPlan]
-    identities: dict[str, Identity]  # stage -> the identity of its artifacts
+    labels: Labels
+    heads: dict[Place, HeadsPlan]  # circuit by circuit, the stacks in the model's order
+    composed: tuple[str, ...]  # the stacks whose compositions are measured
+    identities: dict[tuple[str, str], Identity]  # by stage and circuit, which is empty where a stage takes all
+
+    @property
+    def circuits(self) -> list[str]:
+        """The circuits that are measured."""
+        return list(dict.fromkeys(circuit for circuit, _ in self.heads))
 
 
 @dataclass(frozen=True)
@@ -92,7 +105,26 @@ class Plan:
 
     config: Config
     models: dict[str, ModelPlan]
+    pairs: list[Pair]  # of models of one lineage
     report: Identity  # of the page and the figures of all models
+    pair_code: str  # the digest of the stage `lineage`
+
+    def pair_places(self, pair: Pair) -> list[Place]:
+        """The circuits and stacks that both models of a pair have."""
+        ours, theirs = (self.models[name].heads for name in pair)
+        return [place for place in ours if place in theirs]
+
+    def pair_identity(self, pair: Pair) -> Identity:
+        """What the tables about a model and an earlier one follow from."""
+        models = [self.models[name] for name in reversed(pair)]
+        places = self.pair_places(pair)
+        circuits = list(dict.fromkeys(circuit for circuit, _ in places))
+        upstream = [
+            model.identities[stage, circuit].key for model in models for stage in ("extract", "eigen") for circuit in circuits
+        ]
+        all_pairs = all(model.heads[place].all_pairs for model in models for place in places)
+        options = {"export": self.config.export.model_dump(mode="json"), "gram": {"pairs": "all" if all_pairs else "same"}}
+        return Identity("lineage", canonical(options), models[1].entry.fingerprint, self.pair_code, tuple(upstream))
 
     def records(self) -> dict[str, str]:
         """The key of every artifact, by its record's path below the results folder."""
@@ -100,79 +132,139 @@ class Plan:
         keys = {paths.record("report"): self.report.key}
         for name, model in self.models.items():
             key = {stage: identity.key for stage, identity in model.identities.items()}
-            keys |= {paths.record(stage, name): key[stage] for stage in ("merge", "derive")}
-            for stack, plan in model.stacks.items():
+            keys |= {paths.record(stage, name): found for (stage, circuit), found in key.items() if not circuit}
+            for (circuit, stack), plan in model.heads.items():
                 for stage, parts in (("extract", plan.groups), ("eigen", plan.shards), ("gram", plan.rows)):
-                    keys |= {paths.record(stage, name, stack, part): key[stage] for part in parts}
+                    keys |= {paths.record(stage, name, stack, circuit, part): key[stage, circuit] for part in parts}
+        for pair in self.pairs:
+            keys[paths.record("lineage", pair[0], name=pair[1])] = self.pair_identity(pair).key
         return {paths.relative(path): key for path, key in keys.items()}
 
 
 def left_out(plan: Plan) -> list[str]:
-    """A sentence about every model of which not all heads are multiplied with all heads, because that would cost too much."""
-    if plan.config.gram.pairs != "auto":
-        return []
-    short = [name for name, model in plan.models.items() if not all(stack.all_pairs for stack in model.stacks.values())]
-    return [
+    """A sentence about every circuit that a model lacks, and every model of which something would cost too much."""
+    absent = [
+        f"{name}, stack {stack.name}: without the circuit {circuit}: {stack.missing[circuit]}"
+        for name, model in plan.models.items()
+        for stack in model.entry.stacks
+        for circuit in plan.config.circuits
+        if circuit in stack.missing
+    ]
+    costly = [
         f"{name}: all heads with all would cost more than {MOST_PAIR_FLOPS:.0e} operations, so heads of the same index alone "
         "are multiplied; --config 'gram={pairs: all}' multiplies all"
-        for name in short
+        for name, model in plan.models.items()
+        if plan.config.gram.pairs == "auto" and not all(heads.all_pairs for heads in model.heads.values())
     ]
+    uncomposed = [
+        f"{name}, stack {stack}: without composition, which would cost more than {MOST_PAIR_FLOPS:.0e} operations; "
+        "--config 'composition={enabled: true}' measures it"
+        for name, model in plan.models.items()
+        for stack in _in_both_circuits(model.heads)
+        if plan.config.composition.enabled == "auto" and stack not in model.composed
+    ]
+    return absent + costly + uncomposed
 
 
-def make_plan(entries: Mapping[str, LockedModel], config: Config, scripts: Path) -> Plan:
-    """Plan every model of the manifest, given its entry in the lock, and the folder of the stages' scripts.
+def make_plan(
+    entries: Mapping[str, LockedModel], config: Config, scripts: Path, labels: Mapping[str, Labels] | None = None
+) -> Plan:
+    """Plan every model of the manifest, given its entry in the lock, the folder of the stages' scripts, and the models' labels.
 
     Raises
     ------
     HeadgramError
-        If the lock holds an architecture that this version does not know.
+        If the lock holds an architecture that this version does not know, or a model has none of the circuits that are asked for.
     """
-    models = {name: _plan_model(name, entry, config, scripts) for name, entry in entries.items()}
-    return Plan(config, models, _report_identity(models, scripts))
+    labels = {name: (labels or {}).get(name, Labels()) for name in entries}
+    models = {name: _plan_model(name, entry, labels[name], config, scripts) for name, entry in entries.items()}
+    code = code_digest("lineage", scripts / "lineage.py")
+    return Plan(config, models, pairs(labels, config.lineage.pairs), _report_identity(models, scripts), code)
 
 
-def _plan_model(name: str, entry: LockedModel, config: Config, scripts: Path) -> ModelPlan:
-    stacks = {stack.name: _plan_stack(stack, config) for stack in entry.stacks}
-    return ModelPlan(name, entry, stacks, _identities(entry, config, scripts))
+def _plan_model(name: str, entry: LockedModel, labels: Labels, config: Config, scripts: Path) -> ModelPlan:
+    heads: dict[Place, HeadsPlan] = {
+        (circuit, stack.name): _plan_heads(stack, circuit, config)
+        for circuit in config.circuits
+        for stack in entry.stacks
+        if circuit in stack.circuits
+    }
+    if not heads:
+        reasons = {stack.missing[circuit] for stack in entry.stacks for circuit in config.circuits}
+        raise HeadgramError(
+            f"The model {name} has none of the circuits {', '.join(config.circuits)}: {'; '.join(sorted(reasons))}; "
+            "give other circuits (--config 'circuits=[qk]') or remove its row."
+        )
+    circuits = list(dict.fromkeys(circuit for circuit, _ in heads))
+    enabled = config.composition.enabled
+    composed = tuple(
+        stack
+        for stack in _in_both_circuits(heads)
+        if enabled is True
+        or (enabled == "auto" and _composition_flops(heads["qk", stack], heads["ov", stack]) <= MOST_PAIR_FLOPS)
+    )
+    return ModelPlan(name, entry, labels, heads, composed, _identities(entry, labels, circuits, bool(composed), config, scripts))
 
 
-def stage_config(stage: str, config: Config) -> str:
+def _in_both_circuits(heads: Mapping[Place, HeadsPlan]) -> list[str]:
+    """The stacks of which both circuits are measured."""
+    return [stack for circuit, stack in heads if circuit == "qk" and ("ov", stack) in heads]
+
+
+def stage_config(stage: str, config: Config, circuit: str = "qk") -> str:
     """Canonical JSON of exactly the options that a stage reads: the contract between configuration and staleness."""
+    if circuit != "qk":  # the original script knows no other
+        config = config.model_copy(update={"original": config.original.model_copy(update={"enabled": False})})
     sections: dict[str, dict[str, BaseModel]] = {
         "extract": {"weights": config.weights},
         "eigen": {"eigen": config.eigen, "original": config.original},
         "gram": {"gram": config.gram},
+        "composition": {"composition": config.composition, "export": config.export},
         "merge": {"export": config.export, "original": config.original},
         "derive": {"export": config.export},
     }
     return canonical({name: section.model_dump(mode="json") for name, section in sections[stage].items()})
 
 
-def _identities(entry: LockedModel, config: Config, scripts: Path) -> dict[str, Identity]:
-    code = {stage: code_digest(stage, scripts / f"{stage}.py") for stage in ("extract", "eigen", "gram", "merge", "derive")}
+def _identities(
+    entry: LockedModel, labels: Labels, circuits: Sequence[str], composed: bool, config: Config, scripts: Path
+) -> dict[tuple[str, str], Identity]:
+    stages = ("extract", "eigen", "gram", "merge", "derive", "composition")
+    code = {stage: code_digest(stage, scripts / f"{stage}.py") for stage in stages}
     find = family_of_gguf if entry.format == "gguf" and "model_type" not in entry.overrides else family_of
     reads_weights = digest(code["extract"], family_text(find(entry.architecture).name))
-    extract = Identity("extract", stage_config("extract", config), entry.fingerprint, reads_weights)
-
-    def after(stage: str, *inputs: Identity) -> Identity:
-        upstream = tuple(identity.key for identity in inputs)
-        return Identity(stage, stage_config(stage, config), entry.fingerprint, code[stage], upstream)
-
-    eigen, gram = after("eigen", extract), after("gram", extract)
-    merge = after("merge", eigen, gram)
-    return {"extract": extract, "eigen": eigen, "gram": gram, "merge": merge, "derive": after("derive", merge, eigen)}
+    found: dict[tuple[str, str], Identity] = {}
+    for circuit in circuits:
+        fingerprint = entry.fingerprint_of(circuit)
+        found["extract", circuit] = extract = Identity("extract", stage_config("extract", config), fingerprint, reads_weights)
+        for stage in ("eigen", "gram"):
+            options = stage_config(stage, config, circuit)
+            found[stage, circuit] = Identity(stage, options, fingerprint, code[stage], (extract.key,))
+    measured = {stage: tuple(found[stage, circuit].key for circuit in circuits) for stage in ("eigen", "gram")}
+    merge = Identity(
+        "merge", stage_config("merge", config), entry.fingerprint, code["merge"], measured["eigen"] + measured["gram"]
+    )
+    writes_labels = digest(code["derive"], canonical(asdict(labels)))
+    derive = Identity("derive", stage_config("derive", config), entry.fingerprint, writes_labels, (merge.key, *measured["eigen"]))
+    found |= {("merge", ""): merge, ("derive", ""): derive}
+    if composed:
+        upstream = tuple(found["extract", circuit].key for circuit in ("qk", "ov"))
+        options = stage_config("composition", config)
+        found["composition", ""] = Identity("composition", options, entry.fingerprint, code["composition"], upstream)
+    return found
 
 
 def _report_identity(models: Mapping[str, ModelPlan], scripts: Path) -> Identity:
     """What a report follows from: the models' names, in order, and their tables."""
     code = digest(code_digest("report", scripts / "report.py"), page_digest())
-    upstream = tuple(model.identities[stage].key for model in models.values() for stage in ("merge", "derive"))
+    upstream = tuple(model.identities[stage, ""].key for model in models.values() for stage in ("merge", "derive"))
     return Identity("report", canonical({}), digest(*models), code, upstream)
 
 
-def _plan_stack(stack: LockedStack, config: Config) -> StackPlan:
-    heads, rank, width, budget = stack.heads, stack.rank, stack.hidden, config.memory_budget
-    stored = {"stored": _STORED_BYTES.get(stack.dtype, 4), "bfloat16": 2, "float32": 4}[config.weights.dtype]
+def _plan_heads(stack: LockedStack, circuit: str, config: Config) -> HeadsPlan:
+    locked = stack.circuits[circuit]
+    heads, rank, width, budget = stack.heads, locked.rank, stack.hidden, config.memory_budget
+    stored = {"stored": _STORED_BYTES.get(locked.dtype, 4), "bfloat16": 2, "float32": 4}[config.weights.dtype]
     layer_bytes = (heads + stack.kv_heads) * rank * width * stored
 
     # Products of width d, one symmetric 2r and one r problem for every head, these at a third of the speed of products; then
@@ -183,10 +275,10 @@ def _plan_stack(stack: LockedStack, config: Config) -> StackPlan:
     group = budget // 4 // layer_bytes
     shard = min(_JOB_SECONDS / eigen_seconds, budget // 4 // directions)
     all_pairs = config.gram.pairs == "all" or (
-        config.gram.pairs == "auto" and _tile_flops(stack, len(stack.layers), True) <= MOST_PAIR_FLOPS
+        config.gram.pairs == "auto" and _tile_flops(stack, rank, len(stack.layers), True) <= MOST_PAIR_FLOPS
     )
     affordable = _TILE_SECONDS * _FLOPS_PER_SECOND
-    lasting = [n for n in range(1, len(stack.layers) + 1) if _tile_flops(stack, n, all_pairs) <= affordable]
+    lasting = [n for n in range(1, len(stack.layers) + 1) if _tile_flops(stack, rank, n, all_pairs) <= affordable]
     # Of one index at a time, the weights of the layers of both sides of a tile, as stored and in float32, beside products of a
     # constant size; of all heads, blocks of a constant size, and the results.
     fitting = math.isqrt(budget // 4 // 128) // heads if all_pairs else budget // 2 // (2 * 2 * rank * width * (stored + 4))
@@ -195,8 +287,9 @@ def _plan_stack(stack: LockedStack, config: Config) -> StackPlan:
         shard = config.eigen.layers_per_job
     if config.gram.layers_per_tile != "auto":
         tile = config.gram.layers_per_tile
-    return StackPlan(
+    return HeadsPlan(
         stack=stack,
+        locked=locked,
         all_pairs=all_pairs,
         groups=_named(_cut(stack.layers, group)),
         shards=_named(_cut(stack.layers, shard)),
@@ -204,14 +297,25 @@ def _plan_stack(stack: LockedStack, config: Config) -> StackPlan:
     )
 
 
-def _tile_flops(stack: LockedStack, layers: int, all_pairs: bool) -> float:
+def _tile_flops(stack: LockedStack, rank: int, layers: int, all_pairs: bool) -> float:
     """Operations of a tile of some layers with themselves."""
     if not all_pairs:
-        sizes = Sizes.unshared(layers, layers, stack.rank, stack.hidden, same=True)
+        sizes = Sizes.unshared(layers, layers, rank, stack.hidden, same=True)
         return stack.heads * flops(cheapest(sizes), sizes)
     own, shared = layers * stack.heads, layers * stack.kv_heads
-    sizes = Sizes((own, own), (shared, shared), (own, own), (stack.rank, stack.rank), stack.hidden, same=True)
+    sizes = Sizes((own, own), (shared, shared), (own, own), (rank, rank), stack.hidden, same=True)
     return flops(cheapest(sizes), sizes)
+
+
+def _composition_flops(qk: HeadsPlan, ov: HeadsPlan) -> float:
+    """Operations of all compositions of a stack: the three kinds, every head with every head."""
+    count = len(qk.stack.layers) * qk.stack.heads
+    both = (count, count)
+    of_kinds = [
+        Sizes(both, both, both, (reading.locked.rank, ov.locked.rank), qk.stack.hidden, same=False, symmetric=True)
+        for reading in (qk, qk, ov)
+    ]
+    return sum(flops(cheapest(sizes), sizes) for sizes in of_kinds)
 
 
 def _cut(layers: Layers, size: float) -> list[Layers]:

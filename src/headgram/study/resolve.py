@@ -11,25 +11,34 @@ import json
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from headgram.checkpoints.checkpoint import open_checkpoint
-from headgram.checkpoints.sources import Location
+from pydantic import ValidationError
+
+from headgram.checkpoints.checkpoint import Checkpoint, open_checkpoint
+from headgram.checkpoints.stack import Stack
 from headgram.errors import HeadgramError
+from headgram.foreign import first_problem, plain
+from headgram.forms.circuits import CIRCUITS
 from headgram.proofs.adopt import open_or_derive
 from headgram.results.record import canonical, digest
-from headgram.study.lock import LockedModel, LockedStack, changed_message, lock_path, locked_file, missing_rows, read_lock
+from headgram.study.lock import (
+    LockedCircuit,
+    LockedModel,
+    LockedStack,
+    changed_message,
+    lock_path,
+    locked_file,
+    missing_rows,
+    read_lock,
+)
 from headgram.study.manifest import Row, read_manifest
-
-if TYPE_CHECKING:
-    from headgram.checkpoints.hub import RemoteLocation
 
 
 def main(manifest: Path, doubtful: Sequence[str]) -> None:
     """Resolve the missing rows of a manifest, and compare others with the lock."""
     lock = read_lock(lock_path(manifest))
     rows = missing_rows(read_manifest(manifest).rows, lock)
-    models, problems = resolve_all(rows, progress=lambda line: print(line, file=sys.stderr))
+    models, problems = resolve_all(rows, progress=lambda line: print(plain(line), file=sys.stderr))
     problems += [sentence for name in doubtful for sentence in compare(name, lock.models[name])]
     print(json.dumps({"models": {name: entry.model_dump(mode="json") for name, entry in models.items()}, "problems": problems}))
 
@@ -44,27 +53,30 @@ def resolve_all(
         try:
             entry = models[row.name] = resolve(row)
             how = ", derived: the layout that is proven for its unknown type" if entry.derived else ""
-            progress(f"locked {row.name}: {entry.architecture}{how}, fingerprint {entry.fingerprint[:12]}")
+            progress(f"resolved {row.name}: {entry.architecture}{how}, fingerprint {entry.fingerprint[:12]}")
         except (HeadgramError, OSError) as error:
             problems.append(f"line {row.line} ({row.name}): {error}")
+        except ValidationError as error:  # no lock could hold that
+            problems.append(f"line {row.line} ({row.name}): {row.source} holds what no model has ({first_problem(error)})")
     return models, problems
 
 
 def compare(name: str, entry: LockedModel) -> list[str]:
-    """A sentence if any layer's query and key bytes are not what was locked; else nothing."""
+    """A sentence if the bytes of any layer's factors are not what was locked; else nothing."""
     try:
         with open_checkpoint(**entry.how_to_open()) as checkpoint:
             for stack in entry.stacks:
-                for layer, locked in zip(stack.layers, stack.digests, strict=True):
-                    if not checkpoint.holds(stack.name, layer, locked):
-                        return [changed_message(name, f"stack '{stack.name}', layer {layer} of {entry.source}")]
+                for circuit, factors in stack.circuits.items():
+                    for layer, locked in zip(stack.layers, factors.digests, strict=True):
+                        if not checkpoint.holds(stack.name, layer, locked, CIRCUITS[circuit].roles):
+                            return [changed_message(name, f"stack '{stack.name}', layer {layer} of {entry.source}")]
     except HeadgramError as error:
         return [f"{name}: {error}"]
     return []
 
 
 def resolve(row: Row) -> LockedModel:
-    """Open a row's checkpoint and pin what it holds; reads its query and key bytes once, or none of them at the hub.
+    """Open a row's checkpoint and pin what it holds; reads the bytes of its heads' factors, or none of them at the hub.
 
     Raises
     ------
@@ -73,15 +85,9 @@ def resolve(row: Row) -> LockedModel:
     """
     checkpoint, derived = open_or_derive(row.source, row.revision, row.overrides)
     with checkpoint:
-        stacks = tuple(
-            LockedStack(
-                **{name: getattr(stack, name) for name in LockedStack.model_fields if name != "digests"},
-                digests=tuple(checkpoint.digest(stack.name, layer) for layer in stack.layers),
-            )
-            for stack in checkpoint.stacks
-        )
+        stacks = tuple(_locked_stack(checkpoint, stack) for stack in checkpoint.stacks)
         location = checkpoint.location
-        files = tuple(locked_file(location, name) for name in _names(location))
+        files = tuple(locked_file(location, name) for name in (*location.weights, *location.described_by))
         content = {
             "architecture": checkpoint.architecture,
             "overrides": row.overrides,
@@ -92,6 +98,7 @@ def resolve(row: Row) -> LockedModel:
             revision=row.revision,
             overrides=row.overrides,
             commit=location.commit,
+            base=location.base,
             format=location.format,
             architecture=checkpoint.architecture,
             derived=derived is not None,
@@ -101,9 +108,28 @@ def resolve(row: Row) -> LockedModel:
         )
 
 
-def _names(location: Location | RemoteLocation) -> list[str]:
-    has_config = location.format != "gguf" and location.config() is not None
-    return [*location.weights, *(["config.json"] if has_config else [])]
+def _locked_stack(checkpoint: Checkpoint, stack: Stack) -> LockedStack:
+    missing = {name: reason for name in CIRCUITS if (reason := _why_not(stack, name))}
+    circuits = {
+        name: LockedCircuit(
+            rank=stack.rank if name == "qk" else stack.value_rank,
+            dtype=stack.stored_as(circuit.roles),
+            bytes=stack.nbytes(circuit.roles),
+            digests=tuple(checkpoint.digest(stack.name, layer, circuit.roles) for layer in stack.layers),
+        )
+        for name, circuit in CIRCUITS.items()
+        if name not in missing
+    }
+    shape = {name: getattr(stack, name) for name in ("name", "layers", "heads", "kv_heads", "hidden")}
+    return LockedStack(**shape, circuits=circuits, missing=missing)
+
+
+def _why_not(stack: Stack, circuit: str) -> str | None:
+    """Why a circuit of a stack cannot be measured, or None."""
+    reasons = [stack.missing[role] for role in CIRCUITS[circuit].roles if role in stack.missing]
+    if not reasons and circuit == "ov" and stack.output_width != stack.hidden:
+        reasons = [f"its heads read a stream of width {stack.hidden} and write to one of width {stack.output_width}"]
+    return reasons[0] if reasons else None
 
 
 if __name__ == "__main__":

@@ -1,0 +1,47 @@
+"""What chance gives of what is drawn, and how far colours reach, so that noise looks like noise."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from headgram.geometry.nulls import (
+    Null,
+    cosine_null,
+    overlap_null,
+    part_cosine_null,
+    symmetry_null,
+    symmetry_score_null,
+)
+from headgram.results.tables import SIDES
+
+#: Colours reach so many times as far from the mean by chance as the best of all random ones: what is chance stays pale.
+PALE = 3
+
+
+def nulls(facts: Mapping[str, Any]) -> dict[str, Null]:
+    """Of every column of `heads`, comparison of forms and side that has one; `facts` is a row of `models`."""
+    width, kept = facts["hidden"], facts["directions"]
+    return {
+        "symmetry": symmetry_null(width),
+        "symmetry_score": symmetry_score_null(width),
+        **dict.fromkeys(("cosine", "transposed"), cosine_null(width)),
+        **dict.fromkeys(("symmetric", "antisymmetric"), part_cosine_null(width)),
+        **dict.fromkeys(SIDES, overlap_null(kept, width)),
+    }
+
+
+def for_page(facts: Mapping[str, Any]) -> dict[str, dict[str, float]]:
+    """By what is drawn: mean and deviation by chance, and how far from the mean the best is of all heads, of all pairs of layers
+    and heads, and of the means over heads of all pairs of layers."""
+    layers, heads = facts["layers"], facts["heads"]
+    pairs = max(1, layers * (layers - 1) // 2)
+    return {
+        name: {
+            "mean": null.mean,
+            "deviation": null.deviation,
+            "best": null.best_of((layers if name.startswith("symmetry") else pairs) * heads) - null.mean,
+            "best_mean": null.mean_of(heads).best_of(pairs) - null.mean,
+        }
+        for name, null in nulls(facts).items()
+    }

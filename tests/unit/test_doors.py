@@ -1,0 +1,113 @@
+"""What a caller may hand to the public functions: numbers of every kind are taken, all else is refused in one sentence."""
+
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import headgram
+from headgram.atlas.compare import compare
+from tiny import write_llama
+
+_RANDOM = np.random.default_rng(0)
+QUERY, KEY = _RANDOM.standard_normal((4, 8, 32)), _RANDOM.standard_normal((2, 8, 32))
+
+TAKEN = {
+    "float64": QUERY,
+    "float32": QUERY.astype(np.float32),
+    "float16": QUERY.astype(np.float16),
+    "other byte order": QUERY.astype(">f4"),
+    "a view": QUERY[:, ::-1, :],
+    "read-only": np.broadcast_to(np.float32(0.5), QUERY.shape),
+    "bfloat16": torch.from_numpy(QUERY).bfloat16(),
+    "with a gradient": torch.from_numpy(QUERY).requires_grad_(),
+}
+REFUSED = {
+    "None": (None, "not NoneType"),
+    "text": ("weights", "not str"),
+    "lists": (QUERY.tolist(), "not list"),
+    "a truth value": (True, "not bool"),
+    "whole numbers": (QUERY.astype(int), "int64, not floating"),
+    "torch's whole numbers": (torch.ones(4, 8, 32, dtype=torch.int8), "int8, not floating"),
+    "complex": (QUERY + 0j, "complex128, not floating"),
+    "objects": (np.array([None]), "object, not floating"),
+    "wider than 64 bits": (QUERY.astype(np.longdouble), "not floating point of 16, 32 or 64 bits"),
+    "NaN": (np.full_like(QUERY, np.nan), "query weights hold a NaN"),
+    "infinity": (torch.full((4, 8, 32), -torch.inf), "query weights hold a NaN or an infinity"),
+    "one head": (QUERY[0], r"\(8, 32\)"),
+    "no head": (QUERY[:0], r"\(0, 8, 32\)"),
+    "no width": (QUERY[:, :, :0], r"\(4, 8, 0\)"),
+    "another rank": (QUERY[:, :7], r"\(4, 7, 32\)"),
+    "another width": (QUERY[:, :, :31], r"\(4, 8, 31\)"),
+    "sparse": (torch.from_numpy(QUERY).to_sparse(), "sparse"),
+    "nothing": (torch.empty(4, 8, 32, device="meta"), "meta device"),
+}
+
+
+@pytest.mark.parametrize("weights", TAKEN.values(), ids=TAKEN)
+def test_arrays_and_tensors_give_the_same(weights):
+    judge = torch.from_numpy(weights.astype(np.float64)) if isinstance(weights, np.ndarray) else weights.detach().double()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        found = headgram.spectrum(weights, KEY)
+        product = headgram.gram(weights[None], KEY[None], weights[None], KEY[None], precision="float64")
+    forms = torch.einsum("hrk,hrq->hkq", torch.from_numpy(KEY).repeat_interleave(2, 0), judge)
+    torch.testing.assert_close(found.singular_values, torch.linalg.svdvals(forms)[:, :8])
+    torch.testing.assert_close(product[0, 0], forms.square().sum((1, 2)))
+
+
+@pytest.mark.parametrize(("weights", "sentence"), REFUSED.values(), ids=REFUSED)
+def test_other_weights_are_refused(weights, sentence):
+    with pytest.raises(headgram.HeadgramError, match=sentence):
+        headgram.spectrum(weights, KEY)
+    many = weights[None] if isinstance(weights, np.ndarray | torch.Tensor) else weights
+    with pytest.raises(headgram.HeadgramError):
+        headgram.gram(many, KEY[None], QUERY[None], KEY[None])
+
+
+@pytest.mark.parametrize("topk", [None, "8", 2.5, True, 0, -1])
+def test_other_counts_of_directions_are_refused(topk):
+    with pytest.raises(headgram.HeadgramError, match="topk"):
+        headgram.spectrum(QUERY, KEY, topk=topk)
+
+
+@pytest.mark.parametrize("precision", [None, "float32", 64])
+def test_other_precisions_are_refused(precision):
+    with pytest.raises(headgram.HeadgramError, match="auto, float64"):
+        headgram.gram(QUERY[None], KEY[None], QUERY[None], KEY[None], precision=precision)
+
+
+@pytest.mark.parametrize(
+    "path", [None, 3, b"bytes", [], object(), "", "\0", "not there", "n" * 5000, Path("not there")], ids=repr
+)
+def test_no_path_opens_nothing(path, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for door in (headgram.open_checkpoint, headgram.open_atlas):
+        with pytest.raises(headgram.HeadgramError) as refused:
+            door(path)
+        assert "\n" not in str(refused.value)
+
+
+def test_other_arguments_of_a_checkpoint_are_refused(tmp_path):
+    source = write_llama(tmp_path / "llama", layers=1)
+    for arguments in ({"revision": 3}, {"overrides": "heads"}, {"overrides": {"heads": "4"}}, {"overrides": {None: 1}}):
+        with pytest.raises(headgram.HeadgramError):
+            headgram.open_checkpoint(source, **arguments)
+    with headgram.open_checkpoint(source) as checkpoint:
+        assert checkpoint.qk("self", np.int64(0))[0].shape == (4, 8, 32)
+        for stack, layer in (("none", 0), (None, 0), (["self"], 0), *(("self", no) for no in (1, None, "0", 0.0, True))):
+            with pytest.raises(headgram.HeadgramError):
+                checkpoint.qk(stack, layer)
+        for roles in (3, [3], ["gate"]):
+            with pytest.raises(headgram.HeadgramError, match="role|Roles"):
+                checkpoint.factors("self", 0, roles)
+
+
+def test_other_arguments_of_an_atlas_are_refused(tmp_path):
+    with pytest.raises(headgram.HeadgramError, match="compare takes"):
+        compare(tmp_path, "a", "b")
+    for name in (None, 3, ["heads"], "none"):
+        with pytest.raises(headgram.HeadgramError, match="has no table"):
+            headgram.Atlas(tmp_path).table(name)

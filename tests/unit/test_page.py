@@ -1,0 +1,282 @@
+"""The page under a finger, from the keyboard, on paper and at three sizes, with models of noise alone."""
+
+import csv
+import dataclasses
+import io
+import struct
+
+import numpy as np
+import pytest
+from test_report import stack
+
+from browser import SCREENSHOTS, browser, opened
+from headgram.report.chance import nulls
+from headgram.report.page import index_pack, model_pack, page, page_shell
+from headgram.version import __version__
+
+NAMES = [
+    "a-rather-long-name-of-a-model-from-somewhere-1",
+    "a-rather-long-name-of-a-model-from-somewhere-2",
+    *map("m{}".format, range(9)),
+]
+ORIGIN = {"source": "org/model", "revision": "main", "commit": "0123456789abcdef", "measured": "2026-11-26", "version": "0.9.9"}
+
+
+def noise(layers: int, heads: int, seed: int):
+    """A stack whose numbers are what chance gives."""
+    random = np.random.default_rng(seed)
+    made = stack(layers, heads, 8, seed)
+    null = nulls(made.summary.facts)
+    size = (layers * (layers + 1) // 2, heads)
+    pairs = {name: null[name].mean + null[name].deviation * random.standard_normal(size) for name in made.pairs}
+    values = made.heads.copy()
+    values[0] = null["symmetry"].mean + null["symmetry"].deviation * random.standard_normal(values[0].shape)
+    return dataclasses.replace(made, pairs=pairs, heads=values, singular=made.singular * 3e-4)
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory):
+    models = {name: {"qk/self": noise(12, 8, seed)} for seed, name in enumerate(NAMES)}
+    index = index_pack({name: {"qk/self": each["qk/self"].summary} for name, each in models.items()}, {NAMES[0]: ORIGIN})
+    found = tmp_path_factory.mktemp("page") / "index.html"
+    found.write_text(page(page_shell(), index, {name: model_pack(each) for name, each in models.items()}))
+    return found
+
+
+@pytest.fixture(scope="module")
+def chrome():
+    with browser() as running:
+        yield running
+
+
+def place_of(found, picture: str, **row) -> tuple[float, float]:
+    """Where in the window a row's mark is drawn; of a line, one of its points."""
+    return tuple(
+        found.page.evaluate(
+            """([id, row]) => {
+            const place = document.getElementById(id), view = headgram.view(id), marks = [];
+            place.scrollIntoView({ block: "center" });
+            const visit = item => {
+                if (item.items) item.items.forEach(visit);
+                else if (item.datum && item.mark.role === "mark") marks.push(item);
+            };
+            visit(view.scenegraph().root);
+            const fits = ({ datum }) => Object.entries(row).every(([name, value]) => datum[name] === value);
+            const { x, y, width = 0, height = 0 } = marks.find(fits);
+            const box = place.getBoundingClientRect(), [left, top] = view.origin(), padding = view.padding();
+            return [box.left + left + padding.left + x + width / 2, box.top + top + padding.top + y + height / 2];
+        }""",
+            [picture, row],
+        )
+    )
+
+
+@pytest.mark.parametrize("size", [(390, 844), (1280, 900), (1920, 1080)], ids=lambda size: size[0])
+def test_three_sizes(chrome, path, size):
+    with opened(chrome, path, "#scale=symlog", size=size) as found:
+        assert found.page.evaluate("document.documentElement.scrollWidth <= innerWidth")
+        for picture in ("strip", "form-head", "form-mean", "side-head", "side-mean", "singular", "eigenvalues", "profile"):
+            texts = found.page.evaluate(
+                """id => {
+                const view = headgram.view(id), axes = [];
+                const visit = item => {
+                    if (["axis-label", "legend-label"].includes(item.role)) axes.push(item.items.filter(seen).map(described));
+                    (item.items ?? []).forEach(visit);
+                };
+                const seen = ({ opacity, text }) => opacity !== 0 && text !== "";
+                const described = ({ text, bounds: { x1, x2, y1, y2 } }) => ({ text: String(text), x1, x2, y1, y2 });
+                visit(view.scenegraph().root);
+                return axes;
+            }""",
+                picture,
+            )
+            assert texts
+            for labels in filter(None, texts):
+                assert len({label["text"] for label in labels if label["text"] != "chance"}) == len(
+                    [x for x in labels if x["text"] != "chance"]
+                )
+                apart = [
+                    (a["x2"] <= b["x1"] or b["x2"] <= a["x1"] or a["y2"] <= b["y1"] + 1 or b["y2"] <= a["y1"] + 1)
+                    for i, a in enumerate(labels)
+                    for b in labels[i + 1 :]
+                ]
+                assert all(apart), (picture, labels)
+        assert all(button.is_visible() for button in found.page.locator(".saves button").all())
+        found.screenshot(f"noise-{size[0]}")
+        assert found.complaints == []
+
+
+def test_a_tap_selects(chrome, path):
+    with opened(chrome, path, size=(390, 844), touch=True) as found:
+        for layer, head in ((3, 2), (7, 5), (1, 0)):
+            found.page.touchscreen.tap(*place_of(found, "strip", layer=layer, head=head))
+            found.settle()
+            assert (found.state()["layer"], found.state()["head"]) == (layer, head)
+            assert found.page.inner_text("#tip").startswith(f"Layer {layer}, head {head}")
+        found.page.touchscreen.tap(*place_of(found, "form-mean", layer_a=4, layer_b=9))
+        found.settle()
+        assert found.state()["layer"] == 4
+        lowest = min(found.rows("profile", "profile"), key=lambda row: row["median"])
+        found.page.touchscreen.tap(*place_of(found, "profile", model=lowest["model"], layer=lowest["layer"]))
+        found.settle()
+        assert (found.state()["model"], found.state()["layer"]) == (lowest["model"], lowest["layer"])
+        assert found.complaints == []
+
+
+def test_a_line_is_hit_from_beside_it(chrome, path):
+    with opened(chrome, path) as found:
+        rows = sorted((row for row in found.rows("singular", "others") if row["index"] == 0), key=lambda row: -row["value"])
+        x, y = place_of(found, "singular", index=0, head=rows[0]["head"])
+        found.page.mouse.click(x + 1, y - 6)
+        found.settle()
+        assert found.state()["head"] == rows[0]["head"]
+        found.page.mouse.click(x + 200, y)  # nothing is near
+        assert found.state()["head"] == rows[0]["head"]
+
+
+def test_back_undoes_and_the_keyboard_is_enough(chrome, path):
+    with opened(chrome, path) as found:
+        start = found.state()
+        found.page.focus("#strip")
+        for key in ("ArrowDown", "ArrowRight"):
+            found.page.keyboard.press(key)
+            found.settle()
+        assert (found.state()["layer"], found.state()["head"]) == (1, 1)
+        found.select("column", "trace")
+        for layer, head, column in ((1, 1, start["column"]), (1, 0, start["column"]), (0, 0, start["column"])):
+            found.page.go_back()
+            found.page.wait_for_function(f"headgram.state.layer === {layer} && headgram.state.head === {head}")
+            found.settle()
+            assert found.state()["column"] == column
+        assert found.state() == start
+        found.page.go_forward()
+        found.page.wait_for_function("headgram.state.layer === 1")
+        assert found.complaints == []
+
+
+def test_pictures_are_saved_with_what_they_show(chrome, path):
+    with opened(chrome, path) as found:
+        for i, picture in enumerate(("strip", "form-mean", "singular", "profile")):
+            saved = {}
+            for format in ("SVG", "PNG", "CSV"):
+                with found.page.expect_download() as download:
+                    found.page.click(f"#{picture} + .saves button:text-is('{format}')")
+                assert download.value.suggested_filename == f"{NAMES[0]}-qk-self-{picture}.{format.lower()}"
+                saved[format] = download.value.path().read_bytes()
+            title = found.page.get_attribute(f"#{picture}", "aria-label")
+            text = saved["SVG"].decode()
+            assert (
+                found.page.evaluate(
+                    "text => new DOMParser().parseFromString(text, 'image/svg+xml').querySelector('parsererror')", text
+                )
+                is None
+            )
+            assert f"<title>{title}</title>" in text
+            assert NAMES[0] in text
+            assert "org/model" in text
+            assert "headgram 0.9.9" in text
+            assert saved["PNG"].startswith(b"\x89PNG")
+            width, height = struct.unpack(">II", saved["PNG"][16:24])
+            assert width > 400
+            assert height > 300
+            (SCREENSHOTS / f"saved-{i}.png").write_bytes(saved["PNG"])
+            rows = list(csv.DictReader(io.StringIO(saved["CSV"].decode())))
+            assert {row["picture"] for row in rows} == {title}
+            assert "headgram 0.9.9" in rows[0]["origin"]
+            drawn = [
+                row
+                for part in {
+                    "strip": ["cells"],
+                    "form-mean": ["cells"],
+                    "singular": ["others", "chosen"],
+                    "profile": ["profile"],
+                }[picture]
+                for row in found.rows(picture, part)
+            ]
+            value = "median" if picture == "profile" else "value"
+            np.testing.assert_allclose([float(row[value]) for row in rows], [row[value] for row in drawn], rtol=1e-5)
+        assert found.complaints == []
+
+
+def test_noise_looks_like_noise(chrome, path):
+    """Of what chance gives, nearly all is drawn in the middle half of the colours, and the bar says where chance ends."""
+    with opened(chrome, path) as found:
+        for picture in ("strip", "form-head", "form-mean"):
+            low, high = found.page.evaluate("id => headgram.view(id).scale('color').domain()", picture)
+            values = np.array([row["value"] for row in found.rows(picture, "cells")])
+            assert (np.abs(values - (low + high) / 2) < (high - low) / 4).mean() > 0.99
+        for picture in ("side-head", "side-mean"):
+            low, high = found.page.evaluate("id => headgram.view(id).scale('color').domain()", picture)
+            values = [row["value"] for row in found.rows(picture, "cells")]
+            assert low == 0
+            assert max(values) < high / 2
+
+
+def test_a_models_colour_is_its_own(chrome, path):
+    def colours(found):
+        return found.page.evaluate(
+            """() => {
+                const view = headgram.view("profile");
+                const look = name => [view.scale("color")(name), view.scale("strokeDash")(name).join()];
+                return Object.fromEntries(view.scale("color").domain().map(name => [name, look(name)]));
+            }"""
+        )
+
+    with opened(chrome, path, f"#model={NAMES[0]}&with=") as found:
+        alone = colours(found)
+        found.set(model="m5", **{"with": ["m8", "m0", NAMES[0]]})
+        many = colours(found)
+        assert set(many) == {"m5", "m8", "m0", NAMES[0]}
+        assert many[NAMES[0]] == alone[NAMES[0]]
+        assert len(set(map(tuple, many.values()))) == 4
+        found.set(model="m8", **{"with": ["m5"]})
+        assert colours(found) == {name: many[name] for name in ("m5", "m8")}
+
+
+def test_names_can_be_filtered(chrome, path):
+    with opened(chrome, path) as found:
+        found.page.fill("#filter", "LONG 2")
+        assert (
+            found.page.evaluate("[...document.querySelector('#model').options].map(o => o.value)") == NAMES[:2]
+        )  # and the chosen one
+        found.page.click("#compare summary")
+        shown = [box.get_attribute("value") for box in found.page.locator("#with input").all() if box.is_visible()]
+        assert NAMES[1] in shown
+        assert "m8" not in shown
+
+
+def test_paper_is_white_and_has_no_buttons(chrome, path):
+    with opened(chrome, path, theme="dark") as found:
+        found.page.emulate_media(media="print", color_scheme="dark")
+        found.settle()
+        assert found.page.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(255, 255, 255)"
+        assert found.page.evaluate("headgram.view('strip').signal('ink')") == "#14181c"
+        assert not any(button.is_visible() for button in found.page.locator("button:not(.link)").all())
+        heights = "[...document.querySelectorAll('.picture canvas')].map(each => each.getBoundingClientRect().height)"
+        assert min(found.page.evaluate(heights)) > 150
+        found.screenshot("paper")
+        assert found.page.pdf().startswith(b"%PDF")
+        found.page.emulate_media(media="screen", color_scheme="dark")
+        found.settle()
+        assert found.page.evaluate("headgram.view('strip').signal('ink')") == "#ffffff"
+
+
+def test_what_is_read_aloud_is_right_at_once(chrome, path):
+    def spoken(found):
+        pictures = "[...document.querySelectorAll('.picture')]"
+        return found.page.evaluate(
+            f"{pictures}.map(each => [each.id, each.getAttribute('role'), each.getAttribute('aria-label')])"
+        )
+
+    with opened(chrome, path) as found:
+        first = spoken(found)
+        found.set(head=1)
+        found.set(head=0)
+        assert spoken(found) == first
+        assert {role for _, role, _ in first} == {"application"}
+        assert ["form-head", "application", "g (cosine) between layers, head 0"] in first
+        assert found.page.inner_text("#origin") == (
+            "source org/model · revision main · commit 0123456789ab · measured 2026-11-26 by headgram 0.9.9"
+        )
+        found.set(model=NAMES[1])
+        assert found.page.inner_text("#origin") == f"headgram {__version__}"
