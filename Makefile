@@ -9,7 +9,7 @@ SEED ?= 0
 NUMPY = $(shell sed -n 's/^numpy==//p' envs/requirements.txt)
 CORES ?= $(shell nproc 2>/dev/null || sysctl -n hw.ncpu)
 
-.PHONY: help run report test test-fast test-gpu lint format docs notebook pictures bench bench-gpu chaos audit families bytes config-docs lock-requirements clean
+.PHONY: help run report test test-fast test-gpu lint format docs notebook pictures bench bench-gpu chaos lineage audit families bytes config-docs lock-requirements clean
 
 help: ## What each command does
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-18s %s\n", $$1, $$2}'
@@ -58,6 +58,9 @@ pictures: $(VENV)/installed-dev ## Draw the pictures of README and docs from res
 
 chaos: $(VENV)/installed-dev ## Faults in real runs, with at least fifty kills; prints what was survived (KILLS=51 SEED=0)
 	PYTHONPATH=src:tests $(BIN)/python -m pipeline.chaos --kills $(KILLS) --seed $(SEED)
+
+lineage: $(VENV)/installed-dev ## 155 tiny checkpoints of one training through the pipeline, and its story read off the tables
+	HEADGRAM_CHECKPOINTS=154 $(BIN)/python -m pytest tests/pipeline/test_lineage.py
 
 audit: ## Known vulnerabilities of every pinned package; asks PyPI's advisory service
 	test -x build/audit/bin/python || $(PYTHON) -m venv build/audit

@@ -13,6 +13,8 @@ include: "workflow/rules/eigen.smk"
 include: "workflow/rules/gram.smk"
 include: "workflow/rules/merge.smk"
 include: "workflow/rules/derive.smk"
+include: "workflow/rules/lineage.smk"
+include: "workflow/rules/composition.smk"
 include: "workflow/rules/report.smk"
 
 
@@ -20,7 +22,8 @@ rule all:
     default_target: True
     input:
         [final_files(model) for model in PLAN.models],
-        [PATHS.report("index.html"), *reported_figures()]
+        [pair_files(*pair) for pair in PLAN.pairs],
+        [PATHS.report("index.html"), RECORDS["report"], *reported_figures()]
         if PLAN.config.report.enabled
         else [],
 

@@ -12,11 +12,12 @@ from typing import TYPE_CHECKING, Any
 from headgram.version import __version__ as __version__
 
 if TYPE_CHECKING:
+    from headgram.atlas.compare import compare as compare
     from headgram.atlas.reader import Atlas as Atlas
     from headgram.atlas.reader import open_atlas as open_atlas
     from headgram.checkpoints.checkpoint import Checkpoint as Checkpoint
-    from headgram.checkpoints.checkpoint import Stack as Stack
     from headgram.checkpoints.checkpoint import open_checkpoint as open_checkpoint
+    from headgram.checkpoints.stack import Stack as Stack
     from headgram.errors import HeadgramError as HeadgramError
     from headgram.geometry.spectra import Spectrum as Spectrum
     from headgram.run.project import SNAKEFILE as SNAKEFILE
@@ -26,9 +27,10 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "Atlas": "headgram.atlas.reader",
+    "compare": "headgram.atlas.compare",
     "open_atlas": "headgram.atlas.reader",
     "Checkpoint": "headgram.checkpoints.checkpoint",
-    "Stack": "headgram.checkpoints.checkpoint",
+    "Stack": "headgram.checkpoints.stack",
     "open_checkpoint": "headgram.checkpoints.checkpoint",
     "HeadgramError": "headgram.errors",
     "Spectrum": "headgram.geometry.spectra",

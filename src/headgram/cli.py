@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import shlex
 import sys
 from pathlib import Path
-from typing import Annotated, Literal, Optional
+from typing import TYPE_CHECKING, Annotated, Literal, Optional
 
 import typer
 
 from headgram.errors import HeadgramError
+from headgram.foreign import plain
+
+if TYPE_CHECKING:
+    from headgram.atlas.reader import Atlas
 
 app = typer.Typer(
     help="The geometry of attention heads, read out of checkpoints. `init` begins a project, and `run` runs its pipeline.",
@@ -20,12 +26,25 @@ _MANIFEST = Path("config/models.tsv")
 
 
 def main() -> None:
-    """Run the command line; a `HeadgramError` is one sentence on stderr and exit code 1."""
+    """Run the command line; what is wrong with the input is one sentence on stderr, and exit code 1."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # a terminal may lack letters
     try:
         app()
     except HeadgramError as error:
         print(f"headgram: {error}", file=sys.stderr)
         raise SystemExit(1) from None
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None
+    except OSError as error:
+        where = f"{error.filename}: " if error.filename else ""
+        _say(f"{where}{error.strerror or error}")
+        raise SystemExit(1) from None
+
+
+def _say(sentence: str) -> None:
+    """A sentence on stderr."""
+    print(f"headgram: {plain(sentence)}", file=sys.stderr)
 
 
 def _print_version(wanted: bool) -> None:
@@ -83,11 +102,11 @@ def lock(
             raise HeadgramError(f"The manifest {manifest} has no model '{name}'; there are: {', '.join(names)}.")
     missing = missing_rows(table.rows, read_lock(lock_path(manifest)))
     chosen = [row for row in table.rows if row in missing or row.name in (upgrade or [])]
-    resolved, problems = resolve_all(chosen, progress=lambda line: print(line, file=sys.stderr))
+    resolved, problems = resolve_all(chosen, progress=lambda line: print(plain(line), file=sys.stderr))
     if resolved:
         write_lock(lock_path(manifest), resolved)
     table.check(*problems)
-    print(f"{lock_path(manifest)}: {len(chosen)} locked, {len(names) - len(chosen)} already locked")
+    print(f"{plain(lock_path(manifest))}: {len(chosen)} locked, {len(names) - len(chosen)} already locked")
 
 
 @app.command()
@@ -98,7 +117,6 @@ def inspect(
     """Show what a checkpoint holds, without reading its weights."""
     from rich.console import Console
     from rich.table import Table
-    from rich.text import Text
 
     from headgram.proofs.adopt import open_or_derive
 
@@ -108,19 +126,22 @@ def inspect(
         table = Table("stack", "layers", "heads", "key heads", "rank", "width", "stored as", "q/k bytes")
         for stack in checkpoint.stacks:
             numbers = [str(value) for value in (stack.heads, stack.kv_heads, stack.rank, stack.hidden)]
-            table.add_row(stack.name, spans(stack.layers), *numbers, stack.dtype, f"{stack.qk_bytes:,}")
+            table.add_row(stack.name, spans(stack.layers), *numbers, plain(stack.dtype), f"{stack.qk_bytes:,}")
         total = sum(location.size(name) for name in location.weights)
         share = sum(stack.qk_bytes for stack in checkpoint.stacks) / total
-    console = Console()
+    console = Console(markup=False, emoji=False, highlight=False)
     how = " (derived: the layout that is proven for its unknown type)" if derived else ""
     commit = f", commit {location.commit}" if location.commit else ""
-    console.print(f"[bold]{source}[/bold]: {checkpoint.architecture}{how}, {location.format}{commit}", highlight=False)
+    console.print(plain(source), style="bold", end="")
+    console.print(plain(f": {checkpoint.architecture}{how}, {location.format}{commit}"))
     console.print(table)
     if location.choice.index is not None:
-        console.print("each tensor is read from the file that the index names for it", highlight=False)
+        console.print("each tensor is read from the file that the index names for it")
+    for remark in checkpoint.remarks:
+        console.print(plain(remark))
     if others := location.choice.passed_over:
-        console.print(Text(f"not read, since these were found first: {', '.join(others)}"))
-    console.print(f"{len(location.weights)} weight file(s), {total:,} bytes; q and k are {share:.1%} of them", highlight=False)
+        console.print(plain(f"not read, since these were found first: {', '.join(others)}"))
+    console.print(f"{len(location.weights)} weight file(s), {total:,} bytes; q and k are {share:.1%} of them")
 
 
 def spans(layers: tuple[int, ...]) -> str:
@@ -137,7 +158,28 @@ def spans(layers: tuple[int, ...]) -> str:
 _Results = Annotated[Path, typer.Option(help="The results folder.")]
 _Stack = Annotated[Optional[str], typer.Option(help="Which stack; see the command's description if not given.")]  # noqa: UP045
 _Circuit = Annotated[Literal["qk", "ov"], typer.Option(help="What heads look for, or what they move.")]
+_AnyCircuit = Annotated[Optional[Literal["qk", "ov"]], typer.Option(help="Which circuit; both if not given.")]  # noqa: UP045
+_Where = Annotated[
+    Optional[list[str]],  # noqa: UP045
+    typer.Option(help="COLUMN=VALUE: only models of a lineage, a step or another label of the manifest; may be repeated."),
+]
 _Top = Annotated[int, typer.Option(min=1, help="Rows of each list of heads.")]
+
+
+def _opened(results: Path, where: list[str] | None) -> Atlas:
+    """The atlas of the models that are asked for."""
+    from headgram.atlas.reader import open_atlas
+
+    wanted: dict[str, list[str | float]] = {}
+    for text in where or []:
+        column, sign, value = text.partition("=")
+        if not sign:
+            raise HeadgramError(f"--where {text}: write COLUMN=VALUE, such as --where lineage=pythia-70m")
+        wanted.setdefault(column, []).append(value)
+        with contextlib.suppress(ValueError):
+            wanted[column].append(float(value))
+    atlas = open_atlas(results)
+    return atlas.where(**wanted) if wanted else atlas
 
 
 @app.command()
@@ -146,13 +188,13 @@ def show(
     results: _Results = Path("results"),
     stack: _Stack = None,
     circuit: _Circuit = "qk",
+    where: _Where = None,
     top: _Top = 5,
 ) -> None:
     """Show a measured model: its layers, its most and least symmetric heads, its strongest couplings; of all stacks."""
     from headgram.atlas.display import console, show_model, show_models
-    from headgram.atlas.reader import open_atlas
 
-    atlas = open_atlas(results)
+    atlas = _opened(results, where)
     if model is None:
         show_models(atlas, console())
     else:
@@ -162,24 +204,24 @@ def show(
 @app.command()
 def compare(
     before: Annotated[str, typer.Argument(help="A measured model.")],
-    after: Annotated[str, typer.Argument(help="Another one with the same layers and heads, such as another revision.")],
+    after: Annotated[str, typer.Argument(help="A later one with the same layers and heads, such as another checkpoint.")],
     results: _Results = Path("results"),
     stack: _Stack = None,
-    circuit: _Circuit = "qk",
+    circuit: _AnyCircuit = None,
     top: _Top = 10,
     out: Annotated[Optional[Path], typer.Option(help="Also write a row per head to this CSV file.")] = None,  # noqa: UP045
 ) -> None:
-    """Show which heads moved between two measured models: cosines, overlaps, numbers; of the first stack."""
+    """Show which heads moved between two measured models: cosines, overlaps, numbers; of all stacks and circuits."""
     from headgram.atlas.compare import compare as compare_models
     from headgram.atlas.display import console, show_comparison
-    from headgram.atlas.reader import open_atlas
+    from headgram.atlas.export import harmless
     from headgram.results.files import write_text
 
-    comparison = compare_models(open_atlas(results), before, after, stack, circuit)
+    comparison = compare_models(before, after, results, stack, circuit)
     show_comparison(comparison, top, console())
     if out:
-        write_text(out, comparison.heads.to_csv(index=False))
-        print(f"wrote {out}")
+        write_text(out, harmless(comparison.heads).to_csv(index=False))
+        print(plain(f"wrote {out}"))
 
 
 @app.command()
@@ -191,33 +233,51 @@ def export(
         typer.Option(help="A CSV file per table, or a NetCDF file per model with a group per circuit and stack."),
     ] = "csv",
     results: _Results = Path("results"),
+    where: _Where = None,
 ) -> None:
     """Write all tables of the atlas as CSV or NetCDF."""
     from headgram.atlas.export import export_csv, export_netcdf
-    from headgram.atlas.reader import open_atlas
 
-    atlas = open_atlas(results)
+    atlas = _opened(results, where)
     for model in models or []:
         atlas.stacks(model)  # refuse an unknown name before anything is written
     paths = {"csv": export_csv, "netcdf": export_netcdf}[format](atlas, list(dict.fromkeys(models or atlas.models)), to)
-    print(f"wrote {', '.join(str(path) for path in paths)}")
+    print(plain(f"wrote {', '.join(str(path) for path in paths)}"))
 
 
 @app.command()
 def verify(
     results: Annotated[Path, typer.Argument(help="The results folder.")] = Path("results"),
     manifest: Annotated[Path, typer.Option(help="Its lock says which checkpoints are meant; may be absent.")] = _MANIFEST,
+    repair: Annotated[bool, typer.Option("--repair", help="Have the next run make anew what is wrong.")] = False,
 ) -> None:
-    """Re-check every artifact: bytes, schemas, identities, and the checkpoint it is of; name what is wrong."""
-    from headgram.atlas.verify import verify as find_problems
-    from headgram.study.lock import lock_path, read_lock
+    """Re-check every artifact: bytes, schemas, identities, the checkpoint it is of, and what is asked for; name what is wrong."""
+    from headgram.atlas.repair import repair as prepare
+    from headgram.atlas.verify import Finding
+    from headgram.atlas.verify import verify as find
+    from headgram.results.asked import asked_for
+    from headgram.run.startup import asked_by_study
+    from headgram.study.lock import Lock, lock_path, read_lock
 
-    files, problems = find_problems(results, read_lock(lock_path(manifest)))
-    for problem in problems:
-        print(f"headgram: {problem}", file=sys.stderr)
-    if problems:
-        raise HeadgramError(f"{results}: {len(problems)} thing{'s are' if len(problems) > 1 else ' is'} wrong")
-    print(f"{results}: {files} files, all as they were written")
+    lock, unread = Lock(), []
+    try:
+        lock = read_lock(lock_path(manifest))
+    except HeadgramError as error:
+        unread = [Finding(str(error), None, "you")]
+    keys = asked_by_study(results) or asked_for(results) or {}
+    files, findings = find(results, lock, keys)
+    findings = unread + findings
+    for finding in findings:
+        _say(finding.sentence)
+    wrong = f"{results}: {len(findings)} thing{'s are' if len(findings) > 1 else ' is'} wrong"
+    if not findings:
+        print(f"{plain(results)}: {files} files, all as they were written")
+    elif not repair:
+        raise HeadgramError(f"{wrong}: `headgram verify --repair`, and the next run makes it anew")
+    elif left := prepare(results, findings, keys):
+        raise HeadgramError(f"{wrong}, and the next run does not mend all of it:", *(finding.sentence for finding in left))
+    else:
+        print(f"{plain(wrong)}: the next run makes it anew")
 
 
 @app.command()
@@ -235,7 +295,7 @@ def measure(
     from headgram.results.original import directions_path
 
     measure_model(model, out, topk, revision, stack, dtype, device)
-    print(f"wrote {out} and {directions_path(out)}")
+    print(plain(f"wrote {out} and {directions_path(out)}"))
 
 
 @app.command()
@@ -252,7 +312,7 @@ def adopt(model_type: Annotated[str, typer.Argument(help="A type that transforme
         if proof.ok:
             print(f"'{model_type}' has the layout of '{known}' (largest residual {proof.residual:.0e}): set model_type = {known}")
         else:
-            print(f"headgram: '{model_type}' has tensors like those of '{known}', but {proof.problem}", file=sys.stderr)
+            _say(f"'{model_type}' has tensors like those of '{known}', but {proof.problem}")
     if not any(proof.ok for proof in proofs):
         raise HeadgramError(
             f"no known layout is proven for '{model_type}': describe its own in src/headgram/families/, and its tiny "
@@ -273,7 +333,7 @@ def prove(
     for model_type in model_types or known_types():
         proofs.append(prove_type(model_type))
         if problem := proofs[-1].problem:
-            print(f"headgram: {model_type}: {problem}", file=sys.stderr)
+            _say(f"{model_type}: {problem}")
     if as_markdown:
         print("\n".join(markdown(proofs)))
     else:

@@ -1,8 +1,19 @@
 """The one exception that headgram raises on purpose."""
 
+from headgram.foreign import plain
+
 
 class HeadgramError(Exception):
-    """What is wrong, where (model, layer, tensor), and what to do, in one sentence."""
+    """What is wrong, where (model, layer, tensor), and what to do, in one sentence; details follow it, a line each.
+
+    Names in it may come from files of strangers: as a text, all of it is harmless to print.
+    """
+
+    def __init__(self, sentence: str, *details: str) -> None:
+        super().__init__(sentence, *details)
+
+    def __str__(self) -> str:
+        return "\n  ".join(map(plain, self.args))
 
 
 class UnknownTypeError(HeadgramError):

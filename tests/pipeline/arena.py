@@ -108,7 +108,7 @@ class Arena:
         found: Sealed = {}
         for record, (_, written) in self.project.records().items():
             with contextlib.suppress(HeadgramError):
-                files = {record.parent / name: entry["blake2b"] for name, entry in read_record(record)["files"].items()}
+                files = {record.parent / name: entry.blake2b for name, entry in read_record(record).files.items()}
                 if written / 1e9 < begun:
                     found[record] = (checksum(record), files)
         return found

@@ -8,12 +8,11 @@ import xarray as xr
 from typer.testing import CliRunner
 
 import headgram
-from headgram.atlas.compare import compare
 from headgram.cli import app
 from pipeline.conftest import Project, new_project
 from tiny import llama_tensors, write_llama, write_manifest
 
-TABLES = ("heads", "spectra", "gram", "pairs", "overlap", "neighbours", "layers", "models")
+TABLES = ("heads", "spectra", "gram", "pairs", "overlap", "neighbours", "layers", "models", "drift", "changes", "matches")
 
 
 def headgram_command(project: Project, *arguments: str) -> str:
@@ -62,7 +61,7 @@ def test_show_says_what_the_tables_say(finished, atlas):
 
 def test_show_without_a_name_lists_the_models(finished):
     printed = headgram_command(finished, "show")
-    assert [row[:4] for row in rows(printed, "Models: ", 4)] == [
+    assert [row[:5] for row in rows(printed, "Models: ", 5)] == [
         ["tiny-bert", "qk", "self", "bert", "3"],
         ["tiny-llama", "qk", "self", "llama", "4"],
     ]
@@ -90,7 +89,7 @@ def test_csv_holds_every_table_to_the_last_bit(finished, atlas, tmp_path):
     for name in TABLES:
         table = atlas.table(name)
         narrow = {column: dtype for column, dtype in table.dtypes.items() if dtype == np.float32}
-        written = pd.read_csv(tmp_path / "csv" / f"{name}.csv", dtype=narrow)
+        written = pd.read_csv(tmp_path / "csv" / f"{name}.csv", dtype=narrow, keep_default_na=False, na_values={"step": [""]})
         pd.testing.assert_frame_equal(written, table, check_exact=True, check_dtype=False)
 
 
@@ -146,9 +145,8 @@ def test_compare_finds_the_heads_that_moved(revisions, tmp_path):
 
 
 def test_compare_says_why_there_are_no_cosines(revisions, finished):
-    atlas = headgram.open_atlas(revisions.folder / "results")
-    found = compare(atlas, "before", "wide")
-    assert found.why_no_cosine == "the forms differ in shape (width 32 and 48), so they have no cosine"
+    found = headgram.compare("before", "wide", revisions.folder / "results")
+    assert found.why_no_drift == "the forms differ in shape (width 32 and 48), so they have no cosine"
     assert "cosine" not in found.heads
     assert "right" not in found.heads
     assert "No cosines: the forms differ in shape" in headgram_command(revisions, "compare", "before", "wide")

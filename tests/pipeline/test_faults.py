@@ -42,7 +42,8 @@ def test_a_residual_above_tolerance_names_model_layer_and_head(finished, tmp_pat
     assert done.returncode != 0
     sentences = errors_of(done)
     assert any(
-        "model tiny-llama, stack self, layer 0, head" in sentence and "eigen.tolerance" in sentence for sentence in sentences
+        "model tiny-llama, stack self, circuit qk, layer 0, head" in sentence and "eigen.tolerance" in sentence
+        for sentence in sentences
     )
     assert not list((project.folder / "results").rglob("eigen/*.parquet"))
 

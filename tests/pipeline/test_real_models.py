@@ -103,6 +103,31 @@ def assert_all_pairs(atlas, name, circuit, forms, layer_of):
 
 
 @pytest.mark.parametrize("name", [MINILM, SMOLLM2])
+def test_compositions_agree_with_an_independent_path(measured, name):
+    (q, k), (o, v) = ([each.double() for each in weights_by_transformers(name, circuit)] for circuit in ("qk", "ov"))
+    table = headgram.open_atlas(measured).table("composition", name)
+    layers, heads = q.shape[:2]
+    assert len(table) == 3 * layers * (layers - 1) // 2 * heads**2
+    group = heads // k.shape[1]
+    for row in table.sample(60, random_state=0).itertuples():
+        write = o[row.layer_a, row.head_a].T @ v[row.layer_a, row.head_a // group]
+        g = k[row.layer_b, row.head_b // group].T @ q[row.layer_b, row.head_b]
+        move = o[row.layer_b, row.head_b].T @ v[row.layer_b, row.head_b // group]
+        product, reader = {"q": (g @ write, g), "k": (write.T @ g, g), "v": (move @ write, move)}[row.kind]
+        score = (product.norm() / reader.norm() / write.norm()).item()
+        assert row.score == pytest.approx(score, rel=1e-5)
+        assert row.times_chance == pytest.approx(score * q.shape[-1] ** 0.5, rel=1e-5)
+
+
+def test_an_induction_circuit_of_a_real_model_stands_out(measured):
+    """The strongest K-compositions of SmolLM2: heads of its layers 17 and 18 look for tokens that follow one like their own."""
+    channels = headgram.open_atlas(measured).table("channels", SMOLLM2).query("kind == 'k'")
+    first = channels.iloc[0]
+    assert first["score"] * 576**0.5 > 5
+    assert first["copying"] > 0.95
+
+
+@pytest.mark.parametrize("name", [MINILM, SMOLLM2])
 def test_the_scripts_two_files(measured, name):
     expected = original_script(*weights_by_transformers(name))
     written = json.loads((measured / "seed" / f"{name}.json").read_text())

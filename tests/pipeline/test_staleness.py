@@ -74,7 +74,7 @@ def test_each_key_makes_stale_what_reads_it(finished, tmp_path, memory):
 def test_other_tiles_make_only_gram_stale(finished, tmp_path):
     project = finished.copy(tmp_path / "project")
     edit(project.folder / "config" / "config.yaml", "layers_per_tile: 2", "layers_per_tile: 4")
-    rows = {f"Gram matrix of {model}, stack self, row-000" for model in MODELS}
+    rows = {f"Gram matrix of {model}, stack self, circuit qk, row-000" for model in MODELS}
     assert project.planned() == rows | jobs("merge", "derive")
 
 
@@ -160,9 +160,9 @@ def test_a_new_model_runs_alone(finished, tmp_path):
     with (project.folder / "config" / "models.tsv").open("a") as file:
         file.write("new\tmodels/new\t\n")
     assert project.planned() == {
-        "Extracting new, stack self, layers-000-000",
-        "Spectra of new, stack self, layers-000-000",
-        "Gram matrix of new, stack self, row-000",
+        "Extracting new, stack self, circuit qk, layers-000-000",
+        "Spectra of new, stack self, circuit qk, layers-000-000",
+        "Gram matrix of new, stack self, circuit qk, row-000",
         "Merging new",
         "Deriving the tables of new",
     }
@@ -215,7 +215,7 @@ def test_a_lost_file_is_made_again(finished, tmp_path):
     (project.folder / "results" / "atlas" / "heads" / "model=tiny-bert" / "heads.parquet").unlink()
     assert project.planned() == jobs("merge", "derive", models=["tiny-bert"])
     (project.folder / "results" / "models" / "tiny-bert" / "self" / "qk" / "eigen" / "layers-000-001.pt").write_bytes(b"cut")
-    assert project.planned() == {"Spectra of tiny-bert, stack self, layers-000-001"} | jobs(
+    assert project.planned() == {"Spectra of tiny-bert, stack self, circuit qk, layers-000-001"} | jobs(
         "merge", "derive", models=["tiny-bert"]
     )
 

@@ -11,7 +11,7 @@ from pipeline.s3_server import SECRET_KEY, s3_server
 
 STORAGE = ("--default-storage-provider", "s3", "--default-storage-prefix", "s3://atlas/study")
 MERGED = {"Merging small-bert", "Deriving the tables of small-bert", "Reporting on all models"}
-MEASURED = {"Spectra of small-bert, stack self, layers-000-002"} | MERGED
+MEASURED = {"Spectra of small-bert, stack self, circuit qk, layers-000-002"} | MERGED
 
 
 @pytest.fixture(scope="module")

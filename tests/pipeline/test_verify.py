@@ -23,6 +23,11 @@ def test_a_finished_run_is_whole(finished):
     assert "all as they were written" in done.stdout
 
 
+def problems_of(results: Path) -> list[str]:
+    """What verify says of a results folder."""
+    return [finding.sentence for finding in verify(results)[1]]
+
+
 def artifacts_of(results: Path) -> list[Path]:
     parts = ("atlas", "models", "seed", "provenance")
     return sorted(path for part in parts for path in (results / part).rglob("*") if path.is_file())
@@ -39,7 +44,7 @@ def with_bit_flipped(path: Path, position: int, bit: int) -> list[str]:
     data = path.read_bytes()
     path.write_bytes(data[:position] + bytes([data[position] ^ (1 << bit)]) + data[position + 1 :])
     try:
-        return verify(path.parents[[parent.name for parent in path.parents].index("results")])[1]
+        return problems_of(path.parents[[parent.name for parent in path.parents].index("results")])
     finally:
         path.write_bytes(data)
 
@@ -52,7 +57,7 @@ def test_a_flipped_bit_in_any_file_is_found(scratch):
     for path in artifacts_of(scratch):
         problems = with_bit_flipped(path, chance.randrange(path.stat().st_size), chance.randrange(8))
         assert any(path.name in problem for problem in problems), path
-    assert verify(scratch)[1] == []
+    assert problems_of(scratch) == []
 
 
 @given(st.data())
@@ -73,7 +78,7 @@ def resealed(record: Path, **changes) -> None:
 def test_a_record_that_contradicts_itself_is_named(finished, tmp_path):
     results = finished.copy(tmp_path / "project").folder / "results"
     resealed(results / "provenance" / "tiny-bert.json", config={"export": {"compression": "none"}})
-    problems = verify(results)[1]
+    problems = problems_of(results)
     assert any("its key is not that of its stage, configuration" in problem for problem in problems)
     assert any("heads.parquet: its metadata and its record name another config" in problem for problem in problems)
 

@@ -2,6 +2,7 @@
 
 import errno
 import io
+import json
 import platform
 from datetime import datetime
 
@@ -54,7 +55,7 @@ def test_every_part_of_the_identity_counts():
 def test_a_sealed_artifact_is_fresh_and_passes(tmp_path):
     path = sealed(tmp_path)
     assert is_fresh(record_of(path), IDENTITY.key)
-    assert check(record_of(path), IDENTITY.key)["model"] == "m"
+    assert check(record_of(path), IDENTITY.key).model == "m"
 
 
 def test_only_what_is_read_is_checked(tmp_path):
@@ -65,7 +66,7 @@ def test_only_what_is_read_is_checked(tmp_path):
     record = tmp_path / "model.json"
     seal(record, Provenance(IDENTITY, "m", None), paths)
     paths[1].unlink()
-    assert check(record, IDENTITY.key, paths[:1])["model"] == "m"
+    assert check(record, IDENTITY.key, paths[:1]).model == "m"
     with pytest.raises(HeadgramError, match="spectra"):
         check(record, IDENTITY.key, paths)
 
@@ -73,7 +74,9 @@ def test_only_what_is_read_is_checked(tmp_path):
 def test_a_record_says_where_its_job_ran(tmp_path, monkeypatch):
     monkeypatch.setenv("SLURM_JOB_ID", "77")
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3")
-    record = read_record(record_of(sealed(tmp_path)))
+    path = record_of(sealed(tmp_path))
+    assert read_record(path).key == IDENTITY.key
+    record = json.loads(path.read_text())
     assert (record["slurm_job"], record["gpu"], record["host"]) == ("77", "3", platform.node())
     assert datetime.fromisoformat(record["started"]).tzinfo is not None
 
@@ -96,7 +99,7 @@ def test_a_damaged_record_is_neither_fresh_nor_read(tmp_path, text):
     path = sealed(tmp_path)
     record_of(path).write_text(text)
     assert not is_fresh(record_of(path), IDENTITY.key)
-    with pytest.raises(HeadgramError, match="delete"):
+    with pytest.raises(HeadgramError, match="run again"):
         check(record_of(path), IDENTITY.key)
 
 
@@ -106,7 +109,7 @@ def test_a_flipped_byte_of_a_record_is_found(tmp_path):
     for position in range(0, len(data), 7):
         record.write_bytes(data[:position] + bytes([data[position] ^ 1]) + data[position + 1 :])
         assert not is_fresh(record, IDENTITY.key)
-        with pytest.raises(HeadgramError, match="delete"):
+        with pytest.raises(HeadgramError, match="run again"):
             check(record, IDENTITY.key)
 
 

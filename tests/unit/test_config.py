@@ -7,7 +7,7 @@ import pytest
 import yaml
 
 from headgram.errors import HeadgramError
-from headgram.study.options import Config, load_config
+from headgram.study.options import Config, load_config, read_options
 from headgram.study.options_docs import SCHEMA_PATH, TABLE_PATH, readme_text, schema_text
 
 ROOT = Path(__file__).parents[2]
@@ -83,3 +83,26 @@ def test_the_schema_accepts_the_shipped_configuration_and_refuses_unknown_keys()
     jsonschema.validate(yaml.safe_load((ROOT / "config" / "config.yaml").read_text()), schema)
     with pytest.raises(jsonschema.ValidationError):
         jsonschema.validate({"eign": 1}, schema)
+
+
+HUGE = f"0x{'f' * 5000}"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        *(f"{option}: {HUGE}" for option in ("device", "memory_budget", "manifest", "results", "eigen")),
+        *(f"{section}: {{{option}: {value}}}" for value in (HUGE, "-1", "1e999", "[1]", "{a: b}", f"{{? {HUGE} : 1}}")
+          for section, option in (("eigen", "topk"), ("eigen", "tolerance"), ("gram", "layers_per_tile"))),
+        *(f"{option}: {value}" for option in ("manifest", "results")
+          for value in ("x" * 5000, "a/" * 3000, "~nobody-of-this-name/x", r'"\ud800"', r'"\0"', '""', "1", "[a]")),
+        f"? {HUGE}\n: 1",
+        "1: 2",
+    ],
+)  # fmt: skip
+def test_an_absurd_value_is_answered_by_one_sentence(tmp_path, text):
+    (tmp_path / "config.yaml").write_text(text)
+    with pytest.raises(HeadgramError) as caught:
+        load_config(read_options(tmp_path / "config.yaml", {}))
+    assert str(caught.value).isprintable()
+    assert len(str(caught.value)) < 1000

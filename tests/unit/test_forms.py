@@ -169,7 +169,12 @@ def test_sets_refuse_what_does_not_fit():
 
 
 @pytest.mark.parametrize(
-    "name", ["headgram.tensors", "headgram.forms.heads", "headgram.geometry.inner", "headgram.geometry.spectra"]
+    "name",
+    [
+        "headgram.tensors",
+        "headgram.forms.heads",
+        *(f"headgram.geometry.{name}" for name in ("composition", "eigenvalues", "inner", "spectra")),
+    ],
 )
 def test_examples_run(name):
     assert doctest.testmod(importlib.import_module(name)).failed == 0

@@ -47,17 +47,17 @@ def write(folder: Path, files: dict[str, bytes]) -> Path:
     return folder
 
 
-def read_all(source: Path) -> None:
-    with open_checkpoint(source) as checkpoint:
+def read_all(source: Path, overrides: dict | None = None) -> None:
+    with open_checkpoint(source, overrides=overrides) as checkpoint:
         for stack in checkpoint.stacks:
             for layer in stack.layers:
                 checkpoint.qk(stack.name, layer)
                 checkpoint.digest(stack.name, layer)
 
 
-def assert_refused(source: Path, sentence: str = ".") -> None:
+def assert_refused(source: Path, sentence: str = ".", overrides: dict | None = None) -> None:
     with pytest.raises(HeadgramError, match=sentence) as caught:
-        read_all(source)
+        read_all(source, overrides)
     assert "\n" not in str(caught.value)
     assert len(str(caught.value)) < 600
 
@@ -246,9 +246,10 @@ class Bomb:
         return (os.system, (f"touch {self.path}",))
 
 
-def pickled(folder: Path, value: object, **options) -> bytes:
-    torch.save(value, folder / "made.pt", **options)
-    return (folder / "made.pt").read_bytes()
+def pickled(value: object, **options) -> bytes:
+    buffer = io.BytesIO()
+    torch.save(value, buffer, **options)
+    return buffer.getvalue()
 
 
 def archive(pickle_bytes: bytes, storages: dict[str, bytes] | None = None, compression: int = zipfile.ZIP_STORED) -> bytes:
@@ -268,8 +269,8 @@ def test_pickles_run_nothing(tmp_path):
     (tmp_path / "config.json").write_bytes(config_bytes())
     for value in (bomb, {"a": bomb}, {**llama_tensors(), QUERY: bomb}, collections.OrderedDict(a=bomb)):
         for content in (
-            pickled(tmp_path, value),
-            pickled(tmp_path, value, _use_new_zipfile_serialization=False),
+            pickled(value),
+            pickled(value, _use_new_zipfile_serialization=False),
             pickle.dumps(value),
             archive(pickle.dumps(value, protocol=2)),
         ):
@@ -426,7 +427,7 @@ def test_damaged_safetensors_files(tmp_path, changes, cut):
 @QUICK
 def test_damaged_torch_files(tmp_path, changes, cut):
     tensors = {name: tensor for name, tensor in llama_tensors(hidden_size=8, num_hidden_layers=1).items() if "self_attn" in name}
-    content = damaged(pickled(tmp_path, tensors), changes, cut)
+    content = damaged(pickled(tensors), changes, cut)
     write(tmp_path, {"pytorch_model.bin": content, "config.json": config_bytes(hidden_size=8, num_hidden_layers=1)})
     assert_read_or_refused(tmp_path)
 

@@ -7,7 +7,7 @@ import torch
 
 from headgram.errors import HeadgramError
 from headgram.study.lock import Lock, changes, lock_path, missing_rows, read_lock, write_lock
-from headgram.study.manifest import read_manifest
+from headgram.study.manifest import Labels, read_manifest
 from headgram.study.resolve import resolve, resolve_all
 from tiny import llama_tensors, write_bert, write_llama, write_manifest
 
@@ -118,7 +118,9 @@ def test_a_lock_of_another_version_is_refused(manifest):
         ("# only a comment\n", "is empty"),
         ("name\tsource\n", "lists no model"),
         ("name,source\na,b\n", "lacks the column 'name'"),
-        ("name\tsource\tcolour\na\tb\tc\n", "unknown column 'colour'"),
+        ("name\tsource\trevison\na\tb\tc\n", "the column 'revison', which is nearly 'revision'"),
+        ("name\tsource\tSteps\na\tb\tc\n", "the column 'Steps', which is nearly 'step'"),
+        ("name\tsource\tits colour\na\tb\tc\n", "the column 'its colour', which is no label's name"),
         ("name\tname\tsource\na\ta\tb\n", "repeats a column"),
     ],
 )
@@ -158,6 +160,33 @@ def test_good_rows_with_overrides(tmp_path):
     first, second = read_manifest(tmp_path / "m.tsv").rows
     assert (first.name, first.source, first.overrides) == ("1b-base", "/x y/z", {"heads": 4, "model_type": "llama"})
     assert (second.source, second.revision, second.overrides) == ("s", None, {})
+
+
+@pytest.mark.parametrize(
+    ("row", "words"),
+    [
+        ("b\ts\tpythia\tlate", r"line 3 \(b\): the step is 'late', not a number"),
+        ("b\ts\tpythia\tnan", "the step is 'nan', not a number"),
+        ("b\ts\tpythia\t1_0", "the step is '1_0', not a number"),
+        ("b\ts\t\tinf", "the step is 'inf', not a number"),
+        ("b\ts\tpythia\t", "the lineage 'pythia' needs a step, a number: of a base 0"),
+        ("b\ts\tpythia\t1e3", "the step 1e3 of the lineage 'pythia' is taken by line 2"),
+    ],
+)
+def test_bad_steps(tmp_path, row, words):
+    (tmp_path / "m.tsv").write_text(f"name\tsource\tlineage\tstep\na\ts\tpythia\t1000\n{row}\n")
+    manifest = read_manifest(tmp_path / "m.tsv")
+    with pytest.raises(HeadgramError, match=words):
+        manifest.check()
+    assert [row.name for row in manifest.rows] == ["a"]
+
+
+def test_further_columns_are_labels(tmp_path):
+    (tmp_path / "m.tsv").write_text(
+        "name\tsource\tstep\tlineage\tdata\tdeduped\na\ts\t1.5\tpythia\tpile\t\nb\ts\t1.5\tother\t\t\nc\ts\n"
+    )
+    labels = [row.labels for row in read_manifest(tmp_path / "m.tsv").rows]
+    assert labels == [Labels("pythia", 1.5, {"data": "pile"}), Labels("other", 1.5), Labels()]
 
 
 def test_layers_of_several_precisions_keep_them(tmp_path):

@@ -4,6 +4,7 @@ import itertools
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,8 @@ from locked import locked_llama
 from headgram.errors import HeadgramError
 from headgram.study import plan as study_plan
 from headgram.study.keys import modules_of
+from headgram.study.lineages import misfits
+from headgram.study.manifest import Labels, Row
 from headgram.study.options import Config, load_config
 from headgram.study.plan import make_plan
 
@@ -69,8 +72,9 @@ def test_given_sizes_are_kept():
         ({"gram": {"layers_per_tile": 4}}, {"gram", "merge", "derive"}),
         ({"gram": {"precision": "float64"}}, {"gram", "merge", "derive"}),
         ({"original": {"enabled": False}}, {"eigen", "merge", "derive"}),
-        ({"weights": {"dtype": "float32"}}, {"extract", "eigen", "gram", "merge", "derive"}),
-        ({"export": {"compression": "none"}}, {"merge", "derive"}),
+        ({"weights": {"dtype": "float32"}}, {"extract", "eigen", "gram", "merge", "derive", "composition"}),
+        ({"composition": {"strongest": 8}}, {"composition"}),
+        ({"export": {"compression": "none"}}, {"merge", "derive", "composition"}),
         ({"device": "cpu", "memory_budget": "1 GiB", "results": "r", "manifest": "m.tsv"}, set()),
     ],
 )
@@ -93,6 +97,25 @@ def test_a_circuit_makes_nothing_of_another_stale(circuits):
     assert some.identities["merge", ""] != both.identities["merge", ""]
 
 
+def test_compositions_need_both_circuits_and_are_left_out_where_they_cost_too_much(monkeypatch):
+    def plan(**raw):
+        return make_plan({"m": locked_llama()}, load_config(raw), SCRIPTS)
+
+    record = "provenance/composition/m.json"
+    assert plan().models["m"].composed == ("self",)
+    assert record in plan().records()
+    for without in (plan(circuits=["ov"]), plan(composition={"enabled": False})):
+        assert without.models["m"].composed == ()
+        assert record not in without.records()
+        assert study_plan.left_out(without) == []
+    monkeypatch.setattr(study_plan, "MOST_PAIR_FLOPS", 1.0)
+    assert plan(composition={"enabled": True}).models["m"].composed == ("self",)
+    costly = plan(gram={"pairs": "same"})
+    assert costly.models["m"].composed == ()
+    (sentence,) = study_plan.left_out(costly)
+    assert sentence.startswith("m, stack self: without composition, which would cost more than 1e+00 operations")
+
+
 def test_a_circuit_that_cannot_be_read_is_left_out_with_its_reason():
     entry = locked_llama()
     (stack,) = entry.stacks
@@ -106,6 +129,76 @@ def test_a_circuit_that_cannot_be_read_is_left_out_with_its_reason():
         make_plan(models, load_config({"circuits": ["ov"]}), SCRIPTS)
 
 
+def training(raw=None, labels=None):
+    """The plan of three checkpoints of one training, which the manifest lists in another order than that of their steps."""
+    steps = {"m10": 10.0, "m9": 9.0, "m1000": 1000.0}
+    labels = {name: Labels("training", step) for name, step in steps.items()} | (labels or {})
+    return make_plan({name: locked_llama(name) for name in labels}, load_config(raw or {}), SCRIPTS, labels)
+
+
+@pytest.mark.parametrize(
+    ("wanted", "pairs"),
+    [
+        (["neighbours"], [("m10", "m9"), ("m1000", "m10")]),
+        (["first"], [("m10", "m9"), ("m1000", "m9")]),
+        (["last"], [("m1000", "m9"), ("m1000", "m10")]),
+        (["all"], [("m10", "m9"), ("m1000", "m9"), ("m1000", "m10")]),
+        ([], []),
+    ],
+)
+def test_pairs_of_a_lineage_are_those_asked_for(wanted, pairs):
+    others = {"alone": Labels("other", 1.0), "free": Labels(), "free too": Labels(step=3.0)}
+    plan = training({"lineage": {"pairs": wanted}}, others)
+    assert plan.pairs == pairs
+    assert len([record for record in plan.records() if record.startswith("provenance/lineage/")]) == len(pairs)
+
+
+@pytest.mark.parametrize(
+    ("change", "stale"),
+    [
+        ({"weights": {"dtype": "bfloat16"}}, True),
+        ({"eigen": {"topk": 2}}, True),
+        ({"export": {"compression": "none"}}, True),
+        ({"gram": {"pairs": "same"}}, True),
+        ({"gram": {"pairs": "all"}}, False),  # as `auto` has it
+        ({"gram": {"precision": "float64"}}, False),
+        ({"lineage": {"pairs": ["all"]}}, False),
+        ({"original": {"enabled": False}}, True),  # as spectra are
+        ({"device": "cpu", "memory_budget": "1 GiB"}, False),
+    ],
+)
+def test_keys_of_pairs_follow_the_contract(change, stale):
+    before, after = (training(raw).pair_identity(("m1000", "m9")).key for raw in ({}, change))
+    assert (before != after) == stale
+
+
+def test_a_model_more_and_labels_leave_pairs_as_they_are():
+    before, more = training(), training(labels={"m500": Labels("training", 500.0)})
+    labelled = training(labels={"m9": Labels("training", 9.5, {"data": "pile"})})
+    for plan in (more, labelled):
+        assert plan.pair_identity(("m10", "m9")) == before.pair_identity(("m10", "m9"))
+        assert plan.models["m10"].identities == before.models["m10"].identities
+    stages = {stage for stage, key in before.models["m9"].identities.items() if labelled.models["m9"].identities[stage] != key}
+    assert stages == {("derive", "")}
+
+
+@pytest.mark.parametrize(
+    ("shape", "words"),
+    [
+        ({"hidden": 512}, "line 3 (b): it has width 512 in stack self, but a has 768, of the lineage 'training': name another"),
+        ({"rank": 32}, "line 3 (b): it has rank of qk 32 in stack self, but a has 64"),
+        ({"layers": 6}, "line 3 (b): it has layers 6 in stack self, but a has 12"),
+        ({"kv_heads": 12}, "line 3 (b): it has key heads 12 in stack self, but a has 4"),
+    ],
+)
+def test_a_lineage_of_several_shapes_is_refused(shape, words):
+    rows = [Row(i, name, "", None, {}, Labels("training", i)) for i, name in ((2, "a"), (3, "b"), (4, "c"))]
+    entries = {"a": locked_llama(), "b": locked_llama(**shape), "c": locked_llama()}
+    (sentence,) = misfits(rows, entries)
+    assert sentence.startswith(words)
+    assert misfits([replace(rows[1], labels=Labels("other", 1.0)), rows[0], rows[2]], entries) == []
+
+
 def test_a_report_follows_from_all_models_and_their_order():
     def key(names, raw=None):
         return make_plan({name: locked_llama() for name in names}, load_config(raw or {}), SCRIPTS).report.key
@@ -115,7 +208,7 @@ def test_a_report_follows_from_all_models_and_their_order():
 
 
 def test_a_stage_depends_on_what_it_imports():
-    stages = ("extract", "eigen", "gram", "merge", "derive")
+    stages = ("extract", "eigen", "gram", "merge", "derive", "lineage")
     names = {stage: {path.name for path in modules_of(f"headgram.stages.{stage}")} for stage in stages}
     assert {"spectra.py", "residuals.py", "original.py", "tables.py"} <= names["eigen"]
     assert "inner.py" not in names["eigen"]
@@ -123,6 +216,8 @@ def test_a_stage_depends_on_what_it_imports():
     assert not {"heads.py", "pairs.py", "checkpoint.py"} & names["merge"]
     assert "overlaps.py" in names["derive"]
     assert not {"spectra.py", "gram.py", "merge.py", "checkpoint.py"} & names["derive"]
+    assert {"drift.py", "matches.py", "inner.py"} <= names["lineage"]
+    assert not {"spectra.py", "derive.py", "checkpoint.py"} & names["lineage"]
     assert {"checkpoint.py", "layouts.py", "registry.py"} <= names["extract"]
     assert all("plan.py" not in found and "cli.py" not in found for found in names.values())
 
@@ -157,5 +252,5 @@ def test_all_pairs_unless_they_cost_too_much(monkeypatch):
     monkeypatch.setattr(study_plan, "MOST_PAIR_FLOPS", 1.0)
     assert plan("all").models["one"].heads["qk", "self"].all_pairs
     assert not plan("auto").models["one"].heads["qk", "self"].all_pairs
-    (sentence,) = study_plan.left_out(plan("auto"))
+    sentence, _ = study_plan.left_out(plan("auto"))
     assert sentence.startswith("one: all heads with all would cost more than 1e+00 operations")

@@ -1,6 +1,7 @@
 """Packs, figures, and the page with what no pipeline run can give it: many models, large models, hostile names."""
 
 import dataclasses
+import itertools
 import json
 
 import numpy as np
@@ -13,9 +14,10 @@ from browser import browser, opened
 from headgram.report.arrays import StackArrays, StackSummary
 from headgram.report.columns import columns
 from headgram.report.figures import profile_figures, stack_figures
+from headgram.report.matrix import PairMatrix
 from headgram.report.names import PROFILE_FIGURES, STACK_FIGURES
 from headgram.report.pack import pack, unpack
-from headgram.report.page import beside, index_pack, model_pack, page, page_shell
+from headgram.report.page import beside, index_pack, layer_packs, model_pack, page, page_shell
 
 _NUMBERS = st.floats(-1e30, 1e30, allow_subnormal=False)
 
@@ -56,7 +58,20 @@ def stack(layers: int, heads: int, rank: int, seed=0, facts=None) -> StackArrays
             for kind in ("cosine", "transposed", "symmetric", "antisymmetric", "right", "left", "signed")
         },
         neighbours=dict.fromkeys(("cosine", "transposed", "right", "left", "signed"), neighbours),
+        matrix=None,
     )
+
+
+def matrix_of(layers: int, heads: int, seed=0) -> PairMatrix:
+    """Cosines as of random forms, but for a few pairs that are alike; the heads in an order of their own."""
+    random = np.random.default_rng(seed)
+    values = {}
+    for name in ("cosine", "transposed"):
+        square = random.standard_normal((layers * heads,) * 2).astype(np.float32) / 100
+        square = (square + square.T) / 2
+        square[3, 17] = square[17, 3] = -0.8
+        values[name] = square
+    return PairMatrix(values, random.permutation(layers * heads), heads)
 
 
 @pytest.fixture(scope="module")
@@ -99,6 +114,49 @@ def test_fifty_models_of_which_some_lie_beside_the_page(chrome, tmp_path):
         found.select("model", "model-00")
         assert "error" not in found.page.get_attribute("#status", "class")
         assert len(found.rows("strip", "cells")) == 1024
+
+
+@pytest.mark.parametrize(("layers", "heads"), [(4, 5), (9, 64)])
+def test_the_matrix_of_all_heads(chrome, tmp_path, layers, heads):
+    """Whole or, of many heads, the largest of neighbours; two layers alone are exact; a click chooses the pair."""
+    matrix = matrix_of(layers, heads)
+    each = dataclasses.replace(stack(layers, heads, 4), matrix=matrix)
+    path = tmp_path / "index.html"
+    path.write_text(page(page_shell(), index_pack({"m": {"qk/self": each.summary}}), {"m": model_pack({"qk/self": each})}))
+    (tmp_path / "data" / "m").mkdir(parents=True)
+    for name, text in layer_packs({"qk/self": each}).items():
+        (tmp_path / "data" / "m" / f"{name}.js").write_text(beside(f"m/{name}", text))
+    step = -(-layers * heads // 512)
+    with opened(chrome, path) as found:
+        for value, order in itertools.product(("cosine", "transposed"), ("layer", "cluster")):
+            found.select("pairs", value)
+            found.select("order", order)
+            drawn = found.page.evaluate("headgram.matrix()")
+            places = np.arange(layers * heads) if order == "layer" else matrix.order
+            assert list(itertools.chain(*drawn["rows"])) == places.tolist()
+            for i, j in [(0, 1), (3 // step, 17 // step), (len(drawn["rows"]) - 1, 0)]:
+                block = matrix.values[value][np.ix_(drawn["rows"][i], drawn["columns"][j])].ravel()
+                assert drawn["values"][i][j] == pytest.approx(block[np.abs(block).argmax()], rel=1e-3)
+        found.set(pairs="cosine", order="layer", layer=0, head=3, other=f"{17 // heads}.{17 % heads}")
+        assert "cosine −0.8" in found.page.inner_text("#pair")
+        found.page.click("#zoom")
+        found.settle()
+        assert found.state()["zoom"] == f"0-{17 // heads}"
+        np.testing.assert_allclose(
+            found.page.evaluate("headgram.matrix().values"),
+            matrix.layer(0)["cosine"][:, 17 // heads * heads :][:, :heads],
+            rtol=1e-3,
+            atol=1e-6,
+        )
+        box = found.page.locator("#matrix canvas").bounding_box()
+        found.page.mouse.click(box["x"] + box["width"] * 1.5 / heads, box["y"] + box["height"] * 2.5 / heads)
+        found.settle()
+        assert (found.state()["head"], found.state()["other"]) == (2, f"{17 // heads}.1")
+        found.page.click("#zoom")
+        found.settle()
+        assert found.state()["zoom"] == ""
+        found.screenshot(f"matrix-{layers * heads}")
+        assert found.complaints == []
 
 
 def test_what_a_checkpoint_says_is_text_and_nothing_else(chrome, tmp_path):

@@ -111,7 +111,7 @@ def test_a_training_checkpoints_other_values_say_nothing(tmp_path):
     tensors = llama_tensors()
     more = {"epoch": 3, "rate": 0.1, "sizes": torch.Size([1, 2]), "list": [1, {"a": {2}}], "milestones": collections.Counter([3])}
     model = torch.nn.Linear(2, 2).state_dict()  # an OrderedDict with `_metadata`
-    content = pickled(tmp_path, {**tensors, **more, "inner": model})
+    content = pickled({**tensors, **more, "inner": model})
     write(tmp_path, {"pytorch_model.bin": content, "config.json": config_bytes()})
     with open_checkpoint(tmp_path) as checkpoint:
         w_q, _ = checkpoint.qk("self", 1)
@@ -135,6 +135,6 @@ def test_two_records_of_one_name_are_refused(tmp_path):
 
 
 def test_the_format_before_torch_1_6_is_refused_with_a_hint(tmp_path):
-    content = pickled(tmp_path, llama_tensors(), _use_new_zipfile_serialization=False)
+    content = pickled(llama_tensors(), _use_new_zipfile_serialization=False)
     write(tmp_path, {"pytorch_model.bin": content, "config.json": config_bytes()})
     assert_refused(tmp_path, r"older than torch 1\.6: .* convert it to safetensors")

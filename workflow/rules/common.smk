@@ -2,18 +2,19 @@
 import contextlib
 import sys
 import tempfile
+from dataclasses import asdict
 from pathlib import Path
 
 from snakemake.exceptions import WorkflowError
 
 from headgram.results.record import canonical, has_key, is_fresh
 from headgram.results.asked import check_asked_for
-from headgram.results.paths import DERIVED, MERGED, Results
+from headgram.results.paths import COMPOSED, DERIVED, MERGED, Results
 from headgram.run.devices import require_device, wants_gpu
 from headgram.errors import HeadgramError
-from headgram.report.names import PROFILE_FIGURES, STACK_FIGURES
+from headgram.report.names import DRAWN, PROFILE_FIGURES, STACK_FIGURES
 from headgram.report.names import TABLES as REPORTED
-from headgram.run.startup import Run, add_handlers
+from headgram.run.startup import OPTIONS, Run, add_handlers
 
 
 @contextlib.contextmanager
@@ -32,7 +33,7 @@ IS_MAIN = workflow.modifier.is_main_snakefile()
 with headgram_errors():
     # Not by `configfile:`, which evaluates templates, code, in the file.
     RUN = Run(
-        Path("config/config.yaml") if IS_MAIN else None,
+        OPTIONS if IS_MAIN else None,
         given=config,
         scripts=RULES.parent / "scripts",
         is_job=workflow.remote_exec,
@@ -55,7 +56,15 @@ RECORDS = {
         "{circuit}",
         "{row}" if stage == "gram" else "{layers}",
     )
-    for stage in ("extract", "eigen", "gram", "merge", "derive", "report")
+    for stage in (
+        "extract",
+        "eigen",
+        "gram",
+        "merge",
+        "derive",
+        "composition",
+        "report",
+    )
 }
 ENVIRONMENT = "../../envs/cuda.yaml" if GPUS else "../../envs/cpu.yaml"
 
@@ -137,23 +146,28 @@ def run_if_stale(stage, wildcards):
     Snakemake compares params with what it remembers in `.snakemake`; the artifact's own record also holds where that
     memory is lost. Called by input functions, which see every job of the DAG before it is decided which must run.
     """
-    run_if_other(identity(stage, wildcards).key, RECORDS[stage].format(**wildcards))
+    return run_if_other(
+        identity(stage, wildcards).key, RECORDS[stage].format(**wildcards)
+    )
 
 
 def run_if_other(key, record):
+    """As `run_if_stale`; returns whether the artifact is there and the one that the plan asks for."""
     if workflow.remote_exec:
         # On a node: whoever sent the job decided. Snakemake removes outputs before a job begins: not those of a newer run.
         with headgram_errors():
             check_asked_for(Path(RESULTS), PATHS.relative(record), key)
-        return
+        return False
     if STORAGE is None:
         file = record
-        stale = Path(record).exists() and not is_fresh(Path(record), key)
+        there, fresh = Path(record).exists(), is_fresh(Path(record), key)
     else:
         file = str(in_storage(record).local_path())
-        stale = stored_has_key(record, key) is False
-    if stale:
+        found = stored_has_key(record, key)
+        there, fresh = found is not None, bool(found)
+    if there and not fresh:
         workflow.dag.forcefiles.add(file)
+    return fresh
 
 
 def stored_has_key(record, key):
@@ -176,23 +190,32 @@ def in_storage(path):
     return STORAGE.object(f"{prefix.rstrip('/')}/{path}")
 
 
-def weights_of(wildcards, layers):
-    """The weight files, with their records, that hold these layers."""
+def weights_of(wildcards, layers, fresh):
+    """The weight files, with their records, that hold these layers.
+
+    Where what is made of them is fresh, their dates mean nothing: weights that are extracted anew are the same then.
+    """
     groups = heads_of(wildcards).groups_of(layers)
     place = wildcards.model, wildcards.stack, wildcards.circuit
+    dated = ancient if fresh else str
     return {
         "weights": [
-            file for group in groups for file in PATHS.data("extract", *place, group)
+            dated(file)
+            for group in groups
+            for file in PATHS.data("extract", *place, group)
         ],
-        "records": [PATHS.record("extract", *place, group) for group in groups],
+        "records": [dated(PATHS.record("extract", *place, group)) for group in groups],
     }
 
 
 def final_files(model):
-    """All files that a merge and a derivation write for a model."""
+    """All files that a user reads of a model, and their records."""
     files = [PATHS.table(table, model) for table in TABLES]
     files += [PATHS.directions(model)]
     files += [PATHS.record(stage, model) for stage in ("merge", "derive")]
+    if PLAN.models[model].composed:
+        files += [PATHS.table(table, model) for table in COMPOSED]
+        files += [PATHS.channel_directions(model), PATHS.record("composition", model)]
     return files + (PATHS.original(model) if ORIGINAL else [])
 
 
@@ -222,13 +245,13 @@ def eigen_layers(wildcards):
 
 
 def eigen_input(wildcards):
-    run_if_stale("eigen", wildcards)
-    return weights_of(wildcards, eigen_layers(wildcards))
+    fresh = run_if_stale("eigen", wildcards)
+    return weights_of(wildcards, eigen_layers(wildcards), fresh)
 
 
 def gram_input(wildcards):
-    run_if_stale("gram", wildcards)
-    return weights_of(wildcards, heads_of(wildcards).row_layers(wildcards.row))
+    fresh = run_if_stale("gram", wildcards)
+    return weights_of(wildcards, heads_of(wildcards).row_layers(wildcards.row), fresh)
 
 
 def merge_parts(wildcards):
@@ -265,10 +288,17 @@ def derive_shards(wildcards):
 
 
 def derive_facts(wildcards):
-    """What the lock says of a model. Its fingerprint covers all of it."""
+    """What the lock and the manifest say of a model. Its identity covers all of it."""
     plan = model_of(wildcards)
-    dtypes = [[*place, heads.locked.dtype] for place, heads in plan.heads.items()]
-    return canonical({"architecture": plan.entry.architecture, "stored_dtypes": dtypes})
+    return canonical(
+        {
+            "architecture": plan.entry.architecture,
+            "stored_dtypes": [
+                [*place, heads.locked.dtype] for place, heads in plan.heads.items()
+            ],
+            "labels": asdict(plan.labels),
+        }
+    )
 
 
 def derive_input(wildcards):
@@ -283,6 +313,26 @@ def derive_input(wildcards):
         "shards": part_files(wildcards, "eigen", ".parquet"),
         "shard_files": part_files(wildcards, "eigen", ".pt")
         + part_files(wildcards, "eigen", ".json"),
+    }
+
+
+def composition_input(wildcards):
+    """The weights of both circuits, of every stack that has both."""
+    plan = model_of(wildcards)
+    if not plan.composed:
+        raise WorkflowError(
+            f"The model {wildcards.model} has no composition: it needs both circuits, and the option composition.enabled."
+        )
+    run_if_stale("composition", wildcards)
+    places = [
+        (wildcards.model, stack, circuit, group)
+        for stack in plan.composed
+        for circuit in ("qk", "ov")
+        for group in plan.heads[circuit, stack].groups
+    ]
+    return {
+        "weights": [file for place in places for file in PATHS.data("extract", *place)],
+        "records": [PATHS.record("extract", *place) for place in places],
     }
 
 
@@ -310,7 +360,16 @@ def beside_outputs(job):
     if RECORDS["report"] not in job.output or STORAGE:
         return []
     figures = [file for file, *_ in stack_figures()]
-    return [PATHS.report(f"data/{model}.js") for model in PLAN.models] + figures
+    layers = [
+        f"{model}/{circuit}-{stack}-{layer}"
+        for model, plan in PLAN.models.items()
+        for (circuit, stack), heads in plan.heads.items()
+        if heads.all_pairs and heads.stack.heads * len(heads.stack.layers) > DRAWN
+        for layer in heads.stack.layers
+    ]
+    return [
+        PATHS.report(f"data/{name}.js") for name in [*PLAN.models, *layers]
+    ] + figures
 
 
 def reported_figures():

@@ -1,27 +1,27 @@
-"""Two models of one shape, head by head: how far each head moved."""
+"""Two measured models, head by head: how far each head moved, and which head became which."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import os
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
 
-import numpy as np
+import pandas as pd
 import torch
 
-from headgram.atlas.reader import Atlas
-from headgram.errors import HeadgramError, require
-from headgram.geometry.ratios import cosines
-from headgram.geometry.same_index import same_index_products
+from headgram.atlas.reader import Atlas, open_atlas
+from headgram.errors import HeadgramError
+from headgram.geometry.overlaps import paired_overlaps
 from headgram.results.factors import FactorFiles
-from headgram.results.record import read_record
-from headgram.results.tables import HEAD_NUMBERS, SIDES
-
-if TYPE_CHECKING:
-    import pandas as pd
+from headgram.results.record import has_key, read_record
+from headgram.results.tables import HEAD_NUMBERS, SIDES, Place
+from headgram.stages.lineage import Measured, measure
 
 #: What two stacks must agree in, so that their heads' forms can be multiplied.
 _SHAPE = {"kv_heads": "key heads", "rank": "rank", "hidden": "width"}
+#: Heads of a stack up to which they are matched over all layers, where the pipeline did not do so.
+_MOST_HEADS = 4096
+_HEAD = ["circuit", "stack", "layer", "head"]
 
 
 @dataclass(frozen=True)
@@ -30,69 +30,88 @@ class Comparison:
 
     Attributes
     ----------
-    a, b, stack, circuit
-        The two models, the stack of theirs, and the circuit.
+    a, b
+        The two models, the earlier one first.
     heads
-        A row per layer and head: every number of the table `heads` as `{number}_a` and `{number}_b`; `right`, `left`, `signed`,
-        the overlaps of the two heads' directions, if both have one width; and `cosine`, of the two heads' forms.
-    expected
-        The overlap that random subspaces have on average; None if the widths differ.
-    why_no_cosine
-        A sentence if there is no column `cosine`.
+        A row per circuit, stack, layer and head: all columns of the table `drift`, and every number of the table `heads` as
+        `{number}_a` and `{number}_b`. Without what `why_no_drift` says; then still with `right`, `left`, `signed`, the overlaps
+        of the two heads' directions, and `expected`, that of random subspaces, if both have one width.
+    changes, matches
+        The tables `changes` and `matches`; empty where there is no drift.
+    why_no_drift
+        A sentence if the forms of some heads cannot be multiplied.
     """
 
     a: str
     b: str
-    stack: str
-    circuit: str
     heads: pd.DataFrame
-    expected: float | None
-    why_no_cosine: str | None
+    changes: pd.DataFrame
+    matches: pd.DataFrame
+    why_no_drift: str | None
 
 
-def compare(atlas: Atlas, a: str, b: str, stack: str | None = None, circuit: str = "qk") -> Comparison:
-    """Compare the heads of two measured models, or of two revisions of one.
+def compare(
+    a: str, b: str, results: str | os.PathLike[str] = "results", stack: str | None = None, circuit: str | None = None
+) -> Comparison:
+    """Compare the heads of two measured models: two checkpoints of one training, a base and a fine-tune, two revisions.
 
-    Cosines are exact: they are taken of the extracted weights that the results folder still holds.
+    The tables of the stage `lineage` are read where the pipeline compared the two. Elsewhere the same is computed, from the
+    extracted weights that the results folder still holds.
 
     Parameters
     ----------
-    stack
-        Which stack of both; the first of `a` if not given.
-    circuit
-        `qk` or `ov`.
+    a, b
+        The earlier model and the later one.
+    stack, circuit
+        Which stack and which circuit (`qk` or `ov`) of both; all that both have if not given.
 
     Raises
     ------
     HeadgramError
         If a model, its stack or the circuit was not measured, or the two differ in layers or heads.
-    """
-    require(atlas, Atlas, "compare takes what `open_atlas` gives")
-    stack = stack or atlas.stacks(a)[0]
-    tables = {model: atlas.of_heads("heads", model, stack, circuit).set_index(["layer", "head"]).sort_index() for model in (a, b)}
-    if not tables[a].index.equals(tables[b].index):
-        sizes = [f"{model} has {_size(table)}" for model, table in tables.items()]
-        raise HeadgramError(f"only models with the same layers and heads can be compared head by head: {', '.join(sizes)}")
-    numbers = [tables[model][list(HEAD_NUMBERS)].add_suffix(suffix) for model, suffix in ((a, "_a"), (b, "_b"))]
-    heads = numbers[0].join(numbers[1])
 
-    shapes = [_shape(tables[model]) for model in (a, b)]
-    expected = None
-    if shapes[0]["hidden"] == shapes[1]["hidden"]:
-        directions = [atlas.directions(model, circuit)[stack] for model in (a, b)]
-        for side in SIDES:
-            heads[side] = _overlaps(directions[0][side], directions[1][side])
-        expected = max(part["right"].shape[2] for part in directions) / shapes[0]["hidden"]
-    different = [
-        f"{words} {shapes[0][name]} and {shapes[1][name]}" for name, words in _SHAPE.items() if shapes[0][name] != shapes[1][name]
-    ]
-    why_not = f"the forms differ in shape ({', '.join(different)}), so they have no cosine" if different else None
-    if not why_not:
-        try:
-            heads.insert(0, "cosine", _cosines(heads, *(_weights(atlas, model, stack, circuit) for model in (a, b))))
-        except HeadgramError as error:
-            why_not = str(error)
-    return Comparison(a, b, stack, circuit, heads.reset_index(), expected, why_not)
+    Examples
+    --------
+    >>> found = headgram.compare("pythia-70m-step0", "pythia-70m-step1000")  # doctest: +SKIP
+    >>> found.heads.nsmallest(5, "cosine")[["circuit", "layer", "head", "cosine", "change", "floor"]]  # doctest: +SKIP
+    """
+    atlas = open_atlas(results)
+    parts = [_compared(atlas, a, b, place) for place in _places(atlas, a, b, stack, circuit)]
+    heads, changes, matches = (pd.concat([part[i] for part in parts], ignore_index=True) for i in range(3))
+    return Comparison(a, b, heads, changes, matches, next((part[3] for part in parts if part[3]), None))
+
+
+def _places(atlas: Atlas, a: str, b: str, stack: str | None, circuit: str | None) -> list[Place]:
+    """The circuits and stacks that both models have, of those that are asked for."""
+    both: list[Place] = []
+    for i, model in enumerate((a, b)):
+        circuits = [circuit] if circuit else atlas.circuits(model)
+        places = [(each, name) for each in circuits for name in atlas.stacks(model, each)]
+        wanted = [place for place in places if stack in (None, place[1])]
+        if not wanted:
+            known = ", ".join(dict.fromkeys(name for _, name in places))
+            raise HeadgramError(f"the model '{model}' has no stack '{stack}'; there are: {known}")
+        both = [place for place in both if place in wanted] if i else wanted
+    if not both:
+        raise HeadgramError(f"'{a}' and '{b}' have no circuit of a stack in common")
+    return both
+
+
+def _compared(atlas: Atlas, a: str, b: str, place: Place) -> tuple[pd.DataFrame, pd.DataFrame, pd.DataFrame, str | None]:
+    """Of one circuit of a stack: heads, changes, matches, and why there are only numbers."""
+    circuit, stack = place
+    numbers = [atlas.of_heads("heads", model, stack, circuit).set_index(_HEAD).sort_index() for model in (a, b)]
+    if not numbers[0].index.equals(numbers[1].index):
+        sizes = [f"{model} has {_size(table)}" for model, table in zip((a, b), numbers, strict=True)]
+        raise HeadgramError(f"only models with the same layers and heads can be compared head by head: {', '.join(sizes)}")
+    joined = pd.concat([table[[*HEAD_NUMBERS]].add_suffix(f"_{name}") for table, name in zip(numbers, "ab", strict=True)], axis=1)
+    tables, why_not = {name: pd.DataFrame() for name in ("drift", "changes", "matches")}, None
+    try:
+        tables = dict(_tables(atlas, a, b, place, [_shape(table) for table in numbers]))
+        found = tables["drift"].set_index(_HEAD)
+    except HeadgramError as error:
+        why_not, found = str(error), _overlaps(atlas, a, b, place, numbers[0])
+    return found.join(joined, how="right").reset_index(), tables["changes"], tables["matches"], why_not
 
 
 def _size(table: pd.DataFrame) -> str:
@@ -105,31 +124,47 @@ def _shape(table: pd.DataFrame) -> Mapping[str, int]:
     return {"kv_heads": int(table["kv_head"].max()) + 1, "rank": int(first["rank"]), "hidden": int(first["hidden"])}
 
 
-def _overlaps(a: torch.Tensor, b: torch.Tensor) -> np.ndarray:
-    """`‖V_a V_b^T‖_F² / k` of every layer and head, `k` the smaller number of directions; layer by layer, for both are mapped."""
-    fewer = min(a.shape[2], b.shape[2])
-    pairs = zip(a, b, strict=True)
-    found = [(one.double() @ other.double().mT).square().sum((1, 2)) / fewer for one, other in pairs]
-    return torch.cat(found).numpy()
+def _tables(atlas: Atlas, a: str, b: str, place: Place, shapes: list[Mapping[str, int]]) -> Iterator[tuple[str, pd.DataFrame]]:
+    """The three tables as the pipeline wrote them, or else computed."""
+    circuit, stack = place
+    if a in atlas.others(b):
+        for name in ("drift", "changes", "matches"):
+            table = atlas.of_heads(name, b, stack, circuit)
+            yield name, table[table["other"] == a].drop(columns=["model", "other"])
+        return
+    ours, theirs = shapes
+    different = [f"{words} {ours[name]} and {theirs[name]}" for name, words in _SHAPE.items() if ours[name] != theirs[name]]
+    if different:
+        raise HeadgramError(f"the forms differ in shape ({', '.join(different)}), so they have no cosine")
+    before, after = (Measured(_weights(atlas, model, place), _directions(atlas, model, place)) for model in (a, b))
+    over_layers = len(after.factors.layers) * after.factors.heads <= _MOST_HEADS
+    found = measure(place, before, after, over_layers, "cpu")
+    yield from ((name, table.to_pandas()) for name, table in found.items())
 
 
-def _weights(atlas: Atlas, model: str, stack: str, circuit: str) -> FactorFiles:
+def _weights(atlas: Atlas, model: str, place: Place) -> FactorFiles:
     """The extracted weights from which a model was measured."""
-    record: dict[str, Any] = read_record(atlas.results / "provenance" / f"{model}.json")
-    key = record["stages"]["extract"][circuit]["key"]
+    circuit, stack = place
+    extract = read_record(atlas.results / "provenance" / f"{model}.json").stages.get("extract", {}).get(circuit)
     folder = atlas.results / "models" / model / stack / circuit / "weights"
-    current = [path for path in sorted(folder.glob("*.json")) if read_record(path)["key"] == key]
-    if not current:
+    current = [path for path in sorted(folder.glob("*.json")) if extract and has_key(path, extract.key)]
+    factors = FactorFiles([path.with_suffix(".pt") for path in current], extract.key, circuit) if extract and current else None
+    if factors is None or set(factors.layers) != set(atlas.of_heads("layers", model, stack, circuit)["layer"]):
         raise HeadgramError(f"the extracted weights of {model} are no longer in {folder}, so there are no cosines")
-    return FactorFiles([path.with_suffix(".pt") for path in current], key, circuit)
+    return factors
 
 
-def _cosines(heads: pd.DataFrame, a: FactorFiles, b: FactorFiles) -> np.ndarray:
-    """Cosines of every layer and head, 0 where a form is zero. Weights are mapped: a layer of both is read at a time."""
-    layers = dict.fromkeys(heads.index.get_level_values("layer"))
-    try:
-        pairs = [(a.read([layer]), b.read([layer])) for layer in layers]
-    except KeyError as error:
-        raise HeadgramError(f"the extracted weights of layer {error} are incomplete, so there are no cosines") from None
-    products = torch.cat([same_index_products(*pair, a.heads, "float64").gram.flatten() for pair in pairs]).numpy()
-    return cosines(products, np.sqrt(heads["fro_sq_a"].to_numpy()), np.sqrt(heads["fro_sq_b"].to_numpy()))
+def _directions(atlas: Atlas, model: str, place: Place) -> Iterator[dict[str, torch.Tensor]]:
+    """The directions of every layer, which are mapped."""
+    found = atlas.directions(model, place[0])[place[1]]
+    return ({side: found[side][i] for side in SIDES} for i in range(len(found["layers"])))
+
+
+def _overlaps(atlas: Atlas, a: str, b: str, place: Place, heads: pd.DataFrame) -> pd.DataFrame:
+    """Overlaps of directions alone, where the widths allow that."""
+    layers = list(zip(_directions(atlas, a, place), _directions(atlas, b, place), strict=True))
+    kept, width = layers[0][0]["right"].shape[1:]
+    if layers[0][1]["right"].shape[2] != width:
+        return heads[[]]
+    columns = {side: torch.cat([paired_overlaps(old[side], new[side]) for old, new in layers]).numpy() for side in SIDES}
+    return heads[[]].assign(**columns, expected=kept / width)

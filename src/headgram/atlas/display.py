@@ -7,7 +7,10 @@ from typing import TYPE_CHECKING, Any
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
+
+from headgram.foreign import plain
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -25,7 +28,7 @@ _EIGHTHS = " ▏▎▍▌▋▊▉█"
 def console() -> Console:
     """Standard output: as wide as the terminal, and at least wide enough for every table."""
     terminal = Console()
-    return Console(width=max(terminal.width, _WIDTH) if terminal.is_terminal else _WIDE)
+    return Console(width=max(terminal.width, _WIDTH) if terminal.is_terminal else _WIDE, emoji=False)
 
 
 def bar(share: float, width: int = 6) -> str:
@@ -33,6 +36,11 @@ def bar(share: float, width: int = 6) -> str:
     eighths = round(8 * width * min(max(share, 0.0), 1.0))
     whole, rest = divmod(eighths, 8)
     return (_EIGHTHS[8] * whole + (_EIGHTHS[rest] if rest else "")).ljust(width)
+
+
+def _text(value: object) -> str:
+    """A stranger's text in a table of ours: no markup, and nothing that a terminal acts on."""
+    return escape(plain(value))
 
 
 def _number(value: float) -> str:
@@ -85,8 +93,13 @@ _COLUMNS: Mapping[str, tuple[str, Callable[[Any], str]]] = {
     "layer_b": ("layer", str),
     "kv_heads": ("key\nheads", str),
     "hidden": ("width", str),
-    "stored_dtype": ("stored\nas", str),
+    "stored_dtype": ("stored\nas", _text),
     "lowest_cosine": ("lowest", _signed),
+    "change": ("relative\nchange", _number),
+    "floor": ("16 bits\nalone", _number),
+    "other_layer": ("layer\nbefore", str),
+    "other_head": ("head\nbefore", str),
+    "margin": ("margin", _signed),
     "symmetry_a": ("symmetry\nbefore", _plain),
     "symmetry_b": ("after", _plain),
     "norm_ratio": ("norm\nafter / before", _number),
@@ -148,35 +161,49 @@ def show_model(atlas: Atlas, model: str, stack: str | None, circuit: str, top: i
 
 
 def show_comparison(comparison: Comparison, top: int, out: Console) -> None:
-    """What moved between two models: the numbers' medians, the layers, and the heads that moved most."""
-    heads = comparison.heads
-    heads = heads.assign(norm_ratio=_ratios(heads["fro_sq_b"] ** 0.5, heads["fro_sq_a"] ** 0.5))
-    measures = [name for name in ("cosine", "right", "left", "signed") if name in heads]
-    out.print(
-        f"[bold]{comparison.b}[/bold] (after) against [bold]{comparison.a}[/bold] (before), "
-        f"circuit {comparison.circuit}, stack {comparison.stack}"
-    )
-    if comparison.why_no_cosine:
-        out.print(f"No cosines: {comparison.why_no_cosine}.", highlight=False, soft_wrap=True)
-    if comparison.expected is not None:
-        out.print(f"Random subspaces overlap by {comparison.expected:.3f} on average.", highlight=False)
-    out.print(_numbers(heads))
-    if measures:
-        layers = heads.groupby("layer")[measures].median()
+    """What moved between two models: the numbers' medians, the layers, the heads that moved most, and those that swapped."""
+    all_heads = comparison.heads
+    ratios = _ratios(all_heads["fro_sq_b"] ** 0.5, all_heads["fro_sq_a"] ** 0.5)
+    if comparison.why_no_drift:
+        out.print(f"No cosines: {_text(comparison.why_no_drift)}.", highlight=False, soft_wrap=True)
+    after, before = map(_text, (comparison.b, comparison.a))
+    for (circuit, stack), heads in all_heads.assign(norm_ratio=ratios).groupby(["circuit", "stack"], sort=False):
+        where = f"circuit {_text(circuit)}, stack {_text(stack)}"
+        out.print(f"[bold]{after}[/bold] (after) against [bold]{before}[/bold] (before), {where}")
+        measures = [name for name in ("cosine", "right", "left", "signed") if name in heads and heads[name].notna().all()]
+        if "right" in measures:
+            out.print(f"Random subspaces overlap by {heads['expected'].iloc[0]:.3f} on average.", highlight=False)
+        out.print(_numbers(heads))
+        if measures:
+            layers = heads.groupby("layer")[measures].median()
+            if "cosine" in measures:
+                layers.insert(1, "lowest_cosine", heads.groupby("layer")["cosine"].min())
+            out.print(_table("Layers (medians over heads)", layers.reset_index(), ["layer", *layers.columns]))
+        changes = ["change", "floor"] if "cosine" in measures else []
+        moved = heads.nsmallest(top, measures[0] if measures else "norm_ratio")
+        columns = ["layer", "head", *measures, *changes, "symmetry_a", "symmetry_b", "norm_ratio"]
+        out.print(_table("Heads that moved most", moved, columns))
         if "cosine" in measures:
-            layers.insert(1, "lowest_cosine", heads.groupby("layer")["cosine"].min())
-        out.print(_table("Layers (medians over heads)", layers.reset_index(), ["layer", *layers.columns]))
-    first = measures[0] if measures else "norm_ratio"
-    moved = heads.nsmallest(top, first)
-    columns = ["layer", "head", *measures, "symmetry_a", "symmetry_b", "norm_ratio"]
-    out.print(_table("Heads that moved most", moved, columns))
+            found = comparison.matches
+            mine = found[(found["circuit"] == circuit) & (found["stack"] == stack)]
+            _show_matches(mine[mine["among"] == ("stack" if "stack" in set(mine["among"]) else "layer")], top, out)
+
+
+def _show_matches(found: pd.DataFrame, top: int, out: Console) -> None:
+    """The heads that are more like another head of the earlier model than like their own, by how sure that is."""
+    moved = found[(found["layer"] != found["other_layer"]) | (found["head"] != found["other_head"])]
+    likely = moved[moved["mutual"] & (moved["cosine"].abs() > moved["chance"])]
+    if len(likely):
+        columns = ["layer", "head", "other_layer", "other_head", "cosine", "margin"]
+        out.print(_table("Heads that were another head before", likely.nlargest(top, "margin"), columns))
 
 
 def _show_facts(model: str, facts: pd.Series, out: Console) -> None:
+    circuit, stack, architecture, dtype = (_text(facts[name]) for name in ("circuit", "stack", "architecture", "stored_dtype"))
     out.print(
-        f"[bold]{model}[/bold], circuit {facts['circuit']}, stack {facts['stack']}: {facts['architecture']}, "
+        f"[bold]{_text(model)}[/bold], circuit {circuit}, stack {stack}: {architecture}, "
         f"{facts['layers']} layers of {facts['heads']} heads ({facts['kv_heads']} factors shared by heads), "
-        f"rank {facts['rank']}, width {facts['hidden']}, stored as {facts['stored_dtype']}",
+        f"rank {facts['rank']}, width {facts['hidden']}, stored as {dtype}",
         highlight=False,
         soft_wrap=True,
     )
@@ -217,7 +244,7 @@ def _table(title: str, rows: pd.DataFrame, columns: Sequence[str]) -> Table:
     table = _empty(title)
     cells = []
     for name in columns:
-        heading, write = _COLUMNS.get(name, (name, str))
+        heading, write = _COLUMNS.get(name, (name, _text))
         words = rows[name].dtype.kind not in "if"
         table.add_column(heading, justify="left" if words else "right", no_wrap=not words, overflow="fold")
         cells.append([write(value) for value in rows[name]])

@@ -5,10 +5,15 @@ from __future__ import annotations
 import io
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from headgram.atlas.reader import Atlas
+from headgram.foreign import plain_cell
 from headgram.results.files import written_whole
 from headgram.results.tables import TABLES
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 
 def export_csv(atlas: Atlas, models: Sequence[str], folder: Path) -> list[Path]:
@@ -17,8 +22,15 @@ def export_csv(atlas: Atlas, models: Sequence[str], folder: Path) -> list[Path]:
     for name, path in zip(TABLES, paths, strict=True):
         with written_whole(path) as file:
             for model in models:
-                atlas.table(name, model).to_csv(file, mode="wb", index=False, header=model == models[0])
+                harmless(atlas.table(name, model)).to_csv(file, mode="wb", index=False, header=model == models[0])
     return paths
+
+
+def harmless(table: pd.DataFrame) -> pd.DataFrame:
+    """A table for CSV: its texts may be a stranger's, so nothing is left in them that a terminal or a spreadsheet acts on."""
+    texts = {name: column for name, column in table.items() if column.dtype.kind not in "biuf"}
+    cells = {name: column.map({text: plain_cell(text) for text in column.unique()}) for name, column in texts.items()}
+    return table.assign(**cells)
 
 
 def export_netcdf(atlas: Atlas, models: Sequence[str], folder: Path) -> list[Path]:

@@ -6,7 +6,9 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
+from headgram.atlas.labelled import by_heads, by_layers, symmetric
 from headgram.errors import HeadgramError, require
+from headgram.study.manifest import MODEL_NAME
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -18,13 +20,45 @@ PairColumn = Literal["gram", "cosine", "transposed", "symmetric", "antisymmetric
 class Atlas:
     """Tables and directions of all models of a results folder; made by `open_atlas`."""
 
-    def __init__(self, results: Path) -> None:
+    def __init__(self, results: Path, chosen: frozenset[str] | None = None) -> None:
         self.results = results  #: the folder
+        self._chosen = chosen
 
     @property
     def models(self) -> list[str]:
-        """Names of the measured models, sorted."""
-        return sorted(path.stem for path in (self.results / "provenance").glob("*.json"))
+        """Names of the measured models, sorted; those that were chosen by `where`."""
+        found = (path.stem for path in (self.results / "provenance").glob("*.json"))
+        names = sorted(name for name in found if MODEL_NAME.fullmatch(name))
+        return names if self._chosen is None else [name for name in names if name in self._chosen]
+
+    def where(self, **wanted: Any) -> Atlas:
+        """The same atlas of fewer models: those of a lineage, a step, a label of the manifest, or any other column of `summary`.
+
+        Parameters
+        ----------
+        wanted
+            By column, one value or a list of them; the label `data` is the column `label_data`, and may be called `data`.
+
+        Raises
+        ------
+        HeadgramError
+            If there is no such column, or no such model.
+
+        Examples
+        --------
+        >>> headgram.open_atlas("results").where(lineage="pythia-70m", step=[0, 1000]).heads()  # doctest: +SKIP
+        """
+        table = self.summary()
+        chosen = table
+        for name, value in wanted.items():
+            column = name if name in table else f"label_{name}"
+            if column not in table:
+                raise HeadgramError(f"models have no '{name}'; there are: {', '.join(map(str, table.columns))}")
+            chosen = chosen[chosen[column].isin(value if isinstance(value, list | tuple | set) else [value])]
+        if chosen.empty:
+            given = ", ".join(f"{name} {value!r}" for name, value in wanted.items())
+            raise HeadgramError(f"{self.results} holds no model with {given}")
+        return Atlas(self.results, frozenset(chosen["model"]))
 
     def heads(self, circuit: str | None = None) -> pd.DataFrame:
         """One row per head, of one circuit (`qk` or `ov`) or of each: the scalars of `headgram.Spectrum`."""
@@ -39,8 +73,20 @@ class Atlas:
         return self._of_circuit("layers", circuit)
 
     def summary(self, circuit: str | None = None) -> pd.DataFrame:
-        """One row per model, circuit and stack, the table `models`: what the model is, and medians over its heads."""
-        return self._of_circuit("models", circuit)
+        """One row per model, circuit and stack, the table `models`: what the model is, and medians over its heads.
+
+        Every label of the manifest is a column `label_{name}`.
+        """
+        import json
+
+        import pandas as pd
+
+        table = self._of_circuit("models", circuit)
+        try:
+            labels = pd.DataFrame([dict(json.loads(text)) for text in table["labels"]], index=table.index)
+        except (ValueError, TypeError, RecursionError):
+            raise HeadgramError(f"a table `models` of {self.results} holds labels that are none: run `snakemake` again") from None
+        return table.drop(columns="labels").join(labels.add_prefix("label_"))
 
     def table(self, name: str, model: str | None = None) -> pd.DataFrame:
         """A table by its name, of one model or of all; the first column is the model.
@@ -51,24 +97,93 @@ class Atlas:
             If there is no such table, the model was not measured, or a file cannot be read.
         """
         import pandas as pd
+        import pyarrow as pa
 
+        from headgram.results.paths import COMPOSED, LINEAGE, Results
         from headgram.results.tables import TABLES, read_table
 
         if not isinstance(name, str) or name not in TABLES:
             raise HeadgramError(f"the atlas has no table '{name}'; there are: {', '.join(TABLES)}")
         if model is not None:
             self._require(model)
+        paths = Results(str(self.results))
+        models = [model] if model else self.models
+        if name in LINEAGE:
+            pairs = [(each, other) for each in models for other in self.others(each)]
+            files = [(paths.pair_table(name, *pair), {"model": pair[0], "other": pair[1]}) for pair in pairs]
+        else:
+            places = [(paths.table(name, each), {"model": each}) for each in models]
+            files = [place for place in places if name not in COMPOSED or Path(place[0]).exists()]
         tables = []
-        for each in [model] if model else self.models:
-            path = self.results / "atlas" / name / f"model={each}" / f"{name}.parquet"
+        for path, keys in files:
             try:
-                table = read_table(path).to_pandas()
-            except OSError as error:
+                table = read_table(Path(path))
+            except (OSError, pa.ArrowException) as error:
                 raise HeadgramError(f"{path} cannot be read ({error}): run `snakemake` again") from None
-            table.insert(0, "model", each)
-            tables.append(table)
+            if not table.schema.equals(TABLES[name]):
+                raise HeadgramError(f"{path} has not the columns of the table '{name}': run `snakemake` again")
+            tables.append(table.to_pandas().assign(**keys))
+        if not files:
+            keys = dict.fromkeys(("model", "other") if name in LINEAGE else ("model",), "")
+            tables = [TABLES[name].empty_table().to_pandas().assign(**keys)]
         joined: pd.DataFrame = pd.concat(tables, ignore_index=True)
-        return joined
+        return joined[[*keys, *(column for column in joined if column not in keys)]]
+
+    def others(self, model: str) -> list[str]:
+        """Earlier models of its lineage that a model was compared with, in the tables `drift`, `changes` and `matches`."""
+        self._require(model)
+        return sorted(path.stem for path in (self.results / "provenance" / "lineage" / model).glob("*.json"))
+
+    def lineage(self, name: str) -> dict[str, float]:
+        """The steps of a lineage's models, in their order.
+
+        Raises
+        ------
+        HeadgramError
+            If there is no such lineage.
+        """
+        table = self.summary()
+        mine = table[table["lineage"] == name].drop_duplicates("model").sort_values("step")
+        if mine.empty:
+            known = ", ".join(sorted({each for each in table["lineage"] if each})) or "none"
+            raise HeadgramError(f"{self.results} holds no lineage '{name}'; there are: {known}")
+        return dict(zip(mine["model"], mine["step"], strict=True))
+
+    def trajectory(
+        self,
+        column: str,
+        lineage: str,
+        stack: str = "self",
+        circuit: str = "qk",
+        to: Literal["first", "previous"] | None = None,
+    ) -> xr.DataArray:
+        """A number of every head, or of every layer, over the steps of a lineage.
+
+        Parameters
+        ----------
+        column
+            Of the table `heads` or `layers`; with `to`, of the table `drift`.
+        to
+            What every model but the first is compared with: the first one of the lineage, or the previous one.
+
+        Returns
+        -------
+        xarray.DataArray, (steps, L, H) or (steps, L) float64
+            Dimensions `step`, `layer` and, for a number of heads, `head`; the coordinate `model` names the model of every step.
+
+        Raises
+        ------
+        HeadgramError
+            If there is no such lineage or column, or models were not compared: says which option asks for that.
+
+        Examples
+        --------
+        >>> atlas = headgram.open_atlas("results")  # doctest: +SKIP
+        >>> atlas.trajectory("cosine", "pythia-70m", to="first").min(["layer", "head"])  # doctest: +SKIP
+        """
+        from headgram.atlas.trajectories import trajectory
+
+        return trajectory(self, column, lineage, stack, circuit, to)
 
     def stacks(self, model: str, circuit: str = "qk") -> list[str]:
         """Names of a model's stacks of which a circuit was measured, in its order.
@@ -100,7 +215,8 @@ class Atlas:
         import xarray as xr
 
         pairs = {"gram": [*get_args(PairColumn)], "overlap": ["right", "left", "signed"]}
-        arrays = {name: self._square(table, model, stack, circuit, name) for table, names in pairs.items() for name in names}
+        tables = {name: self.of_heads(name, model, stack, circuit) for name in pairs}
+        arrays = {value: by_layers(tables[name], value) for name, values in pairs.items() for value in values}
         for name, keys in (("heads", ["layer", "head"]), ("spectra", ["layer", "head", "index"]), ("layers", ["layer"])):
             table = self.of_heads(name, model, stack, circuit).drop(columns=["model", "circuit", "stack"]).set_index(keys)
             arrays |= dict(table.drop(columns=["rank", "hidden"], errors="ignore").to_xarray().data_vars)
@@ -125,7 +241,8 @@ class Atlas:
         """
         if value not in get_args(PairColumn):
             raise HeadgramError(f"the Gram table has no column '{value}'; there are: {', '.join(get_args(PairColumn))}")
-        return self._square("gram", model, stack, circuit, value)
+        attributes = {"model": model, "circuit": circuit, "stack": stack}
+        return by_layers(self.of_heads("gram", model, stack, circuit), value, attributes)
 
     def pairs(
         self, model: str, stack: str = "self", value: Literal["cosine", "transposed"] = "cosine", circuit: str = "qk"
@@ -155,22 +272,57 @@ class Atlas:
         >>> atlas.pairs("smollm2-135m-instruct").sel(layer_a=18, head_a=6, layer_b=18, head_b=7).item()  # doctest: +SKIP
         0.9
         """
-        import numpy as np
-        import xarray as xr
-
         if value not in ("cosine", "transposed"):
             raise HeadgramError(f"pairs have no '{value}': ask for 'cosine' or 'transposed'")
         heads, table = (self.of_heads(name, model, stack, circuit) for name in ("heads", "pairs"))
-        layers, indices = np.unique(heads["layer"]), np.unique(heads["head"])
-        data = np.full((len(layers), len(indices)) * 2, np.nan, dtype=np.float32)
-        a, b = (np.searchsorted(layers, table[name]) for name in ("layer_a", "layer_b"))
-        data[a, table["head_a"], b, table["head_b"]] = data[b, table["head_b"], a, table["head_a"]] = table[value]
-        itself = np.where(heads["fro_sq"] > 0, 1.0, 0.0) if value == "cosine" else heads["symmetry_score"]
-        own = np.searchsorted(layers, heads["layer"])
-        data[own, heads["head"], own, heads["head"]] = itself
-        coordinates = {"layer_a": layers, "head_a": indices, "layer_b": layers, "head_b": indices}
         attributes = {"model": model, "circuit": circuit, "stack": stack, "chance": 1 / int(heads["hidden"].iloc[0])}
-        return xr.DataArray(data, coords=coordinates, dims=list(coordinates), name=value, attrs=attributes)
+        itself = (heads["fro_sq"] > 0).astype(float) if value == "cosine" else heads["symmetry_score"]
+        return symmetric(by_heads(heads, table, value, attributes), itself)
+
+    def composition(
+        self,
+        model: str,
+        kind: Literal["q", "k", "v"],
+        stack: str = "self",
+        value: Literal["score", "times_chance", "z", "acausal"] = "score",
+    ) -> xr.DataArray:
+        """How much of what each head writes each head of a later layer reads.
+
+        Parameters
+        ----------
+        kind
+            What the later head does with it: `q`, its queries read it; `k`, its keys; `v`, it moves it on.
+        value
+            A column of the table `composition`.
+
+        Returns
+        -------
+        xarray.DataArray, (L, H, L, H) float32
+            Dimensions `layer_a`, `head_a`, `layer_b`, `head_b`, with the true layer indices; NaN unless `layer_a < layer_b`. The
+            attribute `chance` is `1/√d`, the root mean square of the score if one head is turned by a random rotation.
+
+        Raises
+        ------
+        HeadgramError
+            If the model or the stack was not measured in both circuits.
+
+        Examples
+        --------
+        >>> scores = atlas.composition("smollm2-135m-instruct", "k")  # doctest: +SKIP
+        >>> scores.sel(layer_a=16, head_a=0, layer_b=17, head_b=3).item()  # doctest: +SKIP
+        0.218
+        """
+        if kind not in ("q", "k", "v"):
+            raise HeadgramError(f"compositions have no kind '{kind}': ask for 'q', 'k' or 'v'")
+        if value not in (values := ("score", "times_chance", "z", "acausal")):
+            raise HeadgramError(f"compositions have no '{value}'; there are: {', '.join(values)}")
+        heads, table = self.of_heads("heads", model, stack, "ov"), self.table("composition", model)
+        if table.empty:
+            needs = "both circuits, two layers, and the option composition.enabled"
+            raise HeadgramError(f"the model '{model}' has no compositions: they need {needs}")
+        table = table[(table["stack"] == stack) & (table["kind"] == kind)]
+        attributes = {"model": model, "stack": stack, "kind": kind, "chance": int(heads["hidden"].iloc[0]) ** -0.5}
+        return by_heads(heads, table, value, attributes)
 
     def overlap(
         self, model: str, stack: str = "self", side: Literal["right", "left", "signed"] = "right", circuit: str = "qk"
@@ -189,7 +341,9 @@ class Atlas:
         """
         if side not in ("right", "left", "signed"):
             raise HeadgramError(f"there are no '{side}' directions: ask for 'right', 'left' or 'signed'")
-        return self._square("overlap", model, stack, circuit, side, keep="expected")
+        table = self.of_heads("overlap", model, stack, circuit)
+        attributes = {"model": model, "circuit": circuit, "stack": stack, "expected": float(table["expected"].iloc[0])}
+        return by_layers(table, side, attributes)
 
     def directions(self, model: str, circuit: str = "qk") -> dict[str, dict[str, Any]]:
         """Directions of one circuit of a model, by stack.
@@ -217,21 +371,6 @@ class Atlas:
         """A table of all models; the rows of one circuit, if one is given."""
         table = self.table(name)
         return table if circuit is None else table[table["circuit"] == circuit].reset_index(drop=True)
-
-    def _square(self, name: str, model: str, stack: str, circuit: str, value: str, keep: str | None = None) -> xr.DataArray:
-        """A column of a table of layer pairs, as layers by layers by heads; `keep` is a constant column for the attributes."""
-        import numpy as np
-        import xarray as xr
-
-        table = self.of_heads(name, model, stack, circuit)
-        layers = np.unique(table["layer_a"])
-        heads = np.unique(table["head"])
-        a, b = (np.searchsorted(layers, table[name]) for name in ("layer_a", "layer_b"))
-        data = np.zeros((len(layers), len(layers), len(heads)))
-        data[a, b, table["head"]] = data[b, a, table["head"]] = table[value]
-        coordinates = {"layer_a": layers, "layer_b": layers, "head": heads}
-        attributes = {"model": model, "circuit": circuit, "stack": stack} | ({keep: float(table[keep].iloc[0])} if keep else {})
-        return xr.DataArray(data, coords=coordinates, dims=list(coordinates), name=value, attrs=attributes)
 
     def of_heads(self, name: str, model: str, stack: str, circuit: str = "qk") -> pd.DataFrame:
         """The rows of a table that are about one circuit of a stack.

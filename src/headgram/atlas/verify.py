@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Literal
 
 import numpy as np
 import pandas as pd
@@ -16,7 +18,7 @@ from headgram.errors import HeadgramError
 from headgram.results.asked import asked_for
 from headgram.results.files import link_message
 from headgram.results.paths import FOLDERS, RECORDS
-from headgram.results.record import Identity, damages, read_record
+from headgram.results.record import Described, Record, damages, read_record, record_of
 from headgram.results.tables import HEAD_NUMBERS, QUARTILES, SIDES, TABLES, read_parts, read_table
 from headgram.study.lock import Lock
 
@@ -29,13 +31,44 @@ _OVERLAP_TOLERANCE = 1e-5
 _PLACE = ["circuit", "stack"]
 
 
-def verify(results: Path, lock: Lock | None = None) -> tuple[int, list[str]]:
-    """Check every artifact of a results folder: that it is of the locked checkpoint, and what the latest run asks for.
+@dataclass(frozen=True)
+class Finding:
+    """Something that is wrong in a results folder.
+
+    Attributes
+    ----------
+    sentence
+        What, and where.
+    path
+        The record of the artifact that has to be made anew, or the file that belongs to none; None if neither mends it.
+    mended_by
+        `anew`: the artifact has to be made anew. `removal`: the file may go, if it is headgram's. `run`: the next run does by
+        itself. `you`: nobody else can.
+    """
+
+    sentence: str
+    path: Path | None
+    mended_by: Literal["anew", "removal", "run", "you"]
+
+
+def verify(results: Path, lock: Lock | None = None, keys: Mapping[str, str] | None = None) -> tuple[int, list[Finding]]:
+    """Check every artifact of a results folder: that it is of the locked checkpoint, and what is asked for.
+
+    Whatever the files hold, this goes on to the end.
+
+    Parameters
+    ----------
+    results
+        The folder.
+    lock
+        Says which checkpoints are meant.
+    keys
+        What is asked for, by record; what the latest run asked for if not given.
 
     Returns
     -------
-    (int, list of str)
-        How many files there are, and a sentence about each thing that is wrong.
+    (int, list of Finding)
+        How many files there are, and what is wrong.
 
     Raises
     ------
@@ -46,35 +79,53 @@ def verify(results: Path, lock: Lock | None = None) -> tuple[int, list[str]]:
     links = sorted(path for folder in folders for path in (folder, *folder.rglob("*")) if path.is_symlink() and path.is_dir())
     inside = [path for folder in folders if folder not in links for path in folder.rglob("*")]
     paths = sorted(path for path in inside if path.suffix == ".json" and path.relative_to(results).parts[0] in RECORDS)
-    if not paths and not links:
+    present = {_place(path) for path in inside if (path.is_symlink() or not path.is_dir()) and path.name != _FOLDER_DATE}
+    if not paths and not links and not present:
         raise HeadgramError(f"{results} holds no artifact to verify")
-    present = {_place(path) for path in inside if not path.is_dir() and path.name != _FOLDER_DATE}
-    sealed = {_place(path) for path in paths}
-    records: dict[Path, dict[str, Any]] = {}
-    unreadable: set[str] = set()  # models
-    problems = [link_message(link, results) for link in links]
+    if keys is None:
+        keys = asked_for(results) or {}
+    findings = [Finding(link_message(link, results), None, "you") for link in links]
+    sealed = {_place(path) for path in (*paths, *links)}
+    records: dict[Path, Record] = {}
     for path in paths:
         try:
             records[path] = read_record(path)
         except HeadgramError as error:
-            problems.append(str(error))
-    asked = asked_for(results) or {}
+            findings.append(Finding(str(error), path, "anew"))
+    unreadable: set[str] = set()  # models
     for path, record in records.items():
-        if record["key"] != asked.get(path.relative_to(results).as_posix(), record["key"]):
-            problems.append(f"{path}: it is not what the latest run asks for: run again")
-        files = {name: _place(path.parent / name) for name in record["files"]}
-        sealed |= set(files.values())
-        damaged = [f"{damage}: delete {path} and run again" for damage in damages(path, record)]
-        problems += damaged or [f"{file}: {problem}" for file in files.values() for problem in _table_problems(file, record)]
-        problems += [f"{path}: {problem}" for problem in _origin_problems(record, lock)]
+        if record.key != keys.get(path.relative_to(results).as_posix(), record.key):
+            findings.append(Finding(f"{path}: it is not what is asked for now: run again", path, "run"))
+        files = [_place(path.parent / name) for name in record.files]
+        sealed.update(files)
+        damaged = list(_whatever(partial(damages, path, record)))
+        found = damaged or [
+            f"{file}: {problem}" for file in files for problem in _whatever(partial(_table_problems, file, record))
+        ]
+        found += [f"{path}: {problem}" for problem in _whatever(partial(_key_problems, record))]
+        findings += [Finding(sentence, path, "anew") for sentence in found]
+        findings += [Finding(f"{path}: {problem}", path, "run") for problem in _origin_problems(record, lock)]
         if damaged:
-            unreadable.add(record["model"])
+            unreadable.add(record.model)
     for path, record in records.items():
-        if record["model"] not in unreadable and (find := _IDENTITIES.get(record["stage"])):
-            tables = {file.stem: file for file in (_place(path.parent / name) for name in record["files"])}
-            problems += [f"{path}: {problem}" for problem in find(tables)]
-    problems += [f"{path} belongs to no finished artifact" for path in sorted(present - sealed)]
-    return len(present), problems
+        if record.model not in unreadable and (find := _IDENTITIES.get(record.stage)):
+            places = (_place(path.parent / name) for name in record.files if name.endswith(".parquet"))
+            tables = {file.stem: file for file in places}
+            findings += [Finding(f"{path}: {problem}", path, "anew") for problem in _whatever(partial(find, tables))]
+    strays = [results / os.path.relpath(path, _place(results)) for path in sorted(present - sealed)]
+    for path in sorted({record_of(stray) for stray in strays} - set(paths)):
+        if path.relative_to(results).as_posix() in keys:
+            findings.append(Finding(f"{path} is missing, though what it describes is there", path, "anew"))
+    findings += [Finding(f"{path} belongs to no finished artifact", path, "removal") for path in strays]
+    return len(present), findings
+
+
+def _whatever(check: Callable[[], Iterable[str]]) -> Iterator[str]:
+    """What a check finds; a check that forged data ends has found that."""
+    try:
+        yield from check()
+    except Exception as error:  # nobody knows what libraries make of forged data
+        yield f"it cannot be checked ({type(error).__name__}: {error})"
 
 
 def _place(path: Path) -> Path:
@@ -82,31 +133,36 @@ def _place(path: Path) -> Path:
     return Path(os.path.normpath(path.absolute()))
 
 
-def _origin_problems(record: Mapping[str, Any], lock: Lock | None) -> Iterator[str]:
-    """Whether the record's key is that of what it says it comes from, and its checkpoint the locked one."""
-    stages = [described for circuits in record.get("stages", {}).values() for described in circuits.values()]
-    if any(Identity.read(described).key != described["key"] for described in (record, *stages)):
+def _key_problems(record: Record) -> Iterator[str]:
+    """Whether the record's key is that of what it says it comes from."""
+    stages = [described for circuits in record.stages.values() for described in circuits.values()]
+    if any(described.identity.key != described.key for described in (record, *stages)):
         yield "its key is not that of its stage, configuration, fingerprint, code and inputs"
-    if stages and not set(record["upstream"]) <= {described["key"] for described in stages}:
+    if stages and not set(record.upstream) <= {described.key for described in stages}:
         yield "its inputs are not those of the stages that it names"
-    entry = lock.models.get(record["model"]) if lock else None
+
+
+def _origin_problems(record: Record, lock: Lock | None) -> Iterator[str]:
+    """Whether the checkpoint is the locked one."""
+    entry = lock.models.get(record.model) if lock else None
     if entry is None:
         return
-    locked = entry.fingerprint_of(record["circuit"]) if record["circuit"] else entry.fingerprint
-    if locked != record["fingerprint"]:
-        yield (
-            f"it was measured from a checkpoint with fingerprint {record['fingerprint'][:12]}, but the lock pins "
-            f"{locked[:12]}: run again"
-        )
+    locked = entry.fingerprint_of(record.circuit) if record.circuit else entry.fingerprint
+    if locked != record.fingerprint:
+        measured = record.fingerprint[:12]
+        yield f"it was measured from a checkpoint with fingerprint {measured}, but the lock pins {locked[:12]}: run again"
 
 
-def _table_problems(path: Path, record: Mapping[str, Any]) -> Iterator[str]:
+def _table_problems(path: Path, record: Record) -> Iterator[str]:
     """What a Parquet file says of itself against its record, and its columns against their schema."""
     if path.suffix != ".parquet":
         return
     schema = read_table(path).schema
-    said = json.loads(schema.metadata[b"headgram"])
-    if differing := sorted(name for name in said if said[name] != record.get(name)):
+    said = json.loads((schema.metadata or {}).get(b"headgram", b"null"))
+    known = record.model_dump(mode="json", by_alias=True)
+    if not isinstance(said, dict) or not Described.model_fields.keys() <= said.keys():
+        yield "its metadata does not say where it comes from"
+    elif differing := sorted(name for name in said if said[name] != known.get(name)):
         yield f"its metadata and its record name another {', '.join(differing)}"
     if path.stem in TABLES and not schema.equals(TABLES[path.stem]):
         yield f"its columns are not those of the {path.stem} table"
@@ -172,6 +228,21 @@ def _derived_problems(files: dict[str, Path]) -> Iterator[str]:
             yield f"an overlap of {side} directions lies outside [0, 1]"
 
 
+def _composition_problems(files: dict[str, Path]) -> Iterator[str]:
+    """Whether scores are scores, and the strongest pairs those that were looked at."""
+    pair = ["stack", "kind", "layer_a", "head_a", "layer_b", "head_b"]
+    table, channels = (read_table(files[name]).to_pandas().set_index(pair).sort_index() for name in ("composition", "channels"))
+    if not (table["score"].between(0, 1).all() and table["acausal"].between(0, 1).all()):
+        yield "a score of composition or its percentile lies outside [0, 1]"
+    if (table.index.get_level_values("layer_a") >= table.index.get_level_values("layer_b")).any():
+        yield "a composition is not of an earlier with a later layer"
+    yield from _exceptions("the score of a channel", channels["score"] - table["score"].reindex(channels.index), tolerance=0)
+    for place, rows in channels.groupby(["stack", "kind"]):
+        highest = table["score"].loc[place].nlargest(len(rows))
+        if (rows["score"].nlargest(len(rows)).to_numpy() != highest.to_numpy()).any():
+            yield f"the channels of {' '.join(place)} are not those of its highest scores"
+
+
 def _exceptions(name: str, difference: pd.Series, tolerance: float = _TOLERANCE) -> Iterator[str]:
     worst = difference.abs()
     if worst.isna().any():
@@ -181,4 +252,4 @@ def _exceptions(name: str, difference: pd.Series, tolerance: float = _TOLERANCE)
 
 
 #: By stage: what must hold among the tables of one artifact, given as name -> path.
-_IDENTITIES = {"merge": _identity_problems, "derive": _derived_problems}
+_IDENTITIES = {"merge": _identity_problems, "derive": _derived_problems, "composition": _composition_problems}

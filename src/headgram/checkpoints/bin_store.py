@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+import io
 import math
 import mmap
 import struct
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor
 
 from headgram.checkpoints.homes import Homes
-from headgram.checkpoints.pickle_table import StoredTensor, read_table
+from headgram.checkpoints.pickle_table import StoredTensor, read_table, read_tensor
 from headgram.checkpoints.stores import DTYPES, TensorStore, bytes_of, float_dtype
 from headgram.errors import HeadgramError
 
@@ -29,19 +30,20 @@ _ZIP_HEADER = 30
 _ZIP_LENGTHS = struct.Struct("<26xHH")
 
 
-class _File:
-    """A `.bin` file, mapped into memory: its tensors, and where the records lie."""
+class Archive:
+    """One torch file in memory: its tensors, and where the records lie."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, data: mmap.mmap | bytes, where: str | Path) -> None:
+        self._data = data
+        self._where = where
         try:
-            with path.open("rb") as file:
-                self.data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
-            with zipfile.ZipFile(path) as archive:
+            file: Any = data if isinstance(data, mmap.mmap) else io.BytesIO(data)
+            with zipfile.ZipFile(file) as archive:
                 records = {record.filename: record for record in archive.infolist()}
                 if len(records) < len(archive.infolist()):
-                    raise HeadgramError(f"{path} holds two records of one name: fetch it again")
-                _check_stored(path, records)
-                root, pickled = _pickle(path, archive, records)
+                    raise HeadgramError(f"{where} holds two records of one name: fetch it again")
+                _check_stored(where, records, len(data))
+                root, self._pickled = _pickle(where, archive, records)
             self._starts = {
                 name.removeprefix(f"{root}data/"): (self._start(record), record.file_size)
                 for name, record in records.items()
@@ -49,48 +51,77 @@ class _File:
             }
         except _DAMAGE:
             raise HeadgramError(
-                f"{path} is not a whole torch file, or older than torch 1.6: fetch it again, or {_CONVERT}"
+                f"{where} is not a whole torch file, or older than torch 1.6: fetch it again, or {_CONVERT}"
             ) from None
-        try:
-            self.tensors = read_table(pickled)
-        except (ValueError, LookupError, struct.error) as error:
-            raise HeadgramError(
-                f"{path} is a pickle that holds more than tensors, which headgram does not run: it holds {error}; {_CONVERT}"
-            ) from None
-        self._check_records(path)
+
+    def table(self) -> dict[str, StoredTensor]:
+        """The tensors by name, of a file that holds a table of them.
+
+        Raises
+        ------
+        HeadgramError
+            If it holds more, or less.
+        """
+        return self._checked(read_table)
+
+    def only(self) -> Tensor:
+        """The tensor of a file that holds one and no table.
+
+        Raises
+        ------
+        HeadgramError
+            If it holds anything else.
+        """
+        return self.tensor(self._checked(lambda pickled: {"": read_tensor(pickled)})[""])
+
+    def tensor(self, stored: StoredTensor) -> Tensor:
+        """A tensor of the file, copied."""
+        start, item = self._starts[stored.record][0], stored.dtype.itemsize
+        elements = stored.elements
+        data = bytearray(memoryview(self._data)[start + elements.start * item : start + elements.stop * item])
+        if not data:
+            return torch.zeros(stored.shape, dtype=stored.dtype)
+        return torch.frombuffer(data, dtype=stored.dtype).as_strided(stored.shape, stored.stride).contiguous()
 
     def _start(self, record: zipfile.ZipInfo) -> int:
-        header = self.data[record.header_offset : record.header_offset + _ZIP_HEADER]
+        header = self._data[record.header_offset : record.header_offset + _ZIP_HEADER]
         name_bytes, extra_bytes = _ZIP_LENGTHS.unpack(header)
         return record.header_offset + _ZIP_HEADER + int(name_bytes) + int(extra_bytes)
 
-    def _check_records(self, path: Path) -> None:
-        for name, tensor in self.tensors.items():
+    def _checked(self, read: Callable[[bytes], dict[str, StoredTensor]]) -> dict[str, StoredTensor]:
+        try:
+            tensors = read(self._pickled)
+        except (ValueError, LookupError, struct.error) as error:
+            more = f"is a pickle that holds more than tensors, which headgram does not run: it holds {error}"
+            raise HeadgramError(f"{self._where} {more}; {_CONVERT}") from None
+        for name, tensor in tensors.items():
             start, size = self._starts.get(tensor.record, (0, -1))
-            if size != tensor.record_bytes or start + size > len(self.data):
+            if size != tensor.record_bytes or start + size > len(self._data):
                 raise HeadgramError(
-                    f"{path}: the record of tensor {name!r:.200} is missing, or not as long as the table says: fetch it again"
+                    f"{self._where}: the record of tensor {name!r:.200} is missing, or not as long as the table says: "
+                    "fetch it again"
                 )
-
-    def stored(self, tensor: StoredTensor) -> memoryview:
-        """The bytes from a tensor's first to its last element."""
-        start, item = self._starts[tensor.record][0], tensor.dtype.itemsize
-        elements = tensor.elements
-        return memoryview(self.data)[start + elements.start * item : start + elements.stop * item]
+        return tensors
 
 
 class BinStore(TensorStore):
     """One or several `.bin` files, mapped into memory."""
 
     def __init__(self, paths: Mapping[str, Path], index: Mapping[str, str] | None = None) -> None:
-        files = {name: _File(path) for name, path in paths.items()}
-        self._home = Homes({name: dict.fromkeys(file.tensors, file) for name, file in files.items()}, index)
+        places: dict[str, dict[str, tuple[Archive, StoredTensor]]] = {}
+        for file, path in paths.items():
+            archive = Archive(mapped(path), path)
+            places[file] = {name: (archive, tensor) for name, tensor in archive.table().items()}
+        self._home = Homes(places, index)
 
     def __contains__(self, name: str) -> bool:
         return name in self._home
 
+    def names(self) -> Collection[str]:
+        return self._home.names()
+
     def _tensor(self, name: str) -> StoredTensor:
-        return self._home[name].tensors[name]
+        return self._home[name][1]
 
     def shape(self, name: str) -> tuple[int, ...]:
         return self._tensor(name).shape
@@ -110,11 +141,8 @@ class BinStore(TensorStore):
         return self.part(name)
 
     def part(self, name: str) -> Tensor:
-        tensor = self._tensor(name)
-        stored = bytearray(self._home[name].stored(tensor))  # a copy: what lies in the file may be unaligned
-        if not stored:
-            return torch.zeros(tensor.shape, dtype=tensor.dtype)
-        return torch.frombuffer(stored, dtype=tensor.dtype).as_strided(tensor.shape, tensor.stride).contiguous()
+        archive, stored = self._home[name]
+        return archive.tensor(stored)
 
     def __enter__(self) -> Self:
         return self
@@ -123,21 +151,33 @@ class BinStore(TensorStore):
         self._home.clear()
 
 
-def _check_stored(path: Path, records: Mapping[str, zipfile.ZipInfo]) -> None:
+class _Mapped(mmap.mmap):
+    def seekable(self) -> bool:
+        """As zipfile asks of a file, and Python 3.11 does not tell of this one."""
+        return True
+
+
+def mapped(path: Path) -> mmap.mmap | bytes:
+    """A file's bytes, which are read when they are looked at."""
+    with path.open("rb") as file:
+        return _Mapped(file.fileno(), 0, access=mmap.ACCESS_READ) if path.stat().st_size else b""
+
+
+def _check_stored(where: str | Path, records: Mapping[str, zipfile.ZipInfo], total: int) -> None:
     """Refuse what could grow beyond the file's own size: torch stores its records uncompressed."""
     stored = sum(record.file_size for record in records.values())
-    if any(record.compress_type != zipfile.ZIP_STORED for record in records.values()) or stored > path.stat().st_size:
-        raise HeadgramError(f"{path} holds compressed records, which torch never writes: {_CONVERT}")
+    if any(record.compress_type != zipfile.ZIP_STORED for record in records.values()) or stored > total:
+        raise HeadgramError(f"{where} holds compressed records, which torch never writes: {_CONVERT}")
 
 
-def _pickle(path: Path, archive: zipfile.ZipFile, records: Mapping[str, zipfile.ZipInfo]) -> tuple[str, bytes]:
+def _pickle(where: str | Path, archive: zipfile.ZipFile, records: Mapping[str, zipfile.ZipInfo]) -> tuple[str, bytes]:
     """The folder that the archive's records lie in, and its pickled table."""
     tables = [name for name in records if name.count("/") == 1 and name.endswith("/data.pkl")]
     if len(tables) != 1:
-        raise HeadgramError(f"{path} is not a whole torch file: it holds {len(tables)} tables of tensors; fetch it again")
+        raise HeadgramError(f"{where} is not a whole torch file: it holds {len(tables)} tables of tensors; fetch it again")
     root = tables[0].removesuffix("data.pkl")
     if records[tables[0]].file_size > _LARGEST_PICKLE:
-        raise HeadgramError(f"{path} has a table of more than {_LARGEST_PICKLE >> 20} MiB, which no real checkpoint's is")
+        raise HeadgramError(f"{where} has a table of more than {_LARGEST_PICKLE >> 20} MiB, which no real checkpoint's is")
     if f"{root}byteorder" in records and archive.read(f"{root}byteorder") != b"little":
-        raise HeadgramError(f"{path} is in the other byte order than headgram reads: convert it")
+        raise HeadgramError(f"{where} is in the other byte order than headgram reads: convert it")
     return root, archive.read(tables[0])

@@ -8,7 +8,8 @@ from typing import Any, Self
 
 from headgram.checkpoints.stores import TensorStore
 from headgram.errors import HeadgramError
-from headgram.families.layouts import QK, Dimensions
+from headgram.families.around import AROUND, AroundRule
+from headgram.families.layouts import LAYOUTS, QK, Dimensions
 from headgram.families.registry import Family, Names, StackRule
 
 #: Far more than any model has; a configuration that declares more is damaged or hostile.
@@ -137,6 +138,38 @@ def find_rules(store: TensorStore, family: Family, config: Mapping[str, Any], ar
     return found
 
 
+def gguf_rule(family: Family) -> tuple[StackRule, bool]:
+    """The rule of a family in llama.cpp's naming, and whether that permutes rows.
+
+    Raises
+    ------
+    HeadgramError
+        If the family has none.
+    """
+    if family.gguf is None:
+        raise HeadgramError(f"the family '{family.name}' has no known GGUF naming")
+    rule = StackRule(
+        name=family.stacks[0].name,
+        layout=family.gguf.layout,
+        block="blk.{layer}.",
+        modules=family.gguf.modules,
+        layers="block_count",
+        heads="attention.head_count",
+        kv_heads="attention.head_count_kv",
+        hidden="embedding_length",
+        head_dim="attention.key_length",
+        remarks=family.stacks[0].remarks,
+        around=(AroundRule(unproven=dict.fromkeys(AROUND, "it is not read from GGUF files")),),
+    )
+    return rule, family.gguf.permuted
+
+
+def first_key(rule: StackRule, config: Mapping[str, Any], architecture: str) -> str:
+    """The name, below the prefix, of a tensor that a checkpoint with this stack has."""
+    layer = (_candidates(rule, Section.of(rule, config, architecture)) or [0])[0]
+    return next(iter(rule.tensors(QK).values())).format(layer=layer)
+
+
 def find_layers(
     store: TensorStore, rule: StackRule, prefix: str, config: Mapping[str, Any], architecture: str, given: Mapping[str, Any]
 ) -> tuple[dict[str, str], tuple[int, ...], Dimensions]:
@@ -160,7 +193,10 @@ def find_layers(
     if {"nope", "rope"} <= sizes.keys():
         rank = sizes["nope"] + sizes["rope"]
     else:
-        rank = given.get("head_dim") or (rule.head_dim and section.find(rule.head_dim)) or _even_split(hidden, heads)
+        rank = given.get("head_dim") or (rule.head_dim and section.find(rule.head_dim)) or 0
+        if not rank and rule.head_dim:  # elsewhere, other rows than `hidden / heads` for each head are a contradiction
+            rank = _rank_of(store, rule, needed, layers, Dimensions(heads, kv_heads, 1, hidden, 1, hidden, sizes))
+        rank = rank or _even_split(hidden, heads)
     value_rank = section.need(rule.value_rank) if rule.value_rank else rank
     output_width = section.need(rule.output_width) if rule.output_width else hidden
     return tensors, layers, Dimensions(heads, kv_heads, rank, hidden, value_rank, output_width, sizes)
@@ -205,6 +241,24 @@ def _layers(store: TensorStore, rule: StackRule, tensors: Mapping[str, str], sec
                 f"layer {layer}: the checkpoint lacks tensor {lacking[0]}, though its configuration declares that layer"
             )
     return tuple(candidates)
+
+
+def _rank_of(store: TensorStore, rule: StackRule, tensors: Mapping[str, str], layers: tuple[int, ...], unit: Dimensions) -> int:
+    """The rank that the stored rows of queries have, where the configuration does not state it; 0 if none fits.
+
+    `unit` are the dimensions with rank 1: rows grow in proportion to the rank.
+    """
+    part = next(part for part in LAYOUTS[rule.layout] if "query" in part.gives)
+    wanted = part.shapes(unit)
+    found = {name: store.shape(tensors[name].format(layer=layers[0])) for name in wanted} if layers else {}
+    ratios = {
+        size // one
+        for name, shape in found.items()
+        if len(shape) == len(wanted[name])
+        for size, one in zip(shape, wanted[name], strict=True)
+        if one != unit.hidden and size % one == 0
+    }
+    return ratios.pop() if len(ratios) == 1 else 0
 
 
 def _even_split(hidden: int, heads: int) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
@@ -55,6 +55,9 @@ class GgufStore(TensorStore):
 
     def __contains__(self, name: str) -> bool:
         return name in self._tensors
+
+    def names(self) -> Collection[str]:
+        return self._tensors.names()
 
     def shape(self, name: str) -> tuple[int, ...]:
         return tuple(int(size) for size in reversed(self._tensors[name].shape))  # GGUF counts from the fastest axis

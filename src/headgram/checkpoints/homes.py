@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Generic, TypeVar
 
 from headgram.errors import HeadgramError
@@ -56,6 +56,10 @@ class Homes(Generic[T]):
 
     def __getitem__(self, name: str) -> T:
         return self._homes[name]
+
+    def names(self) -> Collection[str]:
+        """The tensors that have a home."""
+        return self._homes.keys()
 
     def clear(self) -> None:
         """Forget all of them."""

@@ -4,26 +4,41 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from headgram.checkpoints.adapters import merged, with_adapters_merged
+from headgram.checkpoints.bases import AdaptedLocation, AnyLocation, with_base
 from headgram.checkpoints.bin_store import BinStore
+from headgram.checkpoints.distcp_store import DistcpStore
 from headgram.checkpoints.gguf_store import GgufStore
 from headgram.checkpoints.quantised import with_plain_weights
 from headgram.checkpoints.safetensors_store import SafetensorsStore
-from headgram.checkpoints.sources import Location, is_hub_id, locate_here
+from headgram.checkpoints.sources import ADAPTER_CONFIG, Location, is_hub_id, locate_here
 from headgram.checkpoints.stores import TensorStore
+from headgram.checkpoints.wrappers import without_wrappers
 from headgram.errors import HeadgramError
 
 if TYPE_CHECKING:
     from headgram.checkpoints.hub import RemoteLocation
 
 
-def locate(source: str, revision: str | None = None) -> Location | RemoteLocation:
+def locate(source: str, revision: str | None = None, base: str | None = None) -> AnyLocation:
     """Find a source on this machine or, if it is a hub id that the local cache does not hold whole, at the hub.
+
+    Parameters
+    ----------
+    source, revision
+        The source, and the revision of a hub id.
+    base
+        Of an adapter, the checkpoint that it changes; what its settings name if not given.
 
     Raises
     ------
     HeadgramError
         If there is nothing there, or nothing that headgram reads.
     """
+    return with_base(_locate(source, revision), base, _locate)
+
+
+def _locate(source: str, revision: str | None) -> Location | RemoteLocation:
     try:
         return locate_here(source, revision)
     except HeadgramError:
@@ -34,20 +49,35 @@ def locate(source: str, revision: str | None = None) -> Location | RemoteLocatio
         return locate_at_hub(source, revision)
 
 
-def open_store(location: Location | RemoteLocation) -> TensorStore:
-    """The store of a located source, by its format and whether it is here or at the hub; quantised weights are read as weights.
+def open_store(location: AnyLocation) -> TensorStore:
+    """The store of a located source, by its format and whether it is here or at the hub.
+
+    Quantised weights are read as weights, and adapters are merged into the weights that they change.
 
     Raises
     ------
     HeadgramError
-        If a file is not what its format asks for, or the weights are quantised in an unknown way.
+        If a file is not what its format asks for, the weights are quantised in an unknown way, or an adapter is no LoRA.
     """
+    if isinstance(location, AdaptedLocation):
+        settings = location.adapter.config(ADAPTER_CONFIG) or {}
+        return merged(open_store(location.underneath), _plain_store(location.adapter), settings, location.adapter.where)
+    store = _plain_store(location)
+    if isinstance(store, GgufStore):
+        return store
+    return with_adapters_merged(with_plain_weights(store, location.config()), location.config(ADAPTER_CONFIG), location.where)
+
+
+def _plain_store(location: Location | RemoteLocation) -> TensorStore:
+    """The tensors as they are stored."""
     if not isinstance(location, Location):
         from headgram.checkpoints.remote import RemoteSafetensorsStore
 
-        return with_plain_weights(RemoteSafetensorsStore(location), location.config())
+        return without_wrappers(RemoteSafetensorsStore(location))
     paths = {name: location.path(name) for name in location.weights}
     if location.format == "gguf":
         return GgufStore(paths)
+    if location.format == "distcp":
+        return without_wrappers(DistcpStore(paths))
     store = SafetensorsStore if location.format == "safetensors" else BinStore
-    return with_plain_weights(store(paths, location.choice.index), location.config())
+    return without_wrappers(store(paths, location.choice.index))

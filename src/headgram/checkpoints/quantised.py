@@ -9,15 +9,16 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from headgram.checkpoints.stores import TensorStore, bytes_of
 from headgram.checkpoints.unpacking import awq_weight, fp8_weight, gptq_weight
+from headgram.checkpoints.views import View
 from headgram.errors import HeadgramError
 
 Config = Mapping[str, Any]
@@ -50,16 +51,19 @@ class Scheme:
     decode: Callable[[Parts, Config, str], Tensor]
 
 
-class QuantisedStore(TensorStore):
-    """A `TensorStore` over another one, with weights in place of what they are quantised to."""
+class QuantisedStore(View):
+    """A store over another one, with weights in place of what they are quantised to."""
 
     def __init__(self, store: TensorStore, method: str, settings: Config) -> None:
-        self._store = store
+        super().__init__(store)
         self._method = method
         self._settings = settings
 
     def __contains__(self, name: str) -> bool:
         return bool(self._parts(name)) or name in self._store
+
+    def names(self) -> Collection[str]:
+        return dict.fromkeys(self._plain_name(name) for name in self._store.names())
 
     def shape(self, name: str) -> tuple[int, ...]:
         scheme, parts = self._scheme(name), self._parts(name)
@@ -78,18 +82,6 @@ class QuantisedStore(TensorStore):
     def dtype(self, name: str) -> str:
         return self._method if self._parts(name) else self._store.dtype(name)
 
-    def nbytes(self, name: str) -> int:
-        return sum(map(self._store.nbytes, self._names([name])))
-
-    def prefetch(self, names: Iterable[str]) -> None:
-        self._store.prefetch(self._names(names))
-
-    def pin(self, names: Iterable[str]) -> str | None:
-        return self._store.pin(self._names(names))
-
-    def raw(self, name: str) -> memoryview:
-        return memoryview(b"".join(map(self._store.raw, self._names([name]))))
-
     def read(self, name: str) -> Tensor:
         scheme, keys = self._scheme(name), self._parts(name)
         if scheme is None:
@@ -101,8 +93,8 @@ class QuantisedStore(TensorStore):
             raise HeadgramError(f"tensor {name}: its {self._method} parts decode to shape {tuple(weight.shape)}, not {shape}")
         return weight
 
-    def part(self, name: str) -> Tensor:
-        return self._store.part(name)
+    def sources(self, name: str) -> list[str]:
+        return list(self._parts(name).values()) or [name]
 
     def _scheme(self, name: str) -> Scheme | None:
         """The first scheme of the method whose marker is there."""
@@ -110,26 +102,24 @@ class QuantisedStore(TensorStore):
         found = (scheme for scheme in SCHEMES[self._method] if stem + scheme.marker in self._store)
         return next(found, None) if name.endswith(".weight") else None
 
+    def _plain_name(self, key: str) -> str:
+        """The weight that a marker announces, or the key itself."""
+        for scheme in SCHEMES[self._method]:
+            if key.endswith(f".{scheme.marker}"):
+                return f"{key.removesuffix(scheme.marker)}weight"
+        return key
+
     def _parts(self, name: str) -> dict[str, str]:
         """Part -> key on disk; empty for a plain tensor."""
         scheme, stem = self._scheme(name), name.removesuffix("weight")
         every = (scheme.marker, *scheme.others) if scheme else ()
         return {part: stem + part for part in every if stem + part in self._store}
 
-    def _names(self, names: Iterable[str]) -> list[str]:
-        return [key for name in names for key in (self._parts(name).values() or (name,))]
-
     def _small(self, key: str) -> Tensor:
         """A part that says what shape the weight has, which must not itself be large."""
         if self._store.nbytes(key) > _LARGEST_QUANT_STATE:
             raise ValueError(f"{key} is too large")
         return self._store.part(key)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        self._store.__exit__(*exc)
 
 
 def with_plain_weights(store: TensorStore, config: Config | None) -> TensorStore:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from typing import Self, TypeVar
@@ -59,6 +59,9 @@ class RemoteSafetensorsStore(TensorStore):
 
     def __contains__(self, name: str) -> bool:
         return name in self._home
+
+    def names(self) -> Collection[str]:
+        return self._home.names()
 
     def shape(self, name: str) -> tuple[int, ...]:
         return self._home[name][1].shape

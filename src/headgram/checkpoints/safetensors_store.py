@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Self
@@ -35,6 +35,9 @@ class SafetensorsStore(TensorStore):
 
     def __contains__(self, name: str) -> bool:
         return name in self._home
+
+    def names(self) -> Collection[str]:
+        return self._home.names()
 
     def shape(self, name: str) -> tuple[int, ...]:
         return tuple(self._home[name].get_slice(name).get_shape())

@@ -1,6 +1,6 @@
 """Where a manifest's source lies: on this machine, or at the hub.
 
-A source is a hub id, a folder, a `.safetensors`, `.gguf` or `.bin` file, or `package:NAME/PATH`, a file or folder inside
+A source is a hub id, a folder, a `.safetensors`, `.gguf` or torch file, or `package:NAME/PATH`, a file or folder inside
 an installed Python package. A hub id is looked for in the local Hugging Face cache, then at the hub itself. No code of a
 package or a checkpoint runs, and no path leaves the folder that the source names.
 """
@@ -20,10 +20,18 @@ from headgram.errors import HeadgramError
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _PACKAGE = re.compile(r"package:([A-Za-z_]\w*)/(.+)")
-_GGUF_SHARD = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.gguf")
-_FORMATS = {".safetensors": "safetensors", ".gguf": "gguf", ".bin": "bin"}
+_PART = re.compile(r"(.+)-(\d{5})-of-(\d{5})(\.\w+)")
+_TORCH = (".bin", ".pt", ".pth", ".ckpt")
+_FORMATS = {".safetensors": "safetensors", ".gguf": "gguf", **dict.fromkeys(_TORCH, "bin"), ".distcp": "distcp"}
 #: What transformers calls the weights, in the order of preference: `NAME`, or shards that `NAME.index.json` lists.
 _USUAL_NAMES = ("model.safetensors", "pytorch_model.bin")
+#: What peft calls an adapter's settings, and its weights.
+ADAPTER_CONFIG = "adapter_config.json"
+_ADAPTERS = ("adapter_model.safetensors", "adapter_model.bin")
+#: The table of a distributed checkpoint of torch, beside its files.
+DISTRIBUTED_TABLE = ".metadata"
+#: What training leaves beside the weights.
+_NO_WEIGHTS = re.compile(r"(training_args|optimizer|scheduler|scaler|rng_state(_\d+)?)\.\w+")
 #: An index of 250,000 tensors takes less; parsed, it takes some twenty times as much.
 LARGEST_JSON = 32 * 2**20
 #: Begins what stands for a file by the hub's own hash of it, instead of by its bytes.
@@ -45,11 +53,14 @@ class Weights:
         By tensor, the file that it is read from; None where there is no index.
     passed_over
         Other weight files beside them, which are not read.
+    adapter
+        Whether they only change the weights of another checkpoint.
     """
 
     files: tuple[str, ...]
     index: Mapping[str, str] | None = None
     passed_over: tuple[str, ...] = ()
+    adapter: bool = False
 
 
 @dataclass(frozen=True)
@@ -89,6 +100,17 @@ class Location:
         """The source in words, for messages."""
         return str(self.folder)
 
+    @property
+    def base(self) -> None:
+        """Only an adapter has one."""
+        return None
+
+    @property
+    def described_by(self) -> tuple[str, ...]:
+        """What the lock pins beside the weights."""
+        names = (("config.json",) if self.format != "gguf" else ()) + ((ADAPTER_CONFIG,) if self.choice.adapter else ())
+        return tuple(name for name in names if (self.folder / name).exists())
+
     def path(self, name: str) -> Path:
         """The path of a file of the source, refused if it leads outside."""
         return _inside(self.boundary, self.folder, name)
@@ -112,11 +134,11 @@ class Location:
                 state.update(file.read(_SAMPLE_BYTES))
         return state.hexdigest()
 
-    def config(self) -> dict[str, Any] | None:
-        """`config.json`, or None where there is none."""
-        if not (self.folder / "config.json").exists():
+    def config(self, name: str = "config.json") -> dict[str, Any] | None:
+        """A JSON file of the source, or None where there is none."""
+        if not (self.folder / name).exists():
             return None
-        return read_json(self.path("config.json"))
+        return read_json(self.path(name))
 
 
 def is_hub_id(source: str) -> bool:
@@ -155,8 +177,11 @@ def locate_here(source: str, revision: str | None = None) -> Location:
     if path.is_dir():
         return Location(path, _weights_in(path, boundary), None, boundary)
     if path.suffix not in _FORMATS:
-        raise HeadgramError(f"'{source}' is neither a folder nor a .safetensors, .gguf or .bin file")
-    return Location(path.parent, Weights(_gguf_shards(path.name)), None, boundary)
+        raise HeadgramError(f"'{source}' is neither a folder nor a .safetensors, .gguf or torch file ({', '.join(_TORCH)})")
+    if path.suffix == ".distcp":
+        raise HeadgramError(f"'{source}' is a part of a distributed checkpoint: name the folder that it is in")
+    is_adapter = path.name in _ADAPTERS and (path.parent / ADAPTER_CONFIG).exists()
+    return Location(path.parent, Weights(_parts(path.name), adapter=is_adapter), None, boundary)
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -270,15 +295,20 @@ def choose_weights(names: Collection[str], read_index: Callable[[str], dict[str,
     """
     safetensors, pickle = _USUAL_NAMES
     found = (
-        _usual(names, safetensors, read_index, where)
-        or _only(names, ".safetensors", where)
-        or _only(names, ".gguf", where)
+        _adapter(names, read_index, where)
+        or _usual(names, safetensors, read_index, where)
+        or _only(names, (".safetensors",), where)
+        or _only(names, (".gguf",), where)
         or _usual(names, pickle, read_index, where)
+        or _distributed(names)
+        or _only(names, _TORCH, where)
     )
     if found:
         others = {name for name in names if "/" not in name and PurePosixPath(name).suffix in _FORMATS} - set(found.files)
         return replace(found, passed_over=tuple(sorted(others)))
-    raise HeadgramError(f"{where} holds no .safetensors and no .gguf file, and no pytorch_model.bin")
+    raise HeadgramError(
+        f"{where} holds no weights: no .safetensors, .gguf or torch file, and no distributed checkpoint ({', '.join(_TORCH)})"
+    )
 
 
 def _usual(names: Collection[str], whole: str, read_index: Callable[[str], dict[str, Any]], where: str) -> Weights | None:
@@ -287,12 +317,24 @@ def _usual(names: Collection[str], whole: str, read_index: Callable[[str], dict[
     return Weights((whole,)) if whole in names else None
 
 
-def _only(names: Collection[str], suffix: str, where: str) -> Weights | None:
-    """The one model among the files with a suffix; a split GGUF model is one."""
-    found = sorted(name for name in names if name.endswith(suffix) and "/" not in name)
-    if len({_GGUF_SHARD.sub(r"\1", name) for name in found}) > 1:
-        raise HeadgramError(f"{where} holds several *{suffix} files: name the one that is meant")
-    return Weights(_gguf_shards(found[0])) if found else None
+def _adapter(names: Collection[str], read_index: Callable[[str], dict[str, Any]], where: str) -> Weights | None:
+    choices = (_usual(names, whole, read_index, where) for whole in _ADAPTERS if ADAPTER_CONFIG in names)
+    found = next((choice for choice in choices if choice), None)
+    return replace(found, adapter=True) if found else None
+
+
+def _only(names: Collection[str], suffixes: tuple[str, ...], where: str) -> Weights | None:
+    """The one model among the files with some suffixes; a model in parts is one."""
+    found = sorted(name for name in names if name.endswith(suffixes) and "/" not in name and not _NO_WEIGHTS.fullmatch(name))
+    if len({_PART.sub(r"\1\4", name) for name in found}) > 1:
+        raise HeadgramError(f"{where} holds several {' and '.join(f'*{s}' for s in suffixes)} files: name the one that is meant")
+    return Weights(_parts(found[0])) if found else None
+
+
+def _distributed(names: Collection[str]) -> Weights | None:
+    """The files of a distributed checkpoint, and its table."""
+    files = sorted(name for name in names if name.endswith(".distcp") and "/" not in name)
+    return Weights((*files, DISTRIBUTED_TABLE)) if files and DISTRIBUTED_TABLE in names else None
 
 
 def _shards(index: dict[str, Any], whole: str, where: str) -> Weights:
@@ -313,11 +355,11 @@ def _shards(index: dict[str, Any], whole: str, where: str) -> Weights:
     return Weights(files, named)
 
 
-def _gguf_shards(name: str) -> tuple[str, ...]:
-    """A file, or all the parts of the split GGUF model that it is one of."""
-    shard = _GGUF_SHARD.fullmatch(name)
-    if shard and int(shard[3]):
-        return tuple(f"{shard[1]}-{i + 1:05d}-of-{shard[3]}.gguf" for i in range(min(int(shard[3]), _MOST_SHARDS)))
+def _parts(name: str) -> tuple[str, ...]:
+    """A file, or all the parts of the model that it is one of."""
+    part = _PART.fullmatch(name)
+    if part and int(part[3]):
+        return tuple(f"{part[1]}-{i + 1:05d}-of-{part[3]}{part[4]}" for i in range(min(int(part[3]), _MOST_SHARDS)))
     return (name,)
 
 

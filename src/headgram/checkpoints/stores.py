@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from typing import Any, Protocol, Self
 
 import torch
@@ -33,6 +33,9 @@ class TensorStore(Protocol):
     """Tensors by name, as stored; a context manager, closed at the end."""
 
     def __contains__(self, name: str) -> bool: ...
+
+    def names(self) -> Collection[str]:
+        """Every tensor's name, as stored."""
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Shape in torch's order, `(out, in)` for a linear weight; costs no read of the data."""

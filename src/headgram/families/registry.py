@@ -13,6 +13,7 @@ from typing import Self
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from headgram.errors import HeadgramError, UnknownTypeError
+from headgram.families.around import AroundRule
 from headgram.families.layouts import LAYOUTS, QK, ROLES, reads_of, sizes_of
 
 _FOLDER = files("headgram.families")
@@ -69,6 +70,7 @@ class StackRule(_Entry):
     optional: bool = False  # a checkpoint may hold another stack alone
     defaults: dict[str, dict[str, int]] = Field(default={})  # model type -> what its published configs may leave unsaid
     remarks: tuple[Remark, ...] = ()
+    around: tuple[AroundRule, ...] = ()
 
     @model_validator(mode="after")
     def _known_layout(self) -> Self:
@@ -105,6 +107,10 @@ class Family(_Entry):
     name: str
     model_types: tuple[str, ...]
     prefixes: tuple[str, ...] = ()  # where the base model may sit inside the checkpoint
+    embedding: str | None = None  # the module, below the prefix, with a row for every token
+    unembedding: tuple[str, ...] = (
+        "lm_head",
+    )  # modules with a row for every token that is predicted, if they are not the embedding
     stacks: tuple[StackRule, ...] = ()
     gguf: GgufRule | None = None
 

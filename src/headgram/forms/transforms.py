@@ -5,7 +5,8 @@ With a thin factorisation `A^T = U R`, `U` orthonormal, `A = R^T U^T`, so
     X^T X = (R B)^T (R B)      the reading side of a form       X = A^T B
     X X^T = (S A)^T (S A)      its writing side                 B^T = V S
 
-which are symmetric forms of one factor each. Inner products of these are compositions: `<g^T g, o o^T> = ‖g o‖_F²`.
+which are symmetric forms of one factor each. Inner products of these are compositions: `<g^T g, o o^T> = ‖g o‖_F²`
+(`headgram.geometry.composition`).
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from headgram.forms.heads import Heads
+from headgram.forms.reading import Norm, Rotary
 
 
 def transposed(heads: Heads) -> Heads:
@@ -30,6 +32,16 @@ def right_gram(heads: Heads) -> Heads:
 def left_gram(heads: Heads) -> Heads:
     """The forms `X X^T`, `(width_a, width_a)`, in float64: of `qk` the key side, of `ov` what a head writes."""
     return right_gram(transposed(heads))
+
+
+def product(x: Heads, y: Heads) -> Heads:
+    """The forms `X_i Y_i`, in float64: what one head makes of what another hands on.
+
+    `A_x^T (B_x A_y^T) B_y`: the rank is that of the left forms.
+    """
+    joint = x.right().double() @ y.left().double().mT
+    places = torch.arange(len(x))
+    return Heads(x.left().double(), joint @ y.right().double(), places, places)
 
 
 def with_orthonormal_left(heads: Heads) -> Heads:
@@ -64,6 +76,25 @@ def centred(heads: Heads, left: bool = False, right: bool = False) -> Heads:
         for factors, wanted in ((heads.a, left), (heads.b, right))
     )
     return heads.with_factors(a, b)
+
+
+def folded(heads: Heads, norm: Norm, left: bool = True, right: bool = True) -> Heads:
+    """The forms of the stream that a norm is given: its gain and its centring folded into what reads, in float64.
+
+    Its bias adds terms that are linear in one token, which are no part of a form.
+
+    Parameters
+    ----------
+    left, right
+        Which sides read through the norm: of `qk` both, of `ov` the right one alone.
+    """
+    gained = scaled(heads, norm.gain if left else None, norm.gain if right else None)
+    return centred(gained, left and norm.centred, right and norm.centred)
+
+
+def rotated(heads: Heads, rotary: Rotary, offset: float) -> Heads:
+    """The forms `g(offset) = W_K^T R(offset) W_Q` of `qk`, in float64: scores of a query so many tokens after the key."""
+    return heads.with_factors(heads.a.double(), rotary.scaled(rotary.turned(heads.b, offset)))
 
 
 def difference(one: Heads, other: Heads) -> Heads:

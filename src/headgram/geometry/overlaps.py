@@ -33,3 +33,12 @@ def overlaps(directions: Float[Tensor, "layers k hidden"], device: str = "cpu") 
     """
     spans = Heads.symmetric(directions.to(device, torch.float64))
     return inner_products(spans, spans, "float64").gram.cpu() / directions.shape[1]
+
+
+def paired_overlaps(one: Float[Tensor, "heads k hidden"], other: Float[Tensor, "heads l hidden"]) -> Float[Tensor, " heads"]:
+    """Overlaps of each head's directions with those of the head in the same place of another set, float64.
+
+    Over the smaller number of directions: 1 where one span lies in the other.
+    """
+    products = one.double() @ other.double().mT
+    return products.square().sum((1, 2)) / min(one.shape[1], other.shape[1])

@@ -29,7 +29,7 @@ def open_or_derive(
     try:
         return open_checkpoint(source, revision, overrides), None
     except UnknownTypeError as error:
-        known = derive(error.model_type, locate(source, revision).config() or {})
+        known = derive(error.model_type, locate(source, revision, (overrides or {}).get("base")).config() or {})
         return open_checkpoint(source, revision, {**(overrides or {}), "model_type": known}), known
 
 

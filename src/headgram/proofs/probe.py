@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 _PRODUCTS = (torch.matmul, torch.bmm, torch.baddbmm, Tensor.matmul, Tensor.__matmul__, Tensor.bmm, Tensor.baddbmm)
+_SOFTMAXES = (torch.softmax, nn.functional.softmax, Tensor.softmax)
 _GATES = (torch.sigmoid, Tensor.sigmoid, nn.functional.softplus)
 #: What modules call the input of their keys where it is not that of their queries.
 _KEY_INPUTS = ("key_value_states", "encoder_hidden_states")
@@ -58,8 +59,9 @@ class Reading:
 class Call:
     """One product of queries and keys, `(H, t, r)` and `(H, s, r)`, and the inputs `(t, d)` and `(s, d)` that they come from.
 
-    `reading` is what the module did next with the softmax of that product, if that was a matrix product. `between` has what lies
-    between values and outputs besides: a `gate`, a `norm`.
+    `reading` is what the module did next with the softmax of that product, if that was a matrix product, and `logits` what that
+    softmax was given. `outer` has what the modules around it were given, by their paths. `between` has what lies between values
+    and outputs besides: a `gate`, a `norm`.
     """
 
     module: str
@@ -68,6 +70,8 @@ class Call:
     x: Float[Tensor, "t hidden"]
     y: Float[Tensor, "s hidden"]
     reading: Reading | None = None
+    logits: Float[Tensor, "heads t scores"] | None = None
+    outer: dict[str, Tensor] = field(default_factory=dict)
     between: set[str] = field(default_factory=set)
 
     @property
@@ -167,10 +171,16 @@ class _Watch(TorchFunctionMode):
         if func in _GATES and self._unwritten is not None:
             self._unwritten.between.add("gate")
             result = torch.ones_like(result)
+        if func in _SOFTMAXES and self._running:
+            self._softmax(self._running[-1].call, args[0])
         if func in _PRODUCTS and self._running:
             query, key = (kwargs["batch1"], kwargs["batch2"]) if kwargs and "batch1" in kwargs else args[-2:]
             self._product(self._running[-1], query, key, result)
         return result
+
+    def _softmax(self, call: Call | None, given: Tensor) -> None:
+        if call is not None and call.logits is None and given.shape[-2] == len(call.x):
+            call.logits = given.double().reshape(-1, *given.shape[-2:])
 
     def _product(self, running: _Running, left: Tensor, right: Tensor, product: Tensor) -> None:
         x, y = running.x, running.y
@@ -185,6 +195,7 @@ class _Watch(TorchFunctionMode):
                 _per_head(right, heads).transpose(1, 2),
                 x.double().reshape(-1, x.shape[-1]),
                 y.double().reshape(-1, y.shape[-1]),
+                outer={run.module: run.x.clone() for run in self._running[:-1] if run.x is not None},
             )
             self.calls.append(running.call)
             self._unwritten = running.call

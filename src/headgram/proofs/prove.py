@@ -33,10 +33,13 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from headgram.checkpoints.checkpoint import Checkpoint, Stack, open_checkpoint
+from headgram.checkpoints.checkpoint import Checkpoint, open_checkpoint
+from headgram.checkpoints.stack import Stack
 from headgram.errors import HeadgramError
+from headgram.families.around import AROUND
 from headgram.families.layouts import ROLES
 from headgram.families.registry import Family, adopting, families, family_of
+from headgram.proofs.around import Matched, around_residuals, forms_of, relative, without_epsilon
 from headgram.proofs.probe import Call, neutralise, scores_of
 
 #: The columns of a table of proofs, and what `Proof.cells` holds.
@@ -126,6 +129,7 @@ def prove(model_type: str, flags: Mapping[str, bool] = NO_FLAGS) -> Proof:
     family = family_of(model_type)
     found: list[Stack] = []
     scores = writes = 0.0
+    around: dict[str, float] = {}
     problem = None
     try:
         with quiet():
@@ -134,6 +138,8 @@ def prove(model_type: str, flags: Mapping[str, bool] = NO_FLAGS) -> Proof:
                     found += checkpoint.stacks
                     residuals = _residuals(model, checkpoint, entry)
                     scores, writes = max(scores, residuals[0]), max(writes, residuals[1])
+                    for role, residual in residuals[2].items():
+                        around[role] = max(around.get(role, 0.0), residual)
     except Exception as error:  # whatever transformers raises, the other types should still be proven
         problem = str(error) if isinstance(error, HeadgramError) else f"{type(error).__name__}: {error}"
     if problem is None and not found:
@@ -142,15 +148,18 @@ def prove(model_type: str, flags: Mapping[str, bool] = NO_FLAGS) -> Proof:
         problem = f"the scores differ by {scores:.1e} of the largest"
     if problem is None and not writes <= TOLERANCE:
         problem = f"what the heads write differs by {writes:.1e} of the largest"
+    if problem is None and around and not max(around.values()) <= TOLERANCE:
+        worst = max(around, key=lambda role: around[role])
+        problem = f"what follows from the role '{worst}' differs by {around[worst]:.1e} of the largest"
     return Proof(
         model_type,
         family.name,
         layouts=_each(stack._layout for stack in found),
         stacks=_each(stack.name for stack in found),
         shapes=_each(f"{stack.heads}/{stack.kv_heads}×{stack.rank}" for stack in found),
-        roles=tuple(role for role in ROLES if found and all(role in stack.roles for stack in found)),
+        roles=tuple(role for role in ROLES + AROUND if found and not any(role in stack.missing for stack in found)),
         missing=_each(f"{role} of {stack.name}: {why}" for stack in found for role, why in stack.missing.items()),
-        residual=max(scores, writes),
+        residual=max(scores, writes, *around.values()),
         problem=problem,
     )
 
@@ -266,7 +275,8 @@ def _tiny(model_type: str, shape: Mapping[str, Any], entry: Mapping[str, Any]) -
 
     own = entry.get("config", {})
     cls = CONFIG_MAPPING[model_type]
-    small = {**_data()["common"], **shape}
+    kinds = _data()["two_kinds"]
+    small = {**_data()["common"], **shape, **(kinds["config"] if model_type in kinds["types"] else {})}
     sections = {
         name: {**(small if "text" in name else _data()["vision"]), **own.get(name, {})}
         for name in getattr(cls, "sub_configs", {})
@@ -284,8 +294,8 @@ def _saved(model: Any) -> Iterator[Path]:
         yield Path(folder)
 
 
-def _residuals(model: nn.Module, checkpoint: Checkpoint, entry: Mapping[str, Any]) -> tuple[float, float]:
-    """The largest relative difference of any score, and of what any head writes, over all layers of all stacks.
+def _residuals(model: nn.Module, checkpoint: Checkpoint, entry: Mapping[str, Any]) -> tuple[float, float, dict[str, float]]:
+    """The largest relative difference of any score, of what any head writes, and of what follows from every other role.
 
     Raises
     ------
@@ -295,11 +305,15 @@ def _residuals(model: nn.Module, checkpoint: Checkpoint, entry: Mapping[str, Any
     """
     model.double()
     inputs = _inputs(model, entry)
-    neutralise(model, {call.module for call in scores_of(model, inputs)})
+    without_epsilon(model)
+    free = {call.module: call for call in scores_of(model, {name: x for name, x in inputs.items() if name != "position_ids"})}
+    neutralise(model, set(free))
     calls = [call for call in scores_of(model, inputs) if call.layer not in entry.get("left_out", [])]
     claimed: set[str] = set()
     scores = writes = 0.0
+    others: dict[str, float] = {}
     for stack in checkpoint.stacks:
+        matched = []
         for layer in stack.layers:
             weights = {role: weight.double() for role, weight in checkpoint.factors(stack.name, layer).items()}
             w_q, w_k = weights["query"], weights["key"]
@@ -314,9 +328,12 @@ def _residuals(model: nn.Module, checkpoint: Checkpoint, entry: Mapping[str, Any
             scores = max(scores, *(_difference(call, w_q * scale, w_k) for call in ours))
             if {"value", "output"} <= weights.keys():
                 writes = max(writes, *(_written(call, stack, weights["value"], weights["output"]) for call in ours))
+            matched.append(Matched(stack, checkpoint.around(stack.name, layer), w_q, w_k, free[best], ours[0]))
+        for role, residual in around_residuals(matched).items():
+            others[role] = max(others.get(role, 0.0), residual)
     if unclaimed := sorted({call.module for call in calls} - claimed):
         raise HeadgramError(f"the model's attention at {unclaimed[0]} belongs to no stack")
-    return scores, writes
+    return scores, writes, others
 
 
 def _fits(call: Call, stack: Stack) -> bool:
@@ -325,9 +342,7 @@ def _fits(call: Call, stack: Stack) -> bool:
 
 def _difference(call: Call, w_q: Float[Tensor, "heads rank hidden"], w_k: Float[Tensor, "kv_heads rank hidden"]) -> float:
     """How far the model's scores are from `x_s^T g x_t`, relative to the largest of them."""
-    group = len(w_q) // len(w_k)
-    ours = (call.x @ w_q.transpose(1, 2)) @ (call.y @ w_k.repeat_interleave(group, 0).transpose(1, 2)).transpose(1, 2)
-    return _relative(ours, call.query @ call.key.transpose(1, 2))
+    return relative(forms_of(call, w_q, w_k), call.query @ call.key.transpose(1, 2))
 
 
 def _written(
@@ -346,15 +361,10 @@ def _written(
         return math.inf
     side_by_side = reading.heads.transpose(0, 1).flatten(1)
     return max(
-        _relative(value, reading.value),
-        _relative(reading.given, side_by_side),
-        _relative(reading.weights @ value @ w_o, reading.written(reading.heads)),
+        relative(value, reading.value),
+        relative(reading.given, side_by_side),
+        relative(reading.weights @ value @ w_o, reading.written(reading.heads)),
     )
-
-
-def _relative(ours: Tensor, theirs: Tensor) -> float:
-    difference = float((ours - theirs).abs().max() / theirs.abs().max()) if ours.shape == theirs.shape else math.inf
-    return difference if math.isfinite(difference) else math.inf
 
 
 def _inputs(model: Any, entry: Mapping[str, Any]) -> dict[str, Tensor]:

@@ -45,7 +45,7 @@ function loadBeside(name) {
   return new Promise((resolve, reject) => {
     awaited.set(name, resolve);
     const script = document.createElement("script");
-    script.src = `data/${encodeURIComponent(name)}.js`;
+    script.src = `data/${name.split("/").map(encodeURIComponent).join("/")}.js`;
     script.onerror = () => reject(new Error(`The data of ${name} are not there: they lie beside this page, in data/${name}.js.`));
     document.head.append(script);
   });
@@ -53,7 +53,7 @@ function loadBeside(name) {
 
 // ---- The state ---------------------------------------------------------------------------------------------------------
 
-const SELECTS = ["side", "measure", "scale", "depth"]; // whose options do not depend on the model
+const SELECTS = ["side", "measure", "scale", "depth", "pairs", "order"]; // whose options do not depend on the model
 const COMPARED = 8; // as many models as there are colours
 const state = {};
 let index; // columns, models, stacks; the quartiles of all models
@@ -77,6 +77,9 @@ function choose(wish) {
   for (const id of SELECTS) {
     state[id] = among([...element(id).options].map((option) => option.value), state[id]);
   }
+  const known = (layer, head = 0) => stack.layer_indices.includes(Number(layer)) && Number(head) < stack.heads;
+  state.zoom = /^\d+-\d+$/.test(state.zoom) && state.zoom.split("-").every((layer) => known(layer)) ? state.zoom : "";
+  state.other = /^\d+\.\d+$/.test(state.other) && known(...state.other.split(".")) ? state.other : "";
   state.with = (state.with ?? names.slice(0, 4)).filter((name) => names.includes(name));
   state.with = state.with.slice(0, COMPARED - (state.with.includes(state.model) ? 0 : 1));
 }
@@ -528,6 +531,7 @@ function makePictures() {
     new Picture("singular", "spectrum", lines("singular", "Singular values")),
     new Picture("eigenvalues", "spectrum", lines("eigenvalues", "Signed eigenvalues")),
     new Picture("profile", "profile", profile),
+    new Matrix("matrix"),
   ];
 }
 
@@ -771,6 +775,10 @@ globalThis.headgram = {
   set,
   settled: async () => { while (drawing) await drawing; },
   rows: (id, set) => pictures.find((picture) => picture.id === id).view.data(set),
+  matrix: () => {
+    const { rows, columns, value } = pictures.find((picture) => picture.id === "matrix").shown;
+    return { rows, columns, values: rows.map((_, i) => columns.map((_, j) => value(i, j))) };
+  },
   view: (id) => pictures.find((picture) => picture.id === id).view,
 };
 

@@ -14,8 +14,9 @@ import numpy as np
 import pandas as pd
 
 from headgram.report.columns import columns
+from headgram.report.matrix import PairMatrix, read_matrix
 from headgram.report.names import TABLES
-from headgram.results.tables import QUARTILES, SIDES, of_place, read_table
+from headgram.results.tables import QUARTILES, SIDES, Place, of_place, read_table
 
 #: How the forms of two layers are compared; SIDES are those of their directions.
 FORMS = {
@@ -60,6 +61,8 @@ class StackArrays:
         Cosines of the forms, with the transpose, and of their symmetric and antisymmetric parts; overlaps of spans.
     neighbours : by measure, (3, L, H, n)
         Layer, head and value of the nearest heads.
+    matrix
+        All heads with all heads; None where only heads of the same index were multiplied.
     """
 
     summary: StackSummary
@@ -68,6 +71,7 @@ class StackArrays:
     eigenvalues: np.ndarray
     pairs: dict[str, np.ndarray]
     neighbours: dict[str, np.ndarray]
+    matrix: PairMatrix | None
 
     def mean_square(self, name: str) -> np.ndarray:
         """Mean over heads of one of `pairs`, (L, L)."""
@@ -79,14 +83,17 @@ class StackArrays:
 
 def read_model(paths: Mapping[str, Path]) -> dict[str, StackArrays]:
     """One model's tables, given by name, as arrays, by `{circuit}/{stack}` in the model's order."""
-    tables = {name: read_table(paths[name]) for name in TABLES}
+    tables = {name: read_table(paths[name]) for name in TABLES if name != "pairs"}
     places = dict.fromkeys(zip(*(tables["models"][name].to_pylist() for name in ("circuit", "stack")), strict=True))
     return {
-        "/".join(place): _stack({name: of_place(place, table).to_pandas() for name, table in tables.items()}) for place in places
+        "/".join(place): _stack(
+            place, {name: of_place(place, table).to_pandas() for name, table in tables.items()}, paths["pairs"]
+        )
+        for place in places
     }
 
 
-def _stack(tables: Mapping[str, pd.DataFrame]) -> StackArrays:
+def _stack(place: Place, tables: Mapping[str, pd.DataFrame], pairs: Path) -> StackArrays:
     heads = tables["heads"].sort_values(["layer", "head"])
     layers = np.unique(heads["layer"])
     shape = (len(layers), heads["head"].nunique(), -1)
@@ -95,6 +102,7 @@ def _stack(tables: Mapping[str, pd.DataFrame]) -> StackArrays:
     gram, overlap = (tables[name].sort_values(_PAIRS) for name in ("gram", "overlap"))
     spectra = tables["spectra"].sort_values(["layer", "head", "index"])
     singular, symmetric = (spectra[name].to_numpy().reshape(shape) for name in ("singular_value", "symmetric_eigenvalue"))
+    itself = {"cosine": (heads["fro_sq"] > 0).to_numpy(float), "transposed": heads["symmetry_score"].to_numpy()}
     summary = StackSummary(
         facts=_plain(tables["models"].iloc[0]),
         layers=layers,
@@ -107,12 +115,13 @@ def _stack(tables: Mapping[str, pd.DataFrame]) -> StackArrays:
         eigenvalues=-np.sort(-symmetric, axis=-1),
         pairs=_cosines(gram, layers, shape[1]) | {side: overlap[side].to_numpy().reshape(-1, shape[1]) for side in SIDES},
         neighbours=_neighbours(tables["neighbours"], shape),
+        matrix=read_matrix(pairs, place, layers, {name: values.reshape(shape[:2]) for name, values in itself.items()}),
     )
 
 
 def _plain(row: pd.Series) -> dict[str, Any]:
-    """A row in JSON's terms."""
-    return {str(name): value.item() if isinstance(value, np.generic) else value for name, value in row.items()}
+    """A row in JSON's terms, without what is not known."""
+    return {str(name): value.item() if isinstance(value, np.generic) else value for name, value in row.dropna().items()}
 
 
 def _cosines(gram: pd.DataFrame, layers: np.ndarray, heads: int) -> dict[str, np.ndarray]:

@@ -1,7 +1,10 @@
 """What a report reads, and what its figures are called. Imports nothing: the Snakefile reads it."""
 
 #: The tables that a report reads.
-TABLES = ("heads", "spectra", "gram", "overlap", "layers", "models", "neighbours")
+TABLES = ("heads", "spectra", "gram", "overlap", "layers", "models", "neighbours", "pairs")
+
+#: Cells along a side of the matrix of all heads that a page holds at most. Of more heads, the rows of every layer lie beside it.
+DRAWN = 512
 
 #: Figures of every stack of a model.
 STACK_FIGURES = {

@@ -16,6 +16,7 @@ from headgram.report import pictures
 from headgram.report.arrays import FORMS, StackArrays, StackSummary
 from headgram.report.chance import PALE, for_page
 from headgram.report.columns import columns
+from headgram.report.names import DRAWN
 from headgram.report.pack import pack
 from headgram.version import __version__
 
@@ -30,8 +31,19 @@ def model_pack(stacks: Mapping[str, StackArrays]) -> str:
         parts = {"heads": stack.heads, "singular": stack.singular, "eigenvalues": stack.eigenvalues}
         parts |= {f"pairs/{kind}": values for kind, values in stack.pairs.items()}
         parts |= {f"neighbours/{measure}": values for measure, values in stack.neighbours.items()}
+        parts |= {f"matrix/{part}": values for part, values in (stack.matrix.arrays() if stack.matrix else {}).items()}
         arrays |= {f"{name}/{part}": values for part, values in parts.items()}
     return pack(None, arrays)
+
+
+def layer_packs(stacks: Mapping[str, StackArrays]) -> dict[str, str]:
+    """What the page asks for when it zooms into many heads: by `{circuit}-{stack}-{layer}`, that layer's heads with all heads."""
+    return {
+        f"{name.replace('/', '-')}-{layer}": pack(None, stack.matrix.layer(position))
+        for name, stack in stacks.items()
+        if stack.matrix is not None and len(stack.matrix.order) > DRAWN
+        for position, layer in enumerate(stack.summary.layers)
+    }
 
 
 def index_pack(models: Mapping[str, Mapping[str, StackSummary]], origins: Mapping[str, Mapping[str, str]] | None = None) -> str:
@@ -54,9 +66,9 @@ def index_pack(models: Mapping[str, Mapping[str, StackSummary]], origins: Mappin
     return pack(meta, quartiles)
 
 
-def beside(model: str, text: str) -> str:
-    """The script that holds a model's pack where the page does not."""
-    return f"headgram.receive({_script_json(model)}, {_script_json(text)});\n"
+def beside(name: str, text: str) -> str:
+    """The script that holds a pack where the page does not: a model's, or of `{model}/{circuit}-{stack}-{layer}`."""
+    return f"headgram.receive({_script_json(name)}, {_script_json(text)});\n"
 
 
 def page_shell() -> dict[str, str]:
@@ -71,7 +83,7 @@ def page_shell() -> dict[str, str]:
         "style": _asset("style.css"),
         "vega": pictures.vega_library(),
         "pictures": _script_json({name: pictures.for_page(chart) for name, chart in specs.items()}),
-        "app": _asset("picking.js") + _asset("saving.js") + _asset("app.js"),
+        "app": "".join(_asset(name) for name in ("picking.js", "saving.js", "matrix.js", "app.js")),
     }
 
 

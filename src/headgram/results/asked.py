@@ -16,10 +16,15 @@ from collections.abc import Iterator, Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from headgram.errors import HeadgramError
 
 _NAME = ".plan.json"
+#: Stands among the records, and is none.
+_GIVEN = "--config"
+#: Characters that are read of it; the plan of thousands of models has fewer.
+_LARGEST = 256 * 2**20
 
 
 @dataclass(frozen=True)
@@ -45,8 +50,10 @@ class Order:
 _order: ContextVar[Order | None] = ContextVar("order", default=None)
 
 
-def ask_for(results: Path, keys: Mapping[str, str]) -> None:
+def ask_for(results: Path, keys: Mapping[str, str], given: Mapping[str, Any] | None = None) -> None:
     """Say that from now on these artifacts are asked for: keys by record, relative to the results folder.
+
+    `given` are the options that the run got beside its configuration file.
 
     Raises
     ------
@@ -56,7 +63,7 @@ def ask_for(results: Path, keys: Mapping[str, str]) -> None:
     number = os.open(results / _NAME, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
     with os.fdopen(number, "r+", encoding="utf-8") as file, _locked(number, fcntl.LOCK_EX):
         file.truncate()
-        json.dump(keys, file, indent=0, sort_keys=True)
+        json.dump({**keys, _GIVEN: json.dumps(given or {}, default=str)}, file, indent=0, sort_keys=True)
         file.flush()
         os.fsync(number)
 
@@ -64,7 +71,16 @@ def ask_for(results: Path, keys: Mapping[str, str]) -> None:
 def asked_for(results: Path) -> dict[str, str] | None:
     """The keys that the latest run asks for, by record; None if no run began in this folder, or the file is no such list."""
     with _reading(results) as text:
-        return _keys(text)
+        keys = _keys(text)
+    return keys if keys is None else {record: key for record, key in keys.items() if record != _GIVEN}
+
+
+def given_to(results: Path) -> dict[str, Any]:
+    """The options that the latest run got beside its configuration file."""
+    with _reading(results) as text, contextlib.suppress(ValueError, RecursionError):
+        given = json.loads((_keys(text) or {}).get(_GIVEN, ""))
+        return given if isinstance(given, dict) else {}
+    return {}
 
 
 @contextlib.contextmanager
@@ -119,13 +135,13 @@ def _compare(keys: Mapping[str, str] | None, order: Order) -> None:
 def _reading(results: Path) -> Iterator[str | None]:
     """The text of the list, held as it is for the length of the block."""
     try:
-        number = os.open(results / _NAME, os.O_RDONLY | os.O_NOFOLLOW)
+        number = os.open(results / _NAME, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
     except OSError:
         yield None  # no run began here: a node of a run whose results are kept elsewhere
         return
     with os.fdopen(number, encoding="utf-8") as file, _locked(number, fcntl.LOCK_SH):
         try:
-            text = file.read()
+            text = file.read(_LARGEST)
         except ValueError:
             text = ""
         yield text
@@ -136,7 +152,7 @@ def _keys(text: str | None) -> dict[str, str] | None:
         keys = json.loads(text or "")
     except (ValueError, RecursionError):
         return None
-    return keys if isinstance(keys, dict) else None
+    return keys if isinstance(keys, dict) and all(isinstance(key, str) for key in keys.values()) else None
 
 
 def _line(record: str, key: str) -> str:

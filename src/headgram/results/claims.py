@@ -17,11 +17,14 @@ from pathlib import Path
 from typing import Any
 
 from headgram.errors import HeadgramError
+from headgram.foreign import read_bounded
 from headgram.results.files import checksum, link_on_the_way, refuse_links, remove_temporaries, write_text
 from headgram.results.record import read_record
 
 #: In the results folder.
 NAME = ".claims.json"
+#: The claims of thousands of models are smaller.
+_LARGEST = 256 * 2**20
 
 
 @dataclass(frozen=True)
@@ -67,6 +70,11 @@ def claim(results: Path, writings: Iterable[Writing]) -> None:
     remove_temporaries(results / name for name in claims if Path(name).parent in folders)
 
 
+def claimed(results: Path) -> set[str]:
+    """The files that runs have claimed, relative to the results folder."""
+    return set(_read(results))
+
+
 def settle(results: Path) -> None:
     """Remove what earlier records named and those of the same artifacts no longer do, unless somebody changed it since."""
     claims = _read(results)
@@ -104,17 +112,17 @@ def _known_by_record(results: Path, writing: Writing) -> Claims:
     logs = [path for path in writing.files if path.suffix == ".log"]
     claims: Claims = {_name(path, results): None for path in (writing.record, *logs)}
     record = _name(writing.record, results)
-    for name, entry in content["files"].items():
+    for name, entry in content.files.items():
         place = _name(writing.record.parent / name, results)
         if not place.startswith(os.pardir):  # whoever made the record, it speaks of results only
-            claims[place] = [record, entry["bytes"], entry["blake2b"]]
+            claims[place] = [record, entry.bytes, entry.blake2b]
     return claims
 
 
 def _named(record: Path, results: Path) -> set[str] | None:
     """The files that a record names now; None if it cannot be read."""
     try:
-        return {_name(record.parent / name, results) for name in read_record(record)["files"]}
+        return {_name(record.parent / name, results) for name in read_record(record).files}
     except HeadgramError:
         return None
 
@@ -130,7 +138,7 @@ def _is_folder(path: Path) -> bool:
 def _read(results: Path) -> Claims:
     """What earlier runs claimed; nothing if that is lost or damaged, for then records say what is headgram's."""
     try:
-        content = json.loads((results / NAME).read_bytes())
+        content = json.loads(read_bounded(results / NAME, _LARGEST))
     except (OSError, ValueError, RecursionError):
         return {}
     return {name: entry for name, entry in content.items() if _is_claim(name, entry)} if isinstance(content, dict) else {}

@@ -11,6 +11,10 @@ from dataclasses import dataclass
 #: Tables that a merge and a derivation write for a model.
 MERGED = ("heads", "spectra", "gram", "pairs")
 DERIVED = ("overlap", "neighbours", "layers", "models")
+#: Tables about two models of one lineage.
+LINEAGE = ("drift", "changes", "matches")
+#: Tables of models whose stacks are measured in both circuits.
+COMPOSED = ("composition", "channels")
 #: The folders that hold artifacts, their records among them; logs are nobody's results.
 FOLDERS = ("atlas", "models", "provenance", "seed", "report")
 RECORDS = ("models", "provenance", "report")
@@ -41,7 +45,7 @@ class Results:
         return [self.part(stage, model, stack, circuit, name, suffix) for suffix in _PARTS[stage][1]]
 
     def record(self, stage: str, model: str = "", stack: str = "", circuit: str = "", name: str = "") -> str:
-        """The record of an artifact of any stage."""
+        """The record of an artifact of any stage; of `lineage`, the earlier model is the name."""
         if stage in _PARTS:
             return self.part(stage, model, stack, circuit, name, ".json")
         return (
@@ -49,6 +53,8 @@ class Results:
             + {
                 "merge": f"provenance/{model}.json",
                 "derive": f"provenance/derived/{model}.json",
+                "lineage": f"provenance/lineage/{model}/{name}.json",
+                "composition": f"provenance/composition/{model}.json",
                 "report": "report/index.json",
             }[stage]
         )
@@ -57,9 +63,17 @@ class Results:
         """A table of the atlas."""
         return f"{self.root}/atlas/{table}/model={model}/{table}.parquet"
 
+    def pair_table(self, table: str, model: str, other: str) -> str:
+        """A table of the atlas about a model and an earlier one."""
+        return f"{self.root}/atlas/{table}/model={model}/other={other}/{table}.parquet"
+
     def directions(self, model: str) -> str:
         """The directions of a model."""
         return f"{self.root}/atlas/directions/{model}.pt"
+
+    def channel_directions(self, model: str) -> str:
+        """What the strongest compositions of a model are made of."""
+        return f"{self.root}/atlas/channel-directions/{model}.pt"
 
     def original(self, model: str) -> list[str]:
         """The original script's two files."""

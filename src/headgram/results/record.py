@@ -23,14 +23,19 @@ from datetime import UTC, datetime
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 from headgram.errors import HeadgramError
+from headgram.foreign import first_problem, read_bounded
 from headgram.results.files import checksum, refuse_links, write_text
 from headgram.version import __version__
 
 #: Raised when the meaning or the layout of a file changes.
 SCHEMA = 1
+#: The record of a report of thousands of models is smaller.
+_LARGEST = 64 * 2**20
 _LIBRARIES = ("torch", "numpy", "scipy", "pandas", "pyarrow", "safetensors", "gguf")
 
 
@@ -44,6 +49,12 @@ def digest(*parts: str) -> str:
     return hashlib.blake2b(canonical(parts).encode(), digest_size=16).hexdigest()
 
 
+def _is_relative(name: str) -> str:
+    if Path(name).is_absolute() or "\0" in name:
+        raise ValueError("a file name relative to the record is needed")
+    return name
+
+
 @dataclass(frozen=True)
 class Identity:
     """All that an artifact's content follows from.
@@ -51,13 +62,13 @@ class Identity:
     Attributes
     ----------
     stage
-        `extract`, `eigen`, `gram`, `merge`, `derive` or `report`.
+        `extract`, `eigen`, `gram`, `merge`, `derive`, `composition` or `report`.
     config
         Canonical JSON of exactly the options that the stage reads.
     fingerprint
         The model's, from the lock; a report's names all of its models.
     code
-        Digest of the stage's own modules.
+        Digest of the stage's own modules, and of what else a job is told: names of tensors, labels.
     upstream
         Keys of the artifacts that the stage reads.
     """
@@ -80,8 +91,51 @@ class Identity:
     @classmethod
     def read(cls, described: Mapping[str, Any]) -> Identity:
         """The identity that `described` gave."""
-        fields = {name: described[name] for name in ("stage", "fingerprint", "code")}
-        return cls(**fields, config=canonical(described["config"]), upstream=tuple(described["upstream"]))
+        return Described.model_validate(described).identity
+
+
+class _Foreign(BaseModel):
+    """A part of a record, which anybody may have written."""
+
+    model_config = ConfigDict(extra="allow", frozen=True, strict=True)
+
+
+class Described(_Foreign):
+    """An `Identity` as a record spells it out, and the key that it claims."""
+
+    key: str
+    stage: str
+    config: dict[str, Any]
+    fingerprint: str
+    code: str
+    upstream: list[str]
+
+    @property
+    def identity(self) -> Identity:
+        """The identity itself."""
+        return Identity(self.stage, canonical(self.config), self.fingerprint, self.code, tuple(self.upstream))
+
+
+class FileSum(_Foreign):
+    """What a record says of a data file."""
+
+    bytes: Annotated[int, Field(ge=0, lt=2**63)]
+    blake2b: str
+
+
+class Record(Described):
+    """A provenance record. What only people read of it, such as versions and times, is kept as it is."""
+
+    version: Literal[SCHEMA] = Field(alias="schema")  # type: ignore[valid-type]
+    model: str
+    stack: str | None
+    circuit: str | None
+    device: str
+    machine: str
+    seconds: float
+    residual: float | None
+    files: dict[Annotated[str, AfterValidator(_is_relative)], FileSum]
+    stages: dict[str, dict[str, Described]] = {}  # what the keys of a merged model's parts stand for: by stage and circuit
 
 
 @dataclass(frozen=True)
@@ -175,8 +229,8 @@ def is_fresh(record: Path, key: str) -> bool:
     """Whether an artifact is there, whole in size, and the one that the plan asks for. Never raises; reads no data."""
     try:
         content = read_record(record)
-        sizes = {name: entry["bytes"] for name, entry in content["files"].items()}
-        return content["key"] == key and all((record.parent / name).stat().st_size == size for name, size in sizes.items())
+        sizes = {record.parent / name: entry.bytes for name, entry in content.files.items()}
+        return content.key == key and all(path.stat().st_size == size for path, size in sizes.items())
     except (HeadgramError, OSError):
         return False
 
@@ -184,55 +238,40 @@ def is_fresh(record: Path, key: str) -> bool:
 def has_key(record: Path, key: str) -> bool:
     """Whether a record, as a copy without its data files, is whole and the one that the plan asks for. Never raises."""
     try:
-        return bool(read_record(record)["key"] == key)
+        return read_record(record).key == key
     except HeadgramError:
         return False
 
 
-def read_record(record: Path) -> dict[str, Any]:
+def read_record(record: Path) -> Record:
     """A provenance record, as it was written.
 
     Raises
     ------
     HeadgramError
-        If it is damaged, or of another schema.
+        If it is damaged, too large, or of another schema.
     """
     try:
-        text = record.read_text(encoding="utf-8")
+        text = read_bounded(record, _LARGEST).decode()
         content = json.loads(text)
-        del content["record"]
-        whole = text == _sealed_text(content) and content["schema"] == SCHEMA and _is_record(content)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise HeadgramError(f"The provenance record {record} cannot be read ({error}): {_again(record)}.") from None
-    if not whole:
-        raise HeadgramError(f"The provenance record {record} is not what was written: {_again(record)}.")
-    return dict(content)
+        if not isinstance(content, dict) or content.pop("record", None) is None or text != _sealed_text(content):
+            raise ValueError("it is not what was written")
+        return Record.model_validate(content)
+    except (OSError, ValueError, RecursionError) as error:
+        reason = first_problem(error) if isinstance(error, ValidationError) else str(error)
+        raise HeadgramError(
+            f"The provenance record {record} cannot be read ({reason}): run again, which makes it anew."
+        ) from None
 
 
-def _is_record(content: Mapping[str, Any]) -> bool:
-    """Whether a record has what is read of it, of the right types."""
-    texts = [content[name] for name in ("stage", "model", "key", "fingerprint", "code")]
-    sums = [(name, entry["bytes"], entry["blake2b"]) for name, entry in content["files"].items()]
-    return (
-        all(isinstance(text, str) for text in (*texts, *content["upstream"]))
-        and isinstance(content["config"], dict)
-        and all(isinstance(size, int) and isinstance(text, str) for _, size, text in sums)
-        and not any(Path(name).is_absolute() or "\0" in name for name, _, _ in sums)
-    )
-
-
-def _again(record: Path) -> str:
-    return f"delete {record} and run again"
-
-
-def check(record: Path, key: str, reads: Collection[Path] | None = None) -> dict[str, Any]:
+def check(record: Path, key: str, reads: Collection[Path] | None = None) -> Record:
     """Verify an artifact before its data are read: its key, and the checksum of every file, or of those that are read.
 
     A damaged artifact loses its record: it is no longer fresh, so that the same command makes it anew.
 
     Returns
     -------
-    dict
+    Record
         The provenance record.
 
     Raises
@@ -242,9 +281,9 @@ def check(record: Path, key: str, reads: Collection[Path] | None = None) -> dict
     """
     refuse_links(record)
     content = read_record(record)
-    if content["key"] != key:
+    if content.key != key:
         raise HeadgramError(
-            f"{record} belongs to another configuration, checkpoint or version than this run's: {_again(record)}."
+            f"{record} belongs to another configuration, checkpoint or version than this run's: run again, which makes it anew."
         )
     for damage in damages(record, content, reads):
         with contextlib.suppress(OSError):
@@ -253,18 +292,18 @@ def check(record: Path, key: str, reads: Collection[Path] | None = None) -> dict
     return content
 
 
-def damages(record: Path, content: Mapping[str, Any], reads: Collection[Path] | None = None) -> Iterator[str]:
+def damages(record: Path, content: Record, reads: Collection[Path] | None = None) -> Iterator[str]:
     """What is wrong with the data files of a record, or with some of them, file by file: half a sentence each."""
-    for name, entry in content["files"].items():
+    for name, entry in content.files.items():
         path = Path(os.path.normpath(record.parent / name))
         if reads is not None and path not in reads:
             continue
         try:
             state = path.stat()
             # Only a file of the right size is opened: a device or a pipe might never end.
-            if not stat.S_ISREG(state.st_mode) or state.st_size != entry["bytes"]:
+            if not stat.S_ISREG(state.st_mode) or state.st_size != entry.bytes:
                 yield f"{path} is not what was written: its size differs"
-            elif checksum(path) != entry["blake2b"]:
+            elif checksum(path) != entry.blake2b:
                 yield f"{path} is not what was written: its checksum differs"
         except OSError as error:
             yield f"{path} cannot be read ({error.strerror})"

@@ -37,6 +37,22 @@ LAYER_SCORES = tuple(f"layer_{name}" for name in SCORES)
 HEAD_NUMBERS = (*SCALARS, *SCORES)
 #: Sides of a head's directions.
 SIDES = ("right", "left", "signed")
+#: What changed of a head from one model to another: fields of `headgram.geometry.drift.Drift`, and what chance gives.
+DRIFT_NUMBERS = (
+    "cosine",
+    "norm_before",
+    "norm_after",
+    "norm_ratio",
+    "change_norm",
+    "change",
+    "change_rank",
+    "inside_right",
+    "inside_left",
+    "inside",
+    "inside_expected",
+    "floor",
+    "equal",
+)
 #: What `layers` says of each number of its heads.
 QUARTILES = {"q25": 0.25, "median": 0.5, "q75": 0.75}
 
@@ -45,8 +61,8 @@ _VALUES_PER_BYTE = 64
 _FEW_VALUES = 2**26
 
 
-def _schema(*columns: tuple[str, pa.DataType]) -> pa.Schema:
-    return pa.schema([pa.field(name, kind, nullable=False) for name, kind in columns])
+def _schema(*columns: tuple[str, pa.DataType] | pa.Field) -> pa.Schema:
+    return pa.schema([each if isinstance(each, pa.Field) else pa.field(*each, nullable=False) for each in columns])
 
 
 _PLACE = (("circuit", pa.string()), ("stack", pa.string()))
@@ -88,7 +104,9 @@ LAYERS = _schema(
     *((name, pa.float64()) for name in ("cosine_previous", "cosine_next", "cosine_all", *LAYER_SCORES)),
 )
 MODELS = _schema(
-    *((name, pa.string()) for name in ("circuit", "stack", "architecture", "stored_dtype")),
+    *((name, pa.string()) for name in ("circuit", "stack", "architecture", "stored_dtype", "lineage")),
+    pa.field("step", pa.float64()),  # null where the manifest gives none
+    ("labels", pa.string()),
     *((name, pa.int32()) for name in ("layers", "heads", "kv_heads", "rank", "hidden", "directions")),
     *((f"{name}_median", pa.float64()) for name in (*HEAD_NUMBERS, *LAYER_SCORES)),
     *((name, pa.float64()) for name in ("cosine_adjacent", "cosine_all")),
@@ -102,6 +120,39 @@ NEIGHBOURS = _schema(
     ("same_layer", pa.bool_()),
     *((name, pa.float64()) for name in ("value", "chance", "deviations")),
 )
+# The column `other`, the earlier of the two models, is the second partition of what follows.
+DRIFT = _schema(
+    *_PLACE,
+    *((name, pa.int32()) for name in ("layer", "head")),
+    *((name, pa.float64()) for name in (*DRIFT_NUMBERS, *SIDES, "expected")),
+)
+CHANGES = _schema(
+    *_PLACE,
+    *((name, pa.int32()) for name in ("layer", "head", "index")),
+    ("singular_value", pa.float64()),
+)
+MATCHES = _schema(
+    *_PLACE,
+    ("among", pa.string()),
+    *((name, pa.int32()) for name in ("layer", "head", "other_layer", "other_head")),
+    *((name, pa.float64()) for name in ("cosine", "margin", "chance")),
+    ("mutual", pa.bool_()),
+)
+_COMPOSED = (
+    *((name, pa.string()) for name in ("stack", "kind")),
+    *((name, pa.int32()) for name in ("layer_a", "head_a", "layer_b", "head_b")),
+)
+COMPOSITION = _schema(
+    *_COMPOSED,
+    *((name, pa.float32()) for name in ("score", "times_chance", "z", "acausal")),
+    ("later", pa.int32()),
+)
+CHANNELS = _schema(
+    *_COMPOSED,
+    ("place", pa.int32()),
+    ("score", pa.float32()),
+    *((name, pa.float64()) for name in ("first", "effective_rank", "copying", "positive", "departure")),
+)
 #: Every table of the atlas, by name.
 TABLES = {
     "heads": HEADS,
@@ -112,6 +163,11 @@ TABLES = {
     "neighbours": NEIGHBOURS,
     "layers": LAYERS,
     "models": MODELS,
+    "drift": DRIFT,
+    "changes": CHANGES,
+    "matches": MATCHES,
+    "composition": COMPOSITION,
+    "channels": CHANNELS,
 }
 
 

@@ -38,7 +38,14 @@ _FIRST = ("headgram.stages.extract", "headgram.run.job", "headgram.study.lock", 
 #: What later jobs import, also what libraries import when they are first used.
 _LATER = (
     *("headgram.stages.eigen", "scipy.linalg.blas", "scipy.linalg.lapack", "headgram.stages.gram"),
-    *("pandas", "pyarrow.dataset", "headgram.stages.merge", "headgram.stages.derive", "headgram.stages.report"),
+    *(
+        "pandas",
+        "pyarrow.dataset",
+        "headgram.stages.merge",
+        "headgram.stages.derive",
+        "headgram.stages.composition",
+        "headgram.stages.report",
+    ),
 )
 #: As Snakemake sets them for a job with one thread; libraries read them when they are loaded.
 _ONE_THREAD = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1")

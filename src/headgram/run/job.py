@@ -6,6 +6,7 @@ import contextlib
 import io
 import json
 import os
+import signal
 import sys
 import time
 import traceback
@@ -14,12 +15,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from headgram.errors import HeadgramError
+from headgram.foreign import plain
 from headgram.results.files import open_new, refuse_links
 from headgram.run.forkserver import hand_over
 
 if TYPE_CHECKING:
     from headgram.results.record import Identity, Provenance
     from headgram.study.options import Config
+
+
+#: The exit code of a process that Ctrl-C ended.
+_INTERRUPTED = 130
 
 
 @contextlib.contextmanager
@@ -29,8 +35,9 @@ def running(snakemake: Any) -> Iterator[tuple[Provenance, Config]]:
     Yields what its artifact comes from, and the options that its stage reads; all others have their defaults.
 
     Output goes to the rule's log. A `HeadgramError` is printed as one sentence and ends the job with exit code 1; any
-    other error leaves its traceback in the log.
+    other error leaves its traceback in the log. Ctrl-C ends it without one.
     """
+    signal.signal(signal.SIGINT, lambda *_: sys.exit(_INTERRUPTED))
     hand_over(Path(sys.argv[0]))
     # Only now: a script that hands itself over need not wait for it.
     from headgram.results.asked import Order, working_for
@@ -53,8 +60,10 @@ def running(snakemake: Any) -> Iterator[tuple[Provenance, Config]]:
         _append(log, sentence)
         raise SystemExit(1) from None
     except Exception:
-        _append(log, traceback.format_exc())
-        raise
+        lines = "\n".join(map(plain, traceback.format_exc().splitlines()))
+        print(lines, file=sys.stderr)
+        _append(log, lines)
+        raise SystemExit(1) from None
 
 
 def by_place(paths: Iterable[str]) -> dict[tuple[str, ...], Path]:

@@ -17,11 +17,14 @@ from typing import TYPE_CHECKING, Any
 import filelock
 
 from headgram.errors import HeadgramError
-from headgram.results.asked import ask_for
+from headgram.foreign import read_bounded
+from headgram.results.asked import ask_for, given_to
 from headgram.results.claims import NAME as CLAIMS
 from headgram.results.claims import Writing, claim, settle
 from headgram.results.files import RESULTS, remove_temporaries, write_text
 from headgram.run import forkserver
+from headgram.run.project import FOLDER
+from headgram.study.lineages import misfits
 from headgram.study.lock import (
     Lock,
     LockedModel,
@@ -33,15 +36,19 @@ from headgram.study.lock import (
     remove_temporaries_of,
     write_lock,
 )
-from headgram.study.manifest import read_manifest
+from headgram.study.manifest import Manifest, read_manifest
 from headgram.study.options import load_config, read_options
 from headgram.study.plan import Plan, left_out, make_plan
 
 if TYPE_CHECKING:
     from headgram.run.progress import ProgressHandler
 
+#: The options of a working folder.
+OPTIONS = Path("config", "config.yaml")
 #: Remembers, in the results folder, the files that were found to be what was locked.
 _SEEN = ".sources.json"
+#: What is remembered of thousands of models is smaller.
+_LARGEST = 64 * 2**20
 
 
 class Run:
@@ -55,6 +62,7 @@ class Run:
     def __init__(self, options: Path | None, given: Mapping[str, Any], scripts: Path, is_job: bool = False) -> None:
         _call_the_interpreter_by_name()
         config = load_config(read_options(options, given))
+        self._given = given
         self._manifest = Path(config.manifest)
         self._results = Path(config.results)
         self._new: dict[str, LockedModel] = {}
@@ -62,14 +70,11 @@ class Run:
         self._forkserver: subprocess.Popen[bytes] | None = None
         self._progress: ProgressHandler | None = None
         os.environ[RESULTS] = os.path.normpath(self._results.absolute())  # for the jobs of this run
-        self.plan: Plan = make_plan(self._locked() if is_job else self._checked(), config, scripts)
+        manifest = read_manifest(self._manifest)
+        entries = _locked(manifest) if is_job else self._checked(manifest)
+        self.plan: Plan = make_plan(entries, config, scripts, manifest.labels)
 
-    def _locked(self) -> dict[str, LockedModel]:
-        """The entries of the manifest's models, as they are."""
-        models = read_lock(lock_path(self._manifest)).models
-        return {row.name: models[row.name] for row in read_manifest(self._manifest).rows if row.name in models}
-
-    def _checked(self) -> dict[str, LockedModel]:
+    def _checked(self, manifest: Manifest) -> dict[str, LockedModel]:
         """The entries of the manifest's models, new ones resolved, old ones compared with their sources."""
         if self._results.is_symlink() and not self._results.exists():
             raise HeadgramError(
@@ -78,15 +83,15 @@ class Run:
             )
         if self._results.exists() and not self._results.is_dir():
             raise HeadgramError(f"The results folder {self._results} is a file: give another one (--config results=…).")
-        manifest = read_manifest(self._manifest)
         lock = read_lock(lock_path(self._manifest))
         missing = missing_rows(manifest.rows, lock)
         known = {row.name: lock.models[row.name] for row in manifest.rows if row not in missing}
         changed = [sentence for name, entry in known.items() for sentence in changes(name, entry)]
         doubtful = self._doubtful(known)
         self._new, problems = _resolve_elsewhere(self._manifest, doubtful) if missing or doubtful else ({}, [])
-        manifest.check(*changed, *problems)
-        return {**known, **self._new}
+        entries = {**known, **self._new}
+        manifest.check(*changed, *problems, *misfits(manifest.rows, entries))
+        return entries
 
     def _doubtful(self, known: Mapping[str, LockedModel]) -> list[str]:
         """Models whose files are younger than the lock, and not those that an earlier run found to be what was locked."""
@@ -121,7 +126,7 @@ class Run:
             self._held.acquire()
             remove_temporaries(self._results / name for name in (_SEEN, CLAIMS))
             claim(self._results, _writings(workflow, beside))
-            ask_for(self._results, self.plan.records())
+            ask_for(self._results, self.plan.records(), self._given)
             sightings = {name: _sighting(model.entry, file_times(model.entry)) for name, model in self.plan.models.items()}
             write_text(self._results / _SEEN, json.dumps(sightings, indent=1) + "\n")
         except filelock.Timeout:
@@ -158,6 +163,27 @@ class Run:
                 thread.cancel()
 
 
+def asked_by_study(results: Path) -> dict[str, str] | None:
+    """The keys that configuration and lock of this working folder ask for, by record, with the options of the latest run.
+
+    None where they cannot be read, or speak of another results folder.
+    """
+    try:
+        config = load_config(read_options(OPTIONS, given_to(results)))
+        if Path(config.results).resolve() != results.resolve():
+            return None
+        manifest = read_manifest(Path(config.manifest))
+        return make_plan(_locked(manifest), config, FOLDER / "workflow" / "scripts", manifest.labels).records()
+    except (HeadgramError, OSError):
+        return None
+
+
+def _locked(manifest: Manifest) -> dict[str, LockedModel]:
+    """The entries of a manifest's models, as they are."""
+    models = read_lock(lock_path(manifest.path)).models
+    return {row.name: models[row.name] for row in manifest.rows if row.name in models}
+
+
 def add_handlers(workflow: Any, begin: Callable[[], None], end: Callable[[], None]) -> None:
     """Have a workflow that uses headgram as a module begin and end headgram's run too: Snakemake calls the handlers of the main
     Snakefile alone. Its own still run; they must be defined above the module."""
@@ -191,8 +217,8 @@ def _writings(workflow: Any, beside: Callable[[Any], Sequence[str]]) -> Iterator
 def _read_sightings(path: Path) -> dict[str, Any]:
     """What earlier runs remember; nothing if that is lost or damaged, for it can be found again."""
     try:
-        content = json.loads(path.read_bytes())
-    except (OSError, ValueError):
+        content = json.loads(read_bounded(path, _LARGEST))
+    except (OSError, ValueError, RecursionError):
         return {}
     return content if isinstance(content, dict) else {}
 

@@ -15,7 +15,7 @@ import torch
 from headgram.geometry.neighbours import BY_FORM, BY_SPAN, Neighbours, nearest_heads, span_overlaps
 from headgram.geometry.nulls import Null, cosine_null, overlap_null
 from headgram.geometry.overlaps import overlaps
-from headgram.results.record import Provenance, check, record_of, seal
+from headgram.results.record import Provenance, canonical, check, record_of, seal
 from headgram.results.tables import (
     HEAD_NUMBERS,
     LAYER_SCORES,
@@ -83,7 +83,7 @@ def derive(merged: Merged, derived: Derived, facts: Mapping[str, Any], options: 
     Parameters
     ----------
     facts
-        `{"architecture": name, "stored_dtypes": [[circuit, stack, name], …]}`, as locked.
+        `{"architecture": name, "stored_dtypes": [[circuit, stack, name], …]}`, as locked, and `labels`, as in the manifest.
 
     Raises
     ------
@@ -249,6 +249,9 @@ def _models_table(stack: _Stack, facts: Mapping[str, Any]) -> pa.Table:
     columns = {
         "architecture": facts["architecture"],
         "stored_dtype": next(dtype for *place, dtype in facts["stored_dtypes"] if tuple(place) == stack.place),
+        "lineage": facts["labels"]["lineage"],
+        "step": facts["labels"]["step"],
+        "labels": canonical(facts["labels"]["others"]),
         **stack.facts,
         **{f"{name}_median": np.median(values) for name, values in stack.numbers.items()},
         **{f"{name}_median": np.median(values) for name, values in stack.layer_scores.items()},

@@ -20,16 +20,10 @@ from headgram.results.tables import read_table, write_table
 if TYPE_CHECKING:
     from headgram.study.options import Gram
 
-#: Bytes of one block's own factors in float32; all heads of two blocks are multiplied at once.
-_BLOCK_BYTES = 128 * 2**20
-
 _TILE = pa.schema(
     [(name, pa.int32()) for name in ("layer_a", "head_a", "layer_b", "head_b")]
     + [(name, pa.float64()) for name in ("gram", "transposed")]
 )
-
-#: Neighbouring heads of some layers.
-Block = tuple[Sequence[int], range]
 
 
 def measure_row(
@@ -79,7 +73,7 @@ def measure_row(
 def _all_pairs(source: FactorFiles, own: Sequence[int], other: Sequence[int], precision: Precision, device: str) -> pa.Table:
     """All heads of a tile with all heads of another, or of itself; two blocks of heads at a time are in memory."""
     same = own == other
-    blocks = [_blocks(source, layers) for layers in (own, other)]
+    blocks = [source.blocks(layers) for layers in (own, other)]
     places = [np.array([(layer, head) for layers, heads in each for layer in layers for head in heads]) for each in blocks]
     starts = [np.cumsum([0, *(len(layers) * len(heads) for layers, heads in each)]) for each in blocks]
     products, transposed = (np.zeros((len(places[0]), len(places[1]))) for _ in range(2))
@@ -97,16 +91,6 @@ def _all_pairs(source: FactorFiles, own: Sequence[int], other: Sequence[int], pr
     wanted = np.triu(np.ones_like(products, dtype=bool)) if same else np.ones_like(products, dtype=bool)
     first, second = np.nonzero(wanted)
     return _tile_table(places[0][first], places[1][second], products[wanted], transposed[wanted])
-
-
-def _blocks(source: FactorFiles, layers: Sequence[int]) -> list[Block]:
-    """The heads of some layers in order, in blocks of bounded size: of whole layers, or of a layer's heads."""
-    most = max(1, _BLOCK_BYTES // (4 * source.rank * source.width))
-    if most >= source.heads:
-        step = most // source.heads
-        return [(layers[start : start + step], range(source.heads)) for start in range(0, len(layers), step)]
-    heads = [range(start, min(start + most, source.heads)) for start in range(0, source.heads, most)]
-    return [([layer], some) for layer in layers for some in heads]
 
 
 def _same_index(source: FactorFiles, own: Sequence[int], other: Sequence[int], precision: Precision, device: str) -> pa.Table:

@@ -17,7 +17,7 @@ from headgram.errors import HeadgramError
 from headgram.geometry.ratios import cosines
 from headgram.results.files import scratch, written_whole
 from headgram.results.original import directions_path, write_seed_files
-from headgram.results.record import Provenance, check, record_of, seal
+from headgram.results.record import Provenance, Record, check, record_of, seal
 from headgram.results.tables import GRAM, HEADS, PAIRS, SPECTRA, Place, at_place, read_parts, read_table, write_table
 
 if TYPE_CHECKING:
@@ -92,15 +92,15 @@ def merge(parts: Mapping[Place, Parts], atlas: Atlas, options: Config, provenanc
             main = next(place for place in parts if place[0] == "qk")  # the script knows one stack per model: the first
             _write_seed(atlas.seed, provenance.model, shards[main], rows[main], directions[main])
             written += [atlas.seed, directions_path(atlas.seed)]
-    worst = max(record["residual"] for record in records["eigen"])
+    worst = max(record.residual or 0.0 for record in records["eigen"])
     jobs = {stage: _summary(found) for stage, found in records.items()}
     seal(atlas.record, replace(provenance, residual=worst), written, {"jobs": jobs})
 
 
-def _summary(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+def _summary(records: Sequence[Record]) -> dict[str, Any]:
     """How many jobs a stage took, where they ran and how long."""
-    seconds = round(sum(record["seconds"] for record in records), 3)
-    devices, machines = (sorted({record[name] for record in records}) for name in ("device", "machine"))
+    seconds = round(sum(record.seconds for record in records), 3)
+    devices, machines = (sorted({getattr(record, name) for record in records}) for name in ("device", "machine"))
     return {"count": len(records), "seconds": seconds, "devices": devices, "machines": machines}
 
 

@@ -6,14 +6,13 @@ from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from headgram.report.arrays import StackSummary, read_model
 from headgram.report.figures import profile_figures, stack_figures
-from headgram.report.page import EMBEDDED, beside, index_pack, model_pack, page, page_shell
+from headgram.report.page import EMBEDDED, beside, index_pack, layer_packs, model_pack, page, page_shell
 from headgram.report.workers import workers
 from headgram.results.files import write_text
-from headgram.results.record import Provenance, check, seal
+from headgram.results.record import Provenance, Record, check, seal
 
 
 @dataclass(frozen=True)
@@ -30,7 +29,7 @@ class Report:
     """The files that a report writes."""
 
     page: Path
-    data: Path  # a folder: one script per model
+    data: Path  # a folder: one script per model, and of models with many heads one per layer
     figures: Path  # a folder: {figure}/{model}/{circuit}/{stack}.svg, and *.svg of all models
     record: Path
 
@@ -68,11 +67,12 @@ def write_report(sources: Sequence[Source], report: Report, provenance: Provenan
     seal(report.record, provenance, written)
 
 
-def _origin(merged: Mapping[str, Any]) -> dict[str, str]:
+def _origin(merged: Record) -> dict[str, str]:
     """Where a model is from, its revision and commit, and when and by what version it was measured."""
-    lock = merged["lock"]
+    said = merged.model_extra or {}
+    lock = said["lock"]
     known = {"source": lock["source"], "revision": lock["revision"], "commit": lock["commit"]}
-    known |= {"measured": merged["started"][:10], "version": merged["headgram"]}
+    known |= {"measured": said["started"][:10], "version": said["headgram"]}
     return {name: text for name, text in known.items() if text}
 
 
@@ -81,6 +81,8 @@ def _write_model(source: Source, report: Report) -> tuple[dict[str, StackSummary
     stacks = read_model(source.tables)
     pack = model_pack(stacks)
     texts = {report.data / f"{source.model}.js": beside(source.model, pack)}
+    for name, layer in layer_packs(stacks).items():
+        texts[report.data / source.model / f"{name}.js"] = beside(f"{source.model}/{name}", layer)
     for name, stack in stacks.items():
         drawn = stack_figures(source.model, name, stack)
         texts |= {report.figures / figure / source.model / f"{name}.svg": text for figure, text in drawn.items()}

@@ -9,27 +9,50 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from itertools import pairwise
+from pathlib import Path, PurePosixPath
+from typing import Annotated, Any, Literal, Self
 
 import filelock
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from headgram.checkpoints.sources import HUB_DIGEST, Location, locate_here
+from headgram.checkpoints.bases import AnyLocation, locate_here
+from headgram.checkpoints.sources import HUB_DIGEST, parse_json
 from headgram.errors import HeadgramError
+from headgram.foreign import first_problem, read_bounded
 from headgram.results.files import remove_temporaries, temporaries_in, write_text
 from headgram.results.record import canonical, digest
-from headgram.study.manifest import Row
+from headgram.study.manifest import MODEL_NAME, Row
 
-if TYPE_CHECKING:
-    from headgram.checkpoints.hub import RemoteLocation
+#: The lock of thousands of models is smaller.
+_LARGEST = 64 * 2**20
 
 
 class _Entry(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
-_Count = Annotated[int, Field(ge=1)]
+def _stays_inside(name: str) -> str:
+    path = PurePosixPath(name)
+    if path.is_absolute() or ".." in path.parts or "\0" in name:
+        raise ValueError("a file name below the source's folder is needed")
+    return name
+
+
+def _ascend(layers: tuple[int, ...]) -> tuple[int, ...]:
+    if any(after <= before for before, after in pairwise(layers)):
+        raise ValueError("layers must ascend")
+    return layers
+
+
+#: Wide enough for any model that there is, and narrow enough that a plan of it can be made.
+_Count = Annotated[int, Field(ge=1, le=2**24)]
+_Bytes = Annotated[int, Field(ge=0, lt=2**63)]
+_Text = Annotated[str, Field(min_length=1, max_length=4096)]
+_Digest = Annotated[str, Field(min_length=1, max_length=100)]
+_Layer = Annotated[int, Field(ge=0, lt=10_000)]
+_ModelName = Annotated[str, Field(pattern=f"^{MODEL_NAME.pattern}$")]
+_Circuit = Annotated[str, Field(pattern="^(qk|ov)$")]
 #: What all circuits of a stack have in common.
 _SHAPE = {"layers", "heads", "kv_heads", "hidden"}
 #: Raised when the lock's layout changes.
@@ -42,9 +65,9 @@ class LockedFile(_Entry):
     For a file at the hub, the sample is `hub:` and the hub's own hash of the file.
     """
 
-    name: str
-    bytes: int
-    sample: str
+    name: Annotated[_Text, AfterValidator(_stays_inside)]
+    bytes: _Bytes
+    sample: _Digest
 
     def agrees_with(self, other: LockedFile) -> bool:
         """Whether both may be the same file; a hub's hash and a sample cannot be compared, so there the commit is trusted."""
@@ -56,36 +79,52 @@ class LockedCircuit(_Entry):
     """The two factors of a circuit in one stack: their rows, how they are stored, and `Checkpoint.digest` of every layer."""
 
     rank: _Count
-    dtype: str
-    bytes: int
-    digests: tuple[str, ...]
+    dtype: _Text
+    bytes: _Bytes
+    digests: tuple[_Digest, ...]
 
 
 class LockedStack(_Entry):
     """A stack, as `headgram.Stack`, with the circuits that can be measured, and why others cannot."""
 
-    name: str
-    layers: tuple[int, ...]
+    name: Annotated[str, Field(pattern="^[a-z][a-z0-9_-]{0,63}$")]
+    layers: Annotated[tuple[_Layer, ...], Field(min_length=1), AfterValidator(_ascend)]
     heads: _Count
     kv_heads: _Count
     hidden: _Count
-    circuits: dict[str, LockedCircuit]
-    missing: dict[str, str] = {}
+    circuits: dict[_Circuit, LockedCircuit]
+    missing: dict[_Circuit, _Text] = {}
+
+    @model_validator(mode="after")
+    def _is_whole(self) -> Self:
+        if self.kv_heads > self.heads:
+            raise ValueError("there are more key heads than heads")
+        if any(len(circuit.digests) != len(self.layers) for circuit in self.circuits.values()):
+            raise ValueError("every layer needs a digest")
+        return self
 
 
 class LockedModel(_Entry):
     """What one manifest row resolved to."""
 
-    source: str
-    revision: str | None
-    overrides: dict[str, str | int]
-    commit: str | None
-    format: str
-    architecture: str  # a known type; if `derived`, one whose layout was proven for the checkpoint's own type
+    source: _Text
+    revision: _Text | None
+    overrides: dict[Literal["model_type", "heads", "kv_heads", "head_dim", "base", "prefix"], _Text | _Count]
+    commit: Annotated[str, Field(pattern="^[0-9A-Za-z]{1,64}$")] | None
+    base: _Text | None = None  # of an adapter: the source of the checkpoint that it changes, with `@` and its commit at the hub
+    format: _Text
+    architecture: _Text  # a known type; if `derived`, one whose layout was proven for the checkpoint's own type
     derived: bool = False
     files: tuple[LockedFile, ...]
     stacks: tuple[LockedStack, ...]
-    fingerprint: str
+    fingerprint: _Digest
+
+    @field_validator("stacks")
+    @classmethod
+    def _differ(cls, stacks: tuple[LockedStack, ...]) -> tuple[LockedStack, ...]:
+        if not stacks or len({stack.name for stack in stacks}) < len(stacks):
+            raise ValueError("stacks with names of their own are needed")
+        return stacks
 
     def fingerprint_of(self, circuit: str) -> str:
         """A digest of what the factors of one circuit are: another circuit's do not count."""
@@ -99,7 +138,8 @@ class LockedModel(_Entry):
     def how_to_open(self) -> dict[str, Any]:
         """The arguments of `open_checkpoint` that give what was locked."""
         derived: dict[str, str | int] = {"model_type": self.architecture} if self.derived else {}
-        return {"source": self.source, "revision": self.commit, "overrides": self.overrides | derived}
+        based: dict[str, str | int] = {"base": self.base} if self.base else {}
+        return {"source": self.source, "revision": self.commit, "overrides": self.overrides | derived | based}
 
     def asks_for(self, row: Row) -> bool:
         """Whether this entry resolves exactly what the row says."""
@@ -110,7 +150,7 @@ class Lock(_Entry):
     """All entries, by model name."""
 
     schema_version: int = _VERSION
-    models: dict[str, LockedModel] = {}
+    models: dict[_ModelName, LockedModel] = {}
 
 
 def lock_path(manifest: Path) -> Path:
@@ -124,20 +164,19 @@ def read_lock(path: Path) -> Lock:
     Raises
     ------
     HeadgramError
-        If the file is damaged or of another version.
+        If the file is damaged, too large, or of another version.
     """
-    if not path.exists():
-        return Lock()
     try:
-        content = json.loads(path.read_bytes())
+        text = read_bounded(path, _LARGEST)
+        content = parse_json(text)
         version = content.get("schema_version") if isinstance(content, dict) else None
         if isinstance(version, int) and version != _VERSION:
-            raise HeadgramError(
-                f"The lock {path} has version {version}, but this headgram writes version {_VERSION}: delete it and lock again."
-            )
-        return Lock.model_validate(content)
-    except (ValidationError, ValueError, RecursionError, OSError) as error:
-        reason = str(error).splitlines()[0]
+            raise ValueError(f"it has version {version}, but this headgram writes version {_VERSION}")
+        return Lock.model_validate_json(text, strict=True)
+    except FileNotFoundError:
+        return Lock()
+    except (ValueError, OSError, RecursionError) as error:
+        reason = first_problem(error) if isinstance(error, ValidationError) else str(error)
         raise HeadgramError(f"The lock {path} cannot be read ({reason}): delete it, and `headgram lock` makes it anew.") from None
 
 
@@ -168,7 +207,7 @@ def missing_rows(rows: Iterable[Row], lock: Lock) -> list[Row]:
     return [row for row in rows if row.name not in lock.models or not lock.models[row.name].asks_for(row)]
 
 
-def locked_file(location: Location | RemoteLocation, name: str) -> LockedFile:
+def locked_file(location: AnyLocation, name: str) -> LockedFile:
     """What the lock says of a file of a source."""
     return LockedFile(name=name, bytes=location.size(name), sample=location.sample(name))
 
@@ -180,7 +219,7 @@ def changes(name: str, entry: LockedModel) -> list[str]:
     not asked: there, a commit names its content.
     """
     try:
-        location = locate_here(entry.source, entry.commit)
+        location = locate_here(entry.source, entry.commit, entry.base)
         changed = [file.name for file in entry.files if not file.agrees_with(locked_file(location, file.name))]
     except (HeadgramError, OSError):
         return []
@@ -190,7 +229,7 @@ def changes(name: str, entry: LockedModel) -> list[str]:
 def file_times(entry: LockedModel) -> dict[str, tuple[int, int]]:
     """Size and time of change of a source's files, by name; empty if the source is gone."""
     try:
-        location = locate_here(entry.source, entry.commit)
+        location = locate_here(entry.source, entry.commit, entry.base)
         return {file.name: location.state(file.name) for file in entry.files}
     except (HeadgramError, OSError):
         return {}

@@ -3,18 +3,51 @@
 from __future__ import annotations
 
 import csv
+import difflib
+import io
+import math
 import re
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from headgram.errors import HeadgramError
+from headgram.foreign import read_bounded
 
 COLUMNS = ("name", "source", "revision")
 #: Columns that a manifest may add for a checkpoint that does not state these itself.
-OVERRIDE_COLUMNS = ("model_type", "heads", "kv_heads", "head_dim")
-_HEADER = f"with the columns {', '.join(COLUMNS)} in its first line (where needed also {', '.join(OVERRIDE_COLUMNS)})"
+OVERRIDE_COLUMNS = ("model_type", "heads", "kv_heads", "head_dim", "base", "prefix")
+#: Those of them that are numbers.
+COUNTS = ("heads", "kv_heads", "head_dim")
+#: Columns that say which models share a residual basis, and in which order; all further columns are labels.
+LINEAGE_COLUMNS = ("lineage", "step")
+_KNOWN = COLUMNS + OVERRIDE_COLUMNS + LINEAGE_COLUMNS
+_HEADER = f"with the columns {', '.join(COLUMNS)} in its first line (where needed also {', '.join(_KNOWN[len(COLUMNS) :])})"
 _FORM = f"{_HEADER}, separated by tabs"
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
+#: A manifest of a million models is smaller.
+_LARGEST = 64 * 2**20
+#: What a model may be called: its name is part of file names.
+MODEL_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
+_LABEL = re.compile(r"[A-Za-z][A-Za-z0-9_]{0,49}")
+
+
+@dataclass(frozen=True)
+class Labels:
+    """What the manifest says of a model besides where it lies.
+
+    Attributes
+    ----------
+    lineage
+        Its models share a residual basis: checkpoints of one training, a base and its fine-tunes. Empty for a model of none.
+    step
+        Where in its lineage a model stands.
+    others
+        The cells of all further columns, those that are not empty.
+    """
+
+    lineage: str = ""
+    step: float | None = None
+    others: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -26,6 +59,7 @@ class Row:
     source: str
     revision: str | None
     overrides: dict[str, str | int]
+    labels: Labels = Labels()
 
 
 @dataclass(frozen=True)
@@ -35,6 +69,11 @@ class Manifest:
     path: Path
     rows: tuple[Row, ...]
     problems: tuple[str, ...]
+
+    @property
+    def labels(self) -> dict[str, Labels]:
+        """Lineage, step and labels of every good row, by name."""
+        return {row.name: row.labels for row in self.rows}
 
     def check(self, *more: str) -> None:
         """Report every problem of the table, and more that were found elsewhere, at once.
@@ -46,7 +85,7 @@ class Manifest:
         """
         if problems := (*self.problems, *more):
             count = f"{len(problems)} bad {'entry' if len(problems) == 1 else 'entries'}"
-            raise HeadgramError(f"The manifest {self.path} has {count}:\n  " + "\n  ".join(problems))
+            raise HeadgramError(f"The manifest {self.path} has {count}:", *problems)
 
 
 def read_manifest(path: Path) -> Manifest:
@@ -58,11 +97,11 @@ def read_manifest(path: Path) -> Manifest:
         If the table as a whole cannot be read.
     """
     try:
-        with path.open(newline="", encoding="utf-8-sig") as file:
-            lines = list(enumerate(csv.reader(file, delimiter="\t", quoting=csv.QUOTE_NONE), start=1))
+        text = read_bounded(path, _LARGEST).decode("utf-8-sig")
+        lines = list(enumerate(csv.reader(io.StringIO(text, newline=""), delimiter="\t", quoting=csv.QUOTE_NONE), start=1))
     except FileNotFoundError:
         raise HeadgramError(f"There is no manifest {path}: create it, {_FORM}.") from None
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, ValueError, csv.Error) as error:
         raise HeadgramError(f"The manifest {path} cannot be read ({error}).") from None
     lines = [(number, cells) for number, cells in lines if any(cell.strip() for cell in cells) and not cells[0].startswith("#")]
     if not lines:
@@ -72,6 +111,7 @@ def read_manifest(path: Path) -> Manifest:
     rows: list[Row] = []
     problems: list[str] = []
     seen: dict[str, int] = {}
+    steps: dict[tuple[str, float | None], int] = {}
     for number, cells in body:
         values = {key: cell.strip() for key, cell in zip(header, cells, strict=False)}
         found = _problems_of(values, len(cells), len(header))
@@ -79,6 +119,10 @@ def read_manifest(path: Path) -> Manifest:
         if name.lower() in seen:
             found.append(f"the name '{name}' is taken by line {seen[name.lower()]} (case does not count)")
         seen.setdefault(name.lower(), number)
+        place = values.get("lineage", ""), _number(values.get("step", ""))
+        if place[0] and place[1] is not None and place in steps:
+            found.append(f"the step {values['step']} of the lineage '{place[0]}' is taken by line {steps[place]}")
+        steps.setdefault(place, number)
         problems += [f"line {number} ({name or 'no name'}): {problem}" for problem in found]
         if not found:
             rows.append(_row(number, values))
@@ -89,14 +133,18 @@ def read_manifest(path: Path) -> Manifest:
 
 def _check_header(path: Path, header: list[str]) -> None:
     missing = [column for column in ("name", "source") if column not in header]
-    unknown = [column for column in header if column not in COLUMNS + OVERRIDE_COLUMNS]
-    if missing or unknown or len(set(header)) < len(header):
-        what = "repeats a column"
-        if missing:
-            what = f"lacks the column '{missing[0]}'"
-        elif unknown:
-            what = f"has the unknown column '{unknown[0]}'"
+    if missing or len(set(header)) < len(header):
+        what = f"lacks the column '{missing[0]}'" if missing else "repeats a column"
         raise HeadgramError(f"The manifest {path} {what}: write it {_FORM}.")
+    for column in (column for column in header if column not in _KNOWN):
+        near = difflib.get_close_matches(column.lower(), _KNOWN, n=1, cutoff=0.8)
+        if near:
+            what = f"is nearly '{near[0]}': write that, or give a label another name"
+        elif not _LABEL.fullmatch(column):
+            what = "is no label's name, which is made of letters, digits and '_', and begins with a letter"
+        else:
+            continue
+        raise HeadgramError(f"The manifest {path} has the column '{column}', which {what}.")
 
 
 def _problems_of(values: dict[str, str], cells: int, columns: int) -> list[str]:
@@ -106,17 +154,30 @@ def _problems_of(values: dict[str, str], cells: int, columns: int) -> list[str]:
     if cells > columns:
         problems.append(f"{cells} cells, but only {columns} columns")
     name = values.get("name", "")
-    if not _NAME.fullmatch(name) or _is_number(name):
+    if not MODEL_NAME.fullmatch(name) or _is_number(name):
         problems.append(
             f"the name '{name}' must be made of letters, digits, '.', '_' and '-', begin with a letter or digit, "
             "and not be a number"
         )
     if not values.get("source"):
         problems.append("the source is missing")
-    for key in ("heads", "kv_heads", "head_dim"):
+    for key in COUNTS:
         if values.get(key) and not re.fullmatch(r"[1-9]\d{0,5}", values[key]):
             problems.append(f"{key} is '{values[key]}', not a positive whole number")
+    if values.get("step") and _number(values["step"]) is None:
+        problems.append(f"the step is '{values['step']}', not a number")
+    if values.get("lineage") and not values.get("step"):
+        problems.append(f"the lineage '{values['lineage']}' needs a step, a number: of a base 0, of its fine-tunes 1, 2, …")
     return problems
+
+
+def _number(text: str) -> float | None:
+    """A finite decimal number."""
+    try:
+        value = float(text)
+    except ValueError:
+        return None
+    return value if math.isfinite(value) and "_" not in text else None
 
 
 def _is_number(name: str) -> bool:
@@ -134,5 +195,7 @@ def _row(line: int, values: dict[str, str]) -> Row:
     overrides: dict[str, str | int] = {}
     for key in OVERRIDE_COLUMNS:
         if values.get(key):
-            overrides[key] = values[key] if key == "model_type" else int(values[key])
-    return Row(line, values["name"], values["source"], values.get("revision") or None, overrides)
+            overrides[key] = int(values[key]) if key in COUNTS else values[key]
+    others = {key: value for key, value in values.items() if key not in _KNOWN and value}
+    labels = Labels(values.get("lineage", ""), _number(values.get("step", "")), others)
+    return Row(line, values["name"], values["source"], values.get("revision") or None, overrides, labels)

@@ -6,6 +6,7 @@ Nothing here imports torch: the Snakefile reads this module at parse time.
 from __future__ import annotations
 
 import difflib
+import os
 import re
 import reprlib
 from collections.abc import Mapping
@@ -24,10 +25,15 @@ from pydantic import (
 )
 
 from headgram.errors import HeadgramError
+from headgram.foreign import read_bounded
 
 #: Says what a bad value is; a nested one may be far larger than its text, by aliases.
 _BRIEF = reprlib.Repr()
 _BRIEF.maxlevel = 2
+#: More directions or layers than any model has.
+MOST = 2**24
+#: A configuration file is smaller; reading YAML takes a second for every hundred kilobytes.
+_LARGEST = 2**20
 _UNITS = {"": 1, "b": 1, "kib": 2**10, "mib": 2**20, "gib": 2**30, "kb": 10**3, "mb": 10**6, "gb": 10**9}
 
 
@@ -59,22 +65,39 @@ def _no_truth_value(value: Any) -> Any:
     return value
 
 
-def _plain_folder(value: str) -> str:
+def _plain_path(value: str) -> str:
     if not value or {"{", "}", "\0"} & set(value):
-        raise ValueError("a folder's name without braces is needed")
-    return str(Path(value).expanduser())
+        raise ValueError("a name without braces is needed")
+    try:
+        path = Path(value).expanduser()
+        lengths = [len(os.fsencode(part)) for part in (str(path), *path.parts)]
+    except RuntimeError as error:
+        raise ValueError(f"{error}: write the folder out") from None
+    except UnicodeEncodeError:
+        raise ValueError("a name that can be encoded is needed") from None
+    if lengths[0] > 4000 or max(lengths[1:], default=0) > 255:
+        raise ValueError("no system has names as long as that")
+    return str(path)
 
 
 def _each_once(value: tuple[str, ...]) -> tuple[str, ...]:
-    if not value or len(set(value)) < len(value):
-        raise ValueError("at least one circuit is needed, and each once")
+    if len(set(value)) < len(value):
+        raise ValueError("a list is needed that holds each word once")
+    return value
+
+
+def _at_least_one(value: tuple[str, ...]) -> tuple[str, ...]:
+    if not value:
+        raise ValueError("at least one is needed")
     return value
 
 
 _NUMBER = BeforeValidator(_no_truth_value)
-Circuits = Annotated[tuple[Literal["qk", "ov"], ...], AfterValidator(_each_once)]
-LayerCount = Annotated[Annotated[int, Field(ge=1)] | Literal["auto"], _NUMBER]
-Folder = Annotated[str, AfterValidator(_plain_folder)]
+Circuits = Annotated[tuple[Literal["qk", "ov"], ...], AfterValidator(_each_once), AfterValidator(_at_least_one)]
+Pairs = Annotated[tuple[Literal["neighbours", "first", "last", "all"], ...], AfterValidator(_each_once)]
+LayerCount = Annotated[Annotated[int, Field(ge=1, le=MOST)] | Literal["auto"], _NUMBER]
+#: A path, of which Snakemake makes names of files: its wildcards are written in braces.
+PlainPath = Annotated[str, AfterValidator(_plain_path)]
 
 
 class _Section(BaseModel):
@@ -97,11 +120,13 @@ class Eigen(_Section):
     topk: Annotated[int, _NUMBER] = Field(
         8,
         ge=1,
+        le=MOST,
         description="Directions kept per head: right, left and signed. At most the head's rank.",
     )
     tolerance: Annotated[float, _NUMBER] = Field(
         1e-9,
         gt=0,
+        le=1,
         allow_inf_nan=False,
         description="Largest residual of the identities that a result may show; above it the job stops "
         "and names model, layer and head. Residuals are relative to `sum ‖q_i‖ ‖k_i‖` over the rows and are near 1e-14.",
@@ -132,6 +157,31 @@ class Gram(_Section):
     )
 
 
+class Lineage(_Section):
+    """Models that share a residual basis, compared head by head."""
+
+    pairs: Pairs = Field(
+        ("neighbours", "first"),
+        description="Which models of a lineage are compared, in the order of their steps: each with its predecessor "
+        "(`neighbours`), all with the `first`, all with the `last`, or `all` with all; a list of these, which may be empty.",
+    )
+
+
+class Composition(_Section):
+    """Which heads write what later heads read."""
+
+    enabled: bool | Literal["auto"] = Field(
+        "auto",
+        description="Write the tables `composition` and `channels` of every stack that is measured in both circuits. "
+        "`auto` does so unless that costs more than 2e14 operations, and the run says so.",
+    )
+    strongest: Annotated[int, _NUMBER] = Field(
+        64,
+        ge=0,
+        description="Of how many of the strongest pairs of each kind the composed form itself is looked at (`channels`).",
+    )
+
+
 class Original(_Section):
     """The two files that the original script writes, number for number."""
 
@@ -159,12 +209,12 @@ class Report(_Section):
 class Config(_Section):
     """Every option of headgram."""
 
-    manifest: str = Field(
+    manifest: PlainPath = Field(
         "config/models.tsv",
         description="The table of models. Its lock lies beside it: `models.tsv` has `models.lock.json`.",
         min_length=1,
     )
-    results: Folder = Field("results", description="The folder that receives every artifact.")
+    results: PlainPath = Field("results", description="The folder that receives every artifact.")
     circuits: Circuits = Field(
         ("qk", "ov"),
         description="Which forms of a head are measured: `qk`, what it looks for (`W_K^T W_Q`), and `ov`, what it moves "
@@ -181,6 +231,8 @@ class Config(_Section):
     weights: Weights = Field(default_factory=Weights, description=Weights.__doc__)
     eigen: Eigen = Field(default_factory=Eigen, description=Eigen.__doc__)
     gram: Gram = Field(default_factory=Gram, description=Gram.__doc__)
+    lineage: Lineage = Field(default_factory=Lineage, description=Lineage.__doc__)
+    composition: Composition = Field(default_factory=Composition, description=Composition.__doc__)
     original: Original = Field(default_factory=Original, description=Original.__doc__)
     export: Export = Field(default_factory=Export, description=Export.__doc__)
     report: Report = Field(default_factory=Report, description=Report.__doc__)
@@ -197,7 +249,9 @@ def read_options(path: Path | None, given: Mapping[str, Any]) -> dict[str, Any]:
         If the file is not plain YAML with keys at its top level.
     """
     try:
-        content = yaml.safe_load(path.read_bytes()) if path and path.exists() else None
+        content = yaml.safe_load(read_bounded(path, _LARGEST)) if path else None
+    except FileNotFoundError:
+        content = None
     except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         reason = " ".join(str(error).split())
         raise HeadgramError(f"{path} cannot be read as plain YAML ({reason:.300}).") from None
@@ -231,12 +285,20 @@ def load_config(raw: dict[str, Any]) -> Config:
         raise HeadgramError(f"The configuration is not valid: {problems}.") from None
 
 
+def _brief(value: Any) -> str:
+    try:
+        return f"{_BRIEF.repr(value):.200}"
+    except ValueError:  # Python writes no number of many thousand digits
+        return "a number of thousands of digits"
+
+
 def _describe(problem: Any) -> str:
     # A union's error path ends in the name of the branch that was tried; only our own keys matter.
-    path = [str(part) for part in problem["loc"] if str(part) in known_keys() or problem["type"] == "extra_forbidden"]
+    names = [part if isinstance(part, str) else _brief(part) for part in problem["loc"]]
+    path = [name for name in names if name in known_keys() or problem["type"] == "extra_forbidden"]
     key = ".".join(path)
     if problem["type"] != "extra_forbidden":
-        return f"{key} = {_BRIEF.repr(problem['input']):.200}: {problem['msg'].removeprefix('Value error, ')}"
+        return f"{key} = {_brief(problem['input'])}: {problem['msg'].removeprefix('Value error, ')}"
     near = difflib.get_close_matches(path[-1], known_keys(), n=1, cutoff=0.5)
     full = [name for name in option_paths() if near and name.split(".")[-1] == near[0]]
     hint = f" (did you mean '{full[0]}'?)" if full else ""

@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from pydantic import BaseModel
@@ -20,7 +20,9 @@ from headgram.geometry.costs import Sizes, cheapest, flops
 from headgram.results.paths import Results
 from headgram.results.record import Identity, canonical, digest
 from headgram.study.keys import code_digest, page_digest
+from headgram.study.lineages import Pair, pairs
 from headgram.study.lock import LockedCircuit, LockedModel, LockedStack
+from headgram.study.manifest import Labels
 from headgram.study.options import Config
 
 #: What one core does, roughly; only the sizes of jobs follow from it.
@@ -86,7 +88,9 @@ class ModelPlan:
 
     name: str
     entry: LockedModel
+    labels: Labels
     heads: dict[Place, HeadsPlan]  # circuit by circuit, the stacks in the model's order
+    composed: tuple[str, ...]  # the stacks whose compositions are measured
     identities: dict[tuple[str, str], Identity]  # by stage and circuit, which is empty where a stage takes all
 
     @property
@@ -101,7 +105,26 @@ class Plan:
 
     config: Config
     models: dict[str, ModelPlan]
+    pairs: list[Pair]  # of models of one lineage
     report: Identity  # of the page and the figures of all models
+    pair_code: str  # the digest of the stage `lineage`
+
+    def pair_places(self, pair: Pair) -> list[Place]:
+        """The circuits and stacks that both models of a pair have."""
+        ours, theirs = (self.models[name].heads for name in pair)
+        return [place for place in ours if place in theirs]
+
+    def pair_identity(self, pair: Pair) -> Identity:
+        """What the tables about a model and an earlier one follow from."""
+        models = [self.models[name] for name in reversed(pair)]
+        places = self.pair_places(pair)
+        circuits = list(dict.fromkeys(circuit for circuit, _ in places))
+        upstream = [
+            model.identities[stage, circuit].key for model in models for stage in ("extract", "eigen") for circuit in circuits
+        ]
+        all_pairs = all(model.heads[place].all_pairs for model in models for place in places)
+        options = {"export": self.config.export.model_dump(mode="json"), "gram": {"pairs": "all" if all_pairs else "same"}}
+        return Identity("lineage", canonical(options), models[1].entry.fingerprint, self.pair_code, tuple(upstream))
 
     def records(self) -> dict[str, str]:
         """The key of every artifact, by its record's path below the results folder."""
@@ -109,15 +132,17 @@ class Plan:
         keys = {paths.record("report"): self.report.key}
         for name, model in self.models.items():
             key = {stage: identity.key for stage, identity in model.identities.items()}
-            keys |= {paths.record(stage, name): key[stage, ""] for stage in ("merge", "derive")}
+            keys |= {paths.record(stage, name): found for (stage, circuit), found in key.items() if not circuit}
             for (circuit, stack), plan in model.heads.items():
                 for stage, parts in (("extract", plan.groups), ("eigen", plan.shards), ("gram", plan.rows)):
                     keys |= {paths.record(stage, name, stack, circuit, part): key[stage, circuit] for part in parts}
+        for pair in self.pairs:
+            keys[paths.record("lineage", pair[0], name=pair[1])] = self.pair_identity(pair).key
         return {paths.relative(path): key for path, key in keys.items()}
 
 
 def left_out(plan: Plan) -> list[str]:
-    """A sentence about every circuit that a model lacks, and every model of which all heads with all would cost too much."""
+    """A sentence about every circuit that a model lacks, and every model of which something would cost too much."""
     absent = [
         f"{name}, stack {stack.name}: without the circuit {circuit}: {stack.missing[circuit]}"
         for name, model in plan.models.items()
@@ -125,29 +150,39 @@ def left_out(plan: Plan) -> list[str]:
         for circuit in plan.config.circuits
         if circuit in stack.missing
     ]
-    if plan.config.gram.pairs != "auto":
-        return absent
-    short = [name for name, model in plan.models.items() if not all(heads.all_pairs for heads in model.heads.values())]
-    return absent + [
+    costly = [
         f"{name}: all heads with all would cost more than {MOST_PAIR_FLOPS:.0e} operations, so heads of the same index alone "
         "are multiplied; --config 'gram={pairs: all}' multiplies all"
-        for name in short
+        for name, model in plan.models.items()
+        if plan.config.gram.pairs == "auto" and not all(heads.all_pairs for heads in model.heads.values())
     ]
+    uncomposed = [
+        f"{name}, stack {stack}: without composition, which would cost more than {MOST_PAIR_FLOPS:.0e} operations; "
+        "--config 'composition={enabled: true}' measures it"
+        for name, model in plan.models.items()
+        for stack in _in_both_circuits(model.heads)
+        if plan.config.composition.enabled == "auto" and stack not in model.composed
+    ]
+    return absent + costly + uncomposed
 
 
-def make_plan(entries: Mapping[str, LockedModel], config: Config, scripts: Path) -> Plan:
-    """Plan every model of the manifest, given its entry in the lock, and the folder of the stages' scripts.
+def make_plan(
+    entries: Mapping[str, LockedModel], config: Config, scripts: Path, labels: Mapping[str, Labels] | None = None
+) -> Plan:
+    """Plan every model of the manifest, given its entry in the lock, the folder of the stages' scripts, and the models' labels.
 
     Raises
     ------
     HeadgramError
         If the lock holds an architecture that this version does not know, or a model has none of the circuits that are asked for.
     """
-    models = {name: _plan_model(name, entry, config, scripts) for name, entry in entries.items()}
-    return Plan(config, models, _report_identity(models, scripts))
+    labels = {name: (labels or {}).get(name, Labels()) for name in entries}
+    models = {name: _plan_model(name, entry, labels[name], config, scripts) for name, entry in entries.items()}
+    code = code_digest("lineage", scripts / "lineage.py")
+    return Plan(config, models, pairs(labels, config.lineage.pairs), _report_identity(models, scripts), code)
 
 
-def _plan_model(name: str, entry: LockedModel, config: Config, scripts: Path) -> ModelPlan:
+def _plan_model(name: str, entry: LockedModel, labels: Labels, config: Config, scripts: Path) -> ModelPlan:
     heads: dict[Place, HeadsPlan] = {
         (circuit, stack.name): _plan_heads(stack, circuit, config)
         for circuit in config.circuits
@@ -161,7 +196,19 @@ def _plan_model(name: str, entry: LockedModel, config: Config, scripts: Path) ->
             "give other circuits (--config 'circuits=[qk]') or remove its row."
         )
     circuits = list(dict.fromkeys(circuit for circuit, _ in heads))
-    return ModelPlan(name, entry, heads, _identities(entry, circuits, config, scripts))
+    enabled = config.composition.enabled
+    composed = tuple(
+        stack
+        for stack in _in_both_circuits(heads)
+        if enabled is True
+        or (enabled == "auto" and _composition_flops(heads["qk", stack], heads["ov", stack]) <= MOST_PAIR_FLOPS)
+    )
+    return ModelPlan(name, entry, labels, heads, composed, _identities(entry, labels, circuits, bool(composed), config, scripts))
+
+
+def _in_both_circuits(heads: Mapping[Place, HeadsPlan]) -> list[str]:
+    """The stacks of which both circuits are measured."""
+    return [stack for circuit, stack in heads if circuit == "qk" and ("ov", stack) in heads]
 
 
 def stage_config(stage: str, config: Config, circuit: str = "qk") -> str:
@@ -172,14 +219,18 @@ def stage_config(stage: str, config: Config, circuit: str = "qk") -> str:
         "extract": {"weights": config.weights},
         "eigen": {"eigen": config.eigen, "original": config.original},
         "gram": {"gram": config.gram},
+        "composition": {"composition": config.composition, "export": config.export},
         "merge": {"export": config.export, "original": config.original},
         "derive": {"export": config.export},
     }
     return canonical({name: section.model_dump(mode="json") for name, section in sections[stage].items()})
 
 
-def _identities(entry: LockedModel, circuits: Sequence[str], config: Config, scripts: Path) -> dict[tuple[str, str], Identity]:
-    code = {stage: code_digest(stage, scripts / f"{stage}.py") for stage in ("extract", "eigen", "gram", "merge", "derive")}
+def _identities(
+    entry: LockedModel, labels: Labels, circuits: Sequence[str], composed: bool, config: Config, scripts: Path
+) -> dict[tuple[str, str], Identity]:
+    stages = ("extract", "eigen", "gram", "merge", "derive", "composition")
+    code = {stage: code_digest(stage, scripts / f"{stage}.py") for stage in stages}
     find = family_of_gguf if entry.format == "gguf" and "model_type" not in entry.overrides else family_of
     reads_weights = digest(code["extract"], family_text(find(entry.architecture).name))
     found: dict[tuple[str, str], Identity] = {}
@@ -193,10 +244,14 @@ def _identities(entry: LockedModel, circuits: Sequence[str], config: Config, scr
     merge = Identity(
         "merge", stage_config("merge", config), entry.fingerprint, code["merge"], measured["eigen"] + measured["gram"]
     )
-    derive = Identity(
-        "derive", stage_config("derive", config), entry.fingerprint, code["derive"], (merge.key, *measured["eigen"])
-    )
-    return found | {("merge", ""): merge, ("derive", ""): derive}
+    writes_labels = digest(code["derive"], canonical(asdict(labels)))
+    derive = Identity("derive", stage_config("derive", config), entry.fingerprint, writes_labels, (merge.key, *measured["eigen"]))
+    found |= {("merge", ""): merge, ("derive", ""): derive}
+    if composed:
+        upstream = tuple(found["extract", circuit].key for circuit in ("qk", "ov"))
+        options = stage_config("composition", config)
+        found["composition", ""] = Identity("composition", options, entry.fingerprint, code["composition"], upstream)
+    return found
 
 
 def _report_identity(models: Mapping[str, ModelPlan], scripts: Path) -> Identity:
@@ -250,6 +305,17 @@ def _tile_flops(stack: LockedStack, rank: int, layers: int, all_pairs: bool) -> 
     own, shared = layers * stack.heads, layers * stack.kv_heads
     sizes = Sizes((own, own), (shared, shared), (own, own), (rank, rank), stack.hidden, same=True)
     return flops(cheapest(sizes), sizes)
+
+
+def _composition_flops(qk: HeadsPlan, ov: HeadsPlan) -> float:
+    """Operations of all compositions of a stack: the three kinds, every head with every head."""
+    count = len(qk.stack.layers) * qk.stack.heads
+    both = (count, count)
+    of_kinds = [
+        Sizes(both, both, both, (reading.locked.rank, ov.locked.rank), qk.stack.hidden, same=False, symmetric=True)
+        for reading in (qk, qk, ov)
+    ]
+    return sum(flops(cheapest(sizes), sizes) for sizes in of_kinds)
 
 
 def _cut(layers: Layers, size: float) -> list[Layers]:

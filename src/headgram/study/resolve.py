@@ -11,11 +11,13 @@ import json
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from headgram.checkpoints.checkpoint import Checkpoint, Stack, open_checkpoint
-from headgram.checkpoints.sources import Location
+from pydantic import ValidationError
+
+from headgram.checkpoints.checkpoint import Checkpoint, open_checkpoint
+from headgram.checkpoints.stack import Stack
 from headgram.errors import HeadgramError
+from headgram.foreign import first_problem, plain
 from headgram.forms.circuits import CIRCUITS
 from headgram.proofs.adopt import open_or_derive
 from headgram.results.record import canonical, digest
@@ -31,15 +33,12 @@ from headgram.study.lock import (
 )
 from headgram.study.manifest import Row, read_manifest
 
-if TYPE_CHECKING:
-    from headgram.checkpoints.hub import RemoteLocation
-
 
 def main(manifest: Path, doubtful: Sequence[str]) -> None:
     """Resolve the missing rows of a manifest, and compare others with the lock."""
     lock = read_lock(lock_path(manifest))
     rows = missing_rows(read_manifest(manifest).rows, lock)
-    models, problems = resolve_all(rows, progress=lambda line: print(line, file=sys.stderr))
+    models, problems = resolve_all(rows, progress=lambda line: print(plain(line), file=sys.stderr))
     problems += [sentence for name in doubtful for sentence in compare(name, lock.models[name])]
     print(json.dumps({"models": {name: entry.model_dump(mode="json") for name, entry in models.items()}, "problems": problems}))
 
@@ -57,6 +56,8 @@ def resolve_all(
             progress(f"resolved {row.name}: {entry.architecture}{how}, fingerprint {entry.fingerprint[:12]}")
         except (HeadgramError, OSError) as error:
             problems.append(f"line {row.line} ({row.name}): {error}")
+        except ValidationError as error:  # no lock could hold that
+            problems.append(f"line {row.line} ({row.name}): {row.source} holds what no model has ({first_problem(error)})")
     return models, problems
 
 
@@ -86,7 +87,7 @@ def resolve(row: Row) -> LockedModel:
     with checkpoint:
         stacks = tuple(_locked_stack(checkpoint, stack) for stack in checkpoint.stacks)
         location = checkpoint.location
-        files = tuple(locked_file(location, name) for name in _names(location))
+        files = tuple(locked_file(location, name) for name in (*location.weights, *location.described_by))
         content = {
             "architecture": checkpoint.architecture,
             "overrides": row.overrides,
@@ -97,6 +98,7 @@ def resolve(row: Row) -> LockedModel:
             revision=row.revision,
             overrides=row.overrides,
             commit=location.commit,
+            base=location.base,
             format=location.format,
             architecture=checkpoint.architecture,
             derived=derived is not None,
@@ -128,11 +130,6 @@ def _why_not(stack: Stack, circuit: str) -> str | None:
     if not reasons and circuit == "ov" and stack.output_width != stack.hidden:
         reasons = [f"its heads read a stream of width {stack.hidden} and write to one of width {stack.output_width}"]
     return reasons[0] if reasons else None
-
-
-def _names(location: Location | RemoteLocation) -> list[str]:
-    has_config = location.format != "gguf" and location.config() is not None
-    return [*location.weights, *(["config.json"] if has_config else [])]
 
 
 if __name__ == "__main__":

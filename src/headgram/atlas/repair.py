@@ -1,0 +1,92 @@
+"""Prepare a results folder so that the next run makes anew what is wrong in it."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+import filelock
+
+from headgram.atlas.verify import Finding
+from headgram.errors import HeadgramError
+from headgram.results.claims import Writing, claim, claimed
+from headgram.results.files import link_on_the_way, remove_temporaries, write_text
+from headgram.results.record import read_record
+
+
+def repair(results: Path, findings: Iterable[Finding], keys: Mapping[str, str]) -> list[Finding]:
+    """Have the next run make anew what is wrong.
+
+    The record of an artifact that is asked for is emptied: so the artifact is there, but is not what is asked for, and its job
+    runs, whether or not anything else needs what it writes. An artifact that nobody asks for any more is removed, and so is what
+    headgram left without a record. Nothing is removed of which neither a record nor a claim says that it is headgram's.
+
+    Parameters
+    ----------
+    results
+        The results folder.
+    findings
+        What `verify` found.
+    keys
+        What is asked for, by record.
+
+    Returns
+    -------
+    list of Finding
+        What is left, since no run mends it.
+
+    Raises
+    ------
+    HeadgramError
+        If a run works on the folder, or it cannot be written.
+    """
+    lock = filelock.FileLock(results / ".lock", timeout=0)
+    try:
+        with lock:
+            ours = {results / name for name in claimed(results) if not link_on_the_way(results / name, results)}
+            remove_temporaries(ours)
+            return [finding for finding in findings if not _mend(finding, results, keys, ours)]
+    except filelock.Timeout:
+        raise HeadgramError(f"A run works on {results}: wait for it, and repair then.") from None
+    except OSError as error:
+        raise HeadgramError(f"{results} cannot be repaired ({error.strerror or error}).") from None
+
+
+def _mend(finding: Finding, results: Path, keys: Mapping[str, str], ours: set[Path]) -> bool:
+    """Prepare for one finding; whether a run, or this, mends it."""
+    if finding.path is None or finding.mended_by in ("run", "you"):
+        return finding.mended_by == "run"
+    name = Path(os.path.relpath(finding.path, results)).as_posix()
+    path = results / name
+    if os.pardir in Path(name).parts or link_on_the_way(path, results):
+        return False
+    if finding.mended_by == "anew" and name in keys:
+        return _make_stale(path, results)
+    files = _named_by(path, results) if finding.mended_by == "anew" else []
+    if not files and path not in ours:
+        return not os.path.lexists(path)
+    for file in (*files, path):
+        file.unlink(missing_ok=True)
+    return True
+
+
+def _make_stale(record: Path, results: Path) -> bool:
+    """Empty a record, once its files are claimed; whether that could be done."""
+    with contextlib.suppress(HeadgramError):
+        claim(results, [Writing(record, [record, *_named_by(record, results)])])
+        write_text(record, "")
+        return True
+    return False
+
+
+def _named_by(record: Path, results: Path) -> list[Path]:
+    """The data files of a record that lie in the results folder, and not beyond a link; none if it cannot be read."""
+    try:
+        names = read_record(record).files
+    except HeadgramError:
+        return []
+    files = [results / os.path.relpath(record.parent / name, results) for name in names]
+    inside = [file for file in files if os.pardir not in file.relative_to(results).parts]
+    return [file for file in inside if not link_on_the_way(file, results) and (file.is_symlink() or not file.is_dir())]

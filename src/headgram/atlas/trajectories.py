@@ -1,0 +1,52 @@
+"""Numbers of heads and layers over the steps of a lineage: what `Atlas.trajectory` gives."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import numpy as np
+import xarray as xr
+
+from headgram.atlas.reader import Atlas
+from headgram.errors import HeadgramError
+from headgram.results.tables import DRIFT, HEADS, LAYERS
+
+#: What each model is compared with, and the word of the option `lineage.pairs` that asks for it.
+_OPTION = {"first": "first", "previous": "neighbours"}
+
+
+def trajectory(
+    atlas: Atlas, column: str, lineage: str, stack: str, circuit: str, to: Literal["first", "previous"] | None
+) -> xr.DataArray:
+    """A column of the tables of every model of a lineage, or of every pair, joined along the steps."""
+    steps = atlas.lineage(lineage)
+    models = list(steps)
+    name = _table_of(column, to)
+    pairs = [(model, "") for model in models]
+    if to:
+        pairs = [(models[i], models[0 if to == "first" else i - 1]) for i in range(1, len(models))]
+    if not pairs:
+        raise HeadgramError(f"the lineage '{lineage}' has one model, which is compared with no other")
+    keys = ["layer"] if name == "layers" else ["layer", "head"]
+    arrays = []
+    for model, other in pairs:
+        if to and other not in atlas.others(model):
+            raise HeadgramError(f"{model} was not compared with {other}: run again with '{_OPTION[to]}' in lineage.pairs")
+        table = atlas.of_heads(name, model, stack, circuit)
+        rows = table[table["other"] == other] if to else table
+        arrays.append(rows.set_index(keys)[column].to_xarray())
+    joined: xr.DataArray = xr.concat(arrays, dim="step", join="exact").transpose("step", *keys)
+    attributes = {"lineage": lineage, "stack": stack, "circuit": circuit} | ({"to": to} if to else {})
+    compared = [model for model, _ in pairs]
+    at = np.array([steps[model] for model in compared])
+    return joined.assign_coords(step=at, model=("step", compared)).assign_attrs(attributes)
+
+
+def _table_of(column: str, to: str | None) -> str:
+    """The table that holds a column."""
+    schemas = {"drift": DRIFT} if to else {"heads": HEADS, "layers": LAYERS}
+    for name, schema in schemas.items():
+        if column in schema.names and schema.field(column).type == "double":
+            return name
+    hint = ": ask for to='first' or to='previous'" if not to and column in DRIFT.names else ""
+    raise HeadgramError(f"the tables {' and '.join(schemas)} have no number '{column}'{hint}")

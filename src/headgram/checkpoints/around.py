@@ -1,0 +1,210 @@
+"""What stands around the projections of one layer: norms, biases, rotary encoding, the scale and the bound of its scores."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, NoReturn
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from headgram.checkpoints.dimensions import Section
+from headgram.checkpoints.rotary import mscale, positive, rotary_of
+from headgram.checkpoints.stores import TensorStore
+from headgram.errors import HeadgramError
+from headgram.families.around import AROUND, AroundRule, NormRule, ScaleRule
+from headgram.families.layouts import LAYOUTS, Dimensions, Part, undo_gguf_permutation
+from headgram.forms.reading import Norm, Rotary
+from headgram.geometry.checks import is_finite
+
+_UNSAID = "the family's data do not say what it is, for it is not proven"
+
+
+@dataclass(frozen=True)
+class Surroundings:
+    """What is known of a stack besides its factors; names of a layer's modules begin with `prefix` and `block`."""
+
+    rule: AroundRule
+    section: Section
+    prefix: str
+    block: str
+    modules: Mapping[str, str]
+    layout: str
+    dims: Dimensions
+    permuted: bool = False
+
+    @property
+    def missing(self) -> dict[str, str]:
+        """The roles that cannot be read, each with a sentence that says why."""
+        named = {role: "biases" if role.endswith("_bias") else role for role in AROUND}
+        return {role: self.rule.unproven.get(role, _UNSAID) for role in AROUND if getattr(self.rule, named[role]) is None}
+
+
+@dataclass(frozen=True)
+class Around:
+    """What stands around the projections of one layer, read when it is asked for; from `Checkpoint.around`.
+
+    Every attribute raises a `HeadgramError` if it is not proven for the family, or if the checkpoint or its configuration lacks
+    what it follows from.
+    """
+
+    stack: str
+    layer: int
+    _known: Surroundings = field(repr=False)
+    _store: TensorStore = field(repr=False)
+
+    @property
+    def norm(self) -> Norm | None:
+        """What the block's norm does to the stream that queries and keys read; None if they read the stream as it is."""
+        return self._norm(self._said("norm", self._known.rule.norm), 1, [(self._known.dims.hidden,)])
+
+    @property
+    def query_norm(self) -> Norm | None:
+        """The norm of queries, with a row of gains for each of `H` heads; None if there is none."""
+        return self._head_norm("query_norm")
+
+    @property
+    def key_norm(self) -> Norm | None:
+        """The norm of keys, with a row of gains for each of `K` heads; None if there is none."""
+        return self._head_norm("key_norm")
+
+    @property
+    def query_bias(self) -> Float[Tensor, "heads rank"] | None:
+        """What is added to `W_Q x`; None if nothing is."""
+        return self._bias("query_bias")
+
+    @property
+    def key_bias(self) -> Float[Tensor, "kv_heads rank"] | None:
+        """What is added to `W_K x`; None if nothing is."""
+        return self._bias("key_bias")
+
+    @property
+    def scale(self) -> float:
+        """What `x_k^T g x_q` is multiplied by before the softmax."""
+        rule: ScaleRule = self._said("scale", self._known.rule.scale)
+        section = self._known.section
+        if rule.refused is not None and section.get(rule.refused) is not None:
+            self._lacks("scale", f"{section.whose} states {rule.refused}, which changes it in a way that is not known")
+        base = self._known.dims.rank if rule.config is None else self._number(rule.config)
+        scale: float = rule.value * base**rule.power * (self._number(rule.times) if rule.times else 1.0)
+        if rule.by_layer is not None and section.get(rule.by_layer):
+            scale /= self.layer + 1
+        stated = section.get("rope_parameters") or section.get("rope_scaling")
+        if rule.mscale and isinstance(stated, Mapping) and stated.get("mscale_all_dim"):
+            factor, share = (positive(section, name, stated.get(name)) for name in ("factor", "mscale_all_dim"))
+            scale *= mscale(factor, share) ** 2
+        return scale
+
+    @property
+    def cap(self) -> float | None:
+        """The bound `c` of scores that become `c tanh(s / c)`; None if they have none."""
+        name = self._said("cap", self._known.rule.cap)
+        return None if not name or self._known.section.get(name) is None else self._number(name)
+
+    def rotary(self, length: int | None = None) -> Rotary | None:
+        """How positions turn queries and keys; None if they do not.
+
+        Parameters
+        ----------
+        length
+            Of the context in tokens: a few models turn otherwise in contexts that are longer than those of their training. No
+            longer than those, if not given.
+        """
+        rule, dims = self._said("rotary", self._known.rule.rotary), self._known.dims
+        start = dims.sizes.get("nope", 0)
+        return rotary_of(rule, self._known.section, self.layer, dims.rank - start, start, length)
+
+    @property
+    def block(self) -> str:
+        """What the names of the layer's modules begin with, below the prefix."""
+        return self._known.block.format(layer=self.layer)
+
+    def names(self, role: str) -> list[str]:
+        """The tensors of this layer that hold a norm or a bias; none for other roles."""
+        if role in ("query_bias", "key_bias"):
+            return list(self._bias_names(role)[1].values())
+        if role not in ("norm", "query_norm", "key_norm"):
+            return []
+        rule = self._said(role, getattr(self._known.rule, role))
+        return [name for names in self._norm_names(rule, self._heads(role)).values() for name in names]
+
+    def _heads(self, role: str) -> int:
+        return self._known.dims.heads if role.startswith("query") else self._known.dims.kv_heads
+
+    def _head_norm(self, role: str) -> Norm | None:
+        rule, heads, rank = self._said(role, getattr(self._known.rule, role)), self._heads(role), self._known.dims.rank
+        norm = self._norm(rule, heads, [(rank,), (heads * rank,), (heads, rank)])
+        if norm is None:
+            return None
+        gain, bias = (None if part is None else part.view(-1, rank).expand(heads, rank) for part in (norm.gain, norm.bias))
+        return Norm(norm.centred, gain, bias)
+
+    def _norm(self, rule: NormRule, heads: int, shapes: list[tuple[int, ...]]) -> Norm | None:
+        if rule.kind == "none" or (self.layer == 0 and rule.not_first):
+            return None
+        found = {
+            kind: torch.cat([self._read(name, shapes) for name in names]) for kind, names in self._norm_names(rule, heads).items()
+        }
+        gain = found["weight"] + rule.plus if found else None
+        return Norm(rule.kind == "layer", gain, found.get("bias"))
+
+    def _norm_names(self, rule: NormRule, heads: int) -> dict[str, list[str]]:
+        """`weight`, and `bias` if the checkpoint holds it -> one tensor, or one for each head."""
+        if rule.module is None or (self.layer == 0 and rule.not_first):
+            return {}
+        modules = dict.fromkeys(rule.module.format(head=head) for head in range(heads))
+        names = {kind: [f"{self._place}{module}.{kind}" for module in modules] for kind in ("weight", "bias")}
+        return {kind: found for kind, found in names.items() if kind == "weight" or found[0] in self._store}
+
+    def _bias(self, role: str) -> Tensor | None:
+        """A bias is a weight that reads one channel, which is always 1."""
+        part, names = self._bias_names(role)
+        if not names:
+            return None
+        if len(part.reads) > 1:
+            self._lacks(role, f"layer {self.layer}: {next(iter(names.values()))} passes through a norm, and adds no fixed vector")
+        dims = replace(self._known.dims, hidden=1)
+        ((tensor, shape),) = part.shapes(dims).items()
+        weight = self._read(names[tensor], [(math.prod(shape),)]).view(shape)
+        side = role.removesuffix("_bias")
+        if self._known.permuted:
+            weight = undo_gguf_permutation(weight, self._heads(role))
+        return part.split(dims, **{tensor: weight})[side][..., 0]
+
+    def _bias_names(self, role: str) -> tuple[Part, dict[str, str]]:
+        """The part of the layout that gives a side, and the biases beside its weights that the checkpoint holds."""
+        self._said(role, self._known.rule.biases)
+        part = next(part for part in LAYOUTS[self._known.layout] if role.removesuffix("_bias") in part.gives)
+        names = {tensor: f"{self._place}{self._known.modules[tensor]}.bias" for tensor in part.reads}
+        return part, {tensor: name for tensor, name in names.items() if name in self._store}
+
+    @property
+    def _place(self) -> str:
+        return f"{self._known.prefix}{self._known.block}".format(layer=self.layer)
+
+    def _said(self, role: str, value: Any) -> Any:
+        if value is None:
+            self._lacks(role, self._known.missing[role])
+        return value
+
+    def _lacks(self, role: str, why: str) -> NoReturn:
+        raise HeadgramError(f"the stack '{self.stack}' has no role '{role}' to read: {why}")
+
+    def _number(self, name: str) -> float:
+        return positive(self._known.section, name, self._known.section.get(name))
+
+    def _read(self, name: str, shapes: list[tuple[int, ...]]) -> Tensor:
+        if name not in self._store:
+            raise HeadgramError(f"layer {self.layer}: the checkpoint lacks tensor {name}")
+        if self._store.shape(name) not in shapes:
+            wanted = " or ".join(map(str, dict.fromkeys(shapes)))
+            raise HeadgramError(
+                f"layer {self.layer}: tensor {name} has shape {self._store.shape(name)}, which should be {wanted}"
+            )
+        tensor = self._store.read(name)
+        if not is_finite(tensor):
+            raise HeadgramError(f"layer {self.layer}: tensor {name} holds a NaN or an infinity: the checkpoint is damaged")
+        return tensor.double()

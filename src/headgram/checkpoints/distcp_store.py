@@ -1,0 +1,218 @@
+"""Distributed checkpoints of torch: a pickled table, and pieces of tensors in files. Nothing is unpickled."""
+
+from __future__ import annotations
+
+import math
+import struct
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+
+from headgram.checkpoints.bin_store import Archive, mapped
+from headgram.checkpoints.pickle_walk import OTHER, Global, Walk
+from headgram.checkpoints.sources import DISTRIBUTED_TABLE
+from headgram.checkpoints.stores import DTYPES, TensorStore, bytes_of, float_dtype
+from headgram.errors import HeadgramError
+
+_WORDS = {dtype: word for word, dtype in DTYPES.items()}
+_LARGEST_METADATA = 64 * 2**20
+_INERT = ("pathlib PosixPath", "pathlib PurePosixPath", "pathlib._local PosixPath", "pathlib WindowsPath", "builtins set")
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A block of a tensor, and where the file has it: a torch file of its own, inside."""
+
+    offsets: tuple[int, ...]
+    sizes: tuple[int, ...]
+    file: str
+    start: int
+    length: int
+
+
+@dataclass(frozen=True)
+class Whole:
+    """A tensor in pieces."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    pieces: tuple[Piece, ...]
+
+
+class DistcpStore(TensorStore):
+    """A folder with `.metadata` and the files that it names, mapped into memory."""
+
+    def __init__(self, paths: Mapping[str, Path]) -> None:
+        self._where = paths[DISTRIBUTED_TABLE]
+        if self._where.stat().st_size > _LARGEST_METADATA:
+            raise HeadgramError(f"{self._where} is larger than {_LARGEST_METADATA >> 20} MiB, which no real checkpoint's is")
+        self._files = {name: mapped(path) for name, path in paths.items() if name != DISTRIBUTED_TABLE}
+        try:
+            self._tensors = read_metadata(self._where.read_bytes())
+        except (ValueError, LookupError, TypeError, AttributeError, struct.error) as error:
+            raise HeadgramError(
+                f"{self._where} is no table of a distributed checkpoint that headgram reads ({error!s:.200}): save it again, "
+                "or convert it with `python -m torch.distributed.checkpoint.format_utils dcp_to_torch`"
+            ) from None
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._tensors
+
+    def names(self) -> Collection[str]:
+        return self._tensors.keys()
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self._tensors[name].shape
+
+    def dtype(self, name: str) -> str:
+        stored = self._tensors[name].dtype
+        return float_dtype(name, _WORDS.get(stored, str(stored)))
+
+    def nbytes(self, name: str) -> int:
+        whole = self._tensors[name]
+        return math.prod(whole.shape) * whole.dtype.itemsize
+
+    def raw(self, name: str) -> memoryview:
+        return bytes_of(self.part(name))
+
+    def read(self, name: str) -> Tensor:
+        self.dtype(name)
+        return self.part(name)
+
+    def part(self, name: str) -> Tensor:
+        whole = self._tensors[name]
+        if sum(piece.length for piece in whole.pieces) < self.nbytes(name):
+            raise HeadgramError(f"{self._where}: the pieces of tensor {name!r:.200} are too small for its shape {whole.shape}")
+        result = torch.empty(whole.shape, dtype=whole.dtype)
+        missing = torch.ones(whole.shape, dtype=torch.bool)
+        for piece in whole.pieces:
+            block = tuple(slice(start, start + size) for start, size in zip(piece.offsets, piece.sizes, strict=True))
+            if not bool(missing[block].all()):
+                raise HeadgramError(f"{self._where}: two pieces of tensor {name!r:.200} hold the same of its numbers")
+            result[block] = self._read_piece(name, whole, piece)
+            missing[block] = False
+        if bool(missing.any()):
+            raise HeadgramError(f"{self._where}: the pieces of tensor {name!r:.200} do not make up the whole: fetch all files")
+        return result
+
+    def _read_piece(self, name: str, whole: Whole, piece: Piece) -> Tensor:
+        where = f"the piece of tensor {name!r:.200} in {piece.file!r:.200}"
+        data = self._files.get(piece.file)
+        if data is None or piece.start + piece.length > len(data):
+            raise HeadgramError(f"{self._where}: {where} is missing: fetch all files")
+        stored = Archive(data[piece.start : piece.start + piece.length], where).only()
+        if stored.dtype != whole.dtype or tuple(stored.shape) != piece.sizes:
+            raise HeadgramError(f"{self._where}: {where} has another type or shape than the table says")
+        return stored
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._files.clear()
+
+
+def read_metadata(pickled: bytes) -> dict[str, Whole]:
+    """The tensors that a `.metadata` describes, by name.
+
+    Raises
+    ------
+    ValueError
+        Says what it holds that such a table does not.
+    """
+    top = _Walk().run(pickled)
+    described, stored = top.fields["state_dict_metadata"], top.fields["storage_data"]
+    places = {(index.fields["fqn"], index.fields.get("offset")): place.fields for index, place in stored.others}
+    tensors = {}
+    for name, entry in described.items():
+        if entry.name.endswith(" TensorStorageMetadata"):
+            tensors[name] = _whole(name, entry.fields, places)
+    return tensors
+
+
+def _whole(name: str, fields: Mapping[str, Any], places: Mapping[Any, Mapping[str, Any]]) -> Whole:
+    properties = fields["properties"].fields
+    dtype, layout = (properties[key] for key in (("dtype", "layout") if isinstance(properties, Mapping) else (0, 1)))
+    kind = vars(torch).get(dtype.name.removeprefix("torch "))
+    shape = _sizes(fields["size"])
+    if not isinstance(kind, torch.dtype) or layout != "torch.strided":
+        raise ValueError(f"{name!r:.200} is no plain tensor")
+    pieces = []
+    for chunk in fields["chunks"]:
+        offsets, sizes = _sizes(chunk.fields["offsets"]), _sizes(chunk.fields["sizes"])
+        place = places[name, offsets]
+        if place.get("transform_descriptors"):
+            raise ValueError(f"{name!r:.200} is stored compressed")
+        if not len(offsets) == len(sizes) == len(shape) or any(map(lambda o, s, n: o + s > n, offsets, sizes, shape)):
+            raise ValueError(f"a piece of {name!r:.200} is not inside of it")
+        file, (start, length) = place["relative_path"], _sizes((place["offset"], place["length"]))
+        if not isinstance(file, str):
+            raise ValueError(f"a piece of {name!r:.200} is in no file")
+        pieces.append(Piece(offsets, sizes, file, start, length))
+    return Whole(kind, shape, tuple(pieces))
+
+
+def _sizes(values: Any) -> tuple[int, ...]:
+    if not isinstance(values, tuple) or not all(type(value) is int and 0 <= value < 2**48 for value in values):
+        raise ValueError("sizes that are no whole numbers")
+    return values
+
+
+@dataclass
+class _Record:
+    """An object of a known class: its attributes, by name or in order."""
+
+    name: str
+    fields: Any = field(default_factory=dict)
+
+
+class _Entries(dict[str, Any]):
+    """A table that also keeps what lies under records."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.others: list[tuple[_Record, Any]] = []
+
+
+class _Walk(Walk):
+    """Describes the objects of a `.metadata`."""
+
+    def known(self, name: str) -> Global:
+        module, _, what = name.partition(" ")
+        is_dtype = module == "torch" and isinstance(vars(torch).get(what), torch.dtype)
+        calls = ("torch Size", "torch.serialization _get_layout", "collections OrderedDict")
+        if is_dtype or module.startswith("torch.distributed.") or name in (*calls, *_INERT):
+            return Global(name)
+        raise ValueError(f"{name.replace(' ', '.')!r:.200}, which no such table needs")
+
+    def call(self, function: Global, arguments: tuple[Any, ...]) -> Any:
+        match function.name:
+            case "torch Size" | "torch.serialization _get_layout" if len(arguments) == 1:
+                return arguments[0]
+            case "collections OrderedDict" if not arguments:
+                return self.new_table()
+            case name if name.startswith("torch.distributed."):
+                return _Record(name)
+            case name if name in _INERT:
+                return OTHER
+        raise ValueError(f"a call of {function.name.replace(' ', '.')!r:.200}")
+
+    def build(self, target: Any, state: Any) -> None:
+        if isinstance(target, _Record):
+            target.fields = state
+
+    def new_list(self) -> list[Any]:
+        return []
+
+    def new_table(self) -> dict[str, Any]:
+        return _Entries()
+
+    def entry(self, table: dict[str, Any], key: Any, value: Any) -> None:
+        if isinstance(key, _Record) and isinstance(table, _Entries):
+            table.others.append((key, value))
+        else:
+            super().entry(table, key, value)

@@ -1,0 +1,75 @@
+"""What stands before a model's names in a checkpoint: of a wrapper, a training checkpoint's key, or a whole of several models."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from typing import Any
+
+from headgram.checkpoints.dimensions import find_layers, find_rules, first_key
+from headgram.checkpoints.stores import TensorStore
+from headgram.checkpoints.views import Renamed
+from headgram.errors import HeadgramError
+from headgram.families.registry import Family
+
+
+def unwrapped(
+    store: TensorStore, family: Family, config: Mapping[str, Any], architecture: str, given: Mapping[str, Any]
+) -> tuple[TensorStore, tuple[str, ...]]:
+    """The store under the names that its family has, and a sentence if they stand behind a prefix that no family has.
+
+    The family's own prefixes come first. Otherwise one prefix is taken, under which all tensors of queries and keys are; a
+    choice between several is the manifest's.
+
+    Raises
+    ------
+    HeadgramError
+        If several prefixes would do, or the one that the manifest names holds nothing.
+    """
+    if prefix := given.get("prefix"):
+        prefix = f"{prefix.removesuffix('.')}."
+        inner = _under(store, prefix)
+        if not inner.names():
+            raise HeadgramError(f"no tensor's name begins with '{prefix:.200}', which the manifest gives as `prefix`")
+        return inner, (f"the model's names begin with {prefix!r}, as the manifest says",)
+    found = _prefixes(store.names(), family, config, architecture)
+    try:
+        find_rules(store, family, config, architecture)
+    except HeadgramError:
+        others = [prefix for prefix in found if prefix]
+        whole = [prefix for prefix in others if _is_whole(_under(store, prefix), family, config, architecture, given)]
+        if len(whole) > 1 or (not whole and len(others) > 1):
+            raise HeadgramError(
+                f"the checkpoint holds several models of this type, under {' and '.join(map(repr, (whole or others)[:4]))}: set "
+                "`prefix` in the manifest to the one that is meant"
+            ) from None
+        if not others:
+            raise
+        prefix = (whole or others)[0]
+        return _under(store, prefix), (f"the model's names begin with {prefix!r}, under which alone they are whole",)
+    if others := [prefix for prefix in found if prefix]:
+        return store, (f"not read, since the model is there without a prefix too: {', '.join(others)}",)
+    return store, ()
+
+
+def _is_whole(store: TensorStore, family: Family, config: Mapping[str, Any], architecture: str, given: Mapping[str, Any]) -> bool:
+    """Whether every stack that the configuration declares is there, in all its layers."""
+    try:
+        for rule, prefix in find_rules(store, family, config, architecture):
+            find_layers(store, rule, prefix, config, architecture, given)
+    except HeadgramError:
+        return False
+    return True
+
+
+def _under(store: TensorStore, prefix: str) -> TensorStore:
+    return Renamed(store, {name.removeprefix(prefix): name for name in store.names() if name.startswith(prefix)})
+
+
+def _prefixes(names: Collection[str], family: Family, config: Mapping[str, Any], architecture: str) -> list[str]:
+    """What stands before the family's own names, of which the longest prefix counts as the family's."""
+    own = sorted(family.prefixes, key=len, reverse=True)
+    ends = {first_key(rule, config, architecture) for rule in family.stacks}
+    before = {name.removesuffix(end) for end in ends for name in names if name.endswith(end)}
+    split = [(prefix, next((known for known in own if f".{prefix}".endswith(f".{known}")), "")) for prefix in before]
+    wrapped = {prefix.removesuffix(known) for prefix, known in split if known} or {prefix for prefix, _ in split}
+    return sorted(prefix for prefix in wrapped if not prefix or prefix.endswith("."))

@@ -1,0 +1,178 @@
+"""A run of attention layers of a checkpoint: what it holds, and what can be read of it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+
+from headgram.checkpoints.around import Surroundings
+from headgram.checkpoints.dimensions import Section
+from headgram.checkpoints.stores import TensorStore
+from headgram.errors import HeadgramError
+from headgram.families.around import rule_of
+from headgram.families.layouts import LAYOUTS, QK, ROLES, Dimensions, Part, check_shapes, reads_of
+from headgram.families.registry import StackRule
+
+
+@dataclass(frozen=True)
+class Stack:
+    """A run of attention layers with equal head counts that read one residual stream.
+
+    Attributes
+    ----------
+    name
+        `self` for decoders and encoders; `encoder`, `decoder`, `cross` for encoder–decoders; `text`, `vision` for two towers.
+    layers
+        The true indices of its layers in the model.
+    heads, kv_heads, rank, hidden
+        `H`, `K`, `r` and `d`.
+    value_rank, output_width
+        `r_v`, and the width that heads write to; they differ from `r` and `d` in few families.
+    missing
+        The roles that cannot be read, each with a sentence that says why.
+    notes
+        What a reader of a role must know.
+    """
+
+    name: str
+    layers: tuple[int, ...]
+    heads: int
+    kv_heads: int
+    rank: int
+    hidden: int
+    value_rank: int
+    output_width: int
+    missing: Mapping[str, str]
+    notes: Mapping[str, str]
+    _tensors: dict[str, str] = field(repr=False, compare=False)
+    _stored: Mapping[str, tuple[int, frozenset[str]]] = field(repr=False, compare=False)  # bytes and precisions
+    _layout: str = field(repr=False, compare=False)
+    _permuted: bool = field(repr=False, compare=False)
+    _sizes: Mapping[str, int] = field(repr=False, compare=False)
+    _around: Surroundings = field(repr=False, compare=False)
+
+    @property
+    def roles(self) -> tuple[str, ...]:
+        """What can be read: `query` and `key`, and most often `value` and `output`."""
+        return tuple(role for role in ROLES if role not in self.missing)
+
+    @property
+    def dtype(self) -> str:
+        """The stored precision of its queries and keys."""
+        return self.stored_as(QK)
+
+    @property
+    def qk_bytes(self) -> int:
+        """Bytes on disk of the tensors that hold its queries and keys."""
+        return self.nbytes(QK)
+
+    @property
+    def dimensions(self) -> Dimensions:
+        return Dimensions(self.heads, self.kv_heads, self.rank, self.hidden, self.value_rank, self.output_width, self._sizes)
+
+    def nbytes(self, roles: Iterable[str]) -> int:
+        """Bytes on disk of the tensors that hold these roles, each counted once.
+
+        Raises
+        ------
+        HeadgramError
+            As `Checkpoint.factors`.
+        """
+        return sum(self._stored[key][0] for key in self._keys(roles))
+
+    def stored_as(self, roles: Iterable[str]) -> str:
+        """The precision in which the tensors of these roles are stored, in the file format's own word; several are joined by `+`.
+
+        Raises
+        ------
+        HeadgramError
+            As `Checkpoint.factors`.
+        """
+        return "+".join(sorted(frozenset().union(*(self._stored[key][1] for key in self._keys(roles)))))
+
+    def _keys(self, roles: Iterable[str]) -> set[str]:
+        return {self._tensors[tensor] for tensor in self._reads(roles)}
+
+    def _reads(self, roles: Iterable[str]) -> list[str]:
+        """What the layout reads for these roles, in the order of the family's data."""
+        roles = tuple(roles)
+        for role in roles:
+            if role not in ROLES:
+                raise HeadgramError(f"unknown role {role!r:.60}; there are: {', '.join(ROLES)}")
+            if role in self.missing:
+                raise HeadgramError(f"the stack '{self.name}' has no role '{role}' to read: {self.missing[role]}")
+        wanted = reads_of(self._layout, roles)
+        return [tensor for tensor in self._tensors if tensor in wanted]
+
+
+def stack_of(
+    store: TensorStore,
+    rule: StackRule,
+    tensors: dict[str, str],
+    layers: tuple[int, ...],
+    dims: Dimensions,
+    architecture: str,
+    prefix: str,
+    section: Section,
+    permuted: bool = False,
+) -> Stack:
+    """A stack whose layers and dimensions are known; what the names of its tensors begin with is `prefix`.
+
+    Raises
+    ------
+    HeadgramError
+        If its queries or keys cannot be read.
+    """
+    if dims.heads % dims.kv_heads:
+        raise HeadgramError(f"{dims.heads} query heads cannot share {dims.kv_heads} key heads evenly")
+    remarks = [remark for remark in rule.remarks if architecture in remark.types or not remark.types]
+    missing = {role: remark.text for remark in remarks if remark.unproven for role in remark.roles}
+    for part in LAYOUTS[rule.layout]:
+        problem = _problem(store, part, tensors, layers, dims)
+        if problem and set(part.gives) & set(QK):
+            raise HeadgramError(problem)
+        missing |= {role: problem for role in part.gives if problem and role not in missing}
+    around = rule_of(rule.around, architecture, section)
+    surroundings = Surroundings(around, section.at(layers), prefix, rule.block, rule.modules, rule.layout, dims, permuted)
+    readable = reads_of(rule.layout, tuple(role for role in ROLES if role not in missing))
+    return Stack(
+        name=rule.name,
+        layers=layers,
+        heads=dims.heads,
+        kv_heads=dims.kv_heads,
+        rank=dims.rank,
+        hidden=dims.hidden,
+        value_rank=dims.value_rank,
+        output_width=dims.output_width,
+        missing={role: missing[role] for role in ROLES if role in missing} | surroundings.missing,
+        notes={role: remark.text for remark in remarks if not remark.unproven for role in remark.roles},
+        _tensors=tensors,
+        _stored={tensors[tensor]: _stored(store, [tensors[tensor].format(layer=n) for n in layers]) for tensor in readable},
+        _layout=rule.layout,
+        _permuted=permuted,
+        _sizes=dims.sizes,
+        _around=surroundings,
+    )
+
+
+def _stored(store: TensorStore, names: Iterable[str]) -> tuple[int, frozenset[str]]:
+    """The bytes of some tensors, and their precisions."""
+    names = list(names)
+    return sum(store.nbytes(name) for name in names), frozenset(store.dtype(name) for name in names)
+
+
+def _problem(store: TensorStore, part: Part, tensors: Mapping[str, str], layers: tuple[int, ...], dims: Dimensions) -> str | None:
+    """Why a part of a layout cannot be read from a checkpoint, or None."""
+    if unnamed := [tensor for tensor in part.reads if tensor not in tensors]:
+        return f"the family's data names no tensor for its {unnamed[0]}"
+    for layer in layers:
+        names = {tensor: tensors[tensor].format(layer=layer) for tensor in part.reads}
+        if lacking := [name for name in names.values() if name not in store]:
+            return f"layer {layer}: the checkpoint lacks tensor {lacking[0]}"
+        try:
+            check_shapes(part, dims, {tensor: store.shape(name) for tensor, name in names.items()}, names)
+            for name in names.values():
+                store.dtype(name)  # refuses what cannot be read
+        except HeadgramError as error:
+            return f"layer {layer}: {error}"
+    return None

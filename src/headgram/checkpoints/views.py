@@ -1,0 +1,160 @@
+"""Stores whose tensors are made of those of other stores: under other names, or of two stores together."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Collection, Iterable, Mapping
+from typing import Self
+
+from torch import Tensor
+
+from headgram.checkpoints.sources import HUB_DIGEST
+from headgram.checkpoints.stores import TensorStore
+
+
+class View(TensorStore):
+    """A store over another one; as it stands, the same tensors. What a tensor is made of is said by `sources`."""
+
+    def __init__(self, store: TensorStore) -> None:
+        self._store = store
+
+    def sources(self, name: str) -> list[str]:
+        """The tensors beneath that this one is made of."""
+        return [name]
+
+    def __contains__(self, name: str) -> bool:
+        return all(source in self._store for source in self.sources(name))
+
+    def names(self) -> Collection[str]:
+        return self._store.names()
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self._store.shape(self.sources(name)[0])
+
+    def dtype(self, name: str) -> str:
+        return self._store.dtype(self.sources(name)[0])
+
+    def nbytes(self, name: str) -> int:
+        return sum(map(self._store.nbytes, self.sources(name)))
+
+    def prefetch(self, names: Iterable[str]) -> None:
+        self._store.prefetch(self._all(names))
+
+    def pin(self, names: Iterable[str]) -> str | None:
+        return self._store.pin(self._all(names))
+
+    def raw(self, name: str) -> memoryview:
+        return memoryview(b"".join(map(self._store.raw, self.sources(name))))
+
+    def read(self, name: str) -> Tensor:
+        return self._store.read(self.sources(name)[0])
+
+    def part(self, name: str) -> Tensor:
+        return self._store.part(self.sources(name)[0])
+
+    def _all(self, names: Iterable[str]) -> list[str]:
+        return list(dict.fromkeys(source for name in names for source in self.sources(name)))
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._store.__exit__(*exc)
+
+
+class Renamed(View):
+    """The tensors of a store under other names, and no others.
+
+    Parameters
+    ----------
+    store
+        The store.
+    stored
+        By new name, the name in the store.
+    """
+
+    def __init__(self, store: TensorStore, stored: Mapping[str, str]) -> None:
+        super().__init__(store)
+        self._stored = stored
+
+    def sources(self, name: str) -> list[str]:
+        return [self._stored[name]]
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._stored and super().__contains__(name)
+
+    def names(self) -> Collection[str]:
+        return self._stored.keys()
+
+
+class Joined(TensorStore):
+    """Two stores as one: the tensors of the second have names that begin with a prefix, which none of the first has."""
+
+    def __init__(self, first: TensorStore, prefix: str, second: TensorStore) -> None:
+        self._first, self._prefix, self._second = first, prefix, second
+
+    def _find(self, name: str) -> tuple[TensorStore, str]:
+        if name.startswith(self._prefix):
+            return self._second, name.removeprefix(self._prefix)
+        return self._first, name
+
+    def _split(self, names: Iterable[str]) -> tuple[list[str], list[str]]:
+        found = [self._find(name) for name in names]
+        return [name for store, name in found if store is self._first], [name for store, name in found if store is self._second]
+
+    def __contains__(self, name: str) -> bool:
+        store, inner = self._find(name)
+        return inner in store
+
+    def names(self) -> Collection[str]:
+        return [*self._first.names(), *(self._prefix + name for name in self._second.names())]
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        store, inner = self._find(name)
+        return store.shape(inner)
+
+    def dtype(self, name: str) -> str:
+        store, inner = self._find(name)
+        return store.dtype(inner)
+
+    def nbytes(self, name: str) -> int:
+        store, inner = self._find(name)
+        return store.nbytes(inner)
+
+    def prefetch(self, names: Iterable[str]) -> None:
+        first, second = self._split(names)
+        self._first.prefetch(first)
+        self._second.prefetch(second)
+
+    def pin(self, names: Iterable[str]) -> str | None:
+        """Of the first's pin, and of the second's or else of its bytes; None if the first has none."""
+        first, second = self._split(names)
+        pinned = self._first.pin(first)
+        if pinned is None:
+            return None
+        state = hashlib.blake2b(pinned.encode(), digest_size=16)
+        if inner := self._second.pin(second):
+            state.update(inner.encode())
+        else:
+            for name in second:
+                state.update(self._second.raw(name))
+        return HUB_DIGEST + state.hexdigest()
+
+    def raw(self, name: str) -> memoryview:
+        store, inner = self._find(name)
+        return store.raw(inner)
+
+    def read(self, name: str) -> Tensor:
+        store, inner = self._find(name)
+        return store.read(inner)
+
+    def part(self, name: str) -> Tensor:
+        store, inner = self._find(name)
+        return store.part(inner)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._first.__exit__(*exc)
+        self._second.__exit__(*exc)

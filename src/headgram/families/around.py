@@ -1,0 +1,113 @@
+"""What a family's data say of all that stands around the projections: norms, rotary encoding, the scale of scores, embeddings."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any, Literal, Protocol, Self
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+#: What can be asked of a layer besides the factors of its heads.
+AROUND = ("norm", "query_norm", "key_norm", "query_bias", "key_bias", "rotary", "scale", "cap")
+#: What can be asked of a model.
+TABLES = ("embedding", "unembedding")
+
+
+class _Stated(Protocol):
+    """A checkpoint's configuration."""
+
+    def get(self, name: str) -> Any:
+        """What it states under a name, or None."""
+
+
+class _Entry(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class NormRule(_Entry):
+    """One norm: `none` where the block reads the stream as it is, which the norm of the block before may have left."""
+
+    kind: Literal["rms", "layer", "none"]
+    module: str | None = None  # below `block`, `{head}` for one of each head; None: a norm without weights
+    not_first: bool = False  # layer 0 reads the stream as it is
+    plus: int = 0  # its gain is so much more than what is stored: 1 + w
+
+
+class RotaryRule(_Entry):
+    """How positions turn queries and keys: pairs of rows as `halves` or `interleaved`, or `none`.
+
+    Bases, shares and scalings are read as transformers reads them, from `rope_parameters` or from older names.
+    """
+
+    kind: Literal["halves", "interleaved", "none"]
+    base: float = 10_000  # what configurations that state no base leave unsaid
+    bases: tuple[str, ...] = ("rope_theta", "rotary_emb_base")  # what they call it
+    local_base: str | None = None  # what they call the base of sliding layers, where that is another
+    partial: float = 1  # the share of a head's rows that turn, where they leave it unsaid
+    width: str | None = None  # what they call the number of rows that turn, where they state no share
+    sign: Literal[1, -1] = 1  # -1: they turn backwards
+    only: str | None = None  # the one kind of `layer_types` that turns
+    unless_null: str | None = None  # all layers turn where they state null under this name
+    flags: str | None = None  # what they call a list with a 0 for every layer that does not turn
+    every: str | None = None  # what they call the number of layers of which one is full and the others slide
+    period: int | None = None  # that number where they leave it unsaid
+    phase: int = -1  # which of so many layers is the full one: the last, or number 0
+    when: dict[str, str | bool] = Field(default={})  # what they must state for anything to turn
+
+
+class ScaleRule(_Entry):
+    """What scores are multiplied by: `value * x ** power`, `x` as the configuration states it under a name, or the rank."""
+
+    value: float = 1
+    config: str | None = None
+    power: float = -0.5
+    times: str | None = None  # a further factor that the configuration states
+    by_layer: str | None = None  # a switch: layer `l` divides by `l + 1` too
+    mscale: bool = False  # YaRN's own factor, as in DeepSeek
+    refused: str | None = None  # what would change the scale in a way that is not known
+
+
+class AroundRule(_Entry):
+    """What stands around the projections, for some types, in configurations that state `when`.
+
+    Of several, a later one says anew what it names and leaves the rest. Without any, nothing is proven. What a rule does not name
+    is what most models have: no norms of queries and keys, biases where the checkpoint holds them, scores over the rank's root.
+    """
+
+    types: tuple[str, ...] = ()
+    when: dict[str, bool | int | str] = Field(default={})
+    norm: NormRule | None = None
+    query_norm: NormRule | None = None
+    key_norm: NormRule | None = None
+    biases: bool | None = None  # True: those that the checkpoint holds beside the weights, if it does
+    rotary: RotaryRule | None = None
+    scale: ScaleRule | None = None
+    cap: str | None = None  # what the configuration calls the bound of scores, `c tanh(s / c)`; empty: there is none
+    unproven: dict[str, str] = Field(default={})  # role -> why it is left out
+
+    @model_validator(mode="after")
+    def _known(self) -> Self:
+        if unknown := set(self.unproven) - set(AROUND):
+            raise ValueError(f"unknown role {sorted(unknown)[0]!r}")
+        return self
+
+
+_USUAL: dict[str, Any] = {
+    "query_norm": NormRule(kind="none"),
+    "key_norm": NormRule(kind="none"),
+    "biases": True,
+    "scale": ScaleRule(),
+    "cap": "",
+}
+
+
+def rule_of(rules: Iterable[AroundRule], architecture: str, config: _Stated) -> AroundRule:
+    """What the rules that are about a type and a configuration say together."""
+    said: dict[str, Any] = {}
+    for rule in rules:
+        if (rule.types and architecture not in rule.types) or any(config.get(key) != value for key, value in rule.when.items()):
+            continue
+        named = {name: getattr(rule, name) for name in rule.model_fields_set - {"types", "when", "unproven"}}
+        said = {**_USUAL, **said, **named, "unproven": {**said.get("unproven", {}), **rule.unproven}}
+    left_out = {"biases" if role.endswith("_bias") else role: None for role in said.get("unproven", {})}
+    return AroundRule(**{**said, **left_out})

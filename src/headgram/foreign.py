@@ -1,0 +1,74 @@
+"""What strangers wrote, in files and in answers of servers: read within bounds, and printed harmlessly."""
+
+from __future__ import annotations
+
+import os
+import stat
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from pydantic import ValidationError
+
+#: Characters that are printed of one text.
+_MOST_SHOWN = 2000
+#: A cell that begins with one of these is a formula to a spreadsheet.
+_FORMULA = ("=", "+", "-", "@")
+
+
+def plain(text: object, most: int = _MOST_SHOWN) -> str:
+    """A text as it may be printed: in one line, nothing in it that a terminal acts on, the middle of a long one left out.
+
+    Examples
+    --------
+    >>> plain("a\\x1b[2Jb\\u202ec")
+    'a\\\\x1b[2Jb\\\\u202ec'
+    >>> plain("x" * 9 + "end", most=8)
+    'xxxxx…nd'
+    """
+    shown = str(text)
+    if len(shown) > most:
+        tail = most // 4
+        shown = f"{shown[: most - tail - 1]}…{shown[-tail:]}"
+    if shown.isprintable():
+        return shown
+    return "".join(letter if letter.isprintable() else letter.encode("unicode_escape").decode() for letter in shown)
+
+
+def plain_cell(text: object) -> str:
+    """A text as it may stand in a CSV file: as `plain`, and none that a spreadsheet would compute.
+
+    Examples
+    --------
+    >>> plain_cell("=1+1"), plain_cell("gpt2")
+    ("'=1+1", 'gpt2')
+    """
+    shown = plain(text)
+    return f"'{shown}" if shown.startswith(_FORMULA) else shown
+
+
+def read_bounded(path: Path, most: int) -> bytes:
+    """The bytes of a regular file; never waits for a pipe or a device, and reads no more than `most`.
+
+    Raises
+    ------
+    OSError
+        If it cannot be read.
+    ValueError
+        If it is no regular file, or larger.
+    """
+    number = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC)
+    with os.fdopen(number, "rb") as file:
+        if not stat.S_ISREG(os.fstat(number).st_mode):
+            raise ValueError("it is no regular file")
+        content = file.read(most + 1)
+    if len(content) > most:
+        raise ValueError(f"it is larger than {most >> 20} MiB, which no real one is")
+    return content
+
+
+def first_problem(error: ValidationError) -> str:
+    """Where the first thing is that a schema refuses, and what is wrong with it."""
+    problem = error.errors(include_url=False, include_input=False, include_context=False)[0]
+    place = ".".join(map(str, problem["loc"]))
+    return f"{place}: {problem['msg']}" if place else problem["msg"]

@@ -1,0 +1,183 @@
+"""What stands around projections, against the running model: norms, biases, rotary encoding, scale and bound of scores.
+
+Queries and keys of tokens at different positions are followed from the stream: `x = N(h)`, with `h` what the block receives; then
+`q = R(p) N_q(W_Q x + b_Q)` and likewise for keys. Their cosines must be the model's. What softmax is given, in a run without
+norms, biases and positions, is `c tanh(scale x^T g x / c)`, and what is added by position: nothing, or the same in all layers.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from headgram.checkpoints.around import Around
+from headgram.checkpoints.stack import Stack
+from headgram.errors import HeadgramError
+from headgram.forms.reading import Norm, Rotary
+from headgram.proofs.probe import Call
+
+#: Roles that are proven together: queries and keys at different positions follow from all of them.
+CHAIN = ("query_norm", "key_norm", "query_bias", "key_bias", "rotary")
+#: And these, from what softmax is given.
+SOFTMAX = ("scale", "cap")
+#: What softmax is given of a pair that is masked.
+_MASKED = -1e4
+_EPSILONS = ("eps", "variance_epsilon", "norm_eps", "layer_norm_eps", "epsilon")
+
+
+@dataclass(frozen=True)
+class Matched:
+    """A layer of a checkpoint, and the model's attention there: as it is, and without norms, biases and positions."""
+
+    stack: Stack
+    around: Around
+    w_q: Float[Tensor, "heads rank hidden"]
+    w_k: Float[Tensor, "kv_heads rank hidden"]
+    free: Call
+    neutral: Call
+
+
+def around_residuals(layers: Sequence[Matched]) -> dict[str, float]:
+    """Of all layers of one stack: each role that its family's data know, and how far what follows from it is from the model's.
+
+    Raises
+    ------
+    HeadgramError
+        If the data know some of the roles that are proven together, and not all.
+    """
+    missing = layers[0].stack.missing
+    found: dict[str, float] = {}
+    if "norm" not in missing:
+        found["norm"] = max(norm_residual(one.free, one.around) for one in layers)
+    for together in (CHAIN, SOFTMAX):
+        known = [role for role in together if role not in missing]
+        if known and len(known) < len(together):
+            raise HeadgramError(
+                f"the role '{known[0]}' cannot be proven, for the family's data lack others that it is proven with"
+            )
+    if CHAIN[0] not in missing:
+        found |= dict.fromkeys(CHAIN, max(chain_residual(one) for one in layers))
+    if SOFTMAX[0] not in missing:
+        found |= dict.fromkeys(SOFTMAX, scale_residual(layers))
+    return found
+
+
+def without_epsilon(model: nn.Module) -> None:
+    """Let every norm of a model divide by the norm itself, without the small number that is added to it."""
+    for module in model.modules():
+        for name in _EPSILONS:
+            if isinstance(getattr(module, name, None), float):
+                setattr(module, name, 0.0)
+
+
+def norm_residual(call: Call, around: Around) -> float:
+    """How far what the attention module receives is from the block's input after its norm, relative to the largest.
+
+    Raises
+    ------
+    HeadgramError
+        If the family's data name no norm, or the block does not run.
+    """
+    norm = around.norm
+    inputs = [x for path, x in call.outer.items() if f".{path}.".endswith(f".{around.block}")]
+    if not inputs:
+        raise HeadgramError(f"the model runs no block {around.block} around {call.module}")
+    stream = inputs[0].double().reshape(-1, inputs[0].shape[-1])
+    ours = stream if norm is None else _normed(stream, norm)
+    if norm is None or norm.bias is not None:
+        return relative(ours, call.x)
+    return relative(*(nn.functional.normalize(x, dim=-1) for x in (ours, call.x)))
+
+
+def chain_residual(one: Matched) -> float:
+    """How far cosines of queries and keys are from the model's; rows that turn and rows that do not, apart, in latent attention.
+
+    Raises
+    ------
+    HeadgramError
+        If the family's data do not say what they follow from.
+    """
+    call, around = one.free, one.around
+    rotary = around.rotary(length=len(call.x))
+    query = _side(call.x, one.w_q, around.query_bias, around.query_norm, rotary)
+    key = _side(call.y, one.w_k, around.key_bias, around.key_norm, rotary).repeat_interleave(len(one.w_q) // len(one.w_k), 0)
+    split = one.stack.dimensions.sizes.get("nope", 0)
+    parts = (slice(split), slice(split, None)) if split else (slice(None),)
+    return max(
+        relative(_cosines(query[..., part], key[..., part]), _cosines(call.query[..., part], call.key[..., part]))
+        for part in parts
+    )
+
+
+def scale_residual(layers: Sequence[Matched]) -> float:
+    """How far what softmax is given is from the scaled and bounded scores of a stack's layers, but for what positions add.
+
+    Raises
+    ------
+    HeadgramError
+        If the family's data name no scale or no bound, or no softmax follows the scores.
+    """
+    left, sizes = [], []
+    for one in layers:
+        call, cap, scores = one.neutral, one.around.cap, forms_of(one.neutral, one.w_q, one.w_k)
+        if call.logits is None:
+            raise HeadgramError(f"no softmax follows the scores of {call.module}")
+        scaled = one.around.scale * scores
+        logits = call.logits[..., : scores.shape[-1]]
+        bounded = scaled if cap is None else cap * (scaled / cap).tanh()
+        difference = torch.where(logits.abs() < -_MASKED, logits - bounded, math.nan)
+        left.append(difference - difference.nanmean(-1, keepdim=True))  # softmax does not see what all of a row share
+        sizes.append(float(bounded.abs().max()))
+    alone = [float(difference.abs().nan_to_num().max()) for difference in left]
+    shared = [float((difference - left[0]).abs().nan_to_num().max()) for difference in left[1:]] or [math.inf]
+    return min(max(alone), max(shared)) / min(sizes)
+
+
+def forms_of(
+    call: Call, w_q: Float[Tensor, "heads rank hidden"], w_k: Float[Tensor, "kv_heads rank hidden"]
+) -> Float[Tensor, "heads t s"]:
+    """`x_s^T g x_t` of every head and every pair of tokens."""
+    keys = call.y @ w_k.repeat_interleave(len(w_q) // len(w_k), 0).transpose(1, 2)
+    return (call.x @ w_q.transpose(1, 2)) @ keys.transpose(1, 2)
+
+
+def relative(ours: Tensor, theirs: Tensor) -> float:
+    """The largest difference of two tensors, relative to the largest entry of the second; infinite if their shapes differ."""
+    difference = float((ours - theirs).abs().max() / theirs.abs().max()) if ours.shape == theirs.shape else math.inf
+    return difference if math.isfinite(difference) else math.inf
+
+
+def _normed(x: Float[Tensor, "*tokens width"], norm: Norm) -> Float[Tensor, "*tokens width"]:
+    """A norm with its division, without its epsilon."""
+    x = x - x.mean(-1, keepdim=True) if norm.centred else x
+    x = x / x.square().mean(-1, keepdim=True).sqrt()
+    x = x if norm.gain is None else x * norm.gain
+    return x if norm.bias is None else x + norm.bias
+
+
+def _side(
+    x: Float[Tensor, "tokens hidden"],
+    weight: Float[Tensor, "heads rank hidden"],
+    bias: Float[Tensor, "heads rank"] | None,
+    norm: Norm | None,
+    rotary: Rotary | None,
+) -> Float[Tensor, "heads tokens rank"]:
+    """Queries or keys of tokens at the positions 0, 1, 2, ..."""
+    projected = weight @ x.T
+    projected = projected if bias is None else projected + bias[..., None]
+    if norm is not None:
+        projected = _normed(projected.permute(2, 0, 1), norm).permute(1, 2, 0)
+    if rotary is None:
+        return projected.mT
+    turned = rotary.turned(projected, torch.arange(len(x)))
+    turned[:, torch.cat(rotary.rows)] *= rotary.factor
+    return turned.mT
+
+
+def _cosines(query: Float[Tensor, "heads t rank"], key: Float[Tensor, "heads s rank"]) -> Float[Tensor, "heads t s"]:
+    return nn.functional.normalize(query, dim=-1) @ nn.functional.normalize(key, dim=-1).mT

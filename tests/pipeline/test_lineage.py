@@ -1,0 +1,206 @@
+"""A training whose story is known: its checkpoints are measured in one run, one is added, and the tables tell the story.
+
+`HEADGRAM_CHECKPOINTS` says how many there are before the last one (`make lineage`: 154).
+"""
+
+import os
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+import headgram
+from pipeline.conftest import Project, edit, new_project
+from tiny import write_llama
+
+COUNT = int(os.environ.get("HEADGRAM_CHECKPOINTS", "3"))
+LAYERS, HEADS, RANK, WIDTH = 2, 4, 4, 24
+ROTATES, DIES, GROWS, TURNS = (0, 0), (1, 0), (1, 2), (1, 3)
+SWAP_WITHIN, SWAP_ACROSS = ((0, 2), (0, 3)), ((0, 1), (1, 1))
+
+
+def story(step: int) -> dict[str, torch.Tensor]:
+    """The checkpoint at a step from 0 to `COUNT`; every head has its own key and value."""
+    generator = torch.Generator().manual_seed(5)
+    roles = ("q", "k", "v", "o")
+    weights = {role: torch.randn(LAYERS, HEADS, RANK, WIDTH, generator=generator) / 4 for role in roles}
+    new = torch.randn(RANK, WIDTH, generator=generator) / 4
+    weights["q"][ROTATES] = torch.linalg.qr(weights["q"][ROTATES].mT)[0].mT
+    new = torch.linalg.qr((new - new @ weights["q"][ROTATES].mT @ weights["q"][ROTATES]).mT)[0].mT
+    angle = torch.tensor(np.pi / 2 * step / COUNT)
+    weights["q"][ROTATES] = angle.cos() * weights["q"][ROTATES] + angle.sin() * new
+    weights["q"][DIES] *= 1 - step / COUNT
+    weights["k"][GROWS] *= 1 + step
+    if step == COUNT:
+        weights["o"][TURNS] *= -1
+    if step > COUNT // 2:
+        for one, other in (SWAP_WITHIN, SWAP_ACROSS):
+            for role in roles:
+                weights[role][one], weights[role][other] = weights[role][other].clone(), weights[role][one].clone()
+    tensors = {"model.embed_tokens.weight": torch.zeros(8, WIDTH)}
+    for layer in range(LAYERS):
+        for role in roles:
+            rows = weights[role][layer].reshape(HEADS * RANK, WIDTH)
+            tensors[f"model.layers.{layer}.self_attn.{role}_proj.weight"] = (rows.mT if role == "o" else rows).contiguous()
+    return tensors
+
+
+def add(project: Project, step: int) -> None:
+    write_llama(project.folder / "steps" / str(step), LAYERS, HEADS, kv_heads=HEADS, rank=RANK, hidden=WIDTH, tensors=story(step))
+    with (project.folder / "config" / "models.tsv").open("a") as file:
+        file.write(f"step{step}\tsteps/{step}\ttraining\t{1000 * step}\tpile\n")
+
+
+@pytest.fixture(scope="module")
+def training(tmp_path_factory) -> Project:
+    """All checkpoints but the last in one run, then the last one."""
+    project = new_project(tmp_path_factory.mktemp("training") / "project")
+    (project.folder / "config" / "models.tsv").write_text("name\tsource\tlineage\tstep\tdata\n")
+    edit(project.folder / "config" / "config.yaml", "report:\n  enabled: true", "report:\n  enabled: false")
+    for step in range(COUNT):
+        add(project, step)
+    project.run()
+    before = project.records()
+    add(project, COUNT)
+    last = f"step{COUNT}"
+    planned = project.planned()
+    compared = {f"Comparing {last} with step{COUNT - 1}", f"Comparing {last} with step0"}
+    assert {job for job in planned if job.startswith("Comparing")} == compared
+    assert all(f" {last}" in job for job in planned)
+    project.run()
+    assert {path: state for path, state in project.records().items() if path in before} == before
+    assert project.planned() == set()
+    return project
+
+
+@pytest.fixture(scope="module")
+def atlas(training):
+    return headgram.open_atlas(training.folder / "results")
+
+
+def test_columns_of_the_manifest_are_chosen_in_the_reader(atlas):
+    table = atlas.summary().set_index("model")
+    assert set(table["lineage"]) == {"training"}
+    assert set(table["label_data"]) == {"pile"}
+    assert set(table.loc["step1", "step"]) == {1000}
+    assert set(atlas.where(step=[0, 1000]).heads()["model"]) == {"step0", "step1"}
+    assert atlas.where(data="pile", lineage="training", architecture="llama").models == atlas.models
+    assert atlas.where(step=0).table("drift").empty
+    with pytest.raises(headgram.HeadgramError, match="models have no 'colour'; there are: model, "):
+        atlas.where(colour="red")
+    with pytest.raises(headgram.HeadgramError, match="holds no model with step 7"):
+        atlas.where(step=7)
+    assert list(atlas.lineage("training")) == [f"step{step}" for step in range(COUNT + 1)]  # in the order of steps, not of names
+
+
+def test_trajectories_tell_who_rotates_dies_and_grows(atlas):
+    steps = np.arange(COUNT + 1)
+    norms = atlas.trajectory("fro_sq", "training") ** 0.5
+    assert list(norms["step"]) == list(1000 * steps)
+    assert list(norms["model"]) == [f"step{step}" for step in steps]
+    np.testing.assert_allclose(norms.sel(layer=1, head=0) / norms[0, 1, 0], 1 - steps / COUNT, atol=1e-6)
+    np.testing.assert_allclose(norms.sel(layer=1, head=2) / norms[0, 1, 2], 1 + steps, rtol=1e-6)
+    assert atlas.trajectory("symmetry_median", "training").dims == ("step", "layer")
+
+    first, previous = (atlas.trajectory("cosine", "training", to=to) for to in ("first", "previous"))
+    angle = np.pi / 2 / COUNT
+    np.testing.assert_allclose(first.sel(layer=0, head=0), np.cos(angle * steps[1:]), atol=1e-6)
+    np.testing.assert_allclose(previous.sel(layer=0, head=0), np.cos(angle), atol=1e-6)
+    swapped = steps[1:] > COUNT // 2
+    for layer, head in (head for pair in (SWAP_WITHIN, SWAP_ACROSS) for head in pair):
+        assert ((first.sel(layer=layer, head=head) < 0.5) == swapped).all()
+    turned = atlas.trajectory("cosine", "training", to="previous", circuit="ov").sel(layer=1, head=3)
+    np.testing.assert_allclose(turned, [1] * (COUNT - 1) + [-1], atol=1e-6)
+
+
+def test_the_change_of_a_rotating_head_is_new_on_the_side_that_rotates(atlas):
+    table = pair(atlas, "drift", f"step{COUNT}", "step0").loc["qk"]
+    rotates = table.loc[ROTATES]
+    # From Q to a Q' orthogonal to it: half of the change leaves the old span, and half is new; keys stay.
+    assert rotates["inside_left"] == pytest.approx(1, abs=1e-6)
+    assert rotates["inside_right"] == pytest.approx(0.5, abs=1e-6)
+    assert rotates["change"] == pytest.approx(2**0.5, abs=1e-6)
+    assert rotates["equal"] == pytest.approx(0.5, abs=0.02)  # the key
+    assert rotates["inside_expected"] == RANK / WIDTH
+    assert table.loc[TURNS][["change", "change_rank", "equal"]].tolist() == [0, 0, 1]
+    assert (table["floor"] > 1e-3).all()
+    values = pair(atlas, "changes", f"step{COUNT}", "step0").loc["qk"].loc[ROTATES]["singular_value"]
+    assert len(values) == 2 * RANK
+    assert np.linalg.norm(values) == pytest.approx(rotates["change_norm"])
+
+
+def test_swapped_heads_are_found_again(atlas):
+    swap = COUNT // 2 + 1
+    table = pair(atlas, "matches", f"step{swap}", f"step{swap - 1}")
+    for circuit in ("qk", "ov"):
+        found = {among: table.loc[circuit][table.loc[circuit]["among"] == among] for among in ("layer", "stack")}
+        expected = {(layer, head): (layer, head) for layer in range(LAYERS) for head in range(HEADS)}
+        expected |= {one: other for pair in (SWAP_WITHIN, SWAP_ACROSS) for one, other in (pair, pair[::-1])}
+        alive = [head for head in expected if swap < COUNT or (circuit, head) != ("qk", DIES)]
+        for head in alive:
+            row = found["stack"].loc[head]
+            assert (row["other_layer"], row["other_head"]) == expected[head], (circuit, head)
+            assert row["mutual"]
+            assert abs(row["cosine"]) > 0.5
+            assert row["margin"] > 0.3
+            assert abs(row["cosine"]) > row["chance"] > 0
+        assert (found["layer"]["other_layer"] == found["layer"].index.get_level_values("layer")).all()
+        for one, other in (SWAP_WITHIN, SWAP_WITHIN[::-1]):
+            assert found["layer"].loc[one]["other_head"] == other[1]
+            assert found["layer"].loc[one]["cosine"] == pytest.approx(1, abs=1e-6)
+        assert abs(found["layer"].loc[SWAP_ACROSS[0]]["cosine"]) < 0.5
+
+
+def test_models_that_were_not_compared_are_named(training, atlas, tmp_path):
+    with pytest.raises(headgram.HeadgramError, match="holds no lineage 'other'; there are: training"):
+        atlas.trajectory("cosine", "other", to="first")
+    with pytest.raises(headgram.HeadgramError, match="no number 'cosine': ask for to='first'"):
+        atlas.trajectory("cosine", "training")
+    done = training.headgram("verify")
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_what_makes_a_pair_stale(training, tmp_path):
+    """The rest of the contract is held by the keys of the plan, in `test_plan.py`."""
+    project = training.copy(tmp_path / "project")
+    config, manifest = (project.folder / "config" / name for name in ("config.yaml", "models.tsv"))
+    pairs = 2 * COUNT - 1
+    edit(config, "pairs: [neighbours, first]", "pairs: [all]")
+    planned = project.planned()
+    assert len(planned) == (COUNT + 1) * COUNT // 2 - pairs
+    assert all(job.startswith("Comparing") for job in planned)
+    edit(config, "pairs: [all]", "pairs: [neighbours, first]")
+    edit(manifest, "\tpile\n", "\tc4\n")
+    with (project.folder / "src" / "headgram" / "geometry" / "drift.py").open("a") as file:
+        file.write("\n_X = 1\n")
+    planned = project.planned()
+    assert len([job for job in planned if job.startswith("Comparing")]) == pairs
+    assert {job for job in planned if not job.startswith("Comparing")} == {"Deriving the tables of step0"}
+
+
+def test_compare_reads_what_the_pipeline_wrote_and_else_computes_it(training, tmp_path):
+    results, last = training.folder / "results", f"step{COUNT}"
+    read = headgram.compare("step0", last, results)
+    assert read.why_no_drift is None
+    assert set(read.heads["circuit"]) == {"qk", "ov"}
+    assert len(read.heads) == 2 * LAYERS * HEADS
+    copy = training.copy(tmp_path / "project").folder / "results"
+    for path in (copy / "provenance" / "lineage").rglob("*.json"):
+        path.unlink()
+    computed = headgram.compare("step0", last, copy)
+    for name in ("heads", "changes", "matches"):
+        pd.testing.assert_frame_equal(getattr(computed, name), getattr(read, name), rtol=1e-9, atol=1e-9)
+    backwards = headgram.compare(last, "step0", results, circuit="ov")  # not planned
+    np.testing.assert_allclose(backwards.heads["cosine"], read.heads.query("circuit == 'ov'")["cosine"], atol=1e-12)
+    printed = training.headgram("compare", "step0", last)
+    assert printed.returncode == 0, printed.stderr
+    assert printed.stdout.count("Heads that were another head before") == 2
+    shown = training.headgram("show", "--where", "step=0", "--where", "step=1000")
+    assert ("step0" in shown.stdout, "step1" in shown.stdout, "step2" in shown.stdout) == (True, True, False), shown.stderr
+
+
+def pair(atlas, name: str, model: str, other: str) -> pd.DataFrame:
+    """A table about two models, by circuit, layer and head."""
+    table = atlas.table(name, model)
+    return table[table["other"] == other].set_index(["circuit", "layer", "head"]).sort_index()

@@ -1,0 +1,325 @@
+"""Adapters as sources, against peft's own merge."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from pathlib import Path
+
+import peft
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+from typer.testing import CliRunner
+
+from headgram.checkpoints.adapted_store import merge
+from headgram.checkpoints.checkpoint import open_checkpoint
+from headgram.cli import app
+from headgram.errors import HeadgramError
+from headgram.study.lock import changes
+from headgram.study.manifest import read_manifest
+from headgram.study.resolve import resolve_all
+
+LLAMA = LlamaConfig(
+    hidden_size=32, intermediate_size=16, vocab_size=16, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+    attention_bias=True,
+)  # fmt: skip
+GPT2 = GPT2Config(n_embd=32, n_layer=2, n_head=4, vocab_size=16, n_positions=8)
+ALL = ["q_proj", "k_proj", "v_proj", "o_proj"]
+
+
+def base(folder: Path, kind: str = "llama", dtype: torch.dtype = torch.float32) -> Path:
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(LLAMA) if kind == "llama" else GPT2LMHeadModel(GPT2)
+    model.to(dtype).save_pretrained(folder)
+    return folder
+
+
+def adapter(folder: Path, of: Path, **settings):
+    """An adapter as peft saves it, with random factors; returns the wrapped model."""
+    torch.manual_seed(1)
+    model = AutoModelForCausalLM.from_pretrained(of)
+    model = get_peft_model(model, LoraConfig(**({"r": 4, "lora_alpha": 6, "target_modules": ALL} | settings)))
+    with torch.no_grad():
+        for name, tensor in model.named_parameters():
+            if "lora_" in name or "modules_to_save" in name:
+                tensor.copy_(torch.rand_like(tensor) + 0.5 if "magnitude" in name else torch.randn_like(tensor))
+    model.save_pretrained(folder)
+    return model
+
+
+def assert_same(source, judge, roles: tuple[str, ...] = ("query", "key", "value", "output"), **options) -> None:
+    """A source holds the weights of a model, by role."""
+    names = {"query": "q_proj", "key": "k_proj", "value": "v_proj", "output": "o_proj"}
+    state = judge.state_dict()
+    with open_checkpoint(source, **options) as checkpoint:
+        for layer in range(2):
+            found = checkpoint.factors("self", layer, roles)
+            for role in roles:
+                if isinstance(judge, GPT2LMHeadModel):
+                    expected = gpt2_factors(state, layer)[role]
+                else:
+                    weight = state[f"model.layers.{layer}.self_attn.{names[role]}.weight"]
+                    expected = (weight.T if role == "output" else weight).unflatten(0, (-1, 8))
+                torch.testing.assert_close(found[role], expected.to(found[role].dtype), rtol=1e-5, atol=1e-5)
+
+
+def gpt2_factors(state: dict[str, Tensor], layer: int) -> dict[str, Tensor]:
+    fused = state[f"transformer.h.{layer}.attn.c_attn.weight"].T.unflatten(0, (3, 4, 8))
+    output = state[f"transformer.h.{layer}.attn.c_proj.weight"].unflatten(0, (4, 8))
+    return dict(zip(("query", "key", "value", "output"), (*fused, output), strict=True))
+
+
+KINDS = {
+    "plain": {},
+    "rank-stabilised": {"use_rslora": True},
+    "DoRA": {"use_dora": True},
+    "patterns": {
+        "rank_pattern": {"q_proj": 2, r"layers\.1\.self_attn\.k_proj": 3},
+        "alpha_pattern": {"^model.layers.0.self_attn.v_proj": 1, "o_proj": 32},
+    },
+    "patterns, rank-stabilised DoRA": {"rank_pattern": {"q_proj": 2}, "use_rslora": True, "use_dora": True},
+    "one layer": {"layers_to_transform": [1], "target_modules": ["q_proj"]},
+    "some by a regular expression": {"target_modules": r".*\.1\.self_attn\.(q|k)_proj"},
+    "whole modules": {"target_modules": ["q_proj"], "modules_to_save": ["k_proj"]},
+    "biases": {"bias": "all", "lora_bias": False},
+    "embeddings too": {"target_modules": ["embed_tokens", "q_proj"]},
+    "single tokens too": {"trainable_token_indices": [1, 2]},
+    "experts by name": {"target_parameters": ["mlp.gate_proj.weight"]},
+    "another beginning": {"init_lora_weights": "orthogonal"},
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_as_peft_merges_it(tmp_path, kind):
+    model = adapter(tmp_path / "adapter", base(tmp_path / "base"), **KINDS[kind])
+    assert_same(tmp_path / "adapter", model.merge_and_unload())
+
+
+@pytest.mark.parametrize("settings", [{}, {"use_dora": True}], ids=["LoRA", "DoRA"])
+@pytest.mark.parametrize("stated", [True, False])
+def test_weights_that_are_stored_in_by_out(tmp_path, settings, stated):
+    """GPT-2's: peft notices by the module, and so says the file; a file that does not is right where shapes tell."""
+    modules = ["c_attn", "attn.c_proj"] if stated else ["c_attn"]
+    model = adapter(
+        tmp_path / "adapter", base(tmp_path / "base", "gpt2"), target_modules=modules, fan_in_fan_out=True, **settings
+    )
+    change(tmp_path / "adapter", fan_in_fan_out=stated)
+    assert_same(tmp_path / "adapter", model.merge_and_unload())
+
+
+@pytest.mark.parametrize("kind", ["plain", "DoRA", "whole modules", "patterns"])
+@pytest.mark.parametrize("form", ["safetensors", "bin"])
+def test_unmerged_state_dicts(tmp_path, kind, form):
+    """A model that was saved with its factors beside its weights."""
+    model = adapter(tmp_path, base(tmp_path), **KINDS[kind])
+    (tmp_path / "adapter_model.safetensors").unlink()
+    (tmp_path / "model.safetensors").unlink()
+    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    if form == "bin":
+        torch.save({"model": state}, tmp_path / "pytorch_model.bin")
+    else:
+        save_file(state, tmp_path / "model.safetensors")
+    assert_same(tmp_path, model.merge_and_unload())
+
+
+def test_the_sum_is_made_in_float64_and_given_as_float32(tmp_path):
+    """Rounded to the base's 16 bits, most of a small change would be lost."""
+    adapter(tmp_path / "adapter", base(tmp_path / "base", dtype=torch.bfloat16), lora_alpha=0.001)
+    name = "model.layers.0.self_attn.q_proj"
+    weight = load_file(tmp_path / "base" / "model.safetensors")[f"{name}.weight"]
+    a, b = (
+        load_file(tmp_path / "adapter" / "adapter_model.safetensors")[f"base_model.model.{name}.lora_{w}.weight"] for w in "AB"
+    )
+    exact = weight.double() + 0.001 / 4 * (b.double() @ a.double())
+    with open_checkpoint(tmp_path / "adapter") as checkpoint:
+        assert checkpoint.stacks[0].dtype == "BF16+LoRA"
+        assert torch.equal(checkpoint.qk("self", 0)[0].flatten(0, 1), exact.float())
+    assert merge(torch.eye(2, dtype=torch.float64), b[:2, :1], a[:1, :2], 1.0).dtype == torch.float64
+
+
+def test_blocks_of_rows_change_nothing(monkeypatch):
+    weight, left, right, lengths = torch.randn(7, 5), torch.randn(7, 2), torch.randn(2, 5), torch.rand(7)
+    whole = merge(weight, left, right, 0.3, lengths)
+    monkeypatch.setattr("headgram.checkpoints.adapted_store._BLOCK", 10)
+    torch.testing.assert_close(merge(weight, left, right, 0.3, lengths), whole)
+
+
+def test_a_base_under_another_prefix(tmp_path):
+    """The adapter was made with the head on top, the base was saved without, or the other way round."""
+    model = adapter(tmp_path / "adapter", base(tmp_path / "base"))
+    judge = model.merge_and_unload()
+    tensors = load_file(tmp_path / "base" / "model.safetensors")
+    bare = {name.removeprefix("model."): tensor for name, tensor in tensors.items()}
+    save_file(bare, tmp_path / "base" / "model.safetensors")
+    assert_same(tmp_path / "adapter", judge)
+    save_file({f"model.{name}": tensor for name, tensor in tensors.items()}, tmp_path / "base" / "model.safetensors")
+    assert_same(tmp_path / "adapter", judge)
+
+
+def test_a_quantised_base(tmp_path):
+    """As QLoRA trains: factors beside a base in 8-bit floats."""
+    adapter(tmp_path / "adapter", base(tmp_path / "base"))
+    tensors = load_file(tmp_path / "base" / "model.safetensors")
+    judge = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    for name in [name for name in tensors if "self_attn" in name and name.endswith("weight")]:
+        stored = (tensors[name] * 8).to(torch.float8_e4m3fn)
+        judge.get_parameter(name).data = stored.float() / 8
+        tensors |= {name: stored, f"{name}_scale_inv": torch.tensor([[0.125]])}
+    save_file(tensors, tmp_path / "base" / "model.safetensors")
+    change(tmp_path / "base", "config.json", quantization_config={"quant_method": "fp8", "weight_block_size": [128, 128]})
+    assert_same(tmp_path / "adapter", peft.PeftModel.from_pretrained(judge, tmp_path / "adapter").merge_and_unload())
+
+
+def change(folder: Path, name: str = "adapter_config.json", **values) -> None:
+    path = folder / name
+    path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
+
+
+@pytest.fixture
+def pair(tmp_path):
+    """A base and a plain adapter of it."""
+    adapter(tmp_path / "adapter", base(tmp_path / "base"))
+    return tmp_path
+
+
+def test_the_base_may_be_given(pair):
+    shutil.move(pair / "base", pair / "moved")
+    with pytest.raises(HeadgramError, match=r"needs its base '.*base'.*no file or folder"):
+        open_checkpoint(pair / "adapter")
+    change(pair / "adapter", base_model_name_or_path=None)
+    with pytest.raises(HeadgramError, match="names no base: set `base` in the manifest"):
+        open_checkpoint(pair / "adapter")
+    moved = {"base": str(pair / "moved")}
+    assert open_checkpoint(pair / "adapter" / "adapter_model.safetensors", overrides=moved).stacks[0].heads == 4
+    with pytest.raises(HeadgramError, match="is no adapter"):
+        open_checkpoint(pair / "moved", overrides=moved)
+    with pytest.raises(HeadgramError, match="is an adapter itself"):
+        open_checkpoint(pair / "adapter", overrides={"base": str(pair / "adapter")})
+
+
+def test_inspect_names_both(pair):
+    done = CliRunner().invoke(app, ["inspect", str(pair / "adapter")])
+    assert f"a LoRA adapter, merged into {pair / 'base'}" in "".join(done.output.splitlines())
+
+
+def locked(pair, name: str = "adapter"):
+    manifest = pair / "models.tsv"
+    manifest.write_text(f"name\tsource\tbase\none\t{pair / 'adapter'}\t{pair / 'base'}\n")
+    models, problems = resolve_all(read_manifest(manifest).rows)
+    assert not problems
+    return models["one"]
+
+
+def test_the_lock_covers_base_and_adapter(pair):
+    """Factors, scale and base each change fingerprint and digests; each file is noticed before anything is read."""
+    first = locked(pair)
+    assert [file.name for file in first.files] == [
+        "adapter_model.safetensors", "base:model.safetensors", "adapter_config.json", "base:config.json",
+    ]  # fmt: skip
+    assert open_checkpoint(**first.how_to_open()).holds("self", 0, first.stacks[0].circuits["qk"].digests[0])
+    assert not changes("one", first)
+
+    def negated(path, name):
+        tensors = load_file(path)
+        save_file(tensors | {name: -tensors[name]}, path)
+
+    key = "model.layers.0.self_attn.q_proj"
+    edits = [
+        lambda: negated(pair / "adapter" / "adapter_model.safetensors", f"base_model.model.{key}.lora_A.weight"),
+        lambda: negated(pair / "base" / "model.safetensors", f"{key}.weight"),
+        lambda: change(pair / "adapter", lora_alpha=7),
+    ]
+    for edit in edits:
+        edit()
+        second = locked(pair)
+        assert second.fingerprint != first.fingerprint
+        assert second.stacks[0].circuits["qk"].digests[0] != first.stacks[0].circuits["qk"].digests[0]
+        assert changes("one", first)
+        first = second
+
+
+REFUSED = {
+    "another kind": ({"peft_type": "IA3"}, "peft_type = 'IA3': headgram reads LoRA and DoRA only"),
+    "no kind": ({"peft_type": None}, "peft_type = None"),
+    "acts on some tokens": ({"alora_invocation_tokens": [1]}, "alora_invocation_tokens"),
+    "repeats layers": ({"layer_replication": [[0, 2], [1, 2]]}, "layer_replication"),
+    "blocks": ({"use_bdlora": {"nblocks": 2}}, "use_bdlora"),
+    "an unknown variant": ({"use_newlora": True}, "use_newlora"),
+    "an unknown configuration": ({"new_config": {"a": 1}}, "new_config"),
+    "a changed base": ({"init_lora_weights": "pissa"}, "changes the base before training"),
+    "no rank": ({"r": None}, "r = None"),
+    "no alpha": ({"lora_alpha": "many"}, "lora_alpha = 'many'"),
+    "an endless alpha": ({"lora_alpha": 10**400}, "lora_alpha"),
+    "another rank": ({"r": 5}, "have rank 4, but adapter_config.json says 5"),
+    "no lengths": ({"use_dora": True}, "no lora_magnitude_vector"),
+    "costly patterns": ({"alpha_pattern": {"(a+)+b": 2}}, "costly"),
+    "broken patterns": ({"alpha_pattern": {"(": 2}}, "costly"),
+    "patterns that are none": ({"rank_pattern": [1]}, "rank_pattern"),
+}
+
+
+@pytest.mark.parametrize("kind", REFUSED)
+def test_settings_that_are_refused(pair, kind):
+    settings, sentence = REFUSED[kind]
+    change(pair / "adapter", **settings)
+    with pytest.raises(HeadgramError, match=sentence):
+        open_checkpoint(pair / "adapter")
+
+
+KEY = "base_model.model.model.layers.0.self_attn.q_proj"
+DAMAGE = {
+    "another base": ({f"{KEY}.lora_B.weight": torch.ones(30, 4)}, "do not fit its shape"),
+    "ranks that differ": ({f"{KEY}.lora_B.weight": torch.ones(32, 3)}, "do not fit its shape"),
+    "one factor": ({f"{KEY}.lora_B.weight": None}, "no lora_B of 'model.layers.0.self_attn.q_proj'"),
+    "another part": ({f"{KEY}.lora_E": torch.ones(4)}, "lora_E"),
+    "two adapters": ({f"{KEY}.lora_A.other.weight": torch.ones(4, 32)}, "twice|several adapters"),
+    "a layer that is not there": ({f"{KEY.replace('0', '7')}.lora_A.weight": torch.ones(4, 32)}, "the base has no such module"),
+    "integers": ({f"{KEY}.lora_B.weight": torch.ones(32, 4, dtype=torch.int8)}, "stored as I8"),
+}
+
+
+@pytest.mark.parametrize("kind", DAMAGE)
+def test_factors_that_are_refused(pair, kind):
+    edits, sentence = DAMAGE[kind]
+    path = pair / "adapter" / "adapter_model.safetensors"
+    tensors = {name: tensor for name, tensor in (load_file(path) | edits).items() if tensor is not None}
+    save_file(tensors, path)
+    with pytest.raises(HeadgramError, match=sentence):
+        open_checkpoint(pair / "adapter")
+
+
+def test_a_nan_in_a_factor_is_refused(pair):
+    path = pair / "adapter" / "adapter_model.safetensors"
+    tensors = load_file(path)
+    tensors[f"{KEY}.lora_B.weight"][0, 0] = math.nan
+    save_file(tensors, path)
+    with open_checkpoint(pair / "adapter") as checkpoint, pytest.raises(HeadgramError, match="NaN"):
+        checkpoint.qk("self", 0)
+
+
+def test_an_unmerged_state_dict_without_settings_is_refused(tmp_path):
+    model = adapter(tmp_path, base(tmp_path))
+    for name in ("adapter_model.safetensors", "adapter_config.json"):
+        (tmp_path / name).unlink()
+    save_file({name: tensor.clone() for name, tensor in model.state_dict().items()}, tmp_path / "model.safetensors")
+    with pytest.raises(HeadgramError, match=r"not merged, and no adapter_config\.json"):
+        open_checkpoint(tmp_path)
+
+
+def test_names_that_anchored_patterns_cannot_be_held_against_are_refused(tmp_path):
+    """A state dict of the inner model: whether something stands before its names cannot be known."""
+    model = adapter(tmp_path, base(tmp_path), **KINDS["patterns"])
+    (tmp_path / "adapter_model.safetensors").unlink()
+    save_file(
+        {name: tensor.clone() for name, tensor in model.base_model.model.state_dict().items()}, tmp_path / "model.safetensors"
+    )
+    with pytest.raises(HeadgramError, match=r"without 'base_model\.model\.'"):
+        open_checkpoint(tmp_path)
+    change(tmp_path, alpha_pattern={"o_proj": 32}, rank_pattern={"q_proj": 2, "1.self_attn.k_proj": 3})
+    with open_checkpoint(tmp_path) as checkpoint:
+        assert checkpoint.stacks[0].dtype == "F32+LoRA"

@@ -1,0 +1,150 @@
+"""Distributed checkpoints of torch: what torch writes and reads, without its unpickling."""
+
+from __future__ import annotations
+
+import io
+import pickle
+
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+from checkpoint_files import CONFIG, config_bytes, llama_tensors
+from test_hostile import assert_refused, write
+from test_one_answer import inspect
+from torch.distributed.checkpoint.filesystem import _StorageInfo
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    TensorProperties,
+    TensorStorageMetadata,
+)
+
+from headgram.checkpoints.checkpoint import open_checkpoint
+from headgram.study.manifest import Row
+from headgram.study.resolve import resolve
+
+PLAIN = llama_tensors()
+QUERY = "model.layers.0.self_attn.q_proj.weight"
+
+
+def saved(folder, state: dict):
+    with pytest.warns(UserWarning, match="assuming the intent is to save in a single process"):
+        dcp.save(state, checkpoint_id=folder, no_dist=True)
+    return write(folder, {"config.json": config_bytes()})
+
+
+def in_pieces(folder, tensors: dict[str, torch.Tensor], cuts: dict[str, list[tuple[slice, ...]]], changed=lambda table: None):
+    """As ranks write their shards: blocks of tensors in two files, with torch's own classes and writer."""
+    described, places = {}, {}
+    files = {f"__{rank}_0.distcp": io.BytesIO() for rank in range(2)}
+    for name, tensor in tensors.items():
+        chunks = []
+        for i, cut in enumerate(cuts.get(name, [tuple(slice(0, size) for size in tensor.shape)])):
+            block = tensor[cut].clone()
+            offsets = torch.Size(part.start for part in cut)
+            file = f"__{i % 2}_0.distcp"
+            start = files[file].tell()
+            torch.save(block, files[file])
+            chunks.append(ChunkStorageMetadata(offsets, block.shape))
+            place = _StorageInfo(file, start, files[file].tell() - start)
+            places[MetadataIndex(name, offsets)] = place
+        described[name] = TensorStorageMetadata(TensorProperties(tensor.dtype), tensor.shape, chunks)
+    table = Metadata(described, storage_data=places)
+    changed(table)
+    content = {name: file.getvalue() for name, file in files.items()}
+    return write(folder, {**content, ".metadata": pickle.dumps(table), "config.json": config_bytes()})
+
+
+def assert_read(source, **options) -> None:
+    with open_checkpoint(source, **options) as checkpoint:
+        assert checkpoint.location.format == "distcp"
+        for layer in range(CONFIG["num_hidden_layers"]):
+            for found, which in zip(checkpoint.qk("self", layer), "qk", strict=True):
+                assert torch.equal(found.flatten(0, 1), PLAIN[f"model.layers.{layer}.self_attn.{which}_proj.weight"])
+
+
+@pytest.mark.parametrize("key", ["model", "app.model", None])
+def test_what_torch_saves(tmp_path, key):
+    optimizer = {"state": {0: {"exp_avg": torch.zeros(3), "step": 7}}, "param_groups": [{"lr": 0.1}]}
+    state = {key: PLAIN, "optim": optimizer, "epoch": 3} if key else dict(PLAIN)
+    saved(tmp_path, state)
+    assert_read(tmp_path)
+    assert "1 weight file(s)" not in inspect(tmp_path)
+
+
+def blocks(rows: int, columns: int) -> list[tuple[slice, slice]]:
+    return [(slice(i, i + 8), slice(j, j + 16)) for i in range(0, rows, 8) for j in range(0, columns, 16)]
+
+
+def test_pieces_of_several_ranks(tmp_path):
+    """Torch's own reader takes the same folder for the same tensors."""
+    cuts = {name: blocks(*tensor.shape) for name, tensor in PLAIN.items() if "self_attn" in name}
+    in_pieces(tmp_path, PLAIN, cuts)
+    judge = {name: torch.zeros_like(tensor) for name, tensor in PLAIN.items()}
+    with pytest.warns(UserWarning, match="assuming the intent is to load in a single process"):
+        dcp.load(judge, checkpoint_id=tmp_path, no_dist=True)
+    assert all(torch.equal(judge[name], tensor) for name, tensor in PLAIN.items())
+    assert_read(tmp_path)
+
+
+def test_the_lock_covers_table_and_files_and_the_digest_is_of_the_numbers(tmp_path):
+    (tmp_path / "a").mkdir()
+    (tmp_path / "b").mkdir()
+    whole, pieces = (in_pieces(tmp_path / "a", PLAIN, {}), in_pieces(tmp_path / "b", PLAIN, {QUERY: blocks(32, 32)}))
+    locked = [resolve(Row(1, "m", str(folder), None, {})) for folder in (whole, pieces)]
+    assert [file.name for file in locked[0].files] == ["__0_0.distcp", "__1_0.distcp", ".metadata", "config.json"]
+    assert locked[0].stacks == locked[1].stacks
+
+
+def query(table: Metadata) -> TensorStorageMetadata:
+    return table.state_dict_metadata[QUERY]
+
+
+def sized(table: Metadata, *sizes: int) -> None:
+    query(table).size = torch.Size(sizes)
+
+
+DAMAGE = {
+    "a piece is missing": (lambda t: query(t).chunks.pop(), "do not make up the whole|too small"),
+    "a piece is there twice": (lambda t: query(t).chunks.append(query(t).chunks[0]), "the same of"),
+    "a piece is elsewhere": (lambda t: place(t, "relative_path", "other.distcp"), "is missing: fetch all files"),
+    "a piece is outside the folder": (lambda t: place(t, "relative_path", "../../etc/passwd"), "is missing: fetch all files"),
+    "a piece is beyond its file": (lambda t: place(t, "offset", 2**40), "is missing: fetch all files"),
+    "a piece is no file": (lambda t: place(t, "offset", 1), "not a whole torch file"),
+    "a piece is compressed": (lambda t: place(t, "transform_descriptors", ["zstd"]), "stored compressed"),
+    "a piece leaves the tensor": (lambda t: sized(t, 32, 31), "not inside of it"),
+    "a huge tensor": (lambda t: sized(t, 2**30, 2**30), "disagree|too small"),
+    "another type": (lambda t: setattr(query(t).properties, "dtype", torch.float32), "another type or shape|too small"),
+    "no places": (lambda t: setattr(t, "storage_data", None), "no table of a distributed checkpoint"),
+}
+
+
+def place(table: Metadata, name: str, value: object) -> None:
+    object.__setattr__(table.storage_data[MetadataIndex(QUERY, torch.Size((8, 16)))], name, value)
+
+
+@pytest.mark.parametrize("kind", DAMAGE)
+def test_what_does_not_fit_is_refused(tmp_path, kind):
+    changed, sentence = DAMAGE[kind]
+    in_pieces(tmp_path, PLAIN, {QUERY: blocks(32, 32)}, changed)
+    assert_refused(tmp_path, sentence)
+
+
+class Call:
+    def __reduce__(self):
+        return eval, ("__import__('pathlib').Path('RAN').touch()",)
+
+
+@pytest.mark.parametrize("content", [pickle.dumps(Call()), pickle.dumps({"a": Call()}), b"", b"\x80\x04.", pickle.dumps([1])])
+def test_a_table_runs_nothing(tmp_path, monkeypatch, content):
+    monkeypatch.chdir(tmp_path)
+    in_pieces(tmp_path, PLAIN, {})
+    write(tmp_path, {".metadata": content})
+    assert_refused(tmp_path, r"\.metadata is no table")
+    assert not (tmp_path / "RAN").exists()
+
+
+def test_a_part_alone_is_no_source(tmp_path):
+    in_pieces(tmp_path, PLAIN, {})
+    assert_refused(tmp_path / "__0_0.distcp", "name the folder")

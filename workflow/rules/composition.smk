@@ -1,0 +1,24 @@
+# Weights of both circuits -> which heads of a model write what later heads read.
+rule composition:
+    input:
+        unpack(composition_input),
+    output:
+        composition=PATHS.table("composition", "{model}"),
+        channels=PATHS.table("channels", "{model}"),
+        directions=PATHS.channel_directions("{model}"),
+        record=RECORDS["composition"],
+    log:
+        PATHS.log("composition", "{model}"),
+    conda:
+        ENVIRONMENT
+    threads: 1
+    resources:
+        gpu=GPUS,
+        mem_mb=memory_mb,
+    params:
+        identity=identity_of("composition"),
+        order=order_of("composition"),
+    message:
+        "Composition of the heads of {wildcards.model}"
+    script:
+        "../scripts/composition.py"
