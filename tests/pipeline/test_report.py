@@ -245,7 +245,7 @@ def test_clicks_choose_and_link(page, reported):
 def test_a_keyboard_is_enough(page, reported):
     keyboard = page.page.keyboard
     reached = []
-    for _ in range(60):
+    for _ in range(90):
         keyboard.press("Tab")
         reached.append(page.page.evaluate("document.activeElement.id"))
     controls = ["model", "stack", "layer", "head", "column", "theme", "form", "side", "measure", "scale", "depth"]
