@@ -215,13 +215,17 @@ def locked(pair, name: str = "adapter"):
     return models["one"]
 
 
+def digest_of(entry) -> str:
+    return entry.stacks[0].circuits["qk"].digests[0]
+
+
 def test_the_lock_covers_base_and_adapter(pair):
     """Factors, scale and base each change fingerprint and digests; each file is noticed before anything is read."""
     first = locked(pair)
     assert [file.name for file in first.files] == [
         "adapter_model.safetensors", "base:model.safetensors", "adapter_config.json", "base:config.json",
     ]  # fmt: skip
-    assert open_checkpoint(**first.how_to_open()).holds("self", 0, first.stacks[0].circuits["qk"].digests[0])
+    assert open_checkpoint(**first.how_to_open()).holds("self", 0, digest_of(first))
     assert not changes("one", first)
 
     def negated(path, name):
@@ -238,7 +242,7 @@ def test_the_lock_covers_base_and_adapter(pair):
         edit()
         second = locked(pair)
         assert second.fingerprint != first.fingerprint
-        assert second.stacks[0].circuits["qk"].digests[0] != first.stacks[0].circuits["qk"].digests[0]
+        assert digest_of(second) != digest_of(first)
         assert changes("one", first)
         first = second
 

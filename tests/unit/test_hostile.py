@@ -24,7 +24,7 @@ from safetensors.torch import save
 from headgram.checkpoints import gguf_check
 from headgram.checkpoints.checkpoint import open_checkpoint
 from headgram.checkpoints.safetensors_header import PREFIX, header_length, parse_header
-from headgram.checkpoints.sources import choose_weights
+from headgram.checkpoints.weight_files import choose_weights
 from headgram.errors import HeadgramError
 
 QUICK = settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])

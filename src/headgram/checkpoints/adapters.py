@@ -14,9 +14,9 @@ from dataclasses import dataclass, replace
 from typing import Any, Self
 
 from headgram.checkpoints.adapted_store import AdaptedStore, Change
-from headgram.checkpoints.sources import ADAPTER_CONFIG
 from headgram.checkpoints.stores import TensorStore
 from headgram.checkpoints.views import Joined
+from headgram.checkpoints.weight_files import ADAPTER_CONFIG
 from headgram.errors import HeadgramError
 
 #: Begins the names of an adapter's tensors beside those of its base.

@@ -25,12 +25,11 @@ _UNSAID = "the family's data do not say what it is, for it is not proven"
 
 @dataclass(frozen=True)
 class Surroundings:
-    """What is known of a stack besides its factors; names of a layer's modules begin with `prefix` and `block`."""
+    """What is known of a stack besides its factors; `place` is what the names of a layer's modules begin with."""
 
     rule: AroundRule
     section: Section
-    prefix: str
-    block: str
+    place: str
     modules: Mapping[str, str]
     layout: str
     dims: Dimensions
@@ -115,12 +114,7 @@ class Around:
         """
         rule, dims = self._said("rotary", self._known.rule.rotary), self._known.dims
         start = dims.sizes.get("nope", 0)
-        return rotary_of(rule, self._known.section, self.layer, dims.rank - start, start, length)
-
-    @property
-    def block(self) -> str:
-        """What the names of the layer's modules begin with, below the prefix."""
-        return self._known.block.format(layer=self.layer)
+        return rotary_of(rule, self._known.section, self.layer, dims.rank, start, length)
 
     def names(self, role: str) -> list[str]:
         """The tensors of this layer that hold a norm or a bias; none for other roles."""
@@ -156,8 +150,10 @@ class Around:
         if rule.module is None or (self.layer == 0 and rule.not_first):
             return {}
         modules = dict.fromkeys(rule.module.format(head=head) for head in range(heads))
-        names = {kind: [f"{self._place}{module}.{kind}" for module in modules] for kind in ("weight", "bias")}
-        return {kind: found for kind, found in names.items() if kind == "weight" or found[0] in self._store}
+        names = {kind: [f"{self._place}{module}.{kind}" for module in modules] for kind in ("weight", "gamma", "bias", "beta")}
+        held = {kind: found for kind, found in names.items() if found[0] in self._store}
+        weight, bias = held.get("gamma", names["weight"]), held.get("bias") or held.get("beta")
+        return {"weight": weight} | ({} if bias is None else {"bias": bias})
 
     def _bias(self, role: str) -> Tensor | None:
         """A bias is a weight that reads one channel, which is always 1."""
@@ -183,7 +179,7 @@ class Around:
 
     @property
     def _place(self) -> str:
-        return f"{self._known.prefix}{self._known.block}".format(layer=self.layer)
+        return self._known.place.format(layer=self.layer)
 
     def _said(self, role: str, value: Any) -> Any:
         if value is None:

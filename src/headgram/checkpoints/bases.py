@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from headgram.checkpoints import sources
-from headgram.checkpoints.sources import ADAPTER_CONFIG, Location, Weights, is_hub_id
+from headgram.checkpoints.sources import Location, is_hub_id
+from headgram.checkpoints.weight_files import ADAPTER_CONFIG, CONFIG, Weights
 from headgram.errors import HeadgramError
 
 if TYPE_CHECKING:
@@ -59,7 +60,7 @@ class AdaptedLocation:
         """The source in words, for messages."""
         return f"{self.adapter.where} on {self.underneath.where}"
 
-    def config(self, name: str = "config.json") -> dict[str, Any] | None:
+    def config(self, name: str = CONFIG) -> dict[str, Any] | None:
         """A JSON file of the base."""
         return self.underneath.config(name)
 

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from headgram.checkpoints.bin_store import Archive, mapped
 from headgram.checkpoints.pickle_walk import OTHER, Global, Walk
-from headgram.checkpoints.sources import DISTRIBUTED_TABLE
 from headgram.checkpoints.stores import DTYPES, TensorStore, bytes_of, float_dtype
+from headgram.checkpoints.weight_files import DISTRIBUTED_TABLE
 from headgram.errors import HeadgramError
 
 _WORDS = {dtype: word for word, dtype in DTYPES.items()}

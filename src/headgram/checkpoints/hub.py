@@ -28,7 +28,8 @@ from huggingface_hub.errors import (
 from huggingface_hub.hf_api import ModelInfo
 from huggingface_hub.utils import build_hf_headers, hf_raise_for_status, http_backoff, http_stream_backoff, httpx
 
-from headgram.checkpoints.sources import ADAPTER_CONFIG, HUB_DIGEST, LARGEST_JSON, Weights, choose_weights, format_of, read_json
+from headgram.checkpoints.sources import HUB_DIGEST, LARGEST_JSON, read_json
+from headgram.checkpoints.weight_files import CONFIG, PARAMS, Weights, choose_weights, config_of, described_by, format_of
 from headgram.errors import HeadgramError
 
 #: How often in a row a connection may fail without a byte arriving, and the longest pause between two attempts.
@@ -117,8 +118,7 @@ class RemoteLocation:
     @property
     def described_by(self) -> tuple[str, ...]:
         """What the lock pins beside the weights."""
-        names = ("config.json", *((ADAPTER_CONFIG,) if self.choice.adapter else ()))
-        return tuple(name for name in names if name in self.files)
+        return described_by(self.choice, self.files)
 
     def file(self, name: str) -> HubFile:
         """A file of the repository, refused if it has none of this name."""
@@ -138,9 +138,11 @@ class RemoteLocation:
         """What stands for a file's content in the lock: the hub's hash."""
         return HUB_DIGEST + self.file(name).etag
 
-    def config(self, name: str = "config.json") -> dict[str, Any] | None:
-        """A JSON file of the repository, or None where there is none."""
-        return self._json(name) if name in self.files else None
+    def config(self, name: str = CONFIG) -> dict[str, Any] | None:
+        """As of a `Location`."""
+        if name in self.files:
+            return self._json(name)
+        return config_of(self._json(PARAMS)) if name == CONFIG and PARAMS in self.files else None
 
     def _json(self, name: str) -> dict[str, Any]:
         if self.size(name) > LARGEST_JSON:

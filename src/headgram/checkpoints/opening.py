@@ -9,10 +9,12 @@ from headgram.checkpoints.bases import AdaptedLocation, AnyLocation, with_base
 from headgram.checkpoints.bin_store import BinStore
 from headgram.checkpoints.distcp_store import DistcpStore
 from headgram.checkpoints.gguf_store import GgufStore
+from headgram.checkpoints.original_llama import SlicedStore, in_transformers_names
 from headgram.checkpoints.quantised import with_plain_weights
 from headgram.checkpoints.safetensors_store import SafetensorsStore
-from headgram.checkpoints.sources import ADAPTER_CONFIG, Location, is_hub_id, locate_here
+from headgram.checkpoints.sources import Location, is_hub_id, locate_here
 from headgram.checkpoints.stores import TensorStore
+from headgram.checkpoints.weight_files import ADAPTER_CONFIG
 from headgram.checkpoints.wrappers import without_wrappers
 from headgram.errors import HeadgramError
 
@@ -65,7 +67,9 @@ def open_store(location: AnyLocation) -> TensorStore:
     store = _plain_store(location)
     if isinstance(store, GgufStore):
         return store
-    return with_adapters_merged(with_plain_weights(store, location.config()), location.config(ADAPTER_CONFIG), location.where)
+    config = location.config()
+    weights = with_plain_weights(in_transformers_names(store, config, location.where), config)
+    return with_adapters_merged(weights, location.config(ADAPTER_CONFIG), location.where)
 
 
 def _plain_store(location: Location | RemoteLocation) -> TensorStore:
@@ -79,5 +83,7 @@ def _plain_store(location: Location | RemoteLocation) -> TensorStore:
         return GgufStore(paths)
     if location.format == "distcp":
         return without_wrappers(DistcpStore(paths))
+    if location.choice.sliced:
+        return SlicedStore([BinStore({name: path}) for name, path in paths.items()])
     store = SafetensorsStore if location.format == "safetensors" else BinStore
     return without_wrappers(store(paths, location.choice.index))

@@ -19,6 +19,8 @@ from headgram.errors import HeadgramError
 from headgram.families.around import RotaryRule
 from headgram.forms.reading import Rotary
 
+#: What configurations that state no base leave unsaid.
+_BASE = 10_000
 _FULL, _SLIDING = "full_attention", "sliding_attention"
 
 
@@ -90,7 +92,7 @@ def _is_full(rule: RotaryRule, section: Section, layer: int) -> bool | None:
 
 
 def rotary_of(rule: RotaryRule, section: Section, layer: int, rank: int, start: int, length: int | None) -> Rotary | None:
-    """How a layer turns `rank` rows of its heads from row `start` on, in contexts of some length; None if it does not.
+    """How a layer turns its heads' rows from row `start` on, in contexts of some length; None if it does not.
 
     Raises
     ------
@@ -112,17 +114,17 @@ def rotary_of(rule: RotaryRule, section: Section, layer: int, rank: int, start: 
     if local:
         stated = {}
     names = (rule.local_base,) if local else rule.bases
-    base = next((value for name in names if name and (value := stated.get("rope_theta") or section.get(name))), rule.base)
+    base = next((value for name in names if name and (value := stated.get("rope_theta") or section.get(name))), _BASE)
     base = positive(section, "the rotary base", base)
     shares = [stated.get("partial_rotary_factor"), *(section.get(name) for name in ("partial_rotary_factor", "rotary_pct"))]
-    share = next((value for value in shares if value is not None), rule.partial)
-    stated_width = section.find(rule.width) if rule.width else None
-    width = stated_width or int(rank * positive(section, "the rotary share", share))
+    share = next((value for value in shares if value is not None), None)
+    width = (section.find(rule.width) if rule.width else None) or rank - start
+    width = width if share is None else int(rank * positive(section, "the rotary share", share))
     name = str(stated.get("rope_type") or stated.get("type") or "default")[:40]
     if name not in _SCALINGS:
         raise HeadgramError(f"{section.whose} scales its rotary encoding by '{name}', which is not known")
-    if not 0 < width <= rank:
-        raise HeadgramError(f"{section.whose} turns {width} of {rank} rows, which cannot be")
+    if not 0 < width <= rank - start:
+        raise HeadgramError(f"{section.whose} turns {width} of {rank - start} rows, which cannot be")
     frequencies, factor = _SCALINGS[name](_Parameters(stated, section, rank, width, base), length)
     return Rotary(rule.sign * frequencies, rule.kind == "interleaved", start, factor)
 
@@ -139,7 +141,7 @@ def _flag(rule: RotaryRule, section: Section, layer: int) -> bool:
 
 def _stated(section: Section, kind: str | None) -> Mapping[str, Any]:
     """The parameters of one kind of layer: those that the configuration states for it, or for all."""
-    found = section.get("rope_parameters") or section.get("rope_scaling") or {}
+    found = section.get("rope_scaling") or section.get("rope_parameters") or {}
     if not isinstance(found, Mapping):
         raise HeadgramError(f"{section.whose} has rotary parameters {found!r:.60}, which should be a table")
     if any(isinstance(value, Mapping) for value in found.values()):

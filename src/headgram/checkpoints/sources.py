@@ -11,56 +11,33 @@ import hashlib
 import importlib.util
 import json
 import re
-from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from headgram.checkpoints.weight_files import (
+    ADAPTER_CONFIG,
+    CONFIG,
+    FORMATS,
+    PARAMS,
+    Weights,
+    choose_weights,
+    config_of,
+    described_by,
+    format_of,
+    leads_out,
+    weights_of_file,
+)
 from headgram.errors import HeadgramError
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _PACKAGE = re.compile(r"package:([A-Za-z_]\w*)/(.+)")
-_PART = re.compile(r"(.+)-(\d{5})-of-(\d{5})(\.\w+)")
-_TORCH = (".bin", ".pt", ".pth", ".ckpt")
-_FORMATS = {".safetensors": "safetensors", ".gguf": "gguf", **dict.fromkeys(_TORCH, "bin"), ".distcp": "distcp"}
-#: What transformers calls the weights, in the order of preference: `NAME`, or shards that `NAME.index.json` lists.
-_USUAL_NAMES = ("model.safetensors", "pytorch_model.bin")
-#: What peft calls an adapter's settings, and its weights.
-ADAPTER_CONFIG = "adapter_config.json"
-_ADAPTERS = ("adapter_model.safetensors", "adapter_model.bin")
-#: The table of a distributed checkpoint of torch, beside its files.
-DISTRIBUTED_TABLE = ".metadata"
-#: What training leaves beside the weights.
-_NO_WEIGHTS = re.compile(r"(training_args|optimizer|scheduler|scaler|rng_state(_\d+)?)\.\w+")
 #: An index of 250,000 tensors takes less; parsed, it takes some twenty times as much.
 LARGEST_JSON = 32 * 2**20
 #: Begins what stands for a file by the hub's own hash of it, instead of by its bytes.
 HUB_DIGEST = "hub:"
-_MOST_SHARDS = 10_000
 _SAMPLES = 64
 _SAMPLE_BYTES = 4096
-
-
-@dataclass(frozen=True)
-class Weights:
-    """Which of a checkpoint's files are its weights.
-
-    Attributes
-    ----------
-    files
-        Their names, in order; one format.
-    index
-        By tensor, the file that it is read from; None where there is no index.
-    passed_over
-        Other weight files beside them, which are not read.
-    adapter
-        Whether they only change the weights of another checkpoint.
-    """
-
-    files: tuple[str, ...]
-    index: Mapping[str, str] | None = None
-    passed_over: tuple[str, ...] = ()
-    adapter: bool = False
 
 
 @dataclass(frozen=True)
@@ -108,8 +85,9 @@ class Location:
     @property
     def described_by(self) -> tuple[str, ...]:
         """What the lock pins beside the weights."""
-        names = (("config.json",) if self.format != "gguf" else ()) + ((ADAPTER_CONFIG,) if self.choice.adapter else ())
-        return tuple(name for name in names if (self.folder / name).exists())
+        if self.format == "gguf":
+            return ()
+        return described_by(self.choice, {name for name in (CONFIG, PARAMS, ADAPTER_CONFIG) if (self.folder / name).exists()})
 
     def path(self, name: str) -> Path:
         """The path of a file of the source, refused if it leads outside."""
@@ -134,16 +112,18 @@ class Location:
                 state.update(file.read(_SAMPLE_BYTES))
         return state.hexdigest()
 
-    def config(self, name: str = "config.json") -> dict[str, Any] | None:
-        """A JSON file of the source, or None where there is none."""
-        if not (self.folder / name).exists():
-            return None
-        return read_json(self.path(name))
+    def config(self, name: str = CONFIG) -> dict[str, Any] | None:
+        """A JSON file of the source, or None where there is none; `params.json` in the words of `config.json` in its place."""
+        if (self.folder / name).exists():
+            return read_json(self.path(name))
+        if name == CONFIG and (self.folder / PARAMS).exists():
+            return config_of(read_json(self.path(PARAMS)))
+        return None
 
 
 def is_hub_id(source: str) -> bool:
     """Whether a source can only be a hub id: it looks like one, and neither it nor the folder that it would be in exists."""
-    looks_like_one = bool(_HUB_ID.fullmatch(source)) and PurePosixPath(source).suffix not in _FORMATS
+    looks_like_one = bool(_HUB_ID.fullmatch(source)) and PurePosixPath(source).suffix not in FORMATS
     return looks_like_one and not Path(source).parent.exists()
 
 
@@ -178,12 +158,8 @@ def locate_here(source: str, revision: str | None = None) -> Location:
         raise HeadgramError(f"there is no file or folder '{source}'{not_asked}")
     if path.is_dir():
         return Location(path, _weights_in(path, boundary), None, boundary)
-    if path.suffix not in _FORMATS:
-        raise HeadgramError(f"'{source}' is neither a folder nor a .safetensors, .gguf or torch file ({', '.join(_TORCH)})")
-    if path.suffix == ".distcp":
-        raise HeadgramError(f"'{source}' is a part of a distributed checkpoint: name the folder that it is in")
-    is_adapter = path.name in _ADAPTERS and (path.parent / ADAPTER_CONFIG).exists()
-    return Location(path.parent, Weights(_parts(path.name), adapter=is_adapter), None, boundary)
+    beside = {other.name for other in path.parent.iterdir()}
+    return Location(path.parent, weights_of_file(path.name, beside, source), None, boundary)
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -227,15 +203,11 @@ def parse_json(text: bytes) -> Any:
 def _inside(boundary: Path, folder: Path, name: str) -> Path:
     relative = PurePosixPath(name)
     path = folder / relative
-    if not _leads_out(relative) and not path.is_file():
+    if not leads_out(relative) and not path.is_file():
         raise HeadgramError(f"{folder} lacks the file '{name}'")
-    if _leads_out(relative) or not path.resolve().is_relative_to(boundary.resolve()):
+    if leads_out(relative) or not path.resolve().is_relative_to(boundary.resolve()):
         raise HeadgramError(f"the file name '{name}' leads out of {boundary}: a checkpoint may only name its own files")
     return path
-
-
-def _leads_out(relative: PurePosixPath) -> bool:
-    return relative.is_absolute() or ".." in relative.parts
 
 
 def _package_path(package: str, inner: str) -> tuple[Path, Path]:
@@ -247,7 +219,7 @@ def _package_path(package: str, inner: str) -> tuple[Path, Path]:
     root = Path(spec.origin).parent
     relative = PurePosixPath(inner)
     path = root / relative
-    if _leads_out(relative) or not path.resolve().is_relative_to(root.resolve()):
+    if leads_out(relative) or not path.resolve().is_relative_to(root.resolve()):
         raise HeadgramError(f"the path '{inner}' leads out of the package '{package}'")
     if not path.exists():
         raise HeadgramError(f"the package '{package}' holds no '{inner}'")
@@ -276,95 +248,3 @@ def _weights_in(folder: Path, boundary: Path) -> Weights:
     for name in choice.files:
         _inside(boundary, folder, name)
     return choice
-
-
-def choose_weights(names: Collection[str], read_index: Callable[[str], dict[str, Any]], where: str) -> Weights:
-    """The weight files among a checkpoint's files: safetensors or torch's own, with an index or alone, or GGUF.
-
-    Parameters
-    ----------
-    names
-        The files that are there.
-    read_index
-        Reads a JSON file among them.
-    where
-        The checkpoint in words, for messages.
-
-    Raises
-    ------
-    HeadgramError
-        If there are none, several to choose from, or a useless index.
-    """
-    safetensors, pickle = _USUAL_NAMES
-    found = (
-        _adapter(names, read_index, where)
-        or _usual(names, safetensors, read_index, where)
-        or _only(names, (".safetensors",), where)
-        or _only(names, (".gguf",), where)
-        or _usual(names, pickle, read_index, where)
-        or _distributed(names)
-        or _only(names, _TORCH, where)
-    )
-    if found:
-        others = {name for name in names if "/" not in name and PurePosixPath(name).suffix in _FORMATS} - set(found.files)
-        return replace(found, passed_over=tuple(sorted(others)))
-    raise HeadgramError(
-        f"{where} holds no weights: no .safetensors, .gguf or torch file, and no distributed checkpoint ({', '.join(_TORCH)})"
-    )
-
-
-def _usual(names: Collection[str], whole: str, read_index: Callable[[str], dict[str, Any]], where: str) -> Weights | None:
-    if f"{whole}.index.json" in names:
-        return _shards(read_index(f"{whole}.index.json"), whole, where)
-    return Weights((whole,)) if whole in names else None
-
-
-def _adapter(names: Collection[str], read_index: Callable[[str], dict[str, Any]], where: str) -> Weights | None:
-    choices = (_usual(names, whole, read_index, where) for whole in _ADAPTERS if ADAPTER_CONFIG in names)
-    found = next((choice for choice in choices if choice), None)
-    return replace(found, adapter=True) if found else None
-
-
-def _only(names: Collection[str], suffixes: tuple[str, ...], where: str) -> Weights | None:
-    """The one model among the files with some suffixes; a model in parts is one."""
-    found = sorted(name for name in names if name.endswith(suffixes) and "/" not in name and not _NO_WEIGHTS.fullmatch(name))
-    if len({_PART.sub(r"\1\4", name) for name in found}) > 1:
-        raise HeadgramError(f"{where} holds several {' and '.join(f'*{s}' for s in suffixes)} files: name the one that is meant")
-    return Weights(_parts(found[0])) if found else None
-
-
-def _distributed(names: Collection[str]) -> Weights | None:
-    """The files of a distributed checkpoint, and its table."""
-    files = sorted(name for name in names if name.endswith(".distcp") and "/" not in name)
-    return Weights((*files, DISTRIBUTED_TABLE)) if files and DISTRIBUTED_TABLE in names else None
-
-
-def _shards(index: dict[str, Any], whole: str, where: str) -> Weights:
-    """The files that an index names. They may only be weight files of the same format."""
-    named = index.get("weight_map")
-    if not isinstance(named, dict) or not named or not all(isinstance(name, str) for name in named.values()):
-        raise HeadgramError(f"{where}: {whole}.index.json has no usable 'weight_map'")
-    files = tuple(sorted(set(named.values())))
-    if len(files) > _MOST_SHARDS:
-        raise HeadgramError(f"{where}: {whole}.index.json names {len(files)} files, which no real checkpoint's does")
-    for name in files:
-        if _leads_out(PurePosixPath(name)):
-            raise HeadgramError(f"the file name {name!r:.200} leads out of {where}: a checkpoint may only name its own files")
-        if not name.endswith(PurePosixPath(whole).suffix) or not name.isprintable():
-            raise HeadgramError(
-                f"{where}: {whole}.index.json names {name!r:.200}, which is no {PurePosixPath(whole).suffix} file"
-            )
-    return Weights(files, named)
-
-
-def _parts(name: str) -> tuple[str, ...]:
-    """A file, or all the parts of the model that it is one of."""
-    part = _PART.fullmatch(name)
-    if part and int(part[3]):
-        return tuple(f"{part[1]}-{i + 1:05d}-of-{part[3]}{part[4]}" for i in range(min(int(part[3]), _MOST_SHARDS)))
-    return (name,)
-
-
-def format_of(name: str) -> str:
-    """The format of a weight file, by its name."""
-    return _FORMATS[PurePosixPath(name).suffix]

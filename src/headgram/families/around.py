@@ -40,11 +40,9 @@ class RotaryRule(_Entry):
     """
 
     kind: Literal["halves", "interleaved", "none"]
-    base: float = 10_000  # what configurations that state no base leave unsaid
     bases: tuple[str, ...] = ("rope_theta", "rotary_emb_base")  # what they call it
     local_base: str | None = None  # what they call the base of sliding layers, where that is another
-    partial: float = 1  # the share of a head's rows that turn, where they leave it unsaid
-    width: str | None = None  # what they call the number of rows that turn, where they state no share
+    width: str | None = None  # what they call the number of rows that turn, where they state no share of them
     sign: Literal[1, -1] = 1  # -1: they turn backwards
     only: str | None = None  # the one kind of `layer_types` that turns
     unless_null: str | None = None  # all layers turn where they state null under this name

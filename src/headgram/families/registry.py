@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import cache
 from importlib.resources import files
-from typing import Self
+from typing import Any, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -68,7 +68,7 @@ class StackRule(_Entry):
     borrowed: Names | None = None  # so many last layers read the keys of earlier ones, and are left out
     sparse: bool = False  # only some layers hold attention: those with all of the tensors
     optional: bool = False  # a checkpoint may hold another stack alone
-    defaults: dict[str, dict[str, int]] = Field(default={})  # model type -> what its published configs may leave unsaid
+    defaults: dict[str, dict[str, Any]] = Field(default={})  # model type -> what its published configs may leave unsaid
     remarks: tuple[Remark, ...] = ()
     around: tuple[AroundRule, ...] = ()
 

@@ -84,10 +84,10 @@ def norm_residual(call: Call, around: Around) -> float:
         If the family's data name no norm, or the block does not run.
     """
     norm = around.norm
-    inputs = [x for path, x in call.outer.items() if f".{path}.".endswith(f".{around.block}")]
-    if not inputs:
-        raise HeadgramError(f"the model runs no block {around.block} around {call.module}")
-    stream = inputs[0].double().reshape(-1, inputs[0].shape[-1])
+    stream = call.outer.get(call.block)
+    if stream is None:
+        raise HeadgramError(f"the model gives no stream to the block around {call.module}")
+    stream = stream.double().reshape(-1, stream.shape[-1])
     ours = stream if norm is None else _normed(stream, norm)
     if norm is None or norm.bias is not None:
         return relative(ours, call.x)

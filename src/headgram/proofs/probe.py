@@ -80,6 +80,11 @@ class Call:
         number = re.search(r"\.(\d+)(\.|$)", self.module)
         return int(number[1]) if number else None
 
+    @property
+    def block(self) -> str:
+        """The module's path up to that number: the block of layers that it is part of."""
+        return re.sub(r"(?<=\.)(\d+)\..*", r"\1", self.module)
+
 
 def scores_of(model: nn.Module, inputs: Mapping[str, Tensor]) -> list[Call]:
     """Run a model, and catch the products of every module that computes attention.
