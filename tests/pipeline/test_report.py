@@ -302,7 +302,7 @@ def test_what_makes_the_report_stale(reported, tmp_path):
     shutil.rmtree(project.folder / ".snakemake")
     assert project.planned() == set()
     alone = {"Reporting on all models"}
-    for name in ("src/headgram/report/app.js", "src/headgram/report/style.css", "src/headgram/report/columns.py"):
+    for name in ("src/headgram/report/pictures.js", "src/headgram/report/style.css", "src/headgram/report/columns.py"):
         path = project.folder / name
         text = path.read_text()
         path.write_text(text + ("_CHANGED = 1\n" if path.suffix == ".py" else "\n"))
