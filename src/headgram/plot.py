@@ -18,7 +18,13 @@ from headgram.errors import HeadgramError, require
 from headgram.report import pictures
 from headgram.report.chance import PALE, nulls
 from headgram.report.columns import columns
-from headgram.results.tables import SIDES
+
+_PAIRS = {
+    "cosine": "Cosine of forms",
+    "right": "Overlap on the query side",
+    "left": "Overlap on the key side",
+    "signed": "Overlap in signed directions",
+}
 
 
 def heads(atlas: Atlas, model: str, column: str = "symmetry", stack: str = "self", circuit: str = "qk") -> alt.LayerChart:
@@ -69,8 +75,8 @@ def layers(
     HeadgramError
         If the model, the stack or the circuit was not measured, or there is no such value or head.
     """
-    if value not in ("cosine", *SIDES):
-        raise HeadgramError(f"pairs of layers have no '{value}'; there are: cosine, {', '.join(SIDES)}")
+    if value not in _PAIRS:
+        raise HeadgramError(f"pairs of layers have no '{value}'; there are: {', '.join(_PAIRS)}")
     table = _rows(atlas, "gram" if value == "cosine" else "overlap", model, stack, circuit)
     if head is not None and head not in set(table["head"]):
         raise HeadgramError(f"the stack '{stack}' of {model} has no head {head!r:.60}; it has {table['head'].max() + 1}")
@@ -86,9 +92,7 @@ def layers(
     else:
         chart = pictures.heatmap("layer_b", "layer_a", (0.0, reach))
     of = "mean over heads" if head is None else f"head {head}"
-    return _with(
-        chart, f"{value} of layers, {of}: {model}, {stack}, {circuit}", {"cells": pd.concat([upper, lower]), "chosen": []}
-    )
+    return _with(chart, f"{_PAIRS[value]}, {of}: {model}, {stack}, {circuit}", {"cells": pd.concat([upper, lower]), "chosen": []})
 
 
 def spectrum(
