@@ -394,11 +394,18 @@ def reported_figures():
     return found
 
 
+def composed():
+    """The models whose compositions are measured."""
+    return [name for name, model in PLAN.models.items() if model.composed]
+
+
 def report_input(_):
     run_if_other(PLAN.report.key, RECORDS["report"])
     return {
         "merged": [PATHS.record("merge", model) for model in PLAN.models],
         "derived": [PATHS.record("derive", model) for model in PLAN.models],
+        "composition": [PATHS.table("composition", model) for model in composed()],
+        "composed": [PATHS.record("composition", model) for model in composed()],
         **{
             table: [PATHS.table(table, model) for model in PLAN.models]
             for table in REPORTED

@@ -69,6 +69,7 @@ function quantile(values, share) {
 class StackData {
   constructor(arrays, name, meta) {
     this.at = (part) => arrays[`${name}/${part}`];
+    this.feeding = (part) => arrays[`qk/${name.split("/").at(-1)}/feeding/${part}`]; // of both circuits
     this.meta = meta;
     this.layers = meta.layer_indices;
     this.memory = new Map();

@@ -34,6 +34,7 @@ def model_pack(stacks: Mapping[str, StackArrays]) -> str:
         parts |= {f"pairs/{kind}": values for kind, values in stack.pairs.items()}
         parts |= {f"neighbours/{measure}": values for measure, values in stack.neighbours.items()}
         parts |= {f"matrix/{part}": values for part, values in (stack.matrix.arrays() if stack.matrix else {}).items()}
+        parts |= {f"feeding/{part}": values for part, values in (stack.feeding.arrays() if stack.feeding else {}).items()}
         arrays |= {f"{name}/{part}": values for part, values in parts.items()}
     return pack(None, arrays)
 
@@ -41,7 +42,9 @@ def model_pack(stacks: Mapping[str, StackArrays]) -> str:
 def layer_packs(stacks: Mapping[str, StackArrays]) -> dict[str, str]:
     """What the page asks for when it zooms into many heads: by `{circuit}-{stack}-{layer}`, that layer's heads with all heads."""
     return {
-        f"{name.replace('/', '-')}-{layer}": pack(None, stack.matrix.layer(position))
+        f"{name.replace('/', '-')}-{layer}": pack(
+            None, stack.matrix.layer(position) | (stack.feeding.layer(position) if stack.feeding else {})
+        )
         for name, stack in stacks.items()
         if stack.matrix is not None and len(stack.matrix.order) > DRAWN
         for position, layer in enumerate(stack.summary.layers)

@@ -257,7 +257,12 @@ def _identities(
 def _report_identity(models: Mapping[str, ModelPlan], scripts: Path) -> Identity:
     """What a report follows from: the models' names, in order, and their tables."""
     code = digest(code_digest("report", scripts / "report.py"), page_digest())
-    upstream = tuple(model.identities[stage, ""].key for model in models.values() for stage in ("merge", "derive"))
+    upstream = tuple(
+        model.identities[stage, ""].key
+        for model in models.values()
+        for stage in ("merge", "derive", "composition")
+        if (stage, "") in model.identities
+    )
     return Identity("report", canonical({}), digest(*models), code, upstream)
 
 
