@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from headgram.atlas.labelled import by_heads, by_layers, symmetric
+from headgram.described import Described
 from headgram.errors import HeadgramError, require
 from headgram.study.manifest import MODEL_NAME
 
@@ -19,7 +20,7 @@ Kind = Literal["q", "k", "v"]
 ComposedColumn = Literal["score", "times_chance", "z", "acausal"]
 
 
-class Atlas:
+class Atlas(Described):
     """Tables and directions of all models of a results folder; made by `open_atlas`."""
 
     def __init__(self, results: Path, chosen: frozenset[str] | None = None) -> None:
@@ -32,6 +33,14 @@ class Atlas:
         found = (path.stem for path in (self.results / "provenance").glob("*.json"))
         names = sorted(name for name in found if MODEL_NAME.fullmatch(name))
         return names if self._chosen is None else [name for name in names if name in self._chosen]
+
+    def _described(self) -> tuple[str, list[dict[str, object]]]:
+        names = ("model", "circuit", "stack", "architecture", "layers", "heads", "kv_heads", "rank", "hidden")
+        line = f"Atlas of {len(self.models)} models in {self.results}"
+        try:
+            return line, [dict(zip(names, row, strict=True)) for row in self.summary()[list(names)].itertuples(index=False)]
+        except HeadgramError as error:
+            return f"{line}: {error}", [{"model": model} for model in self.models]
 
     def where(self, **wanted: Any) -> Atlas:
         """The same atlas of fewer models: those of a lineage, a step, a label of the manifest, or any other column of `summary`.

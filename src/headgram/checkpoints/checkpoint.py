@@ -22,13 +22,14 @@ from headgram.checkpoints.sources import HUB_DIGEST
 from headgram.checkpoints.stack import Stack, stack_of
 from headgram.checkpoints.stores import TensorStore
 from headgram.checkpoints.token_tables import TokenTables, token_tables
+from headgram.described import Described
 from headgram.errors import HeadgramError, require
 from headgram.families.layouts import LAYOUTS, QK, undo_gguf_permutation
 from headgram.families.registry import Family, StackRule, family_of, family_of_gguf
 from headgram.geometry.checks import is_finite
 
 
-class Checkpoint:
+class Checkpoint(Described):
     """The weights of attention heads, layer by layer; made by `open_checkpoint`. A context manager.
 
     Attributes
@@ -58,6 +59,10 @@ class Checkpoint:
         self.stacks = stacks
         self._store = store
         self._tables = tables
+
+    def _described(self) -> tuple[str, list[dict[str, object]]]:
+        line = f"Checkpoint of {self.architecture} ({self.location.format}) in {self.location.where}"
+        return line, [row for stack in self.stacks for row in stack._described()[1]]
 
     def stack(self, name: str) -> Stack:
         """The stack of this name.
