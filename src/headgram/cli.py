@@ -111,7 +111,7 @@ def lock(
 
 @app.command()
 def inspect(
-    source: Annotated[str, typer.Argument(help="A hub id, folder, .safetensors, .gguf or .bin file, or package:NAME/PATH.")],
+    source: Annotated[str, typer.Argument(help="A hub id, folder, .safetensors, .gguf or torch file, or package:NAME/PATH.")],
     revision: Annotated[Optional[str], typer.Option(help="Branch, tag or commit of a hub id.")] = None,  # noqa: UP045
 ) -> None:
     """Show what a checkpoint holds, without reading its weights."""
@@ -282,7 +282,7 @@ def verify(
 
 @app.command()
 def measure(
-    model: Annotated[str, typer.Option(help="A hub id, folder, .safetensors, .gguf or .bin file, or package:NAME/PATH.")],
+    model: Annotated[str, typer.Option(help="A hub id, folder, .safetensors, .gguf or torch file, or package:NAME/PATH.")],
     out: Annotated[Path, typer.Option(help="The JSON to write; the directions go to NAME-eigdirs.pt beside it.")],
     topk: Annotated[int, typer.Option(min=1, help="Directions per head.")] = 8,
     revision: Annotated[Optional[str], typer.Option(help="Branch, tag or commit of a hub id.")] = None,  # noqa: UP045

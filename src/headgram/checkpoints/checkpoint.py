@@ -20,9 +20,10 @@ from headgram.checkpoints.prefixes import unwrapped
 from headgram.checkpoints.sources import HUB_DIGEST
 from headgram.checkpoints.stack import Stack, stack_of
 from headgram.checkpoints.stores import TensorStore
+from headgram.checkpoints.token_tables import TokenTables, token_tables
 from headgram.errors import HeadgramError, require
 from headgram.families.layouts import LAYOUTS, QK, undo_gguf_permutation
-from headgram.families.registry import Family, family_of, family_of_gguf
+from headgram.families.registry import Family, StackRule, family_of, family_of_gguf
 from headgram.geometry.checks import is_finite
 
 
@@ -47,6 +48,7 @@ class Checkpoint:
         store: TensorStore,
         architecture: str,
         stacks: tuple[Stack, ...],
+        tables: TokenTables,
         remarks: tuple[str, ...] = (),
     ) -> None:
         self.location = location
@@ -54,6 +56,7 @@ class Checkpoint:
         self.architecture = architecture
         self.stacks = stacks
         self._store = store
+        self._tables = tables
 
     def stack(self, name: str) -> Stack:
         """The stack of this name.
@@ -87,6 +90,26 @@ class Checkpoint:
         stack = self.stack(stack_name)
         self._check_layer(stack, layer)
         return Around(stack.name, layer, stack._around, self._store)
+
+    def embedding(self) -> Float[Tensor, "tokens width"]:
+        """What every token is read as, in stored precision; a model may scale it, or add positions to it.
+
+        Raises
+        ------
+        HeadgramError
+            If the checkpoint has no such table, or the family's data name none.
+        """
+        return self._tables.read("embedding")
+
+    def unembedding(self) -> Float[Tensor, "tokens width"]:
+        """What the last stream is held against for every token, in stored precision; the embedding where both are one.
+
+        Raises
+        ------
+        HeadgramError
+            If the checkpoint has no such table, or the family's data name none.
+        """
+        return self._tables.read("unembedding")
 
     def qk(self, stack_name: str, layer: int) -> tuple[Float[Tensor, "heads rank hidden"], Float[Tensor, "kv_heads rank hidden"]]:
         """`W_Q (H, r, d)` and `W_K (K, r, d)` of one layer, as `factors` reads them."""
@@ -228,6 +251,7 @@ def open_checkpoint(
     remarks: tuple[str, ...] = ()
     if isinstance(store, GgufStore):
         architecture, family, stacks = _read_gguf(store, given)
+        tables = token_tables(store, ["token_embd"], ["output"], "", None)
     else:
         config = location.config()
         architecture, family, config = declared_family(location, config, given)
@@ -244,11 +268,20 @@ def open_checkpoint(
             )
             for rule, prefix in rules
         )
+        tables = _token_tables(store, family, *rules[0], config, architecture)
     if not stacks:
         raise HeadgramError(f"a checkpoint of the family '{family.name}' should hold attention weights, but this one has none")
     if location.base:
         remarks = (f"a LoRA adapter, merged into {location.base}", *remarks)
-    return Checkpoint(location, store, architecture, stacks, remarks)
+    return Checkpoint(location, store, architecture, stacks, tables, remarks)
+
+
+def _token_tables(
+    store: TensorStore, family: Family, rule: StackRule, prefix: str, config: Mapping[str, Any], architecture: str
+) -> TokenTables:
+    whole, section = Section(config, architecture), Section.of(rule, config, architecture)
+    stated = [tied for where in (whole, section) if isinstance(tied := where.get("tie_word_embeddings"), bool)]
+    return token_tables(store, family.embedding, family.unembedding, prefix, next(iter(stated), None))
 
 
 def _read_gguf(store: GgufStore, given: dict[str, Any]) -> tuple[str, Family, tuple[Stack, ...]]:

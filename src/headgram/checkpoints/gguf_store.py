@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from headgram.checkpoints.gguf_check import array_bytes, check_header
+from headgram.checkpoints.gguf_check import LONG, array_bytes, check_header
 from headgram.checkpoints.homes import Homes
 from headgram.checkpoints.stores import TensorStore
 from headgram.errors import HeadgramError
@@ -19,8 +19,6 @@ from headgram.errors import HeadgramError
 if TYPE_CHECKING:
     from gguf import GGUFReader
 
-#: Arrays of more elements than this are a tokenizer's: others have an element for each layer.
-_LONG = 4096
 #: A tokenizer's metadata, and the header's own counts, which the library shows as if they were metadata.
 _NOT_ASKED = ("tokenizer.", "GGUF.")
 #: As which the gguf library reports a file that it cannot read.
@@ -63,6 +61,9 @@ class GgufStore(TensorStore):
         return tuple(int(size) for size in reversed(self._tensors[name].shape))  # GGUF counts from the fastest axis
 
     def dtype(self, name: str) -> str:
+        return self.stored(name)
+
+    def stored(self, name: str) -> str:
         return str(self._tensors[name].tensor_type.name)
 
     def nbytes(self, name: str) -> int:
@@ -106,7 +107,7 @@ def _reader_type() -> type[GGUFReader]:
 
     class Reader(GGUFReader):
         def _get_field_parts(self, orig_offs: int, raw_type: int) -> tuple[int, list, list[int], list]:
-            if raw_type == GGUFValueType.ARRAY and self._get(orig_offs + 4, np.uint64)[0] > _LONG:
+            if raw_type == GGUFValueType.ARRAY and self._get(orig_offs + 4, np.uint64)[0] > LONG:
                 size = array_bytes(self.data.data, orig_offs, swapped=self.byte_order == "S")
                 return size, [self.data[orig_offs : orig_offs + size]], [], [GGUFValueType.ARRAY]  # as of one without elements
             found: tuple[int, list, list[int], list] = super()._get_field_parts(orig_offs, raw_type)

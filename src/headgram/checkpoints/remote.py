@@ -18,7 +18,7 @@ from headgram.checkpoints.homes import Homes
 from headgram.checkpoints.hub import HubFile, RemoteLocation, fetch_into
 from headgram.checkpoints.safetensors_header import PREFIX, TensorPlace, header_length, parse_header
 from headgram.checkpoints.sources import HUB_DIGEST
-from headgram.checkpoints.stores import DTYPES, TensorStore, float_dtype
+from headgram.checkpoints.stores import DTYPES, TensorStore
 from headgram.errors import HeadgramError
 
 _A = TypeVar("_A")
@@ -66,8 +66,8 @@ class RemoteSafetensorsStore(TensorStore):
     def shape(self, name: str) -> tuple[int, ...]:
         return self._home[name][1].shape
 
-    def dtype(self, name: str) -> str:
-        return float_dtype(name, self._home[name][1].dtype)
+    def stored(self, name: str) -> str:
+        return self._home[name][1].dtype
 
     def nbytes(self, name: str) -> int:
         place = self._home[name][1]
@@ -103,10 +103,6 @@ class RemoteSafetensorsStore(TensorStore):
     def raw(self, name: str) -> memoryview:
         self.prefetch([name])
         return self._fetched[name]
-
-    def read(self, name: str) -> Tensor:
-        self.dtype(name)
-        return self.part(name)
 
     def part(self, name: str) -> Tensor:
         place = self._home[name][1]

@@ -31,6 +31,9 @@ class View(TensorStore):
     def shape(self, name: str) -> tuple[int, ...]:
         return self._store.shape(self.sources(name)[0])
 
+    def stored(self, name: str) -> str:
+        return self._store.stored(self.sources(name)[0])
+
     def dtype(self, name: str) -> str:
         return self._store.dtype(self.sources(name)[0])
 
@@ -112,6 +115,10 @@ class Joined(TensorStore):
     def shape(self, name: str) -> tuple[int, ...]:
         store, inner = self._find(name)
         return store.shape(inner)
+
+    def stored(self, name: str) -> str:
+        store, inner = self._find(name)
+        return store.stored(inner)
 
     def dtype(self, name: str) -> str:
         store, inner = self._find(name)

@@ -60,15 +60,18 @@ let index; // columns, models, stacks; the quartiles of all models
 let quartiles;
 
 const stackOf = (model, stack) => index.models[model][stack] ?? Object.values(index.models[model])[0];
+const circuitOf = (stack) => (stack.includes("/") ? stack.split("/")[0] : ""); // stacks are called `{circuit}/{stack}`
 const currentStack = () => stackOf(state.model, state.stack);
 
 /** Take over what is wished for, as far as it exists; the rest falls back to what comes first. */
 function choose(wish) {
   const among = (values, ...wishes) => wishes.find((each) => values.includes(each)) ?? values[0];
+  if (wish.circuit && !wish.stack) wish = { ...wish, stack: `${wish.circuit}/${state.stack?.split("/").at(-1)}` };
   Object.assign(state, wish);
   const names = Object.keys(index.models);
   state.model = among(names, state.model);
   state.stack = among(Object.keys(index.models[state.model]), state.stack);
+  state.circuit = circuitOf(state.stack);
   const stack = currentStack();
   state.layer = among(stack.layer_indices, Number(state.layer));
   state.head = Math.min(Math.max(Math.trunc(Number(state.head)) || 0, 0), stack.heads - 1);
@@ -584,7 +587,11 @@ function drawControls() {
   const names = Object.keys(index.models);
   element("filter").hidden = names.length <= COMPARED;
   fill("model", names.filter((name) => name === state.model || isWanted(name)).map((name) => [name, name]));
-  fill("stack", Object.keys(index.models[state.model]).map((name) => [name, name]));
+  const places = Object.keys(index.models[state.model]);
+  const circuits = [...new Set(places.map(circuitOf))];
+  fill("circuit", circuits.map((name) => [name, { qk: "qk: looks for", ov: "ov: moves" }[name] ?? name]));
+  element("circuits").hidden = circuits.length === 1 && !circuits[0];
+  fill("stack", places.filter((name) => circuitOf(name) === state.circuit).map((name) => [name, name.split("/").at(-1)]));
   fill("layer", stack.layer_indices.map((layer) => [layer, layer]));
   fill("head", numbers(stack.heads));
   fill("column", index.columns.map((column) => [column.name, column.label]));
@@ -628,7 +635,7 @@ function originText() {
 function drawText(data) {
   const { meta } = data;
   const column = columnOf(state.column);
-  const facts = [meta.architecture, `${data.layers.length} layers × ${meta.heads} heads`, meta.kv_heads === meta.heads ? null : `${meta.kv_heads} key heads`,
+  const facts = [meta.architecture, `${data.layers.length} layers × ${meta.heads} heads`, meta.kv_heads === meta.heads ? null : `${meta.kv_heads} ${state.circuit === "ov" ? "value" : "key"} heads`,
     `rank ${meta.rank}`, `width ${meta.hidden}`, meta.stored_dtype];
   element("facts").textContent = facts.filter((fact) => fact !== null && fact !== undefined).join(" · ");
   element("origin").textContent = originText();
@@ -647,8 +654,8 @@ function drawText(data) {
   element("neighbours-note").textContent = `Among all other heads, of this layer too: ${{
     cosine: "cosine of the two forms; at −1 one is the other's negative.",
     transposed: "cosine of this form with the other's transpose: near 1, what one looks for with queries the other looks for with keys.",
-    right: `overlap of the spans of the top ${meta.directions} right (query side) directions.`,
-    left: `overlap of the spans of the top ${meta.directions} left (key side) directions.`,
+    right: `overlap of the spans of the top ${meta.directions} right directions: what it looks with, or reads.`,
+    left: `overlap of the spans of the top ${meta.directions} left directions: what it looks for, or writes.`,
     signed: `overlap of the spans of the top ${meta.directions} directions of the symmetric parts.`,
   }[state.measure]} By chance: ${show(chanceOf(state.measure).mean)} ± ${show(chanceOf(state.measure).deviation)}.`;
   element("spectrum-subject").textContent = `of head ${state.head} in layer ${state.layer}`;
@@ -776,7 +783,7 @@ async function start() {
   index = unpacked.meta;
   quartiles = unpacked.arrays;
   makePictures();
-  for (const id of ["model", "stack", "layer", "head", "column", "form", ...SELECTS]) {
+  for (const id of ["model", "circuit", "stack", "layer", "head", "column", "form", ...SELECTS]) {
     element(id).addEventListener("change", (event) => set({ [id]: event.target.value }));
   }
   element("filter").addEventListener("input", drawControls);

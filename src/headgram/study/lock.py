@@ -99,6 +99,8 @@ class LockedStack(_Entry):
     def _is_whole(self) -> Self:
         if self.kv_heads > self.heads:
             raise ValueError("there are more key heads than heads")
+        if self.circuits.keys() ^ self.missing.keys() != {"qk", "ov"}:
+            raise ValueError("each circuit must be there, or missing for a reason")
         if any(len(circuit.digests) != len(self.layers) for circuit in self.circuits.values()):
             raise ValueError("every layer needs a digest")
         return self

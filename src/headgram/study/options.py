@@ -32,8 +32,8 @@ _BRIEF = reprlib.Repr()
 _BRIEF.maxlevel = 2
 #: More directions or layers than any model has.
 MOST = 2**24
-#: A configuration file is smaller; reading YAML takes a second for every hundred kilobytes.
-_LARGEST = 2**20
+#: A configuration file is smaller; reading YAML takes seconds for a megabyte.
+_LARGEST = 2**17
 _UNITS = {"": 1, "b": 1, "kib": 2**10, "mib": 2**20, "gib": 2**30, "kb": 10**3, "mb": 10**6, "gb": 10**9}
 
 
