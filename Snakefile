@@ -16,6 +16,7 @@ include: "workflow/rules/derive.smk"
 include: "workflow/rules/lineage_common.smk"
 include: "workflow/rules/lineage.smk"
 include: "workflow/rules/composition.smk"
+include: "workflow/rules/tokens.smk"
 include: "workflow/rules/report.smk"
 
 

@@ -165,6 +165,8 @@ def locate_here(source: str, revision: str | None = None) -> Location:
         not_asked = (
             f"; the folder '{path.parent}' is here, so it is not looked for at the hub" if _HUB_ID.fullmatch(source) else ""
         )
+        if re.fullmatch(r"[\w-]+", source):
+            not_asked = "; a model at the hub has an id of two parts, ORGANISATION/NAME, such as openai-community/gpt2"
         raise HeadgramError(f"there is no file or folder '{source}'{not_asked}")
     if path.is_dir():
         return Location(path, _weights_in(path, boundary), None, boundary)
