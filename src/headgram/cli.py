@@ -86,6 +86,18 @@ def run(
 
 
 @app.command()
+def plan(cost: Annotated[bool, typer.Option("--cost", help="Also what stages cost on GPUs, on paper.")] = False) -> None:
+    """Say how many jobs the locked models of this folder take; nothing is run."""
+    from headgram.run.startup import planned
+    from headgram.study.cost import costs, table
+
+    found = planned({})
+    print(f"{len(found.models)} models, {len(found.records())} jobs")
+    if cost:
+        print(table(costs(found)))
+
+
+@app.command()
 def lock(
     manifest: Annotated[Path, typer.Option(help="The table of models.")] = _MANIFEST,
     upgrade: Annotated[Optional[list[str]], typer.Option(help="Resolve this model anew; may be repeated.")] = None,  # noqa: UP045
