@@ -79,6 +79,18 @@ def test_fetches_little_more_than_queries_and_keys(hub, monkeypatch):
     assert hub.weight_bytes < 0.2 * sum(map(len, files.values()))
 
 
+def test_slices_are_fetched_one_by_one(hub):
+    tensors = llama_tensors()
+    name = "model.embed_tokens.weight"
+    hub.add(REPO, {**sharded(tensors, 3), "config.json": config_bytes()})
+    with open_checkpoint(REPO) as checkpoint:
+        embedding = checkpoint.embeddings(tensors[name].shape[1])["input"]
+        of_headers = hub.weight_bytes
+        first = next(slices := embedding.slices(5))
+        assert hub.weight_bytes - of_headers == first.numel() * first.element_size()
+        assert torch.equal(torch.cat([first, *slices]), tensors[name])
+
+
 def test_the_token_stays_with_the_hub(hub):
     hub.add(REPO, single(llama_tensors()))
     assert_reads(llama_tensors())

@@ -14,6 +14,7 @@ from headgram.checkpoints.around import Around
 from headgram.checkpoints.bases import AnyLocation
 from headgram.checkpoints.declared import LONGEST_NAME, checked, declared_family
 from headgram.checkpoints.dimensions import Section, find_layers, find_rules, gguf_rule
+from headgram.checkpoints.embeddings import Embedding, embedding_names
 from headgram.checkpoints.gguf_store import GgufStore
 from headgram.checkpoints.opening import locate, open_store
 from headgram.checkpoints.prefixes import unwrapped
@@ -171,6 +172,10 @@ class Checkpoint(Described):
             if set(part.gives) & set(wanted):
                 factors |= part.split(stack.dimensions, **{tensor: tensors[tensor] for tensor in part.reads})
         return {role: factors[role] for role in wanted}
+
+    def embeddings(self, width: int) -> dict[str, Embedding]:
+        """What tokens are read as and written by, `input` and `output`, if their rows have this width; nothing is read yet."""
+        return {use: Embedding(self._store, name) for use, name in embedding_names(self._store, width).items()}
 
     def prefetch(self, stack_name: str, layers: Iterable[int], roles: Iterable[str] = QK) -> None:
         """Fetch the weights of some layers together, where that is quicker than one by one; they stay in memory until read."""

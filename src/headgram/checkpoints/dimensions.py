@@ -18,7 +18,7 @@ _MOST_LAYERS = 10_000
 
 
 class Section:
-    """A checkpoint's configuration as a rule reads it: the rule's section first, then the whole, then the type's defaults."""
+    """A checkpoint's configuration as a rule reads it: the rule's section, or the whole if there is none, then the defaults."""
 
     def __init__(self, values: Mapping[str, Any], architecture: str) -> None:
         self._values = values
@@ -27,13 +27,21 @@ class Section:
     @classmethod
     def of(cls, rule: StackRule, config: Mapping[str, Any], architecture: str) -> Self:
         """What a rule reads; a checkpoint without a configuration has no defaults either."""
-        inner = config.get(rule.config) if rule.config else None
         defaults = rule.defaults.get(architecture, {}) if config else {}
-        return cls({**defaults, **config, **(inner if isinstance(inner, Mapping) else {})}, architecture)
+        inner: Any = config
+        for name in rule.config.split(".") if rule.config else ():
+            inner = inner.get(name) if isinstance(inner, Mapping) else None
+        if not rule.config or not isinstance(inner, Mapping):
+            return cls({**defaults, **config}, architecture)
+        return cls({**defaults, **inner}, architecture)  # what a section leaves unsaid, no other tower's count says
 
     def get(self, name: str) -> Any:
-        """What the configuration states under a name, or None."""
-        return self._values.get(name)
+        """What the configuration states under a name, or under `name.N` as the Nth of a list, or None."""
+        name, _, place = name.partition(".")
+        value = self._values.get(name)
+        if place:
+            value = value[int(place)] if isinstance(value, list) and int(place) < len(value) else None
+        return value
 
     def find(self, names: Names, least: int = 1) -> int | None:
         """A whole number that the configuration states under one of the names; None if under none of them.
@@ -231,6 +239,8 @@ def _layers(store: TensorStore, rule: StackRule, tensors: Mapping[str, str], sec
     def missing(layer: int) -> list[str]:
         return [name for key in tensors.values() if (name := key.format(layer=layer)) not in store]
 
+    if not any("{layer}" in key for key in tensors.values()):
+        return (0,)
     candidates = _candidates(rule, section)
     if candidates is None:
         return tuple(itertools.takewhile(lambda layer: not missing(layer), itertools.count()))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import sys
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from typing import Self, TypeVar
@@ -103,6 +103,16 @@ class RemoteSafetensorsStore(TensorStore):
     def raw(self, name: str) -> memoryview:
         self.prefetch([name])
         return self._fetched[name]
+
+    def slices(self, name: str, rows: int) -> Iterator[Tensor]:
+        dtype, (file, place) = DTYPES[self.dtype(name)], self._home[name]
+        count, *others = place.shape
+        size = (place.stop - place.start) // max(1, count)  # bytes of a row
+        for first in range(0, count, rows):
+            some = min(rows, count - first)
+            stored = bytearray(some * size)
+            fetch_into(file, place.start + first * size, memoryview(stored))
+            yield torch.frombuffer(stored, dtype=dtype).reshape(some, *others)
 
     def part(self, name: str) -> Tensor:
         place = self._home[name][1]

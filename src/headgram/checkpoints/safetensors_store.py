@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Self
@@ -50,6 +50,12 @@ class SafetensorsStore(TensorStore):
 
     def raw(self, name: str) -> memoryview:
         return bytes_of(self.part(name))
+
+    def slices(self, name: str, rows: int) -> Iterator[Tensor]:
+        self.dtype(name)
+        stored = self._home[name].get_slice(name)
+        for start in range(0, self.shape(name)[0], rows):
+            yield stored[start : start + rows]
 
     def part(self, name: str) -> Tensor:
         tensor: Tensor = self._home[name].get_tensor(name)

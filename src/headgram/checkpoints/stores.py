@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Iterator
 from typing import Any, Protocol, Self
 
 import torch
@@ -66,6 +66,10 @@ class TensorStore(Protocol):
         """The tensor; stored precision, or float32 if the format is quantised."""
         self.dtype(name)
         return self.part(name)
+
+    def slices(self, name: str, rows: int) -> Iterator[Tensor]:
+        """The tensor as `read` gives it, so many rows at a time; most stores read no more than that at once."""
+        yield from self.read(name).split(rows)
 
     def part(self, name: str) -> Tensor:
         """The tensor as stored, of any type: what a quantised weight is made of."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Self
 
 from torch import Tensor
@@ -51,6 +51,10 @@ class View(TensorStore):
 
     def read(self, name: str) -> Tensor:
         return self._store.read(self.sources(name)[0])
+
+    def slices(self, name: str, rows: int) -> Iterator[Tensor]:
+        sources = self.sources(name)
+        return self._store.slices(sources[0], rows) if len(sources) == 1 else super().slices(name, rows)
 
     def part(self, name: str) -> Tensor:
         return self._store.part(self.sources(name)[0])

@@ -53,14 +53,14 @@ class StackRule(_Entry):
     name: str
     layout: str
     block: str  # what the modules' names begin with, below the prefix; `{layer}` stands for the layer's index
-    modules: dict[str, str]  # what the layout reads -> the module below `block` that holds it as its weight
-    leaf: str = ".weight"  # what ends a tensor's name
-    config: str | None = None  # a section of the config, such as `text_config`, looked into before the config itself
+    modules: dict[str, str]  # what the layout reads -> the module below `block` that holds it as its weight, or `…_weight` itself
+    leaf: str = ".weight"  # what ends the name of a module's tensor
+    config: str | None = None  # a section of the config, such as `text_config` or `a.b`, looked into before the config itself
     when: dict[str, bool | int | str] = Field(default={})  # what the config must state for this rule to apply
-    layers: Names = "num_hidden_layers"
+    layers: Names = "num_hidden_layers"  # no name at all: they are counted, or the block has no `{layer}` and is the only one
     heads: Names = "num_attention_heads"
     kv_heads: Names | int | None = None  # None, or absent from the config: as many key heads as query heads
-    hidden: Names = "hidden_size"
+    hidden: Names = "hidden_size"  # absent from the config: the width of the tensor of queries
     head_dim: Names | None = None  # None, or absent from the config: hidden / heads
     value_rank: Names | None = None  # None: values have the rank of keys
     output_width: Names | None = None  # None: heads write to the width that they read
@@ -87,7 +87,8 @@ class StackRule(_Entry):
     def tensors(self, roles: tuple[str, ...] = ROLES) -> dict[str, str]:
         """What the layout reads for some roles -> key below the prefix."""
         wanted = reads_of(self.layout, roles)
-        return {tensor: f"{self.block}{name}{self.leaf}" for tensor, name in self.modules.items() if tensor in wanted}
+        names = {tensor: self.block + name for tensor, name in self.modules.items() if tensor in wanted}
+        return {tensor: name if name.endswith("_weight") else f"{name}{self.leaf}" for tensor, name in names.items()}
 
 
 class GgufRule(_Entry):
@@ -114,6 +115,7 @@ class Family(_Entry):
     )  # modules with a row for every token that is predicted, if they are not the embedding
     stacks: tuple[StackRule, ...] = ()
     gguf: GgufRule | None = None
+    walked: bool = False  # written by the walk over live models
 
 
 @cache
