@@ -1,4 +1,4 @@
-# What the rule lineage reads and writes, as functions of its wildcards.
+# What is read and written about two models of one lineage, as functions of a rule's wildcards.
 from headgram.results.paths import LINEAGE
 
 RECORDS["lineage"] = PATHS.record("lineage", "{model}", name="{other}")
