@@ -132,7 +132,8 @@ def prove(model_type: str, flags: Mapping[str, bool] = NO_FLAGS) -> Proof:
     problem = None
     try:
         with quiet():
-            for model, entry in _walked_models(model_type) if family.walked else _models(model_type, flags):
+            for model, tiny in _walked_models(model_type) if family.walked else _models(model_type, flags):
+                entry = {**tiny, "walked": family.walked, "whole": family.walked or bool(family.towers)}
                 with _saved(model) as folder, open_checkpoint(folder) as checkpoint:
                     if family.walked and checkpoint.architecture != model_type:
                         raise HeadgramError(f"transformers saves it as '{checkpoint.architecture}'")
@@ -267,7 +268,7 @@ def _models(model_type: str, flags: Mapping[str, bool] = NO_FLAGS) -> Iterator[t
 
 def _walked_models(model_type: str) -> Iterator[tuple[nn.Module, dict[str, Any]]]:
     """The tiny models of a type whose data the walk has written: the base model in all shapes, then every class once."""
-    entry = {**tiny_data()["types"].get(model_type, {}), "walked": True}
+    entry = tiny_data()["types"].get(model_type, {})
     base, *others = model_classes(model_type)
     for model_class, number in [*((base, number) for number in range(len(SHAPES))), *((other, 0) for other in others)]:
         try:
@@ -317,7 +318,7 @@ def _residuals(model: nn.Module, checkpoint: Checkpoint, entry: Mapping[str, Any
     model.double()
     without_epsilon(model)
     free = {call.module: call for call in _calls(model, entry, placed=True)}
-    neutralise(model, set(free))
+    neutralise(model, {*free, *(() if entry["walked"] else (call.module for call in _calls(model, entry)))})
     calls = [call for call in _calls(model, entry) if call.layer not in entry.get("left_out", [])]
     claimed: set[str] = set()
     scores = writes = 0.0
@@ -347,7 +348,7 @@ def _residuals(model: nn.Module, checkpoint: Checkpoint, entry: Mapping[str, Any
 
 
 def _calls(model: nn.Module, entry: Mapping[str, Any], placed: bool = False) -> list[Call]:
-    """What attention computes in a model: all of it if the walk has written the type's data, else what one forward runs.
+    """What attention computes in a model: all of it if all towers are read, else what one forward runs.
 
     Tokens are all at one position, unless they are `placed`.
 
@@ -356,9 +357,10 @@ def _calls(model: nn.Module, entry: Mapping[str, Any], placed: bool = False) -> 
     HeadgramError
         If a module that looks like attention cannot be run.
     """
-    if not entry.get("walked", False):
+    if not entry.get("whole", False) or (placed and not entry["walked"]):
         inputs = _inputs(model, entry)
-        return scores_of(model, {name: x for name, x in inputs.items() if not placed or name != "position_ids"})
+        inputs = {name: x for name, x in inputs.items() if not placed or name != "position_ids"}
+        return attention_only(model, scores_of(model, inputs))
     calls, idle = every_call(model)
     if idle:
         raise HeadgramError(f"the model's attention at {idle[0]} could not be run")
