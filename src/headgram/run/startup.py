@@ -135,8 +135,8 @@ class Run:
             ) from None
         except NotImplementedError:
             raise HeadgramError(
-                f"The file system of {self._results} has no locks, so that two runs could work there at once: keep results elsewhere "
-                "(--config results=…)."
+                f"The file system of {self._results} has no locks, so that two runs could work there at once: "
+                "keep results elsewhere (--config results=…)."
             ) from None
         except OSError as error:
             raise HeadgramError(f"The results folder {self._results} cannot be written ({error.strerror or error}).") from None
