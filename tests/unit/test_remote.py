@@ -79,6 +79,18 @@ def test_fetches_little_more_than_queries_and_keys(hub, monkeypatch):
     assert hub.weight_bytes < 0.2 * sum(map(len, files.values()))
 
 
+def test_slices_are_fetched_one_by_one(hub):
+    tensors = llama_tensors()
+    name = "model.embed_tokens.weight"
+    hub.add(REPO, {**sharded(tensors, 3), "config.json": config_bytes()})
+    with open_checkpoint(REPO) as checkpoint:
+        embedding = checkpoint.embeddings(tensors[name].shape[1])["input"]
+        of_headers = hub.weight_bytes
+        first = next(slices := embedding.slices(5))
+        assert hub.weight_bytes - of_headers == first.numel() * first.element_size()
+        assert torch.equal(torch.cat([first, *slices]), tensors[name])
+
+
 def test_the_token_stays_with_the_hub(hub):
     hub.add(REPO, single(llama_tensors()))
     assert_reads(llama_tensors())
@@ -115,7 +127,7 @@ def test_locks_without_reading_weights_then_extracts(hub, tmp_path):
 
 
 def extract_entry(entry, output: Path) -> None:
-    source = {"source": entry.source, "revision": entry.commit, "overrides": entry.overrides}
+    source = entry.how_to_open()
     provenance = Provenance(Identity("extract", "{}", entry.fingerprint, ""), "tiny", "self", "qk")
     extract(output, source, entry.stacks[0].layers, entry.stacks[0].circuits["qk"].digests, "stored", provenance)
 
@@ -449,3 +461,40 @@ def test_the_index_is_the_law_at_the_hub_too(hub):
     hub.add(REPO, files(homes | {"model.layers.1.self_attn.k_proj.weight": "b.safetensors"}))
     with pytest.raises(HeadgramError, match=r"is in b\.safetensors, which lacks it"):
         open_checkpoint(REPO)
+
+
+def lora(alpha: float = 4, base: str = "someone/base", revision: str | None = None) -> tuple[dict[str, bytes], torch.Tensor]:
+    """An adapter of one query weight, as peft saves it, and by how much it changes the weight."""
+    a, b = torch.ones(2, 32), torch.arange(64.0).reshape(32, 2)
+    name = "base_model.model.model.layers.0.self_attn.q_proj"
+    settings = {"peft_type": "LORA", "r": 2, "lora_alpha": alpha, "base_model_name_or_path": base, "revision": revision}
+    factors = save({f"{name}.lora_A.weight": a, f"{name}.lora_B.weight": b})
+    return {"adapter_model.safetensors": factors, "adapter_config.json": json.dumps(settings).encode()}, alpha / 2 * (b @ a)
+
+
+@pytest.mark.parametrize("at_the_hub", [True, False])
+def test_an_adapter_and_its_base_are_each_pinned(hub, tmp_path, at_the_hub):
+    tensors = llama_tensors()
+    commit = hub.add("someone/base", single(tensors), revision="v1")
+    hub.add("someone/base", single(llama_tensors(9)))
+    files, delta = lora(revision="v1")
+    hub.add(REPO, files)
+    (tmp_path / "adapter").mkdir()
+    for name, content in files.items():
+        (tmp_path / "adapter" / name).write_bytes(content)
+    manifest_row = row() if at_the_hub else row(source=str(tmp_path / "adapter"))
+    entry = resolve(manifest_row)
+    assert entry.base == f"someone/base@{commit}"
+    assert entry.stacks[0].circuits["qk"].digests[0].startswith("hub:")
+    hub.add("someone/base", single(llama_tensors(8)), revision="v1")  # both move on; the lock does not
+    hub.add(REPO, lora(alpha=8)[0])
+    extract_entry(entry, tmp_path / "out.pt")
+    query = torch.load(tmp_path / "out.pt", weights_only=True)["query"][0].flatten(0, 1)
+    plain = tensors["model.layers.0.self_attn.q_proj.weight"]
+    assert torch.equal(query, (plain.double() + delta.double()).float())
+    if at_the_hub:
+        other = resolve(manifest_row)
+        assert other.fingerprint != entry.fingerprint
+        assert other.base != entry.base
+    given = resolve(row(source=manifest_row.source, overrides={"base": f"someone/base@{commit}"}))
+    assert given.base == entry.base

@@ -182,6 +182,17 @@ class Composition(_Section):
     )
 
 
+class Tokens(_Section):
+    """The tokens that directions read and write."""
+
+    enabled: bool = Field(
+        False,
+        description="Write the table `tokens`. Embeddings are read for that, slice by slice, also of models at the hub: they are "
+        "far larger than what else is fetched of those.",
+    )
+    count: Annotated[int, _NUMBER] = Field(5, ge=1, le=1000, description="Tokens kept at either end of every direction.")
+
+
 class Original(_Section):
     """The two files that the original script writes, number for number."""
 
@@ -233,6 +244,7 @@ class Config(_Section):
     gram: Gram = Field(default_factory=Gram, description=Gram.__doc__)
     lineage: Lineage = Field(default_factory=Lineage, description=Lineage.__doc__)
     composition: Composition = Field(default_factory=Composition, description=Composition.__doc__)
+    tokens: Tokens = Field(default_factory=Tokens, description=Tokens.__doc__)
     original: Original = Field(default_factory=Original, description=Original.__doc__)
     export: Export = Field(default_factory=Export, description=Export.__doc__)
     report: Report = Field(default_factory=Report, description=Report.__doc__)
