@@ -1,6 +1,7 @@
 """`headgram verify` finds whatever was touched."""
 
 import json
+import os
 import random
 from importlib.metadata import version
 from pathlib import Path
@@ -53,7 +54,7 @@ def test_a_flipped_bit_in_any_file_is_found(scratch):
     chance = random.Random(0)
     folders = {path.relative_to(scratch).parts for path in artifacts_of(scratch)}
     assert {parts[0] for parts in folders} == {"atlas", "models", "seed", "provenance"}
-    assert {parts[3] for parts in folders if parts[0] == "models"} == {"weights", "eigen", "gram"}
+    assert {parts[4] for parts in folders if parts[0] == "models"} == {"weights", "eigen", "gram"}
     for path in artifacts_of(scratch):
         problems = with_bit_flipped(path, chance.randrange(path.stat().st_size), chance.randrange(8))
         assert any(path.name in problem for problem in problems), path
@@ -166,6 +167,62 @@ def test_derived_tables_that_contradict_the_merged_ones_are_named(finished, tmp_
         "directionality_median of the model",
         "an overlap of signed directions lies outside [0, 1]",
     ]
+
+
+def flip(path: Path) -> None:
+    """One bit in the middle; the date says nothing of it."""
+    state, data = path.stat(), bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+    os.utime(path, ns=(state.st_atime_ns, state.st_mtime_ns))
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:10])
+
+
+def hide(path: Path) -> None:
+    path.unlink()
+    path.symlink_to("/dev/zero")
+
+
+def test_one_repair_and_one_run_make_anew_whatever_was_damaged(finished, tmp_path):
+    """Records and data of every stage; what is somebody else's stays."""
+    project = finished.copy(tmp_path / "project")
+    results, before = project.folder / "results", project.tables()
+    damages = {
+        "models/tiny-llama/self/qk/weights/*.pt": flip,
+        "models/tiny-bert/self/qk/weights/*.json": Path.unlink,
+        "models/tiny-llama/self/qk/eigen/layers-000-001.parquet": flip,
+        "models/tiny-llama/self/qk/eigen/layers-002-003.json": Path.unlink,
+        "models/tiny-bert/self/qk/eigen/layers-000-001.pt": Path.unlink,
+        "models/tiny-llama/self/qk/gram/row-000.parquet": cut,
+        "models/tiny-bert/self/qk/gram/row-001.json": flip,
+        "atlas/heads/model=tiny-bert/heads.parquet": flip,
+        "atlas/directions/tiny-llama.pt": hide,
+        "provenance/derived/tiny-llama.json": cut,
+        "provenance/tiny-llama.json": Path.unlink,
+    }
+    damaged = [path for pattern in damages for path in results.glob(pattern)]
+    assert len(damaged) == len(damages)
+    for pattern, damage in damages.items():
+        for path in results.glob(pattern):
+            damage(path)
+    (results / "atlas" / "notes.txt").write_text("mine")
+    found = project.headgram("verify")
+    assert found.returncode == 1
+    assert all(path.name in found.stderr for path in damaged)
+    repaired = project.headgram("verify", "--repair")
+    assert repaired.returncode == 1
+    left = repaired.stderr.partition("does not mend all of it:")[2].split("\n  ")[1:]
+    assert [line.strip() for line in left] == ["results/atlas/notes.txt belongs to no finished artifact"]
+    (results / "atlas" / "notes.txt").rename(results / "notes.txt")
+    project.run()
+    done = project.headgram("verify")
+    assert done.returncode == 0, done.stderr
+    assert project.tables() == before
+    assert all(path.is_file() and not path.is_symlink() for path in damaged)
+    assert project.planned() == set()
 
 
 def test_nothing_to_verify(project):

@@ -133,6 +133,11 @@ class Run:
             raise HeadgramError(
                 f"Another run works on {self._results}: wait for it, or give this one another folder (--config results=…)."
             ) from None
+        except NotImplementedError:
+            raise HeadgramError(
+                f"The file system of {self._results} has no locks, so that two runs could work there at once: "
+                "keep results elsewhere (--config results=…)."
+            ) from None
         except OSError as error:
             raise HeadgramError(f"The results folder {self._results} cannot be written ({error.strerror or error}).") from None
         remove_temporaries_of(lock_path(self._manifest))

@@ -28,6 +28,8 @@ _HEADER = f"with the columns {', '.join(COLUMNS)} in its first line (where neede
 _FORM = f"{_HEADER}, separated by tabs"
 #: A manifest of a million models is smaller.
 _LARGEST = 64 * 2**20
+#: What other systems do not hold as the name of a file.
+_RESERVED = re.compile(r".*\.|(con|prn|aux|nul|com\d|lpt\d)(\..*)?", re.IGNORECASE)
 #: What a model may be called: its name is part of file names.
 MODEL_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 _LABEL = re.compile(r"[A-Za-z][A-Za-z0-9_]{0,49}")
@@ -161,6 +163,8 @@ def _problems_of(values: dict[str, str], cells: int, columns: int) -> list[str]:
             f"the name '{name}' must be made of letters, digits, '.', '_' and '-', begin with a letter or digit, "
             "and not be a number"
         )
+    elif _RESERVED.fullmatch(name):
+        problems.append(f"the name '{name}' ends with a dot or is a device's, so no folder is called that on some systems")
     if not values.get("source"):
         problems.append("the source is missing")
     for key in COUNTS:
