@@ -79,9 +79,10 @@ def test_other_precisions_are_refused(precision):
         headgram.gram(QUERY[None], KEY[None], QUERY[None], KEY[None], precision=precision)
 
 
-@pytest.mark.parametrize(
-    "path", [None, 3, b"bytes", [], object(), "", "\0", "not there", "n" * 5000, Path("not there")], ids=repr
-)
+NO_PATHS = [None, 3, b"bytes", [], {}, "", "\0", "not there", "n" * 5000, Path("not there")]
+
+
+@pytest.mark.parametrize("path", NO_PATHS, ids=repr)
 def test_no_path_opens_nothing(path, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for door in (headgram.open_checkpoint, headgram.open_atlas):

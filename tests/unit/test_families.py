@@ -186,7 +186,7 @@ def test_a_wrong_layout_is_off_by_order_one(
 def test_what_lies_between_values_and_outputs_must_be_remarked(monkeypatch: pytest.MonkeyPatch, model_type: str) -> None:
     family = family_of(model_type)
     silent = tuple(rule.model_copy(update={"remarks": ()}) for rule in family.stacks)
-    monkeypatch.setattr("headgram.checkpoints.checkpoint.family_of", lambda _: family.model_copy(update={"stacks": silent}))
+    monkeypatch.setattr("headgram.checkpoints.declared.family_of", lambda _: family.model_copy(update={"stacks": silent}))
     assert "between values and outputs" in (prove(model_type).problem or "")
 
 
@@ -196,14 +196,14 @@ def test_keys_that_the_data_calls_queries_are_noticed(monkeypatch: pytest.Monkey
     (rule,) = family.stacks
     names = {**rule.modules, "query": rule.modules["key"], "key": rule.modules["query"]}
     wrong = family.model_copy(update={"stacks": (rule.model_copy(update={"modules": names}),)})
-    monkeypatch.setattr("headgram.checkpoints.checkpoint.family_of", lambda _: wrong)
+    monkeypatch.setattr("headgram.checkpoints.declared.family_of", lambda _: wrong)
     assert prove("bert").residual > 0.1
 
 
 def test_a_stack_that_the_registry_forgets_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     family = family_of("t5")
     monkeypatch.setattr(
-        "headgram.checkpoints.checkpoint.family_of", lambda _: family.model_copy(update={"stacks": family.stacks[:2]})
+        "headgram.checkpoints.declared.family_of", lambda _: family.model_copy(update={"stacks": family.stacks[:2]})
     )
     assert "belongs to no stack" in (prove("t5").problem or "")
 

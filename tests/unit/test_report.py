@@ -14,7 +14,7 @@ from browser import browser, opened
 from headgram.report.arrays import StackArrays, StackSummary
 from headgram.report.columns import columns
 from headgram.report.figures import profile_figures, stack_figures
-from headgram.report.matrix import PairMatrix
+from headgram.report.matrix import Feeding, PairMatrix
 from headgram.report.names import PROFILE_FIGURES, STACK_FIGURES
 from headgram.report.pack import pack, unpack
 from headgram.report.page import beside, index_pack, layer_packs, model_pack, page, page_shell
@@ -156,6 +156,44 @@ def test_the_matrix_of_all_heads(chrome, tmp_path, layers, heads):
         found.settle()
         assert found.state()["zoom"] == ""
         found.screenshot(f"matrix-{layers * heads}")
+        assert found.complaints == []
+
+
+@pytest.mark.parametrize(("layers", "heads"), [(4, 5), (9, 64)])
+def test_which_heads_feed_which(chrome, tmp_path, layers, heads):
+    """The matrix of compositions, and the strongest feeders and readers, as the numbers say; the same beside either circuit."""
+    random, count = np.random.default_rng(0), layers * heads
+    earlier = np.arange(count)[:, None] // heads < np.arange(count) // heads
+    kinds = {kind: np.where(earlier, random.random((count, count)) + 0.5, 0).astype(np.float32) for kind in "qk"}
+    kinds["k"][3, 2 * heads + 1] = 9
+    each = dataclasses.replace(stack(layers, heads, 4), matrix=matrix_of(layers, heads), feeding=Feeding(kinds, heads))
+    stacks = {"qk/self": each, "ov/self": dataclasses.replace(each, feeding=None)}
+    index = index_pack({"m": {name: one.summary for name, one in stacks.items()}})
+    path = tmp_path / "index.html"
+    path.write_text(page(page_shell(), index, {"m": model_pack(stacks)}))
+    (tmp_path / "data" / "m").mkdir(parents=True)
+    for name, text in layer_packs(stacks).items():
+        (tmp_path / "data" / "m" / f"{name}.js").write_text(beside(f"m/{name}", text))
+    with opened(chrome, path) as found:
+        for circuit, kind in itertools.product(("qk", "ov"), "qk"):
+            found.set(stack=f"{circuit}/self", pairs=kind, kind=kind, layer=2, head=1, other="", zoom="")
+            drawn = found.page.evaluate("headgram.matrix()")
+            for i, j in itertools.product((0, len(drawn["rows"]) // 3), (len(drawn["rows"]) // 2, len(drawn["rows"]) - 1)):
+                block = kinds[kind][np.ix_(drawn["rows"][i], drawn["columns"][j])]
+                assert drawn["values"][i][j] == pytest.approx(block.max(), rel=1e-3)
+            feeders = np.argsort(-kinds[kind][:, 2 * heads + 1], kind="stable")[:8]
+            assert [line[0] for line in found.table("feeders")] == [f"L{place // heads} H{place % heads}" for place in feeders]
+            readers = np.argsort(-kinds[kind][2 * heads + 1], kind="stable")[:8]
+            assert [line[0] for line in found.table("readers")] == [
+                f"L{place // heads} H{place % heads}" for place in readers if kinds[kind][2 * heads + 1, place]
+            ]
+            found.set(layer=0, head=3, other="2.1", zoom="0-2")
+            np.testing.assert_allclose(
+                found.page.evaluate("headgram.matrix().values"), kinds[kind][:heads, 2 * heads : 3 * heads], rtol=1e-3
+            )
+        assert "through keys 9 × chance" in found.page.inner_text("#pair")
+        assert found.page.is_disabled("#pairs option[value=v]")
+        found.screenshot(f"feeding-{count}")
         assert found.complaints == []
 
 

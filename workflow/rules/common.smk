@@ -63,6 +63,7 @@ RECORDS = {
         "merge",
         "derive",
         "composition",
+        "tokens",
         "report",
     )
 }
@@ -216,6 +217,8 @@ def final_files(model):
     if PLAN.models[model].composed:
         files += [PATHS.table(table, model) for table in COMPOSED]
         files += [PATHS.channel_directions(model), PATHS.record("composition", model)]
+    if PLAN.config.tokens.enabled:
+        files += [PATHS.table("tokens", model), PATHS.record("tokens", model)]
     return files + (PATHS.original(model) if ORIGINAL else [])
 
 
@@ -336,6 +339,18 @@ def composition_input(wildcards):
     }
 
 
+def tokens_input(wildcards):
+    if not PLAN.config.tokens.enabled:
+        raise WorkflowError(
+            "The table tokens is asked for by the option tokens.enabled."
+        )
+    run_if_stale("tokens", wildcards)
+    return {
+        "directions": PATHS.directions(wildcards.model),
+        "record": PATHS.record("merge", wildcards.model),
+    }
+
+
 def stack_figures():
     """Of every figure of a stack: its file, and the names of figure, model, circuit and stack."""
     return [
@@ -394,11 +409,18 @@ def reported_figures():
     return found
 
 
+def composed():
+    """The models whose compositions are measured."""
+    return [name for name, model in PLAN.models.items() if model.composed]
+
+
 def report_input(_):
     run_if_other(PLAN.report.key, RECORDS["report"])
     return {
         "merged": [PATHS.record("merge", model) for model in PLAN.models],
         "derived": [PATHS.record("derive", model) for model in PLAN.models],
+        "composition": [PATHS.table("composition", model) for model in composed()],
+        "composed": [PATHS.record("composition", model) for model in composed()],
         **{
             table: [PATHS.table(table, model) for model in PLAN.models]
             for table in REPORTED

@@ -47,6 +47,7 @@ rule report:
         identity=canonical(PLAN.report.described()),
         order=order_of("report"),
         models=canonical(list(PLAN.models)),
+        composed=canonical(composed()),
     message:
         "Reporting on all models"
     script:

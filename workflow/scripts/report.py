@@ -9,10 +9,16 @@ with running(snakemake) as (provenance, _):
     from headgram.report.names import TABLES
     from headgram.stages.report import Report, Source, write_report
 
-    files = {name: [Path(path) for path in snakemake.input[name]] for name in (*TABLES, "merged", "derived")}
+    models, composed = (json.loads(snakemake.params[name]) for name in ("models", "composed"))
+    names = {**dict.fromkeys((*TABLES, "merged", "derived"), models), **dict.fromkeys(("composition", "composed"), composed)}
+    files = {name: dict(zip(of, map(Path, snakemake.input[name]), strict=True)) for name, of in names.items()}
     sources = [
-        Source(model, {name: files[name][i] for name in TABLES}, [files["merged"][i], files["derived"][i]])
-        for i, model in enumerate(json.loads(snakemake.params.models))
+        Source(
+            model,
+            {name: files[name][model] for name in (*TABLES, "composition") if model in files[name]},
+            [files[name][model] for name in ("merged", "derived", "composed") if model in files[name]],
+        )
+        for model in models
     ]
     page, record = (Path(snakemake.output[name]) for name in ("page", "record"))
     report = Report(page, data=page.with_name("data"), figures=page.with_name("figures"), record=record)

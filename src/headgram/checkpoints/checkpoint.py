@@ -14,19 +14,22 @@ from headgram.checkpoints.around import Around
 from headgram.checkpoints.bases import AnyLocation
 from headgram.checkpoints.declared import LONGEST_NAME, checked, declared_family
 from headgram.checkpoints.dimensions import Section, find_layers, find_rules, gguf_rule
+from headgram.checkpoints.embeddings import Embedding, embedding_names
 from headgram.checkpoints.gguf_store import GgufStore
 from headgram.checkpoints.opening import locate, open_store
 from headgram.checkpoints.prefixes import unwrapped
 from headgram.checkpoints.sources import HUB_DIGEST
 from headgram.checkpoints.stack import Stack, stack_of
 from headgram.checkpoints.stores import TensorStore
+from headgram.checkpoints.token_tables import TokenTables, token_tables
+from headgram.described import Described
 from headgram.errors import HeadgramError, require
 from headgram.families.layouts import LAYOUTS, QK, undo_gguf_permutation
-from headgram.families.registry import Family, family_of, family_of_gguf
+from headgram.families.registry import Family, StackRule, family_of, family_of_gguf
 from headgram.geometry.checks import is_finite
 
 
-class Checkpoint:
+class Checkpoint(Described):
     """The weights of attention heads, layer by layer; made by `open_checkpoint`. A context manager.
 
     Attributes
@@ -47,6 +50,7 @@ class Checkpoint:
         store: TensorStore,
         architecture: str,
         stacks: tuple[Stack, ...],
+        tables: TokenTables,
         remarks: tuple[str, ...] = (),
     ) -> None:
         self.location = location
@@ -54,6 +58,11 @@ class Checkpoint:
         self.architecture = architecture
         self.stacks = stacks
         self._store = store
+        self._tables = tables
+
+    def _described(self) -> tuple[str, list[dict[str, object]]]:
+        line = f"Checkpoint of {self.architecture} ({self.location.format}) in {self.location.where}"
+        return line, [row for stack in self.stacks for row in stack._described()[1]]
 
     def stack(self, name: str) -> Stack:
         """The stack of this name.
@@ -87,6 +96,26 @@ class Checkpoint:
         stack = self.stack(stack_name)
         self._check_layer(stack, layer)
         return Around(stack.name, layer, stack._around, self._store)
+
+    def embedding(self) -> Float[Tensor, "tokens width"]:
+        """What every token is read as, in stored precision; a model may scale it, or add positions to it.
+
+        Raises
+        ------
+        HeadgramError
+            If the checkpoint has no such table, or the family's data name none.
+        """
+        return self._tables.read("embedding")
+
+    def unembedding(self) -> Float[Tensor, "tokens width"]:
+        """What the last stream is held against for every token, in stored precision; the embedding where both are one.
+
+        Raises
+        ------
+        HeadgramError
+            If the checkpoint has no such table, or the family's data name none.
+        """
+        return self._tables.read("unembedding")
 
     def qk(self, stack_name: str, layer: int) -> tuple[Float[Tensor, "heads rank hidden"], Float[Tensor, "kv_heads rank hidden"]]:
         """`W_Q (H, r, d)` and `W_K (K, r, d)` of one layer, as `factors` reads them."""
@@ -143,6 +172,10 @@ class Checkpoint:
             if set(part.gives) & set(wanted):
                 factors |= part.split(stack.dimensions, **{tensor: tensors[tensor] for tensor in part.reads})
         return {role: factors[role] for role in wanted}
+
+    def embeddings(self, width: int) -> dict[str, Embedding]:
+        """What tokens are read as and written by, `input` and `output`, if their rows have this width; nothing is read yet."""
+        return {use: Embedding(self._store, name) for use, name in embedding_names(self._store, width).items()}
 
     def prefetch(self, stack_name: str, layers: Iterable[int], roles: Iterable[str] = QK) -> None:
         """Fetch the weights of some layers together, where that is quicker than one by one; they stay in memory until read."""
@@ -228,6 +261,7 @@ def open_checkpoint(
     remarks: tuple[str, ...] = ()
     if isinstance(store, GgufStore):
         architecture, family, stacks = _read_gguf(store, given)
+        tables = token_tables(store, ["token_embd"], ["output"], "", None)
     else:
         config = location.config()
         architecture, family, config = declared_family(location, config, given)
@@ -244,11 +278,20 @@ def open_checkpoint(
             )
             for rule, prefix in rules
         )
+        tables = _token_tables(store, family, *rules[0], config, architecture)
     if not stacks:
         raise HeadgramError(f"a checkpoint of the family '{family.name}' should hold attention weights, but this one has none")
     if location.base:
         remarks = (f"a LoRA adapter, merged into {location.base}", *remarks)
-    return Checkpoint(location, store, architecture, stacks, remarks)
+    return Checkpoint(location, store, architecture, stacks, tables, remarks)
+
+
+def _token_tables(
+    store: TensorStore, family: Family, rule: StackRule, prefix: str, config: Mapping[str, Any], architecture: str
+) -> TokenTables:
+    whole, section = Section(config, architecture), Section.of(rule, config, architecture)
+    stated = [tied for where in (whole, section) if isinstance(tied := where.get("tie_word_embeddings"), bool)]
+    return token_tables(store, family.embedding, family.unembedding, prefix, next(iter(stated), None))
 
 
 def _read_gguf(store: GgufStore, given: dict[str, Any]) -> tuple[str, Family, tuple[Stack, ...]]:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any, Self
 
 from headgram.checkpoints.stores import TensorStore
 from headgram.errors import HeadgramError
 from headgram.families.around import AROUND, AroundRule
-from headgram.families.layouts import LAYOUTS, QK, Dimensions
+from headgram.families.layouts import LAYOUTS, QK, Dimensions, Part
 from headgram.families.registry import Family, Names, StackRule
 
 #: Far more than any model has; a configuration that declares more is damaged or hostile.
@@ -197,7 +198,7 @@ def find_layers(
     heads = given.get("heads") or section.need(rule.heads)
     stated = rule.kv_heads if isinstance(rule.kv_heads, int) else rule.kv_heads and section.find(rule.kv_heads)
     kv_heads = given.get("kv_heads") or stated or heads
-    hidden = section.find(rule.hidden) or store.shape(next(iter(needed.values())).format(layer=layers[0]))[-1]
+    hidden = section.find(rule.hidden) or _width_of(store, rule, needed, layers, Dimensions(heads, kv_heads, 1, 0, 1, 0, sizes))
     if {"nope", "rope"} <= sizes.keys():
         rank = sizes["nope"] + sizes["rope"]
     else:
@@ -253,22 +254,31 @@ def _layers(store: TensorStore, rule: StackRule, tensors: Mapping[str, str], sec
     return tuple(candidates)
 
 
-def _rank_of(store: TensorStore, rule: StackRule, tensors: Mapping[str, str], layers: tuple[int, ...], unit: Dimensions) -> int:
-    """The rank that the stored rows of queries have, where the configuration does not state it; 0 if none fits.
+def _width_of(store: TensorStore, rule: StackRule, tensors: Mapping[str, str], layers: tuple[int, ...], unit: Dimensions) -> int:
+    """The width that queries read, where the configuration does not state it; `unit` are the dimensions with width 0."""
+    part = _query_part(rule)
+    name, wanted = next((name, shape) for name, shape in part.shapes(unit).items() if 0 in shape)
+    found = store.shape(tensors[name].format(layer=layers[0])) if layers else ()
+    return found[wanted.index(0)] if len(found) == len(wanted) else 0
 
-    `unit` are the dimensions with rank 1: rows grow in proportion to the rank.
+
+def _rank_of(store: TensorStore, rule: StackRule, tensors: Mapping[str, str], layers: tuple[int, ...], unit: Dimensions) -> int:
+    """The rank that the stored queries have, where the configuration does not state it; 0 if none fits.
+
+    `unit` are the dimensions with rank 1: some axis grows in proportion to the rank.
     """
-    part = next(part for part in LAYOUTS[rule.layout] if "query" in part.gives)
-    wanted = part.shapes(unit)
-    found = {name: store.shape(tensors[name].format(layer=layers[0])) for name in wanted} if layers else {}
-    ratios = {
-        size // one
-        for name, shape in found.items()
-        if len(shape) == len(wanted[name])
-        for size, one in zip(shape, wanted[name], strict=True)
-        if one != unit.hidden and size % one == 0
-    }
+    part = _query_part(rule)
+    ratios = set()
+    for name, twice in part.shapes(replace(unit, rank=2, value_rank=2)).items():
+        once, found = part.shapes(unit)[name], store.shape(tensors[name].format(layer=layers[0])) if layers else ()
+        if len(found) == len(once):
+            grown = [axis for axis in range(len(once)) if once[axis] != twice[axis]]
+            ratios |= {found[axis] // once[axis] for axis in grown if found[axis] % once[axis] == 0}
     return ratios.pop() if len(ratios) == 1 else 0
+
+
+def _query_part(rule: StackRule) -> Part:
+    return next(part for part in LAYOUTS[rule.layout] if "query" in part.gives)
 
 
 def _even_split(hidden: int, heads: int) -> int:

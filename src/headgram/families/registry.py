@@ -54,6 +54,7 @@ class StackRule(_Entry):
     layout: str
     block: str  # what the modules' names begin with, below the prefix; `{layer}` stands for the layer's index
     modules: dict[str, str]  # what the layout reads -> the module below `block` that holds it as its weight, or `…_weight` itself
+    leaf: str = ".weight"  # what ends the name of a module's tensor
     config: str | None = None  # a section of the config, such as `text_config` or `a.b`, looked into before the config itself
     when: dict[str, bool | int | str] = Field(default={})  # what the config must state for this rule to apply
     layers: Names = "num_hidden_layers"  # no name at all: they are counted, or the block has no `{layer}` and is the only one
@@ -88,7 +89,7 @@ class StackRule(_Entry):
         """What the layout reads for some roles -> key below the prefix."""
         wanted = reads_of(self.layout, roles)
         names = {tensor: self.block + name for tensor, name in self.modules.items() if tensor in wanted}
-        return {tensor: name if name.endswith("_weight") else f"{name}.weight" for tensor, name in names.items()}
+        return {tensor: name if name.endswith("_weight") else f"{name}{self.leaf}" for tensor, name in names.items()}
 
 
 class GgufRule(_Entry):
@@ -117,7 +118,7 @@ class Family(_Entry):
     name: str
     model_types: tuple[str, ...]
     prefixes: tuple[str, ...] = ()  # where the base model may sit inside the checkpoint
-    embedding: str | None = None  # the module, below the prefix, with a row for every token
+    embedding: tuple[str, ...] = ()  # the module, below the prefix, with a row for every token; the first that is there
     unembedding: tuple[str, ...] = (
         "lm_head",
     )  # modules with a row for every token that is predicted, if they are not the embedding
@@ -130,7 +131,18 @@ class Family(_Entry):
 @cache
 def families() -> tuple[Family, ...]:
     """Every family, by name."""
-    names = sorted(item.name.removesuffix(".toml") for item in _FOLDER.iterdir() if item.name.endswith(".toml"))
+    return _read("")
+
+
+@cache
+def others() -> tuple[Family, ...]:
+    """The layouts of other programs than transformers, called by the program; held against its published code in the tests."""
+    return _read("others/")
+
+
+def _read(folder: str) -> tuple[Family, ...]:
+    items = (_FOLDER / folder if folder else _FOLDER).iterdir()
+    names = sorted(folder + item.name.removesuffix(".toml") for item in items if item.name.endswith(".toml"))
     return tuple(Family(name=name, **tomllib.loads(family_text(name))) for name in names)
 
 
@@ -161,7 +173,7 @@ def family_of(model_type: str) -> Family:
     HeadgramError
         If no family does.
     """
-    owners = {name: family for family in families() for name in family.model_types} | _adopted
+    owners = {name: family for family in (*families(), *others()) for name in family.model_types} | _adopted
     if model_type in owners:
         return owners[model_type]
     raise UnknownTypeError(

@@ -68,7 +68,7 @@ class Rotary:
             return self.start + 2 * planes, self.start + 2 * planes + 1
         return self.start + planes, self.start + planes + len(planes)
 
-    def turned(self, factors: Float[Tensor, "*n rank width"], offset: float | Tensor) -> Float[Tensor, "*n rank width"]:
+    def turned(self, factors: Float[Tensor, "*n rank width"], offset: int | float | Tensor) -> Float[Tensor, "*n rank width"]:
         """`R(offset)` times factors, in float64, without the factor.
 
         Parameters

@@ -92,7 +92,7 @@ def folded(heads: Heads, norm: Norm, left: bool = True, right: bool = True) -> H
     return centred(gained, left and norm.centred, right and norm.centred)
 
 
-def rotated(heads: Heads, rotary: Rotary, offset: float) -> Heads:
+def rotated(heads: Heads, rotary: Rotary, offset: int | float) -> Heads:
     """The forms `g(offset) = W_K^T R(offset) W_Q` of `qk`, in float64: scores of a query so many tokens after the key."""
     return heads.with_factors(heads.a.double(), rotary.scaled(rotary.turned(heads.b, offset)))
 

@@ -9,13 +9,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from headgram.checkpoints.around import Around
+from headgram.checkpoints.checkpoint import Checkpoint
 from headgram.checkpoints.stack import Stack
 from headgram.errors import HeadgramError
 from headgram.forms.reading import Norm, Rotary
@@ -64,6 +67,25 @@ def around_residuals(layers: Sequence[Matched]) -> dict[str, float]:
         found |= dict.fromkeys(CHAIN, max(chain_residual(one) for one in layers))
     if SOFTMAX[0] not in missing:
         found |= dict.fromkeys(SOFTMAX, scale_residual(layers))
+    return found
+
+
+def table_residuals(model: Any, checkpoint: Checkpoint) -> dict[str, float]:
+    """The tables of tokens that the model says it has, and how far the checkpoint's are from them, relative to the largest.
+
+    Raises
+    ------
+    HeadgramError
+        If the checkpoint lacks one of them.
+    """
+    found = {}
+    asked = {"embedding": (model.get_input_embeddings, checkpoint.embedding)}
+    asked["unembedding"] = (model.get_output_embeddings, checkpoint.unembedding)
+    for role, (theirs, ours) in asked.items():
+        with suppress(NotImplementedError):
+            weight = getattr(theirs(), "weight", None)
+            if isinstance(weight, Tensor) and weight.dim() == 2:  # patches of images have more
+                found[role] = relative(ours().double(), weight.double())
     return found
 
 

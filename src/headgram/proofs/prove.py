@@ -32,10 +32,10 @@ from torch import Tensor, nn
 from headgram.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from headgram.checkpoints.stack import Stack
 from headgram.errors import HeadgramError
-from headgram.families.around import AROUND
+from headgram.families.around import AROUND, TABLES
 from headgram.families.layouts import ROLES
 from headgram.families.registry import Family, adopting, families, family_of
-from headgram.proofs.around import Matched, around_residuals, forms_of, relative, without_epsilon
+from headgram.proofs.around import Matched, around_residuals, forms_of, relative, table_residuals, without_epsilon
 from headgram.proofs.inputs import attention_only, every_call, inputs_of
 from headgram.proofs.probe import Call, neutralise, scores_of
 from headgram.proofs.shrink import tiny_data, walked_models
@@ -159,7 +159,8 @@ def prove(model_type: str, flags: Mapping[str, bool] = NO_FLAGS) -> Proof:
         layouts=_each(stack._layout for stack in found),
         stacks=_each(stack.name for stack in found),
         shapes=_each(f"{stack.heads}/{stack.kv_heads}×{stack.rank}" for stack in found),
-        roles=tuple(role for role in ROLES + AROUND if found and not any(role in stack.missing for stack in found)),
+        roles=tuple(role for role in ROLES + AROUND if found and not any(role in stack.missing for stack in found))
+        + tuple(role for role in TABLES if role in around),
         missing=_each(f"{role} of {stack.name}: {why}" for stack in found for role, why in stack.missing.items()),
         residual=max(scores, writes, *around.values()),
         problem=problem,
@@ -273,7 +274,7 @@ def _tiny(model_type: str, shape: Mapping[str, Any], entry: Mapping[str, Any]) -
     own = entry.get("config", {})
     cls = CONFIG_MAPPING[model_type]
     kinds = tiny_data()["two_kinds"]
-    small = {**tiny_data()["common"], **shape, **(kinds["config"] if model_type in kinds["types"] else {})}
+    small = {**tiny_data()["common"], **(kinds["config"] if model_type in kinds["types"] else {}), **shape}
     sections = {
         name: {**(small if "text" in name else tiny_data()["vision"]), **own.get(name, {})}
         for name in getattr(cls, "sub_configs", {})
@@ -329,6 +330,8 @@ def _residuals(model: nn.Module, checkpoint: Checkpoint, entry: Mapping[str, Any
             others[role] = max(others.get(role, 0.0), residual)
     if unclaimed := sorted({call.module for call in calls} - claimed):
         raise HeadgramError(f"the model's attention at {unclaimed[0]} belongs to no stack")
+    if family_of(checkpoint.architecture).embedding:
+        others |= table_residuals(model, checkpoint)
     return scores, writes, others
 
 

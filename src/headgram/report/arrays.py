@@ -14,7 +14,7 @@ import numpy as np
 import pandas as pd
 
 from headgram.report.columns import columns
-from headgram.report.matrix import PairMatrix, read_matrix
+from headgram.report.matrix import Feeding, PairMatrix, read_feeding, read_matrix
 from headgram.report.names import TABLES
 from headgram.results.tables import QUARTILES, SIDES, Place, of_place, read_table
 
@@ -63,6 +63,8 @@ class StackArrays:
         Layer, head and value of the nearest heads.
     matrix
         All heads with all heads; None where only heads of the same index were multiplied.
+    feeding
+        Which heads write for which; of the circuit `qk`, where compositions were measured.
     """
 
     summary: StackSummary
@@ -72,6 +74,7 @@ class StackArrays:
     pairs: dict[str, np.ndarray]
     neighbours: dict[str, np.ndarray]
     matrix: PairMatrix | None
+    feeding: Feeding | None = None
 
     def mean_square(self, name: str) -> np.ndarray:
         """Mean over heads of one of `pairs`, (L, L)."""
@@ -82,18 +85,16 @@ class StackArrays:
 
 
 def read_model(paths: Mapping[str, Path]) -> dict[str, StackArrays]:
-    """One model's tables, given by name, as arrays, by `{circuit}/{stack}` in the model's order."""
+    """One model's tables, given by name, as arrays, by `{circuit}/{stack}` in the model's order; `composition` may be missing."""
     tables = {name: read_table(paths[name]) for name in TABLES if name != "pairs"}
     places = dict.fromkeys(zip(*(tables["models"][name].to_pylist() for name in ("circuit", "stack")), strict=True))
     return {
-        "/".join(place): _stack(
-            place, {name: of_place(place, table).to_pandas() for name, table in tables.items()}, paths["pairs"]
-        )
+        "/".join(place): _stack(place, {name: of_place(place, table).to_pandas() for name, table in tables.items()}, paths)
         for place in places
     }
 
 
-def _stack(place: Place, tables: Mapping[str, pd.DataFrame], pairs: Path) -> StackArrays:
+def _stack(place: Place, tables: Mapping[str, pd.DataFrame], paths: Mapping[str, Path]) -> StackArrays:
     heads = tables["heads"].sort_values(["layer", "head"])
     layers = np.unique(heads["layer"])
     shape = (len(layers), heads["head"].nunique(), -1)
@@ -115,7 +116,10 @@ def _stack(place: Place, tables: Mapping[str, pd.DataFrame], pairs: Path) -> Sta
         eigenvalues=-np.sort(-symmetric, axis=-1),
         pairs=_cosines(gram, layers, shape[1]) | {side: overlap[side].to_numpy().reshape(-1, shape[1]) for side in SIDES},
         neighbours=_neighbours(tables["neighbours"], shape),
-        matrix=read_matrix(pairs, place, layers, {name: values.reshape(shape[:2]) for name, values in itself.items()}),
+        matrix=read_matrix(paths["pairs"], place, layers, {name: value.reshape(shape[:2]) for name, value in itself.items()}),
+        feeding=read_feeding(paths["composition"], place[1], layers, shape[1])
+        if place[0] == "qk" and "composition" in paths
+        else None,
     )
 
 

@@ -54,7 +54,8 @@ class Matrix {
   async draw(data) {
     this.data = data;
     this.place.setAttribute("aria-label", this.label());
-    element("card-matrix").hidden = !data.at("matrix/order");
+    for (const choice of element("pairs").options) choice.disabled = ["q", "k", "v"].includes(choice.value) && !data.feeding(choice.value);
+    element("card-matrix").hidden = !data.at("matrix/order") || (this.flows() && !data.feeding(state.pairs));
     if (element("card-matrix").hidden) return;
     const wanted = JSON.stringify([inStack(), state.pairs, state.order, state.zoom, themeName()]);
     if (wanted !== this.drawnFor) {
@@ -69,6 +70,7 @@ class Matrix {
   /** What is drawn of all heads: size, values, and the heads of a cell as places in layer order. */
   whole(data) {
     const heads = data.meta.heads * data.layers.length;
+    if (this.flows()) return this.written(data, heads);
     const order = state.order === "cluster" ? Array.from(data.at("matrix/order").data) : [...Array(heads).keys()];
     const own = data.at(`matrix/${state.pairs}/${state.order}`);
     const found = data.once(`matrix ${state.pairs} ${own ? state.order : "layer"}`, () => symmetric((own ?? data.at(`matrix/${state.pairs}/layer`)).data));
@@ -76,6 +78,19 @@ class Matrix {
     const rows = Array.from({ length: found.size }, (_, i) => order.slice(i * step, (i + 1) * step));
     const turned = own ? [...Array(found.size).keys()] : order;
     return { rows, columns: rows, value: (i, j) => found.matrix[turned[i] * found.size + turned[j]], single: step === 1 };
+  }
+
+  /** Whether one head writes and the other reads: compositions. */
+  flows() {
+    return ["q", "k", "v"].includes(state.pairs);
+  }
+
+  /** Compositions of all heads, in the order of layers: a row writes for the columns of later layers. */
+  written(data, heads) {
+    const { size, matrix } = data.once(`feeding ${state.pairs}`, () => symmetric(data.feeding(state.pairs).data));
+    const step = Math.ceil(heads / size);
+    const rows = Array.from({ length: size }, (_, i) => Array.from({ length: Math.min(step, heads - i * step) }, (_, k) => i * step + k));
+    return { rows, columns: rows, value: (i, j) => (i <= j ? matrix[i * size + j] : 0), single: step === 1 };
   }
 
   /** The heads of two layers, exactly. */
@@ -93,11 +108,16 @@ class Matrix {
     if (!data.at("matrix/cosine/cluster")) {
       const first = data.position(layer) * heads;
       return (name, head, place) => {
+        if (data.feeding(name)) {
+          const { size, matrix } = data.once(`feeding ${name}`, () => symmetric(data.feeding(name).data));
+          return first + head < place ? matrix[(first + head) * size + place] : 0;
+        }
         const { size, matrix } = data.once(`matrix ${name} layer`, () => symmetric(data.at(`matrix/${name}/layer`).data));
         return matrix[(first + head) * size + place];
       };
     }
-    const arrays = await loadModel(`${state.model}/${state.stack.replace("/", "-")}-${layer}`);
+    const stack = this.flows() ? `qk/${state.stack.split("/").at(-1)}` : state.stack;
+    const arrays = await loadModel(`${state.model}/${stack.replace("/", "-")}-${layer}`);
     return (name, head, place) => arrays[name].data[head * arrays[name].shape[1] + place];
   }
 
@@ -108,6 +128,7 @@ class Matrix {
     for (let i = 0; i < rows.length; i++) {
       for (let j = 0; j < columns.length; j++) if (rows[i][0] !== columns[j][0]) sizes.push(Math.abs(value(i, j)));
     }
+    if (this.flows()) return Math.max(quantile(sizes, 0.998), 3);
     const heads = this.data.meta.heads * this.data.layers.length;
     const best = Math.sqrt(2 * Math.log(Math.max(2, (heads * (heads - 1)) / 2))) / this.data.meta.hidden;
     return Math.min(1, Math.max(quantile(sizes, 0.995), 3 * best));
@@ -118,7 +139,8 @@ class Matrix {
     Object.assign(this.canvas, { width: columns.length, height: rows.length });
     const context = this.canvas.getContext("2d");
     const image = context.createImageData(columns.length, rows.length);
-    const colour = diverging(theme().diverging);
+    const middle = diverging(theme().diverging);
+    const colour = this.flows() ? (share) => middle(Math.max(0, (share * this.limit - 1) / (this.limit - 1))) : middle;
     this.limit = this.reach();
     for (let i = 0, place = 0; i < rows.length; i++) {
       for (let j = 0; j < columns.length; j++, place += 4) {
@@ -134,12 +156,14 @@ class Matrix {
   scale() {
     const legend = element("matrix-scale");
     const chance = 1 / this.data.meta.hidden;
-    legend.style.background = `linear-gradient(to right, ${theme().diverging.join(", ")})`;
+    const { diverging: colours } = theme();
+    legend.style.background = `linear-gradient(to right, ${(this.flows() ? colours.slice(3) : colours).join(", ")})`;
     const mark = (value, text) => {
       const label = Object.assign(document.createElement("span"), { textContent: text });
-      label.style.left = `${50 + (50 * value) / this.limit}%`;
+      label.style.left = `${this.flows() ? (100 * (value - 1)) / (this.limit - 1) : 50 + (50 * value) / this.limit}%`;
       return label;
     };
+    if (this.flows()) return legend.replaceChildren(mark(1, "chance"), mark(this.limit, `${show(this.limit)} × chance`));
     const times = show(Math.round(this.limit / chance));
     legend.replaceChildren(mark(-this.limit, `−${show(this.limit)}`), mark(0, "0"), mark(chance, "│"), mark(this.limit, `${show(this.limit)} = ${times} × chance`));
   }
@@ -173,7 +197,8 @@ class Matrix {
     const value = this.shown.value(i, j);
     const span = (first, final) => (name(first) === name(final) ? name(first) : `${name(first)} to ${name(final)}`);
     const times = show(Math.round(Math.abs(value) * this.data.meta.hidden));
-    showTip(event, [`${span(a, last[0])} with ${span(b, last[1])}`, `${option("pairs")}: ${show(value)}, ${times} × chance${this.shown.single ? "" : " (the largest among these)"}`]);
+    if (this.flows()) return showTip(event, [`${span(a, last[0])} writes for ${span(b, last[1])}`, `${show(value)} × chance`]);
+    return showTip(event, [`${span(a, last[0])} with ${span(b, last[1])}`, `${option("pairs")}: ${show(value)}, ${times} × chance${this.shown.single ? "" : " (the largest among these)"}`]);
   }
 
   pick(event) {
@@ -194,11 +219,20 @@ class Matrix {
     }
     const value = await this.row(this.data, state.layer);
     const place = this.data.position(layer) * heads + head;
+    const pair = `Layer ${state.layer}, head ${state.head} with layer ${layer}, head ${head}`;
+    if (this.flows()) {
+      const kinds = { q: "queries", k: "keys", v: "values" };
+      const known = Object.keys(kinds).filter((kind) => this.data.feeding(kind));
+      element("pair").textContent = layer > state.layer
+        ? `${pair}, which reads what it writes: ${known.map((kind) => `through ${kinds[kind]} ${show(value(kind, state.head, place))} × chance`).join(", ")}.`
+        : `${pair}: only a head of an earlier layer writes for another.`;
+      return;
+    }
     const found = ["cosine", "transposed"].map((name) => value(name, state.head, place));
     const group = (each) => Math.floor((each * shared) / heads);
     const same = layer === state.layer && group(head) === group(state.head);
     element("pair").textContent =
-      `Layer ${state.layer}, head ${state.head} with layer ${layer}, head ${head}: cosine ${show(found[0])} (${show(Math.round(Math.abs(found[0]) * hidden))} × chance), ` +
+      `${pair}: cosine ${show(found[0])} (${show(Math.round(Math.abs(found[0]) * hidden))} × chance), ` +
       `with the transpose ${show(found[1])} (${show(Math.round(Math.abs(found[1]) * hidden))} × chance)${same ? "; they share a factor, which alone makes them alike" : ""}.`;
   }
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import pyarrow.compute as pc
 from scipy.cluster.hierarchy import leaves_list, linkage
 from scipy.spatial.distance import squareform
 
@@ -14,6 +15,8 @@ from headgram.results.tables import Place, of_place, read_parts
 
 #: What two heads are compared by: columns of the table `pairs`.
 VALUES = ("cosine", "transposed")
+#: Feeders and readers of a head that a page lists.
+STRONGEST = 8
 
 
 @dataclass(frozen=True)
@@ -46,6 +49,55 @@ class PairMatrix:
     def layer(self, position: int) -> dict[str, np.ndarray]:
         """By value, the heads of one layer with all heads, (H, N)."""
         return {value: matrix[position * self.heads : (position + 1) * self.heads] for value, matrix in self.values.items()}
+
+
+@dataclass(frozen=True)
+class Feeding:
+    """Compositions of all pairs of `N` heads, in times chance: the head of a row writes, the one of a column reads.
+
+    Attributes
+    ----------
+    kinds : by `q`, `k`, `v`, (N, N) float32
+        0 where the first head is not of an earlier layer.
+    """
+
+    kinds: dict[str, np.ndarray]
+    heads: int
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        """What a page holds: by kind the upper triangle, and the strongest feeders and readers of every head."""
+        drawn = {kind: _triangle(_largest(matrix)) for kind, matrix in self.kinds.items()}
+        feeders = {f"{kind}/feeders": self._strongest(matrix.T) for kind, matrix in self.kinds.items()}
+        return drawn | feeders | {f"{kind}/readers": self._strongest(matrix) for kind, matrix in self.kinds.items()}
+
+    def layer(self, position: int) -> dict[str, np.ndarray]:
+        """By kind, what the heads of one layer write for all heads, (H, N)."""
+        return {kind: matrix[position * self.heads : (position + 1) * self.heads] for kind, matrix in self.kinds.items()}
+
+    def _strongest(self, matrix: np.ndarray) -> np.ndarray:
+        """Place of the layer, head, and value of every row's strongest partners, (3, L, H, n); values are 0 beyond the last."""
+        partners = np.argsort(-matrix, axis=1, kind="stable")[:, :STRONGEST]
+        values = np.take_along_axis(matrix, partners, axis=1)
+        return np.stack([partners // self.heads, partners % self.heads, values]).reshape(3, -1, self.heads, values.shape[1])
+
+
+def read_feeding(path: Path, stack: str, layers: np.ndarray, heads: int) -> Feeding | None:
+    """Compositions of a stack from the table of that name; None if it holds none of this stack.
+
+    Parameters
+    ----------
+    layers : (L,)
+        True indices.
+    """
+    kinds: dict[str, np.ndarray] = {}
+    for part in read_parts(path):
+        for kind in part["kind"].unique().to_pylist():
+            rows = part.filter((pc.field("stack") == stack) & (pc.field("kind") == kind))
+            if len(rows):
+                matrix = kinds.setdefault(kind, np.zeros((len(layers) * heads,) * 2, dtype=np.float32))
+                a, b = (np.searchsorted(layers, rows[f"layer_{side}"].to_numpy()) * heads + rows[f"head_{side}"] for side in "ab")
+                matrix[a, b] = rows["times_chance"]
+    return Feeding(kinds, heads) if kinds else None
 
 
 def read_matrix(path: Path, place: Place, layers: np.ndarray, itself: dict[str, np.ndarray]) -> PairMatrix | None:

@@ -20,6 +20,8 @@ from headgram.report.names import DRAWN
 from headgram.report.pack import pack
 from headgram.version import __version__
 
+#: One script on the page, in this order: `app` starts it.
+SCRIPTS = ("data", "looks", "picking", "saving", "matrix", "pictures", "app")
 #: Characters of models' data that the page itself holds, in the manifest's order. What goes beyond lies beside the page.
 EMBEDDED = 24 * 2**20
 
@@ -32,6 +34,7 @@ def model_pack(stacks: Mapping[str, StackArrays]) -> str:
         parts |= {f"pairs/{kind}": values for kind, values in stack.pairs.items()}
         parts |= {f"neighbours/{measure}": values for measure, values in stack.neighbours.items()}
         parts |= {f"matrix/{part}": values for part, values in (stack.matrix.arrays() if stack.matrix else {}).items()}
+        parts |= {f"feeding/{part}": values for part, values in (stack.feeding.arrays() if stack.feeding else {}).items()}
         arrays |= {f"{name}/{part}": values for part, values in parts.items()}
     return pack(None, arrays)
 
@@ -39,7 +42,9 @@ def model_pack(stacks: Mapping[str, StackArrays]) -> str:
 def layer_packs(stacks: Mapping[str, StackArrays]) -> dict[str, str]:
     """What the page asks for when it zooms into many heads: by `{circuit}-{stack}-{layer}`, that layer's heads with all heads."""
     return {
-        f"{name.replace('/', '-')}-{layer}": pack(None, stack.matrix.layer(position))
+        f"{name.replace('/', '-')}-{layer}": pack(
+            None, stack.matrix.layer(position) | (stack.feeding.layer(position) if stack.feeding else {})
+        )
         for name, stack in stacks.items()
         if stack.matrix is not None and len(stack.matrix.order) > DRAWN
         for position, layer in enumerate(stack.summary.layers)
@@ -83,7 +88,7 @@ def page_shell() -> dict[str, str]:
         "style": _asset("style.css"),
         "vega": pictures.vega_library(),
         "pictures": _script_json({name: pictures.for_page(chart) for name, chart in specs.items()}),
-        "app": "".join(_asset(name) for name in ("picking.js", "saving.js", "matrix.js", "app.js")),
+        "app": "".join(_asset(f"{name}.js") for name in SCRIPTS),
     }
 
 

@@ -45,7 +45,7 @@ def write_report(sources: Sequence[Source], report: Report, provenance: Provenan
     keys = iter(provenance.identity.upstream)
     origins = {}
     for source in sources:
-        merged, _ = (check(record, next(keys), reads=source.tables.values()) for record in source.records)
+        merged, *_ = (check(record, next(keys), reads=source.tables.values()) for record in source.records)
         origins[source.model] = _origin(merged)
 
     summaries: dict[str, dict[str, StackSummary]] = {}

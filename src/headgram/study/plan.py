@@ -16,7 +16,7 @@ from pydantic import BaseModel
 
 from headgram.errors import HeadgramError
 from headgram.families.registry import family_of, family_of_gguf, family_text
-from headgram.geometry.costs import Sizes, cheapest, flops
+from headgram.geometry.costs import Sizes, cheapest, flops, spectra_flops
 from headgram.results.paths import Results
 from headgram.results.record import Identity, canonical, digest
 from headgram.study.keys import code_digest, page_digest
@@ -220,6 +220,7 @@ def stage_config(stage: str, config: Config, circuit: str = "qk") -> str:
         "eigen": {"eigen": config.eigen, "original": config.original},
         "gram": {"gram": config.gram},
         "composition": {"composition": config.composition, "export": config.export},
+        "tokens": {"tokens": config.tokens, "export": config.export},
         "merge": {"export": config.export, "original": config.original},
         "derive": {"export": config.export},
     }
@@ -229,7 +230,7 @@ def stage_config(stage: str, config: Config, circuit: str = "qk") -> str:
 def _identities(
     entry: LockedModel, labels: Labels, circuits: Sequence[str], composed: bool, config: Config, scripts: Path
 ) -> dict[tuple[str, str], Identity]:
-    stages = ("extract", "eigen", "gram", "merge", "derive", "composition")
+    stages = ("extract", "eigen", "gram", "merge", "derive", "composition", "tokens")
     code = {stage: code_digest(stage, scripts / f"{stage}.py") for stage in stages}
     find = family_of_gguf if entry.format == "gguf" and "model_type" not in entry.overrides else family_of
     reads_weights = digest(code["extract"], family_text(find(entry.architecture).name))
@@ -247,6 +248,9 @@ def _identities(
     writes_labels = digest(code["derive"], canonical(asdict(labels)))
     derive = Identity("derive", stage_config("derive", config), entry.fingerprint, writes_labels, (merge.key, *measured["eigen"]))
     found |= {("merge", ""): merge, ("derive", ""): derive}
+    if config.tokens.enabled:  # embeddings are in no fingerprint: that their files are the locked ones must do
+        reads_files = digest(code["tokens"], canonical([file.model_dump(mode="json") for file in entry.files]))
+        found["tokens", ""] = Identity("tokens", stage_config("tokens", config), entry.fingerprint, reads_files, (merge.key,))
     if composed:
         upstream = tuple(found["extract", circuit].key for circuit in ("qk", "ov"))
         options = stage_config("composition", config)
@@ -257,20 +261,22 @@ def _identities(
 def _report_identity(models: Mapping[str, ModelPlan], scripts: Path) -> Identity:
     """What a report follows from: the models' names, in order, and their tables."""
     code = digest(code_digest("report", scripts / "report.py"), page_digest())
-    upstream = tuple(model.identities[stage, ""].key for model in models.values() for stage in ("merge", "derive"))
+    upstream = tuple(
+        model.identities[stage, ""].key
+        for model in models.values()
+        for stage in ("merge", "derive", "composition")
+        if (stage, "") in model.identities
+    )
     return Identity("report", canonical({}), digest(*models), code, upstream)
 
 
 def _plan_heads(stack: LockedStack, circuit: str, config: Config) -> HeadsPlan:
     locked = stack.circuits[circuit]
     heads, rank, width, budget = stack.heads, locked.rank, stack.hidden, config.memory_budget
-    stored = {"stored": _STORED_BYTES.get(locked.dtype, 4), "bfloat16": 2, "float32": 4}[config.weights.dtype]
+    stored = stored_bytes(locked, config)
     layer_bytes = (heads + stack.kv_heads) * rank * width * stored
 
-    # Products of width d, one symmetric 2r and one r problem for every head, these at a third of the speed of products; then
-    # the scores: triangles and products of every head, and the form of the layer.
-    per_head = 6 * width * rank**2 + 30 * (2 * rank) ** 3 + 8 * width * rank**2
-    eigen_seconds = (heads * per_head + stack.kv_heads * rank * width**2) / _FLOPS_PER_SECOND
+    eigen_seconds = spectra_flops(heads, stack.kv_heads, rank, width) / _FLOPS_PER_SECOND
     directions = 4 * 4 * heads * min(config.eigen.topk, rank) * width
     group = budget // 4 // layer_bytes
     shard = min(_JOB_SECONDS / eigen_seconds, budget // 4 // directions)
@@ -295,6 +301,11 @@ def _plan_heads(stack: LockedStack, circuit: str, config: Config) -> HeadsPlan:
         shards=_named(_cut(stack.layers, shard)),
         tiles=tuple(_cut(stack.layers, tile)),
     )
+
+
+def stored_bytes(locked: LockedCircuit, config: Config) -> int:
+    """Bytes of a number of extracted factors."""
+    return {"stored": _STORED_BYTES.get(locked.dtype, 4), "bfloat16": 2, "float32": 4}[config.weights.dtype]
 
 
 def _tile_flops(stack: LockedStack, rank: int, layers: int, all_pairs: bool) -> float:

@@ -1,0 +1,74 @@
+"""The tables of a checkpoint with a row for every token: what tokens are read as, and what is held against the last stream."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+from jaxtyping import Float
+from torch import Tensor
+
+from headgram.checkpoints.stores import TensorStore
+from headgram.errors import HeadgramError
+from headgram.geometry.checks import is_finite
+
+_NO_TABLE = "the family's data name no such table"
+
+
+@dataclass(frozen=True)
+class TokenTables:
+    """Where a checkpoint's embedding and unembedding are; made when it is opened, and read when asked for."""
+
+    names: dict[str, str]  # `embedding`, `unembedding` -> the tensor
+    missing: dict[str, str]  # why the others cannot be read
+    _store: TensorStore = field(repr=False)
+
+    def read(self, table: str) -> Float[Tensor, "tokens width"]:
+        """One of the tables, in stored precision.
+
+        Raises
+        ------
+        HeadgramError
+            If the checkpoint has none, or it is no table of finite numbers.
+        """
+        if table in self.missing:
+            raise HeadgramError(f"this checkpoint has no {table} to read: {self.missing[table]}")
+        name = self.names[table]
+        if len(self._store.shape(name)) != 2:
+            raise HeadgramError(f"tensor {name} has shape {self._store.shape(name)}, which should be (tokens, width)")
+        rows = self._store.read(name)
+        if not is_finite(rows):
+            raise HeadgramError(f"tensor {name} holds a NaN or an infinity: the checkpoint is damaged")
+        return rows
+
+
+def token_tables(
+    store: TensorStore, embedding: Iterable[str], unembedding: Iterable[str], prefix: str, tied: bool | None
+) -> TokenTables:
+    """Find the tables of a checkpoint.
+
+    Parameters
+    ----------
+    embedding, unembedding
+        Modules that may hold them: the former below the prefix of the base model, the latter from the top, or beside the prefix's
+        first part.
+    tied
+        What the configuration states: whether one table serves as both. Where it states nothing, a checkpoint without an
+        unembedding has one table.
+    """
+    names, missing = {}, {}
+    beside = [f"{prefix.split('.')[0]}.", ""] if prefix else [""]
+    places = {
+        "embedding": [f"{prefix}{module}.weight" for module in embedding],
+        "unembedding": [f"{before}{module}.weight" for module in unembedding for before in beside],
+    }
+    for table, wanted in places.items():
+        found = next((name for name in wanted if name in store), None)
+        if found is not None:
+            names[table] = found
+        else:
+            missing[table] = f"it lacks tensor {wanted[0]}" if wanted else _NO_TABLE
+    if "unembedding" in missing and "embedding" in names and tied is not False:
+        names["unembedding"] = names["embedding"]
+        del missing["unembedding"]
+    return TokenTables(names, missing, store)

@@ -1,0 +1,310 @@
+"""Norms, biases, rotary encoding, scales and tables of tokens: in odd configurations, and where data or files are wrong."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from headgram import HeadgramError, open_checkpoint
+from headgram.checkpoints.dimensions import Section
+from headgram.checkpoints.rotary import rotary_of
+from headgram.families.around import AROUND, AroundRule, NormRule, RotaryRule, ScaleRule, rule_of
+from headgram.families.registry import families
+from headgram.forms.circuits import qk
+from headgram.forms.transforms import folded
+from headgram.proofs.prove import TOLERANCE, _models, _residuals, quiet
+
+WAVES = {"rope_theta": 10000.0}
+#: What `rope_parameters` of a tiny Llama may hold. Its contexts have 7 tokens.
+SCALINGS = {
+    "linear": {"rope_type": "linear", "factor": 4.0},
+    "dynamic": {"rope_type": "dynamic", "factor": 3.0},
+    "llama3": {
+        "rope_type": "llama3",
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 40,
+    },
+    "yarn": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32},
+    "yarn, not rounded": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32, "truncate": False},
+    "yarn, two shares": {
+        "rope_type": "yarn",
+        "factor": 40.0,
+        "mscale": 1.0,
+        "mscale_all_dim": 0.7,
+        "original_max_position_embeddings": 32,
+    },
+    "longrope, short": {
+        "rope_type": "longrope",
+        "short_factor": [1.0, 1.1, 1.2, 1.3, 1.4, 1.5],
+        "long_factor": [2.0, 2.1, 2.2, 2.3, 2.4, 2.5],
+        "original_max_position_embeddings": 16,
+    },
+    "longrope, long": {
+        "rope_type": "longrope",
+        "short_factor": [1.0, 1.1, 1.2, 1.3, 1.4, 1.5],
+        "long_factor": [2.0, 2.1, 2.2, 2.3, 2.4, 2.5],
+        "original_max_position_embeddings": 4,
+    },
+}
+
+
+def tiny(model_type: str, **changes: Any) -> Any:
+    """The first tiny model of a type, with other switches."""
+    with quiet():
+        return next(_models(model_type, changes))
+
+
+def residuals(model: Any, folder: Path, entry: Mapping[str, Any]) -> dict[str, float]:
+    with quiet(), open_checkpoint(folder) as checkpoint:
+        return _residuals(model, checkpoint, entry)[2]
+
+
+def saved(model: Any, folder: Path) -> Path:
+    with quiet():
+        model.save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("scaling", SCALINGS)
+def test_rotary_encoding_is_scaled_as_in_the_model(tmp_path: Path, scaling: str) -> None:
+    longest = 5 if scaling == "dynamic" else 64  # a context of 7 tokens is longer than that
+    model, entry = tiny("llama", rope_parameters={**WAVES, **SCALINGS[scaling]}, max_position_embeddings=longest)
+    assert residuals(model, saved(model, tmp_path), entry)["rotary"] < TOLERANCE
+
+
+@pytest.mark.parametrize("scaling", [{"rope_type": "default"}, SCALINGS["yarn"]])
+def test_some_rows_turn_and_others_do_not(tmp_path: Path, scaling: dict[str, Any]) -> None:
+    """YaRN scales those that turn, and not the others."""
+    model, entry = tiny("phi", rope_parameters={**WAVES, **scaling, "partial_rotary_factor": 0.5})
+    assert residuals(model, saved(model, tmp_path), entry)["rotary"] < TOLERANCE
+
+
+def test_yarn_changes_the_scale_of_latent_attention(tmp_path: Path) -> None:
+    scaling = {"rope_type": "yarn", "factor": 40.0, "mscale": 1.0, "mscale_all_dim": 1.0, "original_max_position_embeddings": 32}
+    model, entry = tiny("deepseek_v3", rope_parameters={**WAVES, **scaling})
+    folder = saved(model, tmp_path)
+    assert max(residuals(model, folder, entry).values()) < TOLERANCE
+    with open_checkpoint(folder) as checkpoint:
+        assert checkpoint.around("self", 0).scale == pytest.approx(12**-0.5 * (0.1 * math.log(40) + 1) ** 2)
+
+
+OLDER = {
+    "llama": {"rope_theta": 500.0, "rope_scaling": {"type": "linear", "factor": 2.0}},
+    "gpt_neox": {"rotary_emb_base": 500, "rotary_pct": 0.5},
+    "phi": {"rope_theta": 500.0, "partial_rotary_factor": 0.34},
+    "gemma3_text": {"rope_theta": 500.0, "rope_local_base_freq": 50.0, "rope_scaling": {"rope_type": "linear", "factor": 8.0}},
+    "modernbert": {"global_rope_theta": 500.0, "local_rope_theta": 50.0},
+}
+
+
+@pytest.mark.parametrize("model_type", OLDER)
+def test_older_names_in_configurations(tmp_path: Path, model_type: str) -> None:
+    """As configurations were written before transformers 5: the model is loaded from them, and so are we."""
+    from transformers import AutoModel
+
+    model, entry = tiny(model_type)
+    folder = saved(model, tmp_path)
+    config = json.loads((folder / "config.json").read_text())
+    config.pop("rope_parameters")
+    (folder / "config.json").write_text(json.dumps({**config, **OLDER[model_type]}))
+    with quiet():
+        model = AutoModel.from_pretrained(folder, attn_implementation="eager").eval()
+    assert max(residuals(model, folder, entry).values()) < TOLERANCE
+
+
+@pytest.mark.parametrize(
+    ("model_type", "number", "flags"),
+    [
+        ("opt", 0, {"do_layer_norm_before": False}),
+        ("wav2vec2", 0, {"do_stable_layer_norm": True}),
+        ("cohere", 0, {"use_qk_norm": True}),
+        ("glm4_moe", 0, {"use_qk_norm": True}),
+        ("phi", 0, {"qk_layernorm": True}),
+        ("gpt2", 0, {"scale_attn_by_inverse_layer_idx": True}),
+        ("gpt_bigcode", 0, {"scale_attn_weights": False}),
+        ("deepseek_v3", 0, {"rope_interleave": False}),
+        ("falcon", 0, {"num_ln_in_parallel_attn": 1}),
+        ("granitemoehybrid", 0, {"position_embedding_type": "rope"}),
+        ("zamba2", 0, {"use_mem_rope": True}),
+        ("esm", 0, {"position_embedding_type": "rotary"}),
+        ("llama", 0, {"attention_bias": True}),
+        ("exaone4", 0, {"sliding_window": "null", "layer_types": ["full_attention", "full_attention"]}),
+    ],
+)
+def test_switches_of_a_configuration(tmp_path: Path, model_type: str, number: int, flags: dict[str, Any]) -> None:
+    model, entry = tiny(model_type, **flags)
+    assert max(residuals(model, saved(model, tmp_path), entry).values()) < TOLERANCE
+
+
+NONE = NormRule(kind="none")
+
+
+@pytest.mark.parametrize(
+    ("model_type", "role", "wrong"),
+    [
+        ("gemma2", "norm", {"norm": NormRule(kind="rms", module="input_layernorm")}),
+        ("gpt2", "norm", {"norm": NormRule(kind="rms", module="ln_1")}),
+        ("olmo2", "norm", {"norm": NormRule(kind="rms", module="post_attention_layernorm")}),
+        ("bert", "norm", {"norm": NormRule(kind="layer", module="attention.output.LayerNorm")}),
+        ("qwen3", "query_norm", {"query_norm": NONE}),
+        ("olmo2", "key_norm", {"key_norm": NormRule(kind="layer", module="self_attn.k_norm")}),
+        ("llama", "rotary", {"rotary": RotaryRule(kind="interleaved")}),
+        ("llama", "rotary", {"rotary": RotaryRule(kind="halves", sign=-1)}),
+        ("cohere", "rotary", {"rotary": RotaryRule(kind="halves")}),
+        ("cohere2", "rotary", {"rotary": RotaryRule(kind="interleaved")}),
+        ("bert", "rotary", {"rotary": RotaryRule(kind="halves")}),
+        ("gpt_neo", "scale", {"scale": ScaleRule()}),
+        ("granite", "scale", {"scale": ScaleRule()}),
+        ("gemma2", "cap", {"cap": ""}),
+    ],
+)
+def test_wrong_data_are_off_by_order_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, model_type: str, role: str, wrong: dict[str, Any]
+) -> None:
+    monkeypatch.setattr("headgram.checkpoints.stack.rule_of", lambda *given: rule_of(*given).model_copy(update=wrong))
+    changes = {"rope_parameters": {**WAVES, "rope_type": "default"}, "attention_multiplier": 0.5} if role != "norm" else {}
+    model, entry = tiny(model_type, **(changes if model_type == "granite" else {}))
+    assert residuals(model, saved(model, tmp_path), entry)[role] > 1e-3
+
+
+def test_biases_that_are_left_out_are_noticed(tmp_path: Path) -> None:
+    model, entry = tiny("qwen2")
+    folder = saved(model, tmp_path)
+    tensors = load_file(folder / "model.safetensors")
+    save_file(
+        {name: x for name, x in tensors.items() if "k_proj.bias" not in name}, folder / "model.safetensors", {"format": "pt"}
+    )
+    assert residuals(model, folder, entry)["key_bias"] > 0.01
+
+
+def test_defaults_of_rotary_encoding_are_those_of_transformers() -> None:
+    """What a configuration leaves unsaid: bases, shares and scalings."""
+    from transformers import CONFIG_MAPPING
+
+    compared = 0
+    for family in families():
+        for model_type in family.model_types:
+            if not family.stacks or model_type not in CONFIG_MAPPING:
+                continue
+            with quiet():
+                config = CONFIG_MAPPING[model_type]()
+            config = getattr(config, family.stacks[0].config or "", config)
+            stated = getattr(config, "rope_parameters", None)
+            rule = rule_of(family.stacks[0].around, model_type, Section({}, model_type)).rotary
+            nested = any(isinstance(value, dict) for value in (stated or {}).values())
+            if not stated or nested or rule is None or rule.kind == "none" or rule.width:
+                continue
+            rest = {"layer_types": [rule.only], "max_position_embeddings": 4096, **rule.when}
+            rest |= {rule.flags: [1]} if rule.flags else {}
+            said = rotary_of(rule, Section({**rest, "rope_parameters": stated}, model_type), 0, 64, 0, None)
+            unsaid = rotary_of(rule, Section.of(family.stacks[0], rest, model_type), 0, 64, 0, None)
+            assert said is not None
+            assert unsaid is not None
+            torch.testing.assert_close(unsaid.frequencies, said.frequencies, msg=f"{model_type}: {stated}")
+            assert unsaid.factor == pytest.approx(said.factor)
+            compared += 1
+    assert compared > 60
+
+
+@pytest.mark.parametrize(
+    ("model_type", "stack", "role", "sentence"),
+    [
+        ("bart", "cross", "norm", "no role 'norm' to read: queries read the decoder's stream"),
+        ("doge", "self", "scale", "no role 'scale' to read: a mask that depends on"),
+        ("ibert", "self", "cap", "no role 'cap' to read: its softmax"),
+        ("deberta", "self", "query_bias", "no role 'query_bias' to read: scores are sums"),
+        ("vit", "self", "embedding", "no embedding to read: the family's data name no such table"),
+    ],
+)
+def test_what_is_not_proven_is_one_sentence(tmp_path: Path, model_type: str, stack: str, role: str, sentence: str) -> None:
+    model, _ = tiny(model_type)
+    with open_checkpoint(saved(model, tmp_path)) as checkpoint, pytest.raises(HeadgramError, match=sentence) as error:
+        getattr(checkpoint.around(stack, 0), role) if role in AROUND else getattr(checkpoint, role)()
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        (
+            {"rope_parameters": {"rope_type": "magic", "rope_theta": 1e4}},
+            "scales its rotary encoding by 'magic', which is not known",
+        ),
+        ({"rope_parameters": {"rope_theta": -1}}, "has the rotary base = -1, which should be a positive number"),
+        ({"rope_parameters": [1]}, "should be a table"),
+        ({"rope_parameters": {"rope_type": "linear"}}, "has factor = None, which should be a positive number"),
+        ({"rope_parameters": {"rope_type": "longrope", "short_factor": [1]}}, "a list short_factor of 6 numbers"),
+        ({"rope_parameters": {"full_attention": {"rope_theta": 1e4}}}, "none for 'None'"),
+        ({"rope_parameters": {"partial_rotary_factor": 3.0}}, "turns 36 of 12 rows, which cannot be"),
+    ],
+)
+def test_rotary_parameters_that_cannot_be(tmp_path: Path, changes: dict[str, Any], sentence: str) -> None:
+    model, _ = tiny("llama")
+    path = saved(model, tmp_path) / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+    with open_checkpoint(tmp_path) as checkpoint, pytest.raises(HeadgramError, match=sentence) as error:
+        checkpoint.around("self", 0).rotary()
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        (lambda name, x: {}, r"layer 1: the checkpoint lacks tensor layers\.1\.input_layernorm\.weight"),
+        (lambda name, x: {name: x[:-1].clone()}, r"input_layernorm\.weight has shape \(47,\), which should be \(48,\)"),
+        (lambda name, x: {name: x * math.nan}, r"input_layernorm\.weight holds a NaN or an infinity"),
+    ],
+)
+def test_a_damaged_norm_is_one_sentence(tmp_path: Path, change: Callable[..., dict[str, Any]], sentence: str) -> None:
+    model, _ = tiny("llama")
+    path = saved(model, tmp_path) / "model.safetensors"
+    tensors = load_file(path)
+    name = "layers.1.input_layernorm.weight"
+    save_file({**{key: x for key, x in tensors.items() if key != name}, **change(name, tensors[name])}, path, {"format": "pt"})
+    with open_checkpoint(tmp_path) as checkpoint, pytest.raises(HeadgramError, match=sentence):
+        _ = checkpoint.around("self", 1).norm
+
+
+@pytest.mark.parametrize("model_type", ["llama", "gemma2", "gpt2", "cohere"])
+def test_folded_forms_of_the_stream_are_the_models_scores(tmp_path: Path, model_type: str) -> None:
+    """A form with its norm folded in, on the stream divided by its norm, against the attention module's own input."""
+    model, _ = tiny(model_type)
+    with open_checkpoint(saved(model, tmp_path)) as checkpoint:
+        heads = qk(*checkpoint.qk("self", 1))
+        norm = checkpoint.around("self", 1).norm
+    assert norm is not None
+    stream = torch.randn(5, heads.widths[0], dtype=torch.float64)
+    module = model.get_submodule({"gpt2": "h.1.ln_1"}.get(model_type, "layers.1.input_layernorm")).double()
+    with torch.no_grad():
+        read = module(stream) - (0 if norm.bias is None else norm.bias)
+    size = (stream - stream.mean(-1, keepdim=True) if norm.centred else stream).square().mean(-1, keepdim=True).sqrt()
+    form, plain = folded(heads, norm).form(0), heads.form(0).double()
+    torch.testing.assert_close(stream / size @ form @ (stream / size).T, read @ plain @ read.T, rtol=1e-4, atol=1e-6)
+
+
+def test_a_later_rule_says_anew_what_it_names() -> None:
+    config = Section({"switch": True}, "b")
+    rules = (
+        AroundRule(norm=NONE, rotary=RotaryRule(kind="halves")),
+        AroundRule(types=("a",), rotary=RotaryRule(kind="none")),
+        AroundRule(types=("b",), when={"switch": True}, unproven={"scale": "why"}),
+    )
+    said = rule_of(rules, "b", config)
+    assert said.rotary == RotaryRule(kind="halves")
+    assert said.scale is None
+    assert said.query_norm == NONE
+    assert rule_of((), "b", config).norm is None
+
+
+def test_rules_are_about_types_of_their_family() -> None:
+    for family in families():
+        assert {name for rule in family.stacks for around in rule.around for name in around.types} <= set(family.model_types)
