@@ -45,7 +45,7 @@ def test_adopt_finds_the_layouts_that_fit() -> None:
 @pytest.mark.parametrize(
     ("model_type", "sentence"),
     [
-        ("minimax", "no known layout is proven for 'minimax'"),  # most of its layers are linear attention
+        ("mamba", "no known layout is proven for 'mamba'"),  # it has no attention
         ("gpt-sw3", "no known layout is proven for 'gpt-sw3'"),  # saved under the name of GPT-2
         ("no_such_type", "the installed transformers does not know the model type 'no_such_type'"),
     ],

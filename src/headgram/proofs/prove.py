@@ -235,7 +235,7 @@ def _openers(model_type: str, flags: Mapping[str, bool]) -> list[Family]:
         reason = f"{type(error).__name__} {error!s:.200}".splitlines()[0].strip()
         raise HeadgramError(f"transformers cannot build a tiny '{model_type}', so that nothing can be proven: {reason}") from None
     with quiet(), _saved(model) as folder:
-        for family in families():
+        for family in (one for one in families() if not one.walked):
             with suppress(HeadgramError), adopting(model_type, family), open_checkpoint(folder) as checkpoint:
                 if checkpoint.architecture == model_type:  # some types are saved under another one's name
                     found.append(family)
