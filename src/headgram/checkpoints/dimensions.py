@@ -37,11 +37,11 @@ class Section:
 
     def get(self, name: str) -> Any:
         """What the configuration states under a name, or under `name.N` as the Nth of a list, or None."""
-        name, _, place = name.partition(".")
-        value = self._values.get(name)
-        if place:
-            value = value[int(place)] if isinstance(value, list) and int(place) < len(value) else None
-        return value
+        stated, _, place = name.rpartition(".")
+        if not place.isdecimal():  # names of GGUF have dots of their own
+            return self._values.get(name)
+        value = self._values.get(stated)
+        return value[int(place)] if isinstance(value, list) and int(place) < len(value) else None
 
     def find(self, names: Names, least: int = 1) -> int | None:
         """A whole number that the configuration states under one of the names; None if under none of them.
