@@ -8,7 +8,6 @@ import pytest
 import torch
 
 import headgram
-from headgram.atlas.compare import compare
 from tiny import write_llama
 
 _RANDOM = np.random.default_rng(0)
@@ -107,8 +106,11 @@ def test_other_arguments_of_a_checkpoint_are_refused(tmp_path):
 
 
 def test_other_arguments_of_an_atlas_are_refused(tmp_path):
-    with pytest.raises(headgram.HeadgramError, match="compare takes"):
-        compare(tmp_path, "a", "b")
+    for wrong in (None, 3, ["a"]):
+        with pytest.raises(headgram.HeadgramError, match="A model's name is a text"):
+            headgram.compare(wrong, "b", tmp_path)
+        with pytest.raises(headgram.HeadgramError, match="A model's name is a text"):
+            headgram.compare("a", wrong, tmp_path)
     for name in (None, 3, ["heads"], "none"):
         with pytest.raises(headgram.HeadgramError, match="has no table"):
             headgram.Atlas(tmp_path).table(name)

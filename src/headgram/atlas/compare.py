@@ -10,7 +10,7 @@ import pandas as pd
 import torch
 
 from headgram.atlas.reader import Atlas, open_atlas
-from headgram.errors import HeadgramError
+from headgram.errors import HeadgramError, require
 from headgram.geometry.overlaps import paired_overlaps
 from headgram.results.factors import FactorFiles
 from headgram.results.record import has_key, read_record
@@ -75,6 +75,8 @@ def compare(
     >>> found = headgram.compare("pythia-70m-step0", "pythia-70m-step1000")  # doctest: +SKIP
     >>> found.heads.nsmallest(5, "cosine")[["circuit", "layer", "head", "cosine", "change", "floor"]]  # doctest: +SKIP
     """
+    for name in (a, b):
+        require(name, str, "A model's name is a text")
     atlas = open_atlas(results)
     parts = [_compared(atlas, a, b, place) for place in _places(atlas, a, b, stack, circuit)]
     heads, changes, matches = (pd.concat([part[i] for part in parts], ignore_index=True) for i in range(3))
