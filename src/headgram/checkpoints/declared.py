@@ -52,6 +52,11 @@ def declared_family(
     if not family.stacks:
         architecture = _text_type(config, architecture)
         family = family_of(architecture)
+    stated = config.get("model_type")
+    if architecture not in family.model_types or (stated is not None and given.get("model_type") not in (None, stated)):
+        family = family.without_surroundings(
+            f"the checkpoint's own type is not '{architecture}', whose layout alone it is read with"
+        )
     return architecture, family, config
 
 

@@ -43,7 +43,7 @@ from headgram.proofs.around import Matched, around_residuals, forms_of, relative
 from headgram.proofs.probe import Call, neutralise, scores_of
 
 #: The columns of a table of proofs, and what `Proof.cells` holds.
-COLUMNS = ("model type", "family", "layout", "stacks", "heads/key heads×rank", "roles", "residual", "ok")
+COLUMNS = ("model type", "family", "layout", "stacks", "heads/key heads×rank", "roles", "around them", "residual", "ok")
 #: A right layout agrees to float32 rounding (some models compute scores in float32); a wrong one is off by about 1.
 TOLERANCE = 1e-5
 #: How far attention weights may sum from 1 before something else must take part in their softmax; some are kept in bfloat16.
@@ -106,8 +106,11 @@ class Proof:
     @property
     def cells(self) -> tuple[str, ...]:
         """The proof as a row of a table with the columns `COLUMNS`."""
-        lists = (", ".join(values) for values in (self.layouts, self.stacks, self.shapes, self.roles))
-        return (self.model_type, self.family, *lists, f"{self.residual:.0e}", "yes" if self.ok else "no")
+        roles = [role for role in self.roles if role in ROLES]
+        lists = (", ".join(values) for values in (self.layouts, self.stacks, self.shapes, roles))
+        lacking = [role for role in AROUND if role not in self.roles]
+        around = "none" if len(lacking) == len(AROUND) else f"all but {', '.join(lacking)}" if lacking else "all"
+        return (self.model_type, self.family, *lists, around, f"{self.residual:.0e}", "yes" if self.ok else "no")
 
 
 def known_types() -> list[str]:
@@ -334,7 +337,8 @@ def _residuals(model: nn.Module, checkpoint: Checkpoint, entry: Mapping[str, Any
             others[role] = max(others.get(role, 0.0), residual)
     if unclaimed := sorted({call.module for call in calls} - claimed):
         raise HeadgramError(f"the model's attention at {unclaimed[0]} belongs to no stack")
-    if family_of(checkpoint.architecture).embedding:
+    family = family_of(checkpoint.architecture)
+    if family.embedding and checkpoint.architecture in family.model_types:
         others |= table_residuals(model, checkpoint)
     return scores, writes, others
 
