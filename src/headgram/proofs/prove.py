@@ -141,8 +141,7 @@ def prove(model_type: str, flags: Mapping[str, bool] = NO_FLAGS) -> Proof:
                     found += checkpoint.stacks
                     residuals = _residuals(model, checkpoint, entry)
                     scores, writes = max(scores, residuals[0]), max(writes, residuals[1])
-                    for role, residual in residuals[2].items():
-                        around[role] = max(around.get(role, 0.0), residual)
+                    around |= {role: max(around.get(role, 0.0), residual) for role, residual in residuals[2].items()}
     except Exception as error:  # whatever transformers raises, the other types should still be proven
         problem = str(error) if isinstance(error, HeadgramError) else f"{type(error).__name__}: {error}"
     if problem is None and not found:
@@ -151,9 +150,8 @@ def prove(model_type: str, flags: Mapping[str, bool] = NO_FLAGS) -> Proof:
         problem = f"the scores differ by {scores:.1e} of the largest"
     if problem is None and not writes <= TOLERANCE:
         problem = f"what the heads write differs by {writes:.1e} of the largest"
-    if problem is None and around and not max(around.values()) <= TOLERANCE:
-        worst = max(around, key=lambda role: around[role])
-        problem = f"what follows from the role '{worst}' differs by {around[worst]:.1e} of the largest"
+    for role in [role for role, residual in around.items() if problem is None and not residual <= TOLERANCE]:
+        problem = f"what follows from the role '{role}' differs by {around[role]:.1e} of the largest"
     return Proof(
         model_type,
         family.name,
