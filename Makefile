@@ -9,7 +9,7 @@ SEED ?= 0
 NUMPY = $(shell sed -n 's/^numpy==//p' envs/requirements.txt)
 CORES ?= $(shell nproc 2>/dev/null || sysctl -n hw.ncpu)
 
-.PHONY: help run report test test-fast test-gpu lint format docs notebook pictures bench bench-gpu chaos lineage audit families bytes config-docs lock-requirements clean
+.PHONY: help run report test test-fast test-gpu lint format docs notebook pictures bench bench-gpu chaos lineage audit walk families bytes config-docs lock-requirements clean
 
 help: ## What each command does
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-18s %s\n", $$1, $$2}'
@@ -81,6 +81,9 @@ bench-gpu: $(VENV)/installed-dev ## Time the arithmetic on a GPU, and renew benc
 	mkdir -p build
 	$(BIN)/python benchmarks/gpu.py > build/bench-gpu.md
 	mv build/bench-gpu.md benchmarks/RESULTS-GPU.md
+
+walk: $(VENV)/installed-dev ## Derive and prove families of all other types of transformers from live models; an hour, goes on where it was stopped
+	$(BIN)/python docs/walk.py
 
 families: $(VENV)/installed-dev ## Prove every model type, and renew docs/families.md
 	$(BIN)/python docs/families.py

@@ -15,6 +15,7 @@ include: "workflow/rules/merge.smk"
 include: "workflow/rules/derive.smk"
 include: "workflow/rules/lineage.smk"
 include: "workflow/rules/composition.smk"
+include: "workflow/rules/tokens.smk"
 include: "workflow/rules/report.smk"
 
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from headgram.version import __version__ as __version__
 
 if TYPE_CHECKING:
+    from headgram import plot as plot
     from headgram.atlas.compare import compare as compare
     from headgram.atlas.reader import Atlas as Atlas
     from headgram.atlas.reader import open_atlas as open_atlas
@@ -42,6 +43,8 @@ __all__ = sorted(_HOMES)  # noqa: PLE0605  (a computed list of the names above)
 
 
 def __getattr__(name: str) -> Any:
+    if name == "plot":
+        return importlib.import_module("headgram.plot")
     if name in _HOMES:
         return getattr(importlib.import_module(_HOMES[name]), name)
     raise AttributeError(f"module 'headgram' has no attribute {name!r}")

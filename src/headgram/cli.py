@@ -13,6 +13,7 @@ import typer
 
 from headgram.errors import HeadgramError
 from headgram.foreign import plain
+from headgram.study.manifest import DEFAULT as _MANIFEST
 
 if TYPE_CHECKING:
     from headgram.atlas.reader import Atlas
@@ -22,7 +23,6 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
-_MANIFEST = Path("config/models.tsv")
 
 
 def main() -> None:
@@ -86,6 +86,19 @@ def run(
 
 
 @app.command()
+def doctor() -> None:
+    """Say what this machine has of what headgram needs: devices, folders, Slurm, and what is missing for which format."""
+    from headgram.run.doctor import examine
+
+    wrong = 0
+    for finding in examine():
+        wrong += finding.state == "wrong"
+        print(f"{finding.state:8} {plain(finding.text)}")
+    if wrong:
+        raise HeadgramError(f"{wrong} thing{'s are' if wrong > 1 else ' is'} wrong here")
+
+
+@app.command()
 def lock(
     manifest: Annotated[Path, typer.Option(help="The table of models.")] = _MANIFEST,
     upgrade: Annotated[Optional[list[str]], typer.Option(help="Resolve this model anew; may be repeated.")] = None,  # noqa: UP045
@@ -111,13 +124,14 @@ def lock(
 
 @app.command()
 def inspect(
-    source: Annotated[str, typer.Argument(help="A hub id, folder, .safetensors, .gguf or .bin file, or package:NAME/PATH.")],
+    source: Annotated[str, typer.Argument(help="A hub id, folder, .safetensors, .gguf or torch file, or package:NAME/PATH.")],
     revision: Annotated[Optional[str], typer.Option(help="Branch, tag or commit of a hub id.")] = None,  # noqa: UP045
 ) -> None:
     """Show what a checkpoint holds, without reading its weights."""
     from rich.console import Console
     from rich.table import Table
 
+    from headgram.described import spans
     from headgram.proofs.adopt import open_or_derive
 
     checkpoint, derived = open_or_derive(source, revision)
@@ -142,17 +156,6 @@ def inspect(
     if others := location.choice.passed_over:
         console.print(plain(f"not read, since these were found first: {', '.join(others)}"))
     console.print(f"{len(location.weights)} weight file(s), {total:,} bytes; q and k are {share:.1%} of them")
-
-
-def spans(layers: tuple[int, ...]) -> str:
-    """`(0, 1, 2, 5)` as `0–2, 5`."""
-    runs: list[list[int]] = []
-    for layer in layers:
-        if runs and layer == runs[-1][-1] + 1:
-            runs[-1].append(layer)
-        else:
-            runs.append([layer])
-    return ", ".join(str(run[0]) if len(run) == 1 else f"{run[0]}–{run[-1]}" for run in runs)
 
 
 _Results = Annotated[Path, typer.Option(help="The results folder.")]
@@ -282,7 +285,7 @@ def verify(
 
 @app.command()
 def measure(
-    model: Annotated[str, typer.Option(help="A hub id, folder, .safetensors, .gguf or .bin file, or package:NAME/PATH.")],
+    model: Annotated[str, typer.Option(help="A hub id, folder, .safetensors, .gguf or torch file, or package:NAME/PATH.")],
     out: Annotated[Path, typer.Option(help="The JSON to write; the directions go to NAME-eigdirs.pt beside it.")],
     topk: Annotated[int, typer.Option(min=1, help="Directions per head.")] = 8,
     revision: Annotated[Optional[str], typer.Option(help="Branch, tag or commit of a hub id.")] = None,  # noqa: UP045

@@ -1,6 +1,7 @@
 """The finished results, through the door that notebooks use."""
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 
@@ -67,3 +68,48 @@ def test_unknown_names_are_refused(atlas, tmp_path):
         atlas.gram("tiny-bert", value="sine")
     with pytest.raises(headgram.HeadgramError, match="no finished model"):
         headgram.open_atlas(tmp_path)
+
+
+def test_charts_hold_the_numbers_of_the_tables(finished, tmp_path):
+    atlas = headgram.open_atlas(finished.folder / "results")
+    where = {"stack": "self", "circuit": "qk"}
+
+    def rows(chart, name, keys, value="value"):
+        return pd.DataFrame(chart.to_dict()["datasets"][name]).set_index(keys)[value].sort_index()
+
+    heads = atlas.of_heads("heads", "tiny-llama", **where).set_index(["layer", "head"]).sort_index()
+    for column in ("symmetry", "stable_rank"):
+        chart = headgram.plot.heads(atlas, "tiny-llama", column, **where)
+        np.testing.assert_array_equal(rows(chart, "cells", ["layer", "head"]), heads[column])
+    gram = atlas.gram("tiny-llama", value="cosine")
+    keys = ["layer_a", "layer_b"]
+    np.testing.assert_allclose(
+        rows(headgram.plot.layers(atlas, "tiny-llama"), "cells", keys), gram.mean("head").to_numpy().ravel()
+    )
+    one = headgram.plot.layers(atlas, "tiny-llama", "left", head=2)
+    np.testing.assert_array_equal(
+        rows(one, "cells", keys), atlas.overlap("tiny-llama", side="left").sel(head=2).to_numpy().ravel()
+    )
+    spectra = atlas.of_heads("spectra", "tiny-llama", **where).query("layer == 1 and head == 3")
+    for signed, name, count in ((False, "singular_value", 8), (True, "symmetric_eigenvalue", 16)):
+        chart = headgram.plot.spectrum(atlas, "tiny-llama", 1, 3, signed)
+        np.testing.assert_array_equal(rows(chart, "chosen", ["index"]), -np.sort(-spectra[name])[:count])
+        assert len(rows(chart, "others", ["head", "index"])) == 3 * count
+    chart = headgram.plot.depth(atlas, atlas.models, "stable_rank")
+    layers = atlas.of_heads("layers", "tiny-bert", **where).sort_values("layer")
+    np.testing.assert_array_equal(rows(chart, "profile", ["series", "x"], "median")["tiny-bert"], layers["stable_rank_median"])
+    chart.save(tmp_path / "depth.svg")
+    assert "Stable rank along the depth" in (tmp_path / "depth.svg").read_text()
+    for name, *arguments in [
+        ("heads", "none"),
+        ("heads", "tiny-llama", "none"),
+        ("layers", "tiny-llama", "none"),
+        ("layers", "tiny-llama", "cosine", 9),
+        ("spectrum", "tiny-llama", 9, 0),
+        ("depth", []),
+        ("depth", "tiny-bert", "none"),
+    ]:
+        with pytest.raises(headgram.HeadgramError):
+            getattr(headgram.plot, name)(atlas, *arguments)
+    with pytest.raises(headgram.HeadgramError, match="open_atlas"):
+        headgram.plot.heads("results", "tiny-llama")

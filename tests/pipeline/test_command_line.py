@@ -13,6 +13,7 @@ from pipeline.conftest import Project, new_project
 from tiny import llama_tensors, write_llama, write_manifest
 
 TABLES = ("heads", "spectra", "gram", "pairs", "overlap", "neighbours", "layers", "models", "drift", "changes", "matches")
+TABLES += ("composition", "channels", "tokens")
 
 
 def headgram_command(project: Project, *arguments: str) -> str:

@@ -3,15 +3,21 @@
 `HEADGRAM_CHECKPOINTS` says how many there are before the last one (`make lineage`: 154).
 """
 
+import json
 import os
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 
 import headgram
+from headgram.atlas.verify import verify
+from headgram.results.files import checksum
 from pipeline.conftest import Project, edit, new_project
+from pipeline.test_verify import resealed
 from tiny import write_llama
 
 COUNT = int(os.environ.get("HEADGRAM_CHECKPOINTS", "3"))
@@ -58,6 +64,8 @@ def training(tmp_path_factory) -> Project:
     project = new_project(tmp_path_factory.mktemp("training") / "project")
     (project.folder / "config" / "models.tsv").write_text("name\tsource\tlineage\tstep\tdata\n")
     edit(project.folder / "config" / "config.yaml", "report:\n  enabled: true", "report:\n  enabled: false")
+    edit(project.folder / "config" / "config.yaml", "original:\n  enabled: true", "original:\n  enabled: false")
+    edit(project.folder / "config" / "config.yaml", "enabled: auto", "enabled: false")  # compositions
     for step in range(COUNT):
         add(project, step)
     project.run()
@@ -152,13 +160,47 @@ def test_swapped_heads_are_found_again(atlas):
         assert abs(found["layer"].loc[SWAP_ACROSS[0]]["cosine"]) < 0.5
 
 
-def test_models_that_were_not_compared_are_named(training, atlas, tmp_path):
+def test_models_that_were_not_compared_are_named(training, atlas):
     with pytest.raises(headgram.HeadgramError, match="holds no lineage 'other'; there are: training"):
         atlas.trajectory("cosine", "other", to="first")
     with pytest.raises(headgram.HeadgramError, match="no number 'cosine': ask for to='first'"):
         atlas.trajectory("cosine", "training")
-    done = training.headgram("verify")
-    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_tables_that_contradict_each_other_are_named(training, tmp_path):
+    assert training.headgram("verify").returncode == 0
+    results = training.copy(tmp_path / "project").folder / "results"
+    record = results / "provenance" / "lineage" / f"step{COUNT}" / "step0.json"
+    for name, column, words in (
+        ("drift", "cosine", "2 <X, Y>"),
+        ("drift", "change_norm", "sum(s²)"),
+        ("matches", "other_head", "twice"),
+    ):
+        path = results / "atlas" / name / f"model=step{COUNT}" / "other=step0" / f"{name}.parquet"
+        table, data, sealed = pq.read_table(path, partitioning=None), path.read_bytes(), record.read_bytes()
+        place = table.schema.get_field_index(column)
+        values = table[column].to_numpy().copy()
+        values[1] = values[0] if column == "other_head" else values[1] + 0.01
+        pq.write_table(table.set_column(place, table.schema.field(place), pa.array(values)), path)
+        files = json.loads(sealed)["files"]
+        (entry,) = [entry for each, entry in files.items() if each.endswith(f"/{name}.parquet")]
+        entry |= {"bytes": path.stat().st_size, "blake2b": checksum(path)}
+        resealed(record, files=files)
+        assert any(words in str(problem) for problem in verify(results)[1]), column
+        path.write_bytes(data)
+        record.write_bytes(sealed)
+    assert verify(results)[1] == []
+
+
+def test_a_lineage_of_several_shapes_is_refused_before_any_job(project):
+    (project.folder / "config" / "models.tsv").write_text(
+        "name\tsource\tlineage\tstep\ntiny-llama\tmodels/llama\tone\t0\ntiny-bert\tmodels/bert\tone\t1\n"
+    )
+    done = project.snakemake("-n")
+    assert done.returncode != 0
+    words = "line 3 (tiny-bert): it has width 18 in stack self, but tiny-llama has 32, of the lineage 'one': name another lineage"
+    assert words in done.stderr
+    assert "Traceback" not in done.stderr
 
 
 def test_what_makes_a_pair_stale(training, tmp_path):
@@ -166,11 +208,11 @@ def test_what_makes_a_pair_stale(training, tmp_path):
     project = training.copy(tmp_path / "project")
     config, manifest = (project.folder / "config" / name for name in ("config.yaml", "models.tsv"))
     pairs = 2 * COUNT - 1
-    edit(config, "pairs: [neighbours, first]", "pairs: [all]")
+    edit(config, "pairs: [neighbours, first]", "pairs: [last]")
     planned = project.planned()
-    assert len(planned) == (COUNT + 1) * COUNT // 2 - pairs
+    assert len(planned) == COUNT - 2  # with the first and with its predecessor, the last one is compared already
     assert all(job.startswith("Comparing") for job in planned)
-    edit(config, "pairs: [all]", "pairs: [neighbours, first]")
+    edit(config, "pairs: [last]", "pairs: [neighbours, first]")
     edit(manifest, "\tpile\n", "\tc4\n")
     with (project.folder / "src" / "headgram" / "geometry" / "drift.py").open("a") as file:
         file.write("\n_X = 1\n")

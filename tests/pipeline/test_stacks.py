@@ -14,6 +14,8 @@ from headgram.proofs.prove import _models
 from pipeline.conftest import edit, new_project
 from tiny import write_manifest
 
+TOKENS = "tokens={enabled: true, count: 3}"
+
 
 @pytest.fixture(scope="module")
 def measured(tmp_path_factory):
@@ -24,7 +26,7 @@ def measured(tmp_path_factory):
         model.save_pretrained(project.folder / "models" / name, max_shard_size="20KB")
     write_manifest(project.folder / "config" / "models.tsv", {name: f"models/{name}" for name in ("t5", "jamba")})
     edit(project.folder / "config" / "config.yaml", "layers_per_job: auto", "layers_per_job: 1")
-    project.run("--config", "results=out/")
+    project.run("--config", "results=out/", TOKENS)
     return project
 
 
@@ -48,6 +50,46 @@ def test_every_stack_is_measured(measured, name, circuit):
         assert len(heads) == len(stack.layers) * stack.heads
     if name == "t5":
         assert [stack.name for stack in checkpoint.stacks] == ["encoder", "decoder", "cross"]
+
+
+def test_compositions_are_of_the_stacks_that_share_a_stream(measured):
+    table = headgram.open_atlas(measured.folder / "out").table("composition")
+    kinds = {(model, stack): set(rows["kind"]) for (model, stack), rows in table.groupby(["model", "stack"])}
+    every = {"q", "k", "v"}
+    assert kinds == {("t5", "encoder"): every, ("t5", "decoder"): every, ("t5", "cross"): {"q"}, ("jamba", "self"): every}
+    assert (table["layer_a"] < table["layer_b"]).all()
+    scores = headgram.open_atlas(measured.folder / "out").composition("t5", "k", "decoder", "times_chance")
+    assert int(scores.notnull().sum()) == len(table.query("model == 't5' and stack == 'decoder' and kind == 'k'"))
+    with pytest.raises(headgram.HeadgramError, match="no compositions of the stack 'cross' and the kind 'v'"):
+        headgram.open_atlas(measured.folder / "out").composition("t5", "v", "cross")
+
+
+def test_tokens_are_of_the_stacks_that_read_embeddings(measured):
+    atlas = headgram.open_atlas(measured.folder / "out")
+    table = atlas.table("tokens")
+    assert set(zip(table["model"], table["stack"], strict=True)) == {("t5", "encoder"), ("t5", "decoder"), ("jamba", "self")}
+    assert set(table["place"]) == {0, 1, 2}
+    assert table["text"].eq("").all()  # these checkpoints have no tokenizer
+    with headgram.open_checkpoint(measured.folder / "models" / "jamba") as checkpoint:
+        embedding = torch.cat(list(checkpoint.embeddings(checkpoint.stacks[0].hidden)["input"].slices(100))).double()
+    embedding -= embedding.mean(0)
+    found = atlas.directions("jamba", "qk")["self"]
+    rows = table.query("model == 'jamba' and circuit == 'qk' and sign == 1 and place == 0 and direction == 0")
+    for row in rows.itertuples():
+        place = found["layers"].tolist().index(row.layer)
+        projections = embedding @ found[row.side][place, row.head, 0].double()
+        assert row.token == int(projections.argmax())
+        assert row.value == pytest.approx(float(projections.max()), rel=1e-4)
+
+
+def test_options_of_compositions_and_tokens_make_nothing_else_stale(measured):
+    def planned(*options):
+        return measured.planned("--config", "results=out/", *options)
+
+    assert planned(TOKENS) == planned() == set()
+    assert planned("tokens={enabled: true, count: 4}") == {f"Tokens of the directions of {model}" for model in ("t5", "jamba")}
+    composed = {f"Composition of the heads of {model}" for model in ("t5", "jamba")}
+    assert planned("composition={strongest: 3}") == composed | {"Reporting on all models"}
 
 
 def test_the_seed_files_describe_the_first_stack(measured, tmp_path):

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import gzip
 import hashlib
 import json
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -44,6 +47,7 @@ class Hub:
         self.listing_fault: Fault | None = None
         self.listing: bytes | None = None  # sent instead of the true one
         self.fault: Fault | None = None
+        self.bodies: dict[str, str] = {}  # how a body is sent, by a part of its path, see `_send_body`
         self.etag: str | None = None  # claimed instead of the true one
         self.requests: list[tuple[str, str, str | None]] = []  # server, path, token
         self.weight_bytes = 0
@@ -89,6 +93,9 @@ def _handler(hub: Hub, server: str) -> type[BaseHTTPRequestHandler]:
             path = urlsplit(self.path).path
             with hub.lock:
                 hub.requests.append((server, path, self.headers.get("Authorization")))
+            if how := next((how for part, how in hub.bodies.items() if part in path), None):
+                self._send_body(how)
+                return
             parts = path.strip("/").split("/")
             if parts[:2] == ["api", "models"]:
                 self._describe("/".join(parts[2:4]), parts[5])
@@ -164,6 +171,20 @@ def _handler(hub: Hub, server: str) -> type[BaseHTTPRequestHandler]:
             self.end_headers()
             if self.command != "HEAD":
                 self.wfile.write(body)
+
+        def _send_body(self, how: str) -> None:
+            """A body that is endless, a bomb (compressed), or comes byte by byte."""
+            self.send_response(200)
+            if how == "bomb":
+                self.send_header("Content-Encoding", "gzip")
+            self.end_headers()
+            self.close_connection = True
+            piece = {"endless": b" " * 2**16, "bomb": gzip.compress(bytes(2**26)), "drops": b" "}[how]
+            with contextlib.suppress(OSError):
+                for _ in range(2**20):
+                    self.wfile.write(piece)
+                    if how == "drops":
+                        time.sleep(0.05)
 
     return Handler
 

@@ -91,7 +91,7 @@ def test_the_strongest_pairs_are_looked_at_closely(tmp_path, extracted):
         s = found["singular_values"]
         np.testing.assert_allclose(rows["first"], s[:, 0] ** 2 / (s**2).sum(1))
         assert found["carried"].shape == found["right"].shape == (5, 3 if kind == "v" else 4 if kind == "q" else 3, WIDTH)
-    assert read_record(composed.record)["stage"] == "composition"
+    assert read_record(composed.record).stage == "composition"
 
 
 def test_a_single_layer_has_no_pairs(tmp_path, extracted):

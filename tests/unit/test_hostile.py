@@ -352,6 +352,11 @@ def gguf_tensor(*sizes: int, kind: int = 0, offset: int = 0) -> bytes:
     return struct.pack("<Q", 1) + b"t" + struct.pack(f"<I{len(sizes)}QIQ", len(sizes), *sizes, kind, offset)
 
 
+def gguf_array(number: int, kind: int, length: int, content: bytes) -> bytes:
+    """An entry of a name of its own."""
+    return struct.pack("<QQ", 8, number) + struct.pack("<IIQ", 9, kind, length) + content
+
+
 GGUF_FILES = {
     "nothing": b"",
     "text": b"hello",
@@ -364,6 +369,10 @@ GGUF_FILES = {
     "a huge array": gguf_bytes(0, 1, gguf_key(9, struct.pack("<IQ", 0, 2**62))),
     "a huge array of strings": gguf_bytes(0, 1, gguf_key(9, struct.pack("<IQ", 8, 2**62))),
     "a long array": gguf_bytes(0, 1, gguf_key(9, struct.pack("<IQ", 0, 2**23) + bytes(2**23))),
+    "many short arrays": gguf_bytes(0, 100, b"".join(gguf_array(i, 0, 4096, bytes(4096)) for i in range(100))),
+    "many short arrays of strings": gguf_bytes(0, 20, b"".join(gguf_array(i, 8, 4096, bytes(8 * 4096)) for i in range(20))),
+    "many entries": gguf_bytes(0, 10_000, b"".join(gguf_array(i, 0, 0, b"") for i in range(10_000))),
+    "many tensors": gguf_bytes(50_000, 0, gguf_tensor(1) * 50_000),
     "arrays in arrays": gguf_bytes(0, 1, gguf_key(9, struct.pack("<IQ", 9, 1) * 10_000)),
     "an unknown type": gguf_bytes(0, 1, gguf_key(77, bytes(8))),
     "too many axes": gguf_bytes(1, 0, struct.pack("<QI", 0, 2**31) + bytes(100)),

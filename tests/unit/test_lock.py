@@ -1,10 +1,14 @@
 """The manifest and its lock."""
 
 import json
+import re
+import shlex
 
 import pytest
 import torch
+from typer.testing import CliRunner
 
+from headgram.cli import app
 from headgram.errors import HeadgramError
 from headgram.study.lock import Lock, changes, lock_path, missing_rows, read_lock, write_lock
 from headgram.study.manifest import Labels, read_manifest
@@ -64,6 +68,11 @@ def test_the_fingerprint_is_the_content_not_the_place(manifest, tmp_path):
     (sentence,) = changes("one", before)
     assert "changed since it was locked" in sentence
     assert "headgram lock --upgrade one" in sentence
+    (sentence,) = changes("one", before, manifest)
+    command = shlex.split(re.search(r"run `headgram (.*?)`", sentence)[1])
+    done = CliRunner().invoke(app, command)  # the hint, followed
+    assert done.exit_code == 0, done.output
+    assert changes("one", read_lock(lock_path(manifest)).models["one"]) == []
     write_manifest(manifest, {"one": "llama"})
     assert resolve(read_manifest(manifest).rows[0]).fingerprint != before.fingerprint
 

@@ -26,7 +26,7 @@ def directions(draw):
 def test_overlaps_agree_with_the_definition(rows, block):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(inner, "EXACT_BYTES", {"cpu": block})
-        result = overlaps(rows).numpy()
+        result = overlaps(rows[:, None])[..., 0].numpy()
     kept = rows.shape[1]
     for a, one in enumerate(rows.numpy()):
         for b, other in enumerate(rows.numpy()):
@@ -39,7 +39,7 @@ def test_overlaps_agree_with_the_definition(rows, block):
 def test_random_subspaces_overlap_by_k_over_d(kept, hidden):
     generator = torch.Generator().manual_seed(kept)
     rows = torch.linalg.qr(torch.randn(300, hidden, kept, generator=generator, dtype=torch.float64)).Q.mT
-    measured = overlaps(rows.contiguous())[~torch.eye(300, dtype=bool)]
+    measured = overlaps(rows[:, None].contiguous())[..., 0][~torch.eye(300, dtype=bool)]
     # Of 300 · 299 / 2 pairs; pairs that share a subspace are independent too, because rotations are.
     error = measured.std() / (300 * 299 / 2) ** 0.5
     assert abs(measured.mean() - kept / hidden) < 4 * error
@@ -50,4 +50,4 @@ def test_the_same_subspace_in_another_basis():
     generator = torch.Generator().manual_seed(0)
     rows = torch.linalg.qr(torch.randn(40, 8, generator=generator, dtype=torch.float64)).Q.T
     turned = torch.linalg.qr(torch.randn(8, 8, generator=generator, dtype=torch.float64)).Q @ rows
-    assert overlaps(torch.stack([rows, turned]))[0, 1].item() == pytest.approx(1)
+    assert overlaps(torch.stack([rows, turned])[:, None])[0, 1].item() == pytest.approx(1)

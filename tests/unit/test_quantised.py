@@ -24,7 +24,6 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from headgram.checkpoints.checkpoint import open_checkpoint
-from headgram.checkpoints.unpacking import fp8_weight
 from headgram.errors import HeadgramError
 
 SIZES = {"hidden_size": 256, "num_attention_heads": 4, "num_key_value_heads": 2}
@@ -78,14 +77,6 @@ def test_fp8_blocks(tmp_path, hidden):
     tensors, meaning = quantised(fp8_blocks, hidden_size=hidden)
     settings = {"quant_method": "fp8", "weight_block_size": [128, 128]}
     assert_means(write(tmp_path, tensors, settings, hidden_size=hidden), meaning, word="fp8")
-
-
-def test_fp8_of_a_tensor_and_of_rows():
-    weight = torch.randn(6, 5).to(torch.float8_e4m3fn)
-    assert torch.equal(fp8_weight(weight, torch.tensor(2.0), (128, 128)), weight.float() * 2)
-    assert torch.equal(
-        fp8_weight(weight, torch.arange(6.0).unsqueeze(1), (128, 128)), weight.float() * torch.arange(6.0).unsqueeze(1)
-    )
 
 
 COMPRESSED = {

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -14,8 +15,8 @@ from hub_server import Fault, serving
 from huggingface_hub import constants, hf_hub_download
 from safetensors.torch import save
 
+from headgram.checkpoints import answers, remote
 from headgram.checkpoints import hub as hub_module
-from headgram.checkpoints import remote
 from headgram.checkpoints.checkpoint import open_checkpoint
 from headgram.errors import HeadgramError
 from headgram.results.record import Identity, Provenance
@@ -37,7 +38,7 @@ def hub(monkeypatch, tmp_path):
         monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "token"))
         monkeypatch.setattr(constants, "HF_HUB_DOWNLOAD_TIMEOUT", 5)
         monkeypatch.setenv("HF_TOKEN", "hf_secret")
-        monkeypatch.setattr(hub_module, "_LONGEST_PAUSE", 0.01)
+        monkeypatch.setattr(answers, "_LONGEST_PAUSE", 0.01)
         yield server
 
 
@@ -78,6 +79,18 @@ def test_fetches_little_more_than_queries_and_keys(hub, monkeypatch):
     assert hub.weight_bytes < 0.2 * sum(map(len, files.values()))
 
 
+def test_slices_are_fetched_one_by_one(hub):
+    tensors = llama_tensors()
+    name = "model.embed_tokens.weight"
+    hub.add(REPO, {**sharded(tensors, 3), "config.json": config_bytes()})
+    with open_checkpoint(REPO) as checkpoint:
+        embedding = checkpoint.embeddings(tensors[name].shape[1])["input"]
+        of_headers = hub.weight_bytes
+        first = next(slices := embedding.slices(5))
+        assert hub.weight_bytes - of_headers == first.numel() * first.element_size()
+        assert torch.equal(torch.cat([first, *slices]), tensors[name])
+
+
 def test_the_token_stays_with_the_hub(hub):
     hub.add(REPO, single(llama_tensors()))
     assert_reads(llama_tensors())
@@ -114,7 +127,7 @@ def test_locks_without_reading_weights_then_extracts(hub, tmp_path):
 
 
 def extract_entry(entry, output: Path) -> None:
-    source = {"source": entry.source, "revision": entry.commit, "overrides": entry.overrides}
+    source = entry.how_to_open()
     provenance = Provenance(Identity("extract", "{}", entry.fingerprint, ""), "tiny", "self", "qk")
     extract(output, source, entry.stacks[0].layers, entry.stacks[0].circuits["qk"].digests, "stored", provenance)
 
@@ -122,6 +135,7 @@ def extract_entry(entry, output: Path) -> None:
 def test_a_lock_made_at_the_hub_holds_for_a_downloaded_copy_and_the_other_way_round(hub, tmp_path):
     commit = hub.add(REPO, single(llama_tensors()))
     entry = resolve(row(revision=commit))
+    hf_hub_download(REPO, "config.json", revision=commit)
     snapshot = tmp_path / "cache" / "models--someone--tiny" / "snapshots" / commit
     (snapshot / "model.safetensors").write_bytes(hub.files(REPO, "main")["model.safetensors"])
     hub.requests.clear()
@@ -138,6 +152,7 @@ def test_a_lock_made_at_the_hub_holds_for_a_downloaded_copy_and_the_other_way_ro
 def test_a_downloaded_copy_of_another_size_is_noticed(hub, tmp_path):
     commit = hub.add(REPO, single(llama_tensors()))
     entry = resolve(row(revision=commit))
+    hf_hub_download(REPO, "config.json", revision=commit)
     snapshot = tmp_path / "cache" / "models--someone--tiny" / "snapshots" / commit
     (snapshot / "model.safetensors").write_bytes(hub.files(REPO, "main")["model.safetensors"][:-1])
     assert "model.safetensors of someone/tiny changed" in changes("tiny", entry)[0]
@@ -227,6 +242,50 @@ def test_refusals_say_what_to_do(hub, fault, sentence):
         open_checkpoint(REPO)
     hub.listing_fault, hub.fault = None, fault
     with pytest.raises(HeadgramError, match=sentence):
+        open_checkpoint(REPO)
+
+
+@pytest.mark.parametrize("how", ["endless", "bomb", "drops"])
+@pytest.mark.parametrize("part", ["/api/models/", "config.json", ".index.json"])
+def test_bodies_that_never_end_are_given_up(hub, monkeypatch, part, how):
+    """In time and in memory, for the server's process is this one."""
+    monkeypatch.setattr(answers, "_WINDOW", 0.3)
+    monkeypatch.setattr(hub_module, "_LARGEST_LISTING", 2**20)
+    hub.add(REPO, {**sharded(llama_tensors(), 2), "config.json": config_bytes()})
+    hub.bodies[part] = how
+    start = time.monotonic()
+    with pytest.raises(HeadgramError, match="sends more of|compresses what|less than a kilobyte a second") as caught:
+        open_checkpoint(REPO)
+    assert str(caught.value).isprintable()
+    assert time.monotonic() - start < 10
+
+
+@pytest.mark.parametrize("seconds", ["86400", "999999999", "1" * 30])
+def test_a_hub_that_wants_to_be_asked_tomorrow_is_not_waited_for(hub, seconds):
+    hub.add(REPO, single(llama_tensors()))
+    for name in ("listing_fault", "fault"):
+        hub.listing_fault = hub.fault = None
+        setattr(hub, name, Fault(status=429, headers={"Retry-After": seconds}))
+        with pytest.raises(HeadgramError, match="429"):
+            open_checkpoint(REPO)
+
+
+@pytest.mark.parametrize("commit", ["../../etc", "/etc/passwd", "main", "a" * 1000, "\x1b[2J", "..", "abc/def", "ABCDEFABC"])
+def test_a_commit_that_is_none_is_refused(hub, commit):
+    files = [{"rfilename": "model.safetensors", "size": 10, "blobId": "a"}]
+    hub.listing = json.dumps({"sha": commit, "siblings": files}).encode()
+    with pytest.raises(HeadgramError, match="names no commit"):
+        open_checkpoint(REPO)
+
+
+@pytest.mark.parametrize("size", [1, 10**6, 2**40, 2**63, -1, 1.5, "12", None])
+def test_a_configuration_of_another_size_than_listed_is_refused(hub, size):
+    files = single(llama_tensors())
+    hub.add(REPO, files)
+    listed = {"rfilename": "model.safetensors", "size": len(files["model.safetensors"]), "blobId": "a"}
+    config = {"rfilename": "config.json", "size": size, "blobId": "a"}
+    hub.listing = json.dumps({"sha": hub.refs[REPO, "main"], "siblings": [listed, config]}).encode()
+    with pytest.raises(HeadgramError, match="sends more of|sends less of|larger than|does not understand"):
         open_checkpoint(REPO)
 
 
@@ -361,12 +420,11 @@ def test_small_parts_are_fetched_once(hub):
         assert len(hub.requests) == requests
 
 
-def test_many_revisions_leave_only_their_configurations_on_the_disk(hub, tmp_path):
+def test_many_revisions_leave_nothing_on_the_disk(hub, tmp_path):
     for step in range(8):
         hub.add(REPO, single(llama_tensors(step)), revision=f"step{step}")
         assert_reads(llama_tensors(step), revision=f"step{step}")
-    stored = [path for path in (tmp_path / "cache").rglob("*") if path.is_file() and not path.is_symlink()]
-    assert sum(path.stat().st_size for path in stored) < 10_000
+    assert not list((tmp_path / "cache").rglob("*"))
 
 
 def test_opening_a_checkpoint_imports_no_transformers(hub, tmp_path):
@@ -403,3 +461,40 @@ def test_the_index_is_the_law_at_the_hub_too(hub):
     hub.add(REPO, files(homes | {"model.layers.1.self_attn.k_proj.weight": "b.safetensors"}))
     with pytest.raises(HeadgramError, match=r"is in b\.safetensors, which lacks it"):
         open_checkpoint(REPO)
+
+
+def lora(alpha: float = 4, base: str = "someone/base", revision: str | None = None) -> tuple[dict[str, bytes], torch.Tensor]:
+    """An adapter of one query weight, as peft saves it, and by how much it changes the weight."""
+    a, b = torch.ones(2, 32), torch.arange(64.0).reshape(32, 2)
+    name = "base_model.model.model.layers.0.self_attn.q_proj"
+    settings = {"peft_type": "LORA", "r": 2, "lora_alpha": alpha, "base_model_name_or_path": base, "revision": revision}
+    factors = save({f"{name}.lora_A.weight": a, f"{name}.lora_B.weight": b})
+    return {"adapter_model.safetensors": factors, "adapter_config.json": json.dumps(settings).encode()}, alpha / 2 * (b @ a)
+
+
+@pytest.mark.parametrize("at_the_hub", [True, False])
+def test_an_adapter_and_its_base_are_each_pinned(hub, tmp_path, at_the_hub):
+    tensors = llama_tensors()
+    commit = hub.add("someone/base", single(tensors), revision="v1")
+    hub.add("someone/base", single(llama_tensors(9)))
+    files, delta = lora(revision="v1")
+    hub.add(REPO, files)
+    (tmp_path / "adapter").mkdir()
+    for name, content in files.items():
+        (tmp_path / "adapter" / name).write_bytes(content)
+    manifest_row = row() if at_the_hub else row(source=str(tmp_path / "adapter"))
+    entry = resolve(manifest_row)
+    assert entry.base == f"someone/base@{commit}"
+    assert entry.stacks[0].circuits["qk"].digests[0].startswith("hub:")
+    hub.add("someone/base", single(llama_tensors(8)), revision="v1")  # both move on; the lock does not
+    hub.add(REPO, lora(alpha=8)[0])
+    extract_entry(entry, tmp_path / "out.pt")
+    query = torch.load(tmp_path / "out.pt", weights_only=True)["query"][0].flatten(0, 1)
+    plain = tensors["model.layers.0.self_attn.q_proj.weight"]
+    assert torch.equal(query, (plain.double() + delta.double()).float())
+    if at_the_hub:
+        other = resolve(manifest_row)
+        assert other.fingerprint != entry.fingerprint
+        assert other.base != entry.base
+    given = resolve(row(source=manifest_row.source, overrides={"base": f"someone/base@{commit}"}))
+    assert given.base == entry.base

@@ -63,6 +63,7 @@ RECORDS = {
         "merge",
         "derive",
         "composition",
+        "tokens",
         "report",
     )
 }
@@ -216,6 +217,8 @@ def final_files(model):
     if PLAN.models[model].composed:
         files += [PATHS.table(table, model) for table in COMPOSED]
         files += [PATHS.channel_directions(model), PATHS.record("composition", model)]
+    if PLAN.config.tokens.enabled:
+        files += [PATHS.table("tokens", model), PATHS.record("tokens", model)]
     return files + (PATHS.original(model) if ORIGINAL else [])
 
 
@@ -333,6 +336,18 @@ def composition_input(wildcards):
     return {
         "weights": [file for place in places for file in PATHS.data("extract", *place)],
         "records": [PATHS.record("extract", *place) for place in places],
+    }
+
+
+def tokens_input(wildcards):
+    if not PLAN.config.tokens.enabled:
+        raise WorkflowError(
+            "The table tokens is asked for by the option tokens.enabled."
+        )
+    run_if_stale("tokens", wildcards)
+    return {
+        "directions": PATHS.directions(wildcards.model),
+        "record": PATHS.record("merge", wildcards.model),
     }
 
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.markup import escape
+from rich.measure import Measurement
 from rich.table import Table
 
 from headgram.foreign import plain
@@ -18,10 +19,11 @@ if TYPE_CHECKING:
     from headgram.atlas.compare import Comparison
     from headgram.atlas.reader import Atlas
 
-#: Characters of a line at least: what every table fits into. On a narrower terminal lines go on below; no number is cut.
-_WIDTH = 104
+#: Characters of a line at least: what the tables of one model fit into. Where one does not, lines go on below; no number is cut.
+_WIDTH = 80
 #: And where there is no terminal: names of models need not be folded.
 _WIDE = 160
+_BAR = " [cyan]"  # begins a bar behind a number
 _EIGHTHS = " ▏▎▍▌▋▊▉█"
 
 
@@ -57,12 +59,12 @@ def _plain(value: float) -> str:
 
 def _share(value: float) -> str:
     """A number between 0 and 1, also as a bar."""
-    return f"{value:.3f} [cyan]{bar(value)}[/cyan]"
+    return f"{value:.3f}{_BAR}{bar(value)}[/cyan]"
 
 
 def _with_bar(value: float) -> str:
     """A number between -1 and 1, and its magnitude as a bar."""
-    return f"{value:+.3f} [cyan]{bar(abs(value))}[/cyan]"
+    return f"{value:+.3f}{_BAR}{bar(abs(value))}[/cyan]"
 
 
 #: How each column of the tables is headed and written; what is not here is a whole number.
@@ -71,15 +73,15 @@ _COLUMNS: Mapping[str, tuple[str, Callable[[Any], str]]] = {
     "symmetry_median": ("symmetry", _share),
     "symmetry_score_median": ("symmetry score", _signed),
     "layer_symmetry_score": ("layer's\nscore", _signed),
-    "directionality": ("direction-\nality", _signed),
-    "directionality_median": ("direction-\nality", _signed),
+    "directionality": ("direc-\ntional", _signed),
+    "directionality_median": ("direc-\ntional", _signed),
     "layer_directionality": ("layer's\nscore", _signed),
     "positive_energy": ("positive\nenergy", _plain),
     "positive_energy_median": ("positive\nenergy", _plain),
     "stable_rank": ("stable\nrank", _number),
     "stable_rank_median": ("stable\nrank", _number),
-    "effective_rank": ("effective\nrank", _number),
-    "effective_rank_median": ("effective\nrank", _number),
+    "effective_rank": ("eff.\nrank", _number),
+    "effective_rank_median": ("eff.\nrank", _number),
     "norm": ("norm", _number),
     "cosine": ("cosine", _with_bar),
     "cosine_next": ("to the\nnext", _with_bar),
@@ -102,20 +104,20 @@ _COLUMNS: Mapping[str, tuple[str, Callable[[Any], str]]] = {
     "margin": ("margin", _signed),
     "symmetry_a": ("symmetry\nbefore", _plain),
     "symmetry_b": ("after", _plain),
-    "norm_ratio": ("norm\nafter / before", _number),
+    "norm_ratio": ("norm\nratio", _number),
 }
 
 
 def show_models(atlas: Atlas, out: Console) -> None:
     """A line per measured model, circuit and stack."""
-    columns = ["model", "circuit", "stack", "architecture", "layers", "heads", "kv_heads", "rank", "hidden", "stored_dtype"]
-    columns += ["symmetry_median", "directionality_median", "cosine_adjacent"]
-    out.print(
-        _table(
-            "Models: medians over heads, mean cosine to the next layer",
-            atlas.summary(),
-            columns,
-        )
+    columns = ["model", "circuit", "stack", "architecture", "layers", "heads", "hidden"]
+    columns += ["kv_heads", "rank", "stored_dtype", "directionality_median"] if out.width > _WIDTH else []
+    columns += ["symmetry_median", "cosine_adjacent"]
+    _print(
+        out,
+        "Models: medians over heads, mean cosine to the next layer",
+        atlas.summary(),
+        columns,
     )
 
 
@@ -142,22 +144,21 @@ def show_model(atlas: Atlas, model: str, stack: str | None, circuit: str, top: i
         _show_facts(model, facts.iloc[0], out)
         columns = ["layer", "symmetry_median", "layer_symmetry_score", "directionality_median", "layer_directionality"]
         columns += ["positive_energy_median", "stable_rank_median", "effective_rank_median", "cosine_next", "cosine_all"]
-        out.print(
-            _table(
-                "Layers: medians over heads, and scores of the layer's whole form; mean cosine to the next and to all",
-                layers,
-                columns,
-            )
+        _print(
+            out,
+            "Layers: medians over heads, and scores of the layer's whole form; mean cosine to the next and to all",
+            layers,
+            columns,
         )
         heads = heads.assign(norm=heads["fro_sq"] ** 0.5)
         columns = ["layer", "head", "symmetry", "positive_energy", "directionality", "stable_rank", "effective_rank", "norm"]
-        out.print(_table("Most symmetric heads", heads.nlargest(top, "symmetry"), columns))
-        out.print(_table("Least symmetric heads", heads.nsmallest(top, "symmetry"), columns))
+        _print(out, "Most symmetric heads", heads.nlargest(top, "symmetry"), columns)
+        _print(out, "Least symmetric heads", heads.nsmallest(top, "symmetry"), columns)
         if len(couplings):
             strongest = couplings.loc[couplings["cosine"].abs().nlargest(top).index]
             columns = ["layer_a", "layer_b", "head", "cosine", "z", "right", "left", "signed"]
             title = f"Strongest couplings between layers (random subspaces overlap by {facts['overlap_expected'].iloc[0]:.3f})"
-            out.print(_table(title, strongest, columns))
+            _print(out, title, strongest, columns)
 
 
 def show_comparison(comparison: Comparison, top: int, out: Console) -> None:
@@ -178,11 +179,11 @@ def show_comparison(comparison: Comparison, top: int, out: Console) -> None:
             layers = heads.groupby("layer")[measures].median()
             if "cosine" in measures:
                 layers.insert(1, "lowest_cosine", heads.groupby("layer")["cosine"].min())
-            out.print(_table("Layers (medians over heads)", layers.reset_index(), ["layer", *layers.columns]))
+            _print(out, "Layers (medians over heads)", layers.reset_index(), ["layer", *layers.columns])
         changes = ["change", "floor"] if "cosine" in measures else []
         moved = heads.nsmallest(top, measures[0] if measures else "norm_ratio")
         columns = ["layer", "head", *measures, *changes, "symmetry_a", "symmetry_b", "norm_ratio"]
-        out.print(_table("Heads that moved most", moved, columns))
+        _print(out, "Heads that moved most", moved, columns)
         if "cosine" in measures:
             found = comparison.matches
             mine = found[(found["circuit"] == circuit) & (found["stack"] == stack)]
@@ -195,7 +196,7 @@ def _show_matches(found: pd.DataFrame, top: int, out: Console) -> None:
     likely = moved[moved["mutual"] & (moved["cosine"].abs() > moved["chance"])]
     if len(likely):
         columns = ["layer", "head", "other_layer", "other_head", "cosine", "margin"]
-        out.print(_table("Heads that were another head before", likely.nlargest(top, "margin"), columns))
+        _print(out, "Heads that were another head before", likely.nlargest(top, "margin"), columns)
 
 
 def _show_facts(model: str, facts: pd.Series, out: Console) -> None:
@@ -239,19 +240,31 @@ def _ratios(numerator: pd.Series, denominator: pd.Series) -> pd.Series:
     return (numerator / denominator.where(denominator > 0, 1)).where(denominator > 0, 0)
 
 
-def _table(title: str, rows: pd.DataFrame, columns: Sequence[str]) -> Table:
-    """Some columns of a frame."""
-    table = _empty(title)
+def _print(out: Console, title: str, rows: pd.DataFrame, columns: Sequence[str]) -> None:
+    """Some columns of a frame: without bars, and closer together, where they do not fit; no number is ever cut."""
+    for bars, padding in ((True, 1), (False, 1), (False, 0)):
+        table = _table(title, rows, columns, bars, padding)
+        needed = Measurement.get(out, out.options.update(max_width=1000), table).minimum
+        if needed <= out.width:
+            break
+    table.width = needed if needed > out.width else None  # then lines go on below
+    out.print(table, crop=False, soft_wrap=needed > out.width)
+
+
+def _table(title: str, rows: pd.DataFrame, columns: Sequence[str], bars: bool, padding: int) -> Table:
+    table = _empty(title, padding)
     cells = []
     for name in columns:
         heading, write = _COLUMNS.get(name, (name, _text))
         words = rows[name].dtype.kind not in "if"
         table.add_column(heading, justify="left" if words else "right", no_wrap=not words, overflow="fold")
-        cells.append([write(value) for value in rows[name]])
+        cells.append([write(value) if bars else write(value).partition(_BAR)[0] for value in rows[name]])
     for row in zip(*cells, strict=True):
         table.add_row(*row)
     return table
 
 
-def _empty(title: str) -> Table:
-    return Table(title=title, title_justify="left", title_style="bold", box=SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
+def _empty(title: str, padding: int = 1) -> Table:
+    table = Table(title=title, title_justify="left", title_style="bold", box=SIMPLE_HEAD, padding=(0, padding))
+    table.pad_edge, table.collapse_padding = False, True
+    return table

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from headgram.atlas.labelled import by_heads, by_layers, symmetric
+from headgram.described import Described
 from headgram.errors import HeadgramError, require
 from headgram.study.manifest import MODEL_NAME
 
@@ -15,9 +16,11 @@ if TYPE_CHECKING:
     import xarray as xr
 
 PairColumn = Literal["gram", "cosine", "transposed", "symmetric", "antisymmetric", "z"]
+Kind = Literal["q", "k", "v"]
+ComposedColumn = Literal["score", "times_chance", "z", "acausal"]
 
 
-class Atlas:
+class Atlas(Described):
     """Tables and directions of all models of a results folder; made by `open_atlas`."""
 
     def __init__(self, results: Path, chosen: frozenset[str] | None = None) -> None:
@@ -30,6 +33,14 @@ class Atlas:
         found = (path.stem for path in (self.results / "provenance").glob("*.json"))
         names = sorted(name for name in found if MODEL_NAME.fullmatch(name))
         return names if self._chosen is None else [name for name in names if name in self._chosen]
+
+    def _described(self) -> tuple[str, list[dict[str, object]]]:
+        names = ("model", "circuit", "stack", "architecture", "layers", "heads", "kv_heads", "rank", "hidden")
+        line = f"Atlas of {len(self.models)} models in {self.results}"
+        try:
+            return line, [dict(zip(names, row, strict=True)) for row in self.summary()[list(names)].itertuples(index=False)]
+        except HeadgramError as error:
+            return f"{line}: {error}", [{"model": model} for model in self.models]
 
     def where(self, **wanted: Any) -> Atlas:
         """The same atlas of fewer models: those of a lineage, a step, a label of the manifest, or any other column of `summary`.
@@ -99,7 +110,7 @@ class Atlas:
         import pandas as pd
         import pyarrow as pa
 
-        from headgram.results.paths import COMPOSED, LINEAGE, Results
+        from headgram.results.paths import LINEAGE, OPTIONAL, Results
         from headgram.results.tables import TABLES, read_table
 
         if not isinstance(name, str) or name not in TABLES:
@@ -113,7 +124,7 @@ class Atlas:
             files = [(paths.pair_table(name, *pair), {"model": pair[0], "other": pair[1]}) for pair in pairs]
         else:
             places = [(paths.table(name, each), {"model": each}) for each in models]
-            files = [place for place in places if name not in COMPOSED or Path(place[0]).exists()]
+            files = [place for place in places if name not in OPTIONAL or Path(place[0]).exists()]
         tables = []
         for path, keys in files:
             try:
@@ -178,7 +189,6 @@ class Atlas:
 
         Examples
         --------
-        >>> atlas = headgram.open_atlas("results")  # doctest: +SKIP
         >>> atlas.trajectory("cosine", "pythia-70m", to="first").min(["layer", "head"])  # doctest: +SKIP
         """
         from headgram.atlas.trajectories import trajectory
@@ -268,7 +278,6 @@ class Atlas:
 
         Examples
         --------
-        >>> atlas = headgram.open_atlas("results")  # doctest: +SKIP
         >>> atlas.pairs("smollm2-135m-instruct").sel(layer_a=18, head_a=6, layer_b=18, head_b=7).item()  # doctest: +SKIP
         0.9
         """
@@ -279,13 +288,7 @@ class Atlas:
         itself = (heads["fro_sq"] > 0).astype(float) if value == "cosine" else heads["symmetry_score"]
         return symmetric(by_heads(heads, table, value, attributes), itself)
 
-    def composition(
-        self,
-        model: str,
-        kind: Literal["q", "k", "v"],
-        stack: str = "self",
-        value: Literal["score", "times_chance", "z", "acausal"] = "score",
-    ) -> xr.DataArray:
+    def composition(self, model: str, kind: Kind, stack: str = "self", value: ComposedColumn = "score") -> xr.DataArray:
         """How much of what each head writes each head of a later layer reads.
 
         Parameters
@@ -308,19 +311,17 @@ class Atlas:
 
         Examples
         --------
-        >>> scores = atlas.composition("smollm2-135m-instruct", "k")  # doctest: +SKIP
-        >>> scores.sel(layer_a=16, head_a=0, layer_b=17, head_b=3).item()  # doctest: +SKIP
+        >>> atlas.composition("smollm2-135m-instruct", "k").max().item()  # doctest: +SKIP
         0.218
         """
-        if kind not in ("q", "k", "v"):
-            raise HeadgramError(f"compositions have no kind '{kind}': ask for 'q', 'k' or 'v'")
-        if value not in (values := ("score", "times_chance", "z", "acausal")):
-            raise HeadgramError(f"compositions have no '{value}'; there are: {', '.join(values)}")
+        for asked, known in ((kind, get_args(Kind)), (value, get_args(ComposedColumn))):
+            if asked not in known:
+                raise HeadgramError(f"compositions have no '{asked}'; there are: {', '.join(known)}")
         heads, table = self.of_heads("heads", model, stack, "ov"), self.table("composition", model)
+        table = table[(table["stack"] == stack) & (table["kind"] == kind)]
         if table.empty:
             needs = "both circuits, two layers, and the option composition.enabled"
-            raise HeadgramError(f"the model '{model}' has no compositions: they need {needs}")
-        table = table[(table["stack"] == stack) & (table["kind"] == kind)]
+            raise HeadgramError(f"'{model}' has no compositions of the stack '{stack}' and the kind '{kind}': they need {needs}")
         attributes = {"model": model, "stack": stack, "kind": kind, "chance": int(heads["hidden"].iloc[0]) ** -0.5}
         return by_heads(heads, table, value, attributes)
 

@@ -19,6 +19,8 @@ def trajectory(
     atlas: Atlas, column: str, lineage: str, stack: str, circuit: str, to: Literal["first", "previous"] | None
 ) -> xr.DataArray:
     """A column of the tables of every model of a lineage, or of every pair, joined along the steps."""
+    if to not in (None, *_OPTION):
+        raise HeadgramError(f"models are compared with the 'first' or the 'previous' one of their lineage, not with '{to}'")
     steps = atlas.lineage(lineage)
     models = list(steps)
     name = _table_of(column, to)

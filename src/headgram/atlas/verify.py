@@ -228,6 +228,26 @@ def _derived_problems(files: dict[str, Path]) -> Iterator[str]:
             yield f"an overlap of {side} directions lies outside [0, 1]"
 
 
+def _lineage_problems(files: dict[str, Path]) -> Iterator[str]:
+    """What the tables about two models say against each other."""
+    drift, changes, matches = (read_table(files[name]).to_pandas() for name in ("drift", "changes", "matches"))
+    place = ["circuit", "stack", "layer", "head"]
+    heads = drift.set_index(place).sort_index()
+    squares = heads[["norm_before", "norm_after", "change_norm"]] ** 2
+    size = (squares["norm_before"] + squares["norm_after"]).clip(lower=np.finfo(float).tiny)
+    energy = changes.assign(energy=changes["singular_value"] ** 2).groupby(place)["energy"].sum()
+    product = heads["cosine"] * heads["norm_before"] * heads["norm_after"]
+    differences = {
+        "sum(s²) = change_norm²": (energy - squares["change_norm"]) / size,
+        "‖Y - X‖² = ‖X‖² + ‖Y‖² - 2 <X, Y>": (squares["change_norm"] - size + 2 * product) / size,
+    }
+    for name, difference in differences.items():
+        yield from _exceptions(name, difference)
+    for ends in (["layer", "head"], ["other_layer", "other_head"]):
+        if matches.duplicated(["circuit", "stack", "among", *ends]).any():
+            yield "a head is matched twice"
+
+
 def _composition_problems(files: dict[str, Path]) -> Iterator[str]:
     """Whether scores are scores, and the strongest pairs those that were looked at."""
     pair = ["stack", "kind", "layer_a", "head_a", "layer_b", "head_b"]
@@ -252,4 +272,9 @@ def _exceptions(name: str, difference: pd.Series, tolerance: float = _TOLERANCE)
 
 
 #: By stage: what must hold among the tables of one artifact, given as name -> path.
-_IDENTITIES = {"merge": _identity_problems, "derive": _derived_problems, "composition": _composition_problems}
+_IDENTITIES = {
+    "merge": _identity_problems,
+    "derive": _derived_problems,
+    "lineage": _lineage_problems,
+    "composition": _composition_problems,
+}

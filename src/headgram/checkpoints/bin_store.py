@@ -16,12 +16,11 @@ from torch import Tensor
 
 from headgram.checkpoints.homes import Homes
 from headgram.checkpoints.pickle_table import StoredTensor, read_table, read_tensor
-from headgram.checkpoints.stores import DTYPES, TensorStore, bytes_of, float_dtype
+from headgram.checkpoints.stores import TensorStore, bytes_of, word_of
 from headgram.errors import HeadgramError
 
 #: As which zipfile reports a file that it cannot read.
 _DAMAGE = (zipfile.BadZipFile, struct.error, OSError, EOFError, ValueError, LookupError, NotImplementedError, RuntimeError)
-_WORDS = {dtype: word for word, dtype in DTYPES.items()}
 #: A table of 50,000 tensors takes less.
 _LARGEST_PICKLE = 16 * 2**20
 _CONVERT = "convert it to safetensors where you trust it"
@@ -126,19 +125,14 @@ class BinStore(TensorStore):
     def shape(self, name: str) -> tuple[int, ...]:
         return self._tensor(name).shape
 
-    def dtype(self, name: str) -> str:
-        stored = self._tensor(name).dtype
-        return float_dtype(name, _WORDS.get(stored, str(stored)))
+    def stored(self, name: str) -> str:
+        return word_of(self._tensor(name).dtype)
 
     def nbytes(self, name: str) -> int:
         return math.prod(self._tensor(name).shape) * self._tensor(name).dtype.itemsize
 
     def raw(self, name: str) -> memoryview:
         return bytes_of(self.part(name))
-
-    def read(self, name: str) -> Tensor:
-        self.dtype(name)
-        return self.part(name)
 
     def part(self, name: str) -> Tensor:
         archive, stored = self._home[name]

@@ -14,6 +14,7 @@ from headgram.checkpoints.around import Around
 from headgram.checkpoints.bases import AnyLocation
 from headgram.checkpoints.declared import LONGEST_NAME, checked, declared_family
 from headgram.checkpoints.dimensions import Section, find_layers, find_rules, gguf_rule
+from headgram.checkpoints.embeddings import Embedding, embedding_names
 from headgram.checkpoints.gguf_store import GgufStore
 from headgram.checkpoints.opening import locate, open_store
 from headgram.checkpoints.prefixes import unwrapped
@@ -21,13 +22,14 @@ from headgram.checkpoints.sources import HUB_DIGEST
 from headgram.checkpoints.stack import Stack, stack_of
 from headgram.checkpoints.stores import TensorStore
 from headgram.checkpoints.token_tables import TokenTables, token_tables
+from headgram.described import Described
 from headgram.errors import HeadgramError, require
 from headgram.families.layouts import LAYOUTS, QK, undo_gguf_permutation
 from headgram.families.registry import Family, StackRule, family_of, family_of_gguf
 from headgram.geometry.checks import is_finite
 
 
-class Checkpoint:
+class Checkpoint(Described):
     """The weights of attention heads, layer by layer; made by `open_checkpoint`. A context manager.
 
     Attributes
@@ -57,6 +59,10 @@ class Checkpoint:
         self.stacks = stacks
         self._store = store
         self._tables = tables
+
+    def _described(self) -> tuple[str, list[dict[str, object]]]:
+        line = f"Checkpoint of {self.architecture} ({self.location.format}) in {self.location.where}"
+        return line, [row for stack in self.stacks for row in stack._described()[1]]
 
     def stack(self, name: str) -> Stack:
         """The stack of this name.
@@ -166,6 +172,10 @@ class Checkpoint:
             if set(part.gives) & set(wanted):
                 factors |= part.split(stack.dimensions, **{tensor: tensors[tensor] for tensor in part.reads})
         return {role: factors[role] for role in wanted}
+
+    def embeddings(self, width: int) -> dict[str, Embedding]:
+        """What tokens are read as and written by, `input` and `output`, if their rows have this width; nothing is read yet."""
+        return {use: Embedding(self._store, name) for use, name in embedding_names(self._store, width).items()}
 
     def prefetch(self, stack_name: str, layers: Iterable[int], roles: Iterable[str] = QK) -> None:
         """Fetch the weights of some layers together, where that is quicker than one by one; they stay in memory until read."""

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any, Self
 
 from headgram.checkpoints.stores import TensorStore
 from headgram.errors import HeadgramError
 from headgram.families.around import left_out
-from headgram.families.layouts import LAYOUTS, QK, Dimensions
+from headgram.families.layouts import LAYOUTS, QK, Dimensions, Part
 from headgram.families.registry import Family, Names, StackRule
 
 #: Far more than any model has; a configuration that declares more is damaged or hostile.
@@ -17,7 +18,7 @@ _MOST_LAYERS = 10_000
 
 
 class Section:
-    """A checkpoint's configuration as a rule reads it: the rule's section first, then the whole, then the type's defaults."""
+    """A checkpoint's configuration as a rule reads it: the rule's section, or the whole if there is none, then the defaults."""
 
     def __init__(self, values: Mapping[str, Any], architecture: str) -> None:
         self._values = values
@@ -26,13 +27,21 @@ class Section:
     @classmethod
     def of(cls, rule: StackRule, config: Mapping[str, Any], architecture: str) -> Self:
         """What a rule reads; a checkpoint without a configuration has no defaults either."""
-        inner = config.get(rule.config) if rule.config else None
         defaults = rule.defaults.get(architecture, {}) if config else {}
-        return cls({**defaults, **config, **(inner if isinstance(inner, Mapping) else {})}, architecture)
+        inner: Any = config
+        for name in rule.config.split(".") if rule.config else ():
+            inner = inner.get(name) if isinstance(inner, Mapping) else None
+        if not rule.config or not isinstance(inner, Mapping):
+            return cls({**defaults, **config}, architecture)
+        return cls({**defaults, **inner}, architecture)  # what a section leaves unsaid, no other tower's count says
 
     def get(self, name: str) -> Any:
-        """What the configuration states under a name, or None."""
-        return self._values.get(name)
+        """What the configuration states under a name, or under `name.N` as the Nth of a list, or None."""
+        name, _, place = name.partition(".")
+        value = self._values.get(name)
+        if place:
+            value = value[int(place)] if isinstance(value, list) and int(place) < len(value) else None
+        return value
 
     def find(self, names: Names, least: int = 1) -> int | None:
         """A whole number that the configuration states under one of the names; None if under none of them.
@@ -189,7 +198,7 @@ def find_layers(
     heads = given.get("heads") or section.need(rule.heads)
     stated = rule.kv_heads if isinstance(rule.kv_heads, int) else rule.kv_heads and section.find(rule.kv_heads)
     kv_heads = given.get("kv_heads") or stated or heads
-    hidden = section.find(rule.hidden) or store.shape(next(iter(needed.values())).format(layer=layers[0]))[-1]
+    hidden = section.find(rule.hidden) or _width_of(store, rule, needed, layers, Dimensions(heads, kv_heads, 1, 0, 1, 0, sizes))
     if {"nope", "rope"} <= sizes.keys():
         rank = sizes["nope"] + sizes["rope"]
     else:
@@ -230,6 +239,8 @@ def _layers(store: TensorStore, rule: StackRule, tensors: Mapping[str, str], sec
     def missing(layer: int) -> list[str]:
         return [name for key in tensors.values() if (name := key.format(layer=layer)) not in store]
 
+    if not any("{layer}" in key for key in tensors.values()):
+        return (0,)
     candidates = _candidates(rule, section)
     if candidates is None:
         return tuple(itertools.takewhile(lambda layer: not missing(layer), itertools.count()))
@@ -243,22 +254,31 @@ def _layers(store: TensorStore, rule: StackRule, tensors: Mapping[str, str], sec
     return tuple(candidates)
 
 
-def _rank_of(store: TensorStore, rule: StackRule, tensors: Mapping[str, str], layers: tuple[int, ...], unit: Dimensions) -> int:
-    """The rank that the stored rows of queries have, where the configuration does not state it; 0 if none fits.
+def _width_of(store: TensorStore, rule: StackRule, tensors: Mapping[str, str], layers: tuple[int, ...], unit: Dimensions) -> int:
+    """The width that queries read, where the configuration does not state it; `unit` are the dimensions with width 0."""
+    part = _query_part(rule)
+    name, wanted = next((name, shape) for name, shape in part.shapes(unit).items() if 0 in shape)
+    found = store.shape(tensors[name].format(layer=layers[0])) if layers else ()
+    return found[wanted.index(0)] if len(found) == len(wanted) else 0
 
-    `unit` are the dimensions with rank 1: rows grow in proportion to the rank.
+
+def _rank_of(store: TensorStore, rule: StackRule, tensors: Mapping[str, str], layers: tuple[int, ...], unit: Dimensions) -> int:
+    """The rank that the stored queries have, where the configuration does not state it; 0 if none fits.
+
+    `unit` are the dimensions with rank 1: some axis grows in proportion to the rank.
     """
-    part = next(part for part in LAYOUTS[rule.layout] if "query" in part.gives)
-    wanted = part.shapes(unit)
-    found = {name: store.shape(tensors[name].format(layer=layers[0])) for name in wanted} if layers else {}
-    ratios = {
-        size // one
-        for name, shape in found.items()
-        if len(shape) == len(wanted[name])
-        for size, one in zip(shape, wanted[name], strict=True)
-        if one != unit.hidden and size % one == 0
-    }
+    part = _query_part(rule)
+    ratios = set()
+    for name, twice in part.shapes(replace(unit, rank=2, value_rank=2)).items():
+        once, found = part.shapes(unit)[name], store.shape(tensors[name].format(layer=layers[0])) if layers else ()
+        if len(found) == len(once):
+            grown = [axis for axis in range(len(once)) if once[axis] != twice[axis]]
+            ratios |= {found[axis] // once[axis] for axis in grown if found[axis] % once[axis] == 0}
     return ratios.pop() if len(ratios) == 1 else 0
+
+
+def _query_part(rule: StackRule) -> Part:
+    return next(part for part in LAYOUTS[rule.layout] if "query" in part.gives)
 
 
 def _even_split(hidden: int, heads: int) -> int:

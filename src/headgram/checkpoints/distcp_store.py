@@ -14,11 +14,11 @@ from torch import Tensor
 
 from headgram.checkpoints.bin_store import Archive, mapped
 from headgram.checkpoints.pickle_walk import OTHER, Global, Walk
-from headgram.checkpoints.stores import DTYPES, TensorStore, bytes_of, float_dtype
+from headgram.checkpoints.stores import TensorStore, bytes_of, word_of
 from headgram.checkpoints.weight_files import DISTRIBUTED_TABLE
 from headgram.errors import HeadgramError
+from headgram.foreign import read_bounded
 
-_WORDS = {dtype: word for word, dtype in DTYPES.items()}
 _LARGEST_METADATA = 64 * 2**20
 _INERT = ("pathlib PosixPath", "pathlib PurePosixPath", "pathlib._local PosixPath", "pathlib WindowsPath", "builtins set")
 
@@ -48,12 +48,10 @@ class DistcpStore(TensorStore):
 
     def __init__(self, paths: Mapping[str, Path]) -> None:
         self._where = paths[DISTRIBUTED_TABLE]
-        if self._where.stat().st_size > _LARGEST_METADATA:
-            raise HeadgramError(f"{self._where} is larger than {_LARGEST_METADATA >> 20} MiB, which no real checkpoint's is")
         self._files = {name: mapped(path) for name, path in paths.items() if name != DISTRIBUTED_TABLE}
         try:
-            self._tensors = read_metadata(self._where.read_bytes())
-        except (ValueError, LookupError, TypeError, AttributeError, struct.error) as error:
+            self._tensors = read_metadata(read_bounded(self._where, _LARGEST_METADATA))
+        except (OSError, ValueError, LookupError, TypeError, AttributeError, struct.error) as error:
             raise HeadgramError(
                 f"{self._where} is no table of a distributed checkpoint that headgram reads ({error!s:.200}): save it again, "
                 "or convert it with `python -m torch.distributed.checkpoint.format_utils dcp_to_torch`"
@@ -68,9 +66,8 @@ class DistcpStore(TensorStore):
     def shape(self, name: str) -> tuple[int, ...]:
         return self._tensors[name].shape
 
-    def dtype(self, name: str) -> str:
-        stored = self._tensors[name].dtype
-        return float_dtype(name, _WORDS.get(stored, str(stored)))
+    def stored(self, name: str) -> str:
+        return word_of(self._tensors[name].dtype)
 
     def nbytes(self, name: str) -> int:
         whole = self._tensors[name]
@@ -78,10 +75,6 @@ class DistcpStore(TensorStore):
 
     def raw(self, name: str) -> memoryview:
         return bytes_of(self.part(name))
-
-    def read(self, name: str) -> Tensor:
-        self.dtype(name)
-        return self.part(name)
 
     def part(self, name: str) -> Tensor:
         whole = self._tensors[name]

@@ -20,11 +20,15 @@ _MAGIC = b"GGUF"
 _SCALAR_BYTES = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}
 _STRING, _ARRAY = 8, 9
 _MOST_AXES = 4
-#: Elements of all arrays; a tokenizer of 262,144 words has 1.3 million. The library makes Python objects of each.
+#: Elements of all arrays; a tokenizer of 262,144 words has 1.3 million.
 _MOST_ELEMENTS = 2**22
-#: Known models have some dozens of entries and some thousands of tensors. The library makes Python objects of each.
-_MOST_ENTRIES = 10_000
-_MOST_TENSORS = 100_000
+#: Longer arrays are a tokenizer's, and not read: others have an element for each layer.
+LONG = 4096
+#: Elements of the arrays that are read, entries, and tensors; known models have some thousands of these, some dozens, and some
+#: thousands. The library makes several Python objects of each, half a kilobyte in all.
+_MOST_READ = 2**16
+_MOST_ENTRIES = 4096
+_MOST_TENSORS = 2**14
 #: No type has less than a bit per weight.
 _MOST_VALUES_PER_BYTE = 8
 
@@ -43,7 +47,7 @@ class _Walk:
         if self._number("I") & 0xFFFF == 0:  # a small version in the other byte order
             self._order = ">"
         tensors, entries = self._count("Q", "tensors", 24), self._count("Q", "metadata entries", 13)
-        elements = 0
+        elements = read = 0
         if entries > _MOST_ENTRIES or tensors > _MOST_TENSORS:
             raise ValueError(f"{entries} metadata entries and {tensors} tensors, which no real model has")
         keys: set[bytes] = set()
@@ -52,7 +56,11 @@ class _Walk:
             if key in keys:
                 raise ValueError(f"the metadata {key.decode(errors='replace')!r:.200} twice")
             keys.add(key)
-            elements += self.value(self._number("I"), _MOST_ELEMENTS - elements)
+            length = self.value(self._number("I"), _MOST_ELEMENTS - elements)
+            elements += length
+            read += length if length <= LONG else 0
+            if read > _MOST_READ:
+                raise ValueError(f"more than {_MOST_READ} elements in short arrays, which no real model has")
         for _ in range(tensors):
             self._tensor()
 

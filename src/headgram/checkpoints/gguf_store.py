@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+import struct
+from collections.abc import Collection, Iterator, Mapping
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
@@ -11,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from headgram.checkpoints.gguf_check import array_bytes, check_header
+from headgram.checkpoints.gguf_check import LONG, array_bytes, check_header
 from headgram.checkpoints.homes import Homes
 from headgram.checkpoints.stores import TensorStore
 from headgram.errors import HeadgramError
@@ -19,10 +20,10 @@ from headgram.errors import HeadgramError
 if TYPE_CHECKING:
     from gguf import GGUFReader
 
-#: Arrays of more elements than this are a tokenizer's: others have an element for each layer.
-_LONG = 4096
 #: A tokenizer's metadata, and the header's own counts, which the library shows as if they were metadata.
 _NOT_ASKED = ("tokenizer.", "GGUF.")
+#: The type of strings in the metadata.
+_STRING = 8
 #: As which the gguf library reports a file that it cannot read.
 _DAMAGE = (ValueError, IndexError, KeyError, TypeError, OSError, ArithmeticError)
 
@@ -63,6 +64,9 @@ class GgufStore(TensorStore):
         return tuple(int(size) for size in reversed(self._tensors[name].shape))  # GGUF counts from the fastest axis
 
     def dtype(self, name: str) -> str:
+        return self.stored(name)
+
+    def stored(self, name: str) -> str:
         return str(self._tensors[name].tensor_type.name)
 
     def nbytes(self, name: str) -> int:
@@ -72,18 +76,27 @@ class GgufStore(TensorStore):
         return memoryview(self._tensors[name].data.view("uint8").reshape(-1))
 
     def read(self, name: str) -> Tensor:
+        return self._values(name, self._tensors[name].data).reshape(self.shape(name))
+
+    def slices(self, name: str, rows: int) -> Iterator[Tensor]:
+        count, *others = self.shape(name)
+        stored = self._tensors[name].data.reshape(count, -1)  # a row holds whole blocks of a quantised format
+        for start in range(0, count, rows):
+            yield self._values(name, stored[start : start + rows]).reshape(-1, *others)
+
+    def _values(self, name: str, stored: Any) -> Tensor:
+        """What stored data of a tensor stand for."""
         from gguf.quants import dequantize
 
-        stored = self._tensors[name]
-        kind = stored.tensor_type.name
-        if kind == "BF16":
-            return torch.from_numpy(stored.data.view("int16").copy()).view(torch.bfloat16).reshape(self.shape(name))
-        if kind in ("F16", "F32", "F64"):
-            return torch.from_numpy(stored.data.copy()).reshape(self.shape(name))
+        kind = self._tensors[name].tensor_type
+        if kind.name == "BF16":
+            return torch.from_numpy(stored.view("int16").copy()).view(torch.bfloat16)
+        if kind.name in ("F16", "F32", "F64"):
+            return torch.from_numpy(stored.copy())
         try:
-            return torch.from_numpy(dequantize(stored.data, stored.tensor_type)).reshape(self.shape(name))
+            return torch.from_numpy(dequantize(stored, kind))
         except NotImplementedError:
-            raise HeadgramError(f"tensor {name} is stored as {kind}, which the gguf library cannot dequantise") from None
+            raise HeadgramError(f"tensor {name} is stored as {kind.name}, which the gguf library cannot dequantise") from None
 
     def part(self, name: str) -> Tensor:
         return self.read(name)
@@ -93,6 +106,35 @@ class GgufStore(TensorStore):
 
     def __exit__(self, *exc: object) -> None:
         self._tensors.clear()
+
+
+def strings_of(path: Path, key: str) -> list[str]:
+    """The strings of an array in the metadata of a GGUF file; none if it has no such array.
+
+    Raises
+    ------
+    HeadgramError
+        If the file is damaged.
+    """
+    check_header(path)
+    try:
+        reader = _reader_type()(path)
+        if (field := reader.get_field(key)) is None:
+            return []
+        if field.data:
+            return [str(text) for text in field.contents()]
+        stored = bytes(field.parts[-1])
+        kind, count = struct.unpack_from("<IQ", stored)
+        if kind != _STRING:
+            raise ValueError(f"{key} holds no strings")
+        texts, at = [], 12
+        for _ in range(count):
+            (size,) = struct.unpack_from("<Q", stored, at)
+            texts.append(stored[at + 8 : at + 8 + size].decode(errors="replace"))
+            at += 8 + size
+        return texts
+    except (*_DAMAGE, struct.error) as error:
+        raise HeadgramError(f"{path} is not a whole GGUF file ({error}): fetch it again") from None
 
 
 @cache
@@ -106,7 +148,7 @@ def _reader_type() -> type[GGUFReader]:
 
     class Reader(GGUFReader):
         def _get_field_parts(self, orig_offs: int, raw_type: int) -> tuple[int, list, list[int], list]:
-            if raw_type == GGUFValueType.ARRAY and self._get(orig_offs + 4, np.uint64)[0] > _LONG:
+            if raw_type == GGUFValueType.ARRAY and self._get(orig_offs + 4, np.uint64)[0] > LONG:
                 size = array_bytes(self.data.data, orig_offs, swapped=self.byte_order == "S")
                 return size, [self.data[orig_offs : orig_offs + size]], [], [GGUFValueType.ARRAY]  # as of one without elements
             found: tuple[int, list, list[int], list] = super()._get_field_parts(orig_offs, raw_type)

@@ -1,13 +1,12 @@
 """A checkpoint at the Hugging Face hub: its files at one commit, and ranges of their bytes.
 
 Everything goes through huggingface_hub's own client, so its token, `HF_ENDPOINT`, proxies and offline mode hold here too,
-and the client keeps the token from the other hosts that the hub redirects to. Weight bytes go to memory, never to disk;
-only the small JSON files use the local cache.
+and the client keeps the token from the other hosts that the hub redirects to. What is fetched goes to memory, never to disk.
 """
 
 from __future__ import annotations
 
-import time
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
@@ -15,26 +14,49 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from huggingface_hub import constants, hf_hub_download, hf_hub_url
+from huggingface_hub import constants, hf_hub_url
 from huggingface_hub.errors import (
     EntryNotFoundError,
     GatedRepoError,
     HfHubHTTPError,
-    LocalEntryNotFoundError,
     OfflineModeIsEnabled,
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
-from huggingface_hub.hf_api import ModelInfo
-from huggingface_hub.utils import build_hf_headers, hf_raise_for_status, http_backoff, http_stream_backoff, httpx
+from huggingface_hub.utils import httpx
+from pydantic import BaseModel, Field, ValidationError
 
-from headgram.checkpoints.sources import HUB_DIGEST, LARGEST_JSON, read_json
+from headgram.checkpoints.answers import ATTEMPTS, answer, chunks, fetch, pause
+from headgram.checkpoints.sources import HUB_DIGEST, json_object, largest_json, parse_json
 from headgram.checkpoints.weight_files import CONFIG, PARAMS, Weights, choose_weights, config_of, described_by, format_of
 from headgram.errors import HeadgramError
+from headgram.foreign import first_problem
 
-#: How often in a row a connection may fail without a byte arriving, and the longest pause between two attempts.
-_ATTEMPTS = 6
-_LONGEST_PAUSE = 8.0
+#: A listing of 50,000 files is smaller.
+_LARGEST_LISTING = 16 * 2**20
+_COMMIT = re.compile(r"[0-9a-f]{7,64}")
+
+
+class _Large(BaseModel):
+    """What a listing says of the content of a large file."""
+
+    sha256: str = Field(min_length=1, max_length=100)
+
+
+class _Listed(BaseModel):
+    """A file in a listing."""
+
+    rfilename: str = Field(max_length=4096)
+    size: int = Field(ge=0, lt=2**63)
+    blobId: str = Field("", max_length=100)
+    lfs: _Large | None = None
+
+
+class _Listing(BaseModel):
+    """What a hub says of a repository at a revision."""
+
+    sha: str | None = None
+    siblings: list[_Listed] = []
 
 
 @dataclass(frozen=True)
@@ -145,12 +167,16 @@ class RemoteLocation:
         return config_of(self._json(PARAMS)) if name == CONFIG and PARAMS in self.files else None
 
     def _json(self, name: str) -> dict[str, Any]:
-        if self.size(name) > LARGEST_JSON:
-            raise HeadgramError(f"{self.where}: {name} is larger than {LARGEST_JSON >> 20} MiB, which no real checkpoint's is")
+        file = self.file(name)
+        if file.size > (most := largest_json(name)):
+            raise HeadgramError(f"{self.where}: {name} is larger than {most >> 20} MiB, which no real checkpoint's is")
         try:
-            return read_json(Path(hf_hub_download(self.repo, name, revision=self.commit)))
-        except (HfHubHTTPError, httpx.RequestError, OSError) as error:
+            content = fetch(file.url, file.size, str(file))
+        except (HfHubHTTPError, httpx.RequestError, OfflineModeIsEnabled) as error:
             raise HeadgramError(_refusal(error, self.repo, self.commit)) from None
+        if len(content) < file.size:
+            raise HeadgramError(f"the hub sends less of {file} than the {file.size:,} bytes of its own listing: try again")
+        return json_object(content, f"{self.where}: {name}")
 
 
 def locate_at_hub(repo: str, revision: str | None) -> RemoteLocation:
@@ -168,33 +194,26 @@ def locate_at_hub(repo: str, revision: str | None) -> RemoteLocation:
     """
     elsewhere = f"'{repo}' is neither a path (seen from {Path.cwd()}) nor in the local Hugging Face cache, and"
     if constants.is_offline_mode():
-        fetch = f"hf download {repo}{f' --revision {revision}' if revision else ''}"
-        raise HeadgramError(f"{elsewhere} HF_HUB_OFFLINE forbids to ask the hub: unset it, or fetch the model with `{fetch}`")
-    # As `HfApi.model_info` does, which would not try again after a 429. An unreachable hub is reported at once: the id may
-    # just be a mistyped path.
+        command = f"hf download {repo}{f' --revision {revision}' if revision else ''}"
+        raise HeadgramError(f"{elsewhere} HF_HUB_OFFLINE forbids to ask the hub: unset it, or fetch the model with `{command}`")
+    # As `HfApi.model_info` does. An unreachable hub is reported at once: the id may just be a mistyped path.
     url = f"{constants.ENDPOINT}/api/models/{repo}/revision/{quote(revision or constants.DEFAULT_REVISION, safe='')}"
     try:
-        response = http_backoff(
-            "GET",
-            url,
-            params={"blobs": True},
-            headers=build_hf_headers(),
-            timeout=constants.HF_HUB_DOWNLOAD_TIMEOUT,
-            retry_on_exceptions=(httpx.ReadError, httpx.RemoteProtocolError),
-        )
-        hf_raise_for_status(response)
-        info = ModelInfo(**response.json())
-        siblings = info.siblings or []
-        files = {s.rfilename: HubFile(repo, s.rfilename, str(info.sha), _size(s), _hash(s)) for s in siblings}
+        content = fetch(url, _LARGEST_LISTING, f"'{repo}'", params={"blobs": True})
     except (HfHubHTTPError, httpx.RequestError, OfflineModeIsEnabled) as error:
         raise HeadgramError(f"{elsewhere} {_refusal(error, repo, revision)}") from None
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+    try:
+        listing = _Listing.model_validate(parse_json(content), strict=True)
+        named = {each.rfilename: each for each in listing.siblings}
+        files = {name: HubFile(repo, name, str(listing.sha), each.size, _hash(each)) for name, each in named.items()}
+    except (ValueError, RecursionError) as error:
+        reason = first_problem(error) if isinstance(error, ValidationError) else str(error)
         raise HeadgramError(
-            f"{constants.ENDPOINT} describes '{repo}' in a way that headgram does not understand ({error})"
+            f"{constants.ENDPOINT} describes '{repo}' in a way that headgram does not understand ({reason})"
         ) from None
-    if not info.sha:
+    if not listing.sha or not _COMMIT.fullmatch(listing.sha):
         raise HeadgramError(f"{constants.ENDPOINT} names no commit for '{repo}', so that it cannot be pinned")
-    location = RemoteLocation(repo, info.sha, files)
+    location = RemoteLocation(repo, listing.sha, files)
     _ = location.weights  # refuse what cannot be read now, not in the middle of a job
     return location
 
@@ -202,8 +221,7 @@ def locate_at_hub(repo: str, revision: str | None) -> RemoteLocation:
 def fetch_into(file: HubFile, start: int, buffer: memoryview, advance: Callable[[int], None] = lambda count: None) -> None:
     """Fill a buffer with the bytes of a file from `start` on.
 
-    A lost connection is taken up again where it broke, after a pause; a 429 or a failing server is waited for as
-    huggingface_hub does, minding `Retry-After`.
+    A lost connection is taken up again where it broke, after a pause; a busy server is waited for, see `answer`.
 
     Parameters
     ----------
@@ -226,12 +244,9 @@ def fetch_into(file: HubFile, start: int, buffer: memoryview, advance: Callable[
         before = done
         try:
             wanted = f"bytes={start + done}-{start + len(buffer) - 1}"
-            headers = {**build_hf_headers(), "Accept-Encoding": "identity", "Range": wanted}
-            timeout = constants.HF_HUB_DOWNLOAD_TIMEOUT
-            with http_stream_backoff("GET", file.url, headers=headers, timeout=timeout, retry_on_exceptions=()) as response:
-                hf_raise_for_status(response)
+            with answer(file.url, {"Range": wanted}) as response:
                 _check_range(response, file, start + done)
-                for chunk in response.iter_raw():
+                for chunk in chunks(response, str(file)):
                     if done + len(chunk) > len(buffer):
                         raise HeadgramError(f"the server sends more of {file} than was asked for: it cannot be read from there")
                     buffer[done : done + len(chunk)] = chunk
@@ -244,11 +259,11 @@ def fetch_into(file: HubFile, start: int, buffer: memoryview, advance: Callable[
             raise HeadgramError(_refusal(error, file.repo, file.commit)) from None
         if done < len(buffer):
             failures = 1 if done > before else failures + 1
-            if failures == _ATTEMPTS:
+            if failures == ATTEMPTS:
                 raise HeadgramError(
                     f"{file} cannot be read ({reason}, {failures} times in a row): run again when the network is back"
                 )
-            time.sleep(min(2.0 ** (failures - 1), _LONGEST_PAUSE))
+            pause(failures)
 
 
 def _check_range(response: httpx.Response, file: HubFile, first: int) -> None:
@@ -271,23 +286,17 @@ def _check_range(response: httpx.Response, file: HubFile, first: int) -> None:
 
 def _etag_of(response: httpx.Response) -> str | None:
     """The hub's hash of the file that is being sent; None if only another host speaks, whose tags are its own."""
-    for answer in (*response.history, response):
-        if linked := answer.headers.get("X-Linked-Etag"):
+    for each in (*response.history, response):
+        if linked := each.headers.get("X-Linked-Etag"):
             return str(linked).removeprefix("W/").strip('"')
     tag = None if response.history else response.headers.get("ETag")
     return tag.removeprefix("W/").strip('"') if tag else None
 
 
-def _size(sibling: Any) -> int:
-    if not isinstance(sibling.size, int) or sibling.size < 0:
-        raise ValueError(f"the size of '{sibling.rfilename}' is {sibling.size!r}")
-    return sibling.size
-
-
-def _hash(sibling: Any) -> str:
-    hashed = sibling.lfs.sha256 if sibling.lfs else sibling.blob_id
-    if not isinstance(hashed, str) or not hashed:
-        raise ValueError(f"the hash of '{sibling.rfilename}' is {hashed!r}")
+def _hash(file: _Listed) -> str:
+    hashed = file.lfs.sha256 if file.lfs else file.blobId
+    if not hashed:
+        raise ValueError(f"'{file.rfilename}' has no hash")
     return hashed
 
 
@@ -307,7 +316,7 @@ def _refusal(error: Exception, repo: str, revision: str | None) -> str:
             return f"'{repo}' has no revision '{revision}'"
         case RepositoryNotFoundError():
             return f"the hub has no model '{repo}', or it is private: check the name, or log in with `hf auth login`"
-        case EntryNotFoundError() if not isinstance(error, LocalEntryNotFoundError):
+        case EntryNotFoundError():
             return f"'{repo}' lacks a file that its own listing names: try again"
     if status in (401, 403):
         return f"the hub refuses '{repo}' ({status}): log in with `hf auth login`, and accept the licence at {page} if asked to"

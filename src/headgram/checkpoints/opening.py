@@ -14,7 +14,7 @@ from headgram.checkpoints.quantised import with_plain_weights
 from headgram.checkpoints.safetensors_store import SafetensorsStore
 from headgram.checkpoints.sources import Location, is_hub_id, locate_here
 from headgram.checkpoints.stores import TensorStore
-from headgram.checkpoints.weight_files import ADAPTER_CONFIG
+from headgram.checkpoints.weight_files import ADAPTER_CONFIG, MODELOPT_CONFIG
 from headgram.checkpoints.wrappers import without_wrappers
 from headgram.errors import HeadgramError
 
@@ -68,6 +68,9 @@ def open_store(location: AnyLocation) -> TensorStore:
     if isinstance(store, GgufStore):
         return store
     config = location.config()
+    modelopt = (location.config(MODELOPT_CONFIG) or {}).get("quantization")
+    if isinstance(modelopt, dict):
+        config = {"quantization_config": {"quant_method": "modelopt", **modelopt}, **(config or {})}
     weights = with_plain_weights(in_transformers_names(store, config, location.where), config)
     return with_adapters_merged(weights, location.config(ADAPTER_CONFIG), location.where)
 

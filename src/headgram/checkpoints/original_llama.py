@@ -124,8 +124,8 @@ class SlicedStore(TensorStore):
             raise HeadgramError(f"the slices of tensor {name} do not fit together: fetch all files again")
         return (rows, *shapes[0]) if axis == 0 else (*shapes[0], rows)
 
-    def dtype(self, name: str) -> str:
-        words = {store.dtype(name) for store in self._slices}
+    def stored(self, name: str) -> str:
+        words = {store.stored(name) for store in self._slices}
         if len(words) > 1:
             raise HeadgramError(f"the slices of tensor {name} are stored as {' and '.join(sorted(words))}: fetch all files again")
         return words.pop()
@@ -135,10 +135,6 @@ class SlicedStore(TensorStore):
 
     def raw(self, name: str) -> memoryview:
         return bytes_of(self.part(name))
-
-    def read(self, name: str) -> Tensor:
-        self.dtype(name)
-        return self.part(name)
 
     def part(self, name: str) -> Tensor:
         self.shape(name)

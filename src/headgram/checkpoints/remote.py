@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import sys
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from typing import Self, TypeVar
@@ -18,7 +18,7 @@ from headgram.checkpoints.homes import Homes
 from headgram.checkpoints.hub import HubFile, RemoteLocation, fetch_into
 from headgram.checkpoints.safetensors_header import PREFIX, TensorPlace, header_length, parse_header
 from headgram.checkpoints.sources import HUB_DIGEST
-from headgram.checkpoints.stores import DTYPES, TensorStore, float_dtype
+from headgram.checkpoints.stores import DTYPES, TensorStore
 from headgram.errors import HeadgramError
 
 _A = TypeVar("_A")
@@ -66,8 +66,8 @@ class RemoteSafetensorsStore(TensorStore):
     def shape(self, name: str) -> tuple[int, ...]:
         return self._home[name][1].shape
 
-    def dtype(self, name: str) -> str:
-        return float_dtype(name, self._home[name][1].dtype)
+    def stored(self, name: str) -> str:
+        return self._home[name][1].dtype
 
     def nbytes(self, name: str) -> int:
         place = self._home[name][1]
@@ -104,9 +104,15 @@ class RemoteSafetensorsStore(TensorStore):
         self.prefetch([name])
         return self._fetched[name]
 
-    def read(self, name: str) -> Tensor:
-        self.dtype(name)
-        return self.part(name)
+    def slices(self, name: str, rows: int) -> Iterator[Tensor]:
+        dtype, (file, place) = DTYPES[self.dtype(name)], self._home[name]
+        count, *others = place.shape
+        size = (place.stop - place.start) // max(1, count)  # bytes of a row
+        for first in range(0, count, rows):
+            some = min(rows, count - first)
+            stored = bytearray(some * size)
+            fetch_into(file, place.start + first * size, memoryview(stored))
+            yield torch.frombuffer(stored, dtype=dtype).reshape(some, *others)
 
     def part(self, name: str) -> Tensor:
         place = self._home[name][1]

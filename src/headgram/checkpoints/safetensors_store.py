@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Self
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from headgram.checkpoints.homes import Homes
 from headgram.checkpoints.safetensors_header import check_header
-from headgram.checkpoints.stores import TensorStore, bytes_of, float_dtype, known_dtype
+from headgram.checkpoints.stores import TensorStore, bytes_of, known_dtype
 from headgram.errors import HeadgramError
 
 
@@ -42,18 +42,20 @@ class SafetensorsStore(TensorStore):
     def shape(self, name: str) -> tuple[int, ...]:
         return tuple(self._home[name].get_slice(name).get_shape())
 
-    def dtype(self, name: str) -> str:
-        return float_dtype(name, str(self._home[name].get_slice(name).get_dtype()))
+    def stored(self, name: str) -> str:
+        return str(self._home[name].get_slice(name).get_dtype())
 
     def nbytes(self, name: str) -> int:
-        return math.prod(self.shape(name)) * known_dtype(name, str(self._home[name].get_slice(name).get_dtype())).itemsize
+        return math.prod(self.shape(name)) * known_dtype(name, self.stored(name)).itemsize
 
     def raw(self, name: str) -> memoryview:
         return bytes_of(self.part(name))
 
-    def read(self, name: str) -> Tensor:
+    def slices(self, name: str, rows: int) -> Iterator[Tensor]:
         self.dtype(name)
-        return self.part(name)
+        stored = self._home[name].get_slice(name)
+        for start in range(0, self.shape(name)[0], rows):
+            yield stored[start : start + rows]
 
     def part(self, name: str) -> Tensor:
         tensor: Tensor = self._home[name].get_tensor(name)

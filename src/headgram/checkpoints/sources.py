@@ -15,27 +15,34 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+import yaml
+
 from headgram.checkpoints.weight_files import (
-    ADAPTER_CONFIG,
     CONFIG,
     FORMATS,
+    LITGPT_CONFIG,
     PARAMS,
     Weights,
     choose_weights,
     config_of,
     described_by,
     format_of,
+    is_litgpt,
     leads_out,
     weights_of_file,
 )
 from headgram.errors import HeadgramError
+from headgram.foreign import read_bounded
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _PACKAGE = re.compile(r"package:([A-Za-z_]\w*)/(.+)")
 #: An index of 250,000 tensors takes less; parsed, it takes some twenty times as much.
-LARGEST_JSON = 32 * 2**20
+_LARGEST_INDEX = 32 * 2**20
+#: A configuration that names 22,000 classes takes one.
+_LARGEST_JSON = 4 * 2**20
 #: Begins what stands for a file by the hub's own hash of it, instead of by its bytes.
 HUB_DIGEST = "hub:"
+_LARGEST_YAML = 2**20
 _SAMPLES = 64
 _SAMPLE_BYTES = 4096
 
@@ -87,7 +94,10 @@ class Location:
         """What the lock pins beside the weights."""
         if self.format == "gguf":
             return ()
-        return described_by(self.choice, {name for name in (CONFIG, PARAMS, ADAPTER_CONFIG) if (self.folder / name).exists()})
+        return described_by(self.choice, self._names())
+
+    def _names(self) -> set[str]:
+        return {path.name for path in self.folder.iterdir()}
 
     def path(self, name: str) -> Path:
         """The path of a file of the source, refused if it leads outside."""
@@ -113,7 +123,9 @@ class Location:
         return state.hexdigest()
 
     def config(self, name: str = CONFIG) -> dict[str, Any] | None:
-        """A JSON file of the source, or None where there is none; `params.json` in the words of `config.json` in its place."""
+        """A JSON file of the source, or None where there is none; what stands for `config.json` in its words."""
+        if name == CONFIG and is_litgpt(self.choice, self._names()):
+            return {"model_type": "litgpt", **read_yaml(self.path(LITGPT_CONFIG))}
         if (self.folder / name).exists():
             return read_json(self.path(name))
         if name == CONFIG and (self.folder / PARAMS).exists():
@@ -153,6 +165,8 @@ def locate_here(source: str, revision: str | None = None) -> Location:
         not_asked = (
             f"; the folder '{path.parent}' is here, so it is not looked for at the hub" if _HUB_ID.fullmatch(source) else ""
         )
+        if re.fullmatch(r"[\w-]+", source):
+            not_asked = "; a model at the hub has an id of two parts, ORGANISATION/NAME, such as openai-community/gpt2"
         raise HeadgramError(f"there is no file or folder '{source}'{not_asked}")
     if path.is_dir():
         return Location(path, _weights_in(path, boundary), None, boundary)
@@ -168,14 +182,49 @@ def read_json(path: Path) -> dict[str, Any]:
     HeadgramError
         If the file is unreasonably large, is not JSON, or is not an object.
     """
-    if path.stat().st_size > LARGEST_JSON:
-        raise HeadgramError(f"{path} is larger than {LARGEST_JSON >> 20} MiB, which no real checkpoint's is")
     try:
-        value = parse_json(path.read_bytes())
+        content = read_bounded(path, largest_json(path.name))
+    except ValueError as error:
+        raise HeadgramError(f"{path} is no JSON of a checkpoint: {error}") from None
+    return json_object(content, str(path))
+
+
+def largest_json(name: str) -> int:
+    """The most bytes that a JSON file may have: an index names every tensor, a configuration does not."""
+    return _LARGEST_INDEX if name.endswith(".index.json") else _LARGEST_JSON
+
+
+def json_object(content: bytes, where: str) -> dict[str, Any]:
+    """The JSON object that a file of a checkpoint holds.
+
+    Raises
+    ------
+    HeadgramError
+        If it is no JSON, or no object.
+    """
+    try:
+        value = parse_json(content)
     except (ValueError, RecursionError) as error:
-        raise HeadgramError(f"{path} is not valid JSON ({error})") from None
+        raise HeadgramError(f"{where} is not valid JSON ({error})") from None
     if not isinstance(value, dict):
-        raise HeadgramError(f"{path} does not hold a JSON object")
+        raise HeadgramError(f"{where} does not hold a JSON object")
+    return value
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """A small YAML file from a checkpoint: plain data.
+
+    Raises
+    ------
+    HeadgramError
+        If it is large, or no table of plain values.
+    """
+    try:
+        value = yaml.safe_load(read_bounded(path, _LARGEST_YAML))
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
+        raise HeadgramError(f"{path} is not valid YAML ({next(iter(str(error).splitlines()), '')})") from None
+    if not isinstance(value, dict) or not all(isinstance(name, str) for name in value):
+        raise HeadgramError(f"{path} does not hold a table")
     return value
 
 

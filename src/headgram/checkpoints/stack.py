@@ -8,14 +8,15 @@ from dataclasses import dataclass, field
 from headgram.checkpoints.around import Surroundings
 from headgram.checkpoints.dimensions import Section
 from headgram.checkpoints.stores import TensorStore
+from headgram.described import Described, spans
 from headgram.errors import HeadgramError
 from headgram.families.around import rule_of
 from headgram.families.layouts import LAYOUTS, QK, ROLES, Dimensions, Part, check_shapes, reads_of
 from headgram.families.registry import StackRule
 
 
-@dataclass(frozen=True)
-class Stack:
+@dataclass(frozen=True, repr=False)
+class Stack(Described):
     """A run of attention layers with equal head counts that read one residual stream.
 
     Attributes
@@ -44,12 +45,12 @@ class Stack:
     output_width: int
     missing: Mapping[str, str]
     notes: Mapping[str, str]
-    _tensors: dict[str, str] = field(repr=False, compare=False)
-    _stored: Mapping[str, tuple[int, frozenset[str]]] = field(repr=False, compare=False)  # bytes and precisions
-    _layout: str = field(repr=False, compare=False)
-    _permuted: bool = field(repr=False, compare=False)
-    _sizes: Mapping[str, int] = field(repr=False, compare=False)
-    _around: Surroundings = field(repr=False, compare=False)
+    _tensors: dict[str, str] = field(compare=False)
+    _stored: Mapping[str, tuple[int, frozenset[str]]] = field(compare=False)  # bytes and precisions
+    _layout: str = field(compare=False)
+    _permuted: bool = field(compare=False)
+    _sizes: Mapping[str, int] = field(compare=False)
+    _around: Surroundings = field(compare=False)
 
     @property
     def roles(self) -> tuple[str, ...]:
@@ -69,6 +70,11 @@ class Stack:
     @property
     def dimensions(self) -> Dimensions:
         return Dimensions(self.heads, self.kv_heads, self.rank, self.hidden, self.value_rank, self.output_width, self._sizes)
+
+    def _described(self) -> tuple[str, list[dict[str, object]]]:
+        facts = {"stack": self.name, "layers": spans(self.layers), "heads": self.heads, "key heads": self.kv_heads}
+        facts |= {"rank": self.rank, "width": self.hidden, "stored as": self.dtype, "roles": ", ".join(self.roles)}
+        return f"Stack '{self.name}': {len(self.layers)} layers of {self.heads} heads", [facts]
 
     def nbytes(self, roles: Iterable[str]) -> int:
         """Bytes on disk of the tensors that hold these roles, each counted once.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Iterator
 from typing import Any, Protocol, Self
 
 import torch
@@ -26,7 +26,8 @@ DTYPES = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
-_FLOATS = ("F64", "F32", "F16", "BF16")
+#: Those that weights are computed with.
+FLOATS = ("F64", "F32", "F16", "BF16")
 
 
 class TensorStore(Protocol):
@@ -40,8 +41,12 @@ class TensorStore(Protocol):
     def shape(self, name: str) -> tuple[int, ...]:
         """Shape in torch's order, `(out, in)` for a linear weight; costs no read of the data."""
 
+    def stored(self, name: str) -> str:
+        """The stored type in the format's own word, such as `BF16`, `U8` or `Q4_K`."""
+
     def dtype(self, name: str) -> str:
-        """The stored precision in the format's own word, such as `BF16` or `Q4_K`; refused if `read` cannot read it."""
+        """The stored precision of a weight, as `stored`; refused if `read` cannot read it."""
+        return float_dtype(name, self.stored(name))
 
     def nbytes(self, name: str) -> int:
         """Bytes on disk."""
@@ -59,6 +64,12 @@ class TensorStore(Protocol):
 
     def read(self, name: str) -> Tensor:
         """The tensor; stored precision, or float32 if the format is quantised."""
+        self.dtype(name)
+        return self.part(name)
+
+    def slices(self, name: str, rows: int) -> Iterator[Tensor]:
+        """The tensor as `read` gives it, so many rows at a time; most stores read no more than that at once."""
+        yield from self.read(name).split(rows)
 
     def part(self, name: str) -> Tensor:
         """The tensor as stored, of any type: what a quantised weight is made of."""
@@ -76,9 +87,14 @@ def float_dtype(name: str, stored: str) -> str:
     HeadgramError
         If it is not a floating-point type that weights are computed with.
     """
-    if stored not in _FLOATS:
+    if stored not in FLOATS:
         raise HeadgramError(f"tensor {name} is stored as {stored}, and config.json says nothing of how to turn that into weights")
     return stored
+
+
+def word_of(dtype: torch.dtype) -> str:
+    """What safetensors calls a type, or torch where that has no word."""
+    return next((word for word, known in DTYPES.items() if known == dtype), str(dtype))
 
 
 def bytes_of(tensor: Tensor) -> memoryview:

@@ -1,4 +1,4 @@
-"""Arithmetic of the quantised formats that need no library: packed integers and 8-bit floats back to float32.
+"""Arithmetic of the formats of packed integers that need no library: back to float32.
 
 Checked against the libraries that made the formats, in `tests/unit/test_quantised.py`.
 """
@@ -6,7 +6,7 @@ Checked against the libraries that made the formats, in `tests/unit/test_quantis
 from __future__ import annotations
 
 import torch
-from jaxtyping import Float, Int, Shaped
+from jaxtyping import Float, Int
 from torch import Tensor
 
 #: Where AWQ keeps the eight columns that share 32 bits.
@@ -18,15 +18,6 @@ def unpack_integers(packed: Int[Tensor, "rows words"], bits: int) -> Int[Tensor,
     shifts = torch.arange(0, 32, bits, dtype=torch.int32)
     integers: Tensor = (packed.to(torch.int32).unsqueeze(-1) >> shifts) & (2**bits - 1)
     return integers.flatten(1)
-
-
-def fp8_weight(weight: Shaped[Tensor, "out in"], scale: Tensor, block: tuple[int, int]) -> Float[Tensor, "out in"]:
-    """Weights in 8-bit floats times a scale: of the tensor, of every row, or of every block, whose last ones may be ragged."""
-    scale = scale.to(torch.float32)
-    if scale.ndim == 2 and scale.shape != (weight.shape[0], 1):
-        rows, columns = weight.shape
-        scale = scale.repeat_interleave(block[0], 0)[:rows].repeat_interleave(block[1], 1)[:, :columns]
-    return weight.to(torch.float32) * scale
 
 
 def awq_weight(

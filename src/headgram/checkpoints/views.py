@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Self
 
 from torch import Tensor
@@ -31,6 +31,9 @@ class View(TensorStore):
     def shape(self, name: str) -> tuple[int, ...]:
         return self._store.shape(self.sources(name)[0])
 
+    def stored(self, name: str) -> str:
+        return self._store.stored(self.sources(name)[0])
+
     def dtype(self, name: str) -> str:
         return self._store.dtype(self.sources(name)[0])
 
@@ -48,6 +51,10 @@ class View(TensorStore):
 
     def read(self, name: str) -> Tensor:
         return self._store.read(self.sources(name)[0])
+
+    def slices(self, name: str, rows: int) -> Iterator[Tensor]:
+        sources = self.sources(name)
+        return self._store.slices(sources[0], rows) if len(sources) == 1 else super().slices(name, rows)
 
     def part(self, name: str) -> Tensor:
         return self._store.part(self.sources(name)[0])
@@ -112,6 +119,10 @@ class Joined(TensorStore):
     def shape(self, name: str) -> tuple[int, ...]:
         store, inner = self._find(name)
         return store.shape(inner)
+
+    def stored(self, name: str) -> str:
+        store, inner = self._find(name)
+        return store.stored(inner)
 
     def dtype(self, name: str) -> str:
         store, inner = self._find(name)

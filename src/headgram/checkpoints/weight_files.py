@@ -24,6 +24,11 @@ _PARAMS = {
     "dim": "hidden_size", "n_layers": "num_hidden_layers", "n_heads": "num_attention_heads", "n_kv_heads": "num_key_value_heads",
     "head_dim": "head_dim", "norm_eps": "rms_norm_eps", "rope_theta": "rope_theta", "vocab_size": "vocab_size",
 }  # fmt: skip
+#: What litgpt calls its weights, and their configuration.
+_LITGPT = "lit_model.pth"
+LITGPT_CONFIG = "model_config.yaml"
+#: What modelopt says of a quantised checkpoint where `config.json` is silent.
+MODELOPT_CONFIG = "hf_quant_config.json"
 #: What peft calls an adapter's settings, and its weights.
 ADAPTER_CONFIG = "adapter_config.json"
 _ADAPTERS = ("adapter_model.safetensors", "adapter_model.bin")
@@ -91,7 +96,7 @@ def choose_weights(names: Collection[str], read_index: Callable[[str], dict[str,
         others = {name for name in names if "/" not in name and PurePosixPath(name).suffix in FORMATS} - set(found.files)
         return replace(found, passed_over=tuple(sorted(others)))
     raise HeadgramError(
-        f"{where} holds no weights: no .safetensors, .gguf or torch file, and no distributed checkpoint ({', '.join(_TORCH)})"
+        f"{where} holds no .safetensors, .gguf or torch file ({', '.join(_TORCH)}), and no distributed checkpoint"
     )
 
 
@@ -177,8 +182,13 @@ def format_of(name: str) -> str:
 
 def described_by(choice: Weights, names: Collection[str]) -> tuple[str, ...]:
     """Which of a checkpoint's files, beside the weights, say how they are read."""
-    config = next((name for name in (CONFIG, PARAMS) if name in names), None)
-    return tuple(name for name in (config, ADAPTER_CONFIG if choice.adapter or ADAPTER_CONFIG in names else None) if name)
+    first = [name for name in ((LITGPT_CONFIG,) if is_litgpt(choice, names) else (CONFIG, PARAMS)) if name in names][:1]
+    return (*first, *(name for name in (MODELOPT_CONFIG, ADAPTER_CONFIG) if name in names))
+
+
+def is_litgpt(choice: Weights, names: Collection[str]) -> bool:
+    """Whether the weights are litgpt's, which may lie beside the `config.json` of the model that they were converted from."""
+    return choice.files == (_LITGPT,) and LITGPT_CONFIG in names
 
 
 def config_of(params: Mapping[str, Any]) -> dict[str, Any]:

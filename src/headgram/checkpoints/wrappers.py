@@ -32,6 +32,5 @@ def without_wrappers(store: TensorStore) -> TensorStore:
 
 def plain_name(name: str) -> str:
     """A name without its wrapping modules."""
-    if "_" not in name and "module" not in name:
-        return name
-    return ".".join(part for part in name.split(".") if part != "module" and not (part.startswith("_") and len(part) > 1)) or name
+    *modules, last = name.split(".")
+    return ".".join([part for part in modules if part != "module" and (not part.startswith("_") or part == "_")] + [last])

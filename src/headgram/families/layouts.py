@@ -105,6 +105,42 @@ def output_rows(dims: Dimensions, output: Tensor) -> Factors:
     return {"output": output.view(dims.heads, dims.value_rank, dims.output_width)}
 
 
+def _query_by_head_shapes(dims: Dimensions) -> Shapes:
+    return {"query": (dims.heads, dims.hidden, dims.rank)}
+
+
+def queries_by_head(dims: Dimensions, query: Tensor) -> Factors:
+    """As TransformerLens stores it: a matrix from the stream to each head, `(H, d, r)`."""
+    return {"query": query.transpose(1, 2)}
+
+
+def _key_by_head_shapes(dims: Dimensions) -> Shapes:
+    return {"key": (dims.kv_heads, dims.hidden, dims.rank)}
+
+
+def keys_by_head(dims: Dimensions, key: Tensor) -> Factors:
+    """As `queries_by_head`: `(K, d, r)`."""
+    return {"key": key.transpose(1, 2)}
+
+
+def _value_by_head_shapes(dims: Dimensions) -> Shapes:
+    return {"value": (dims.kv_heads, dims.hidden, dims.value_rank)}
+
+
+def values_by_head(dims: Dimensions, value: Tensor) -> Factors:
+    """As `queries_by_head`: `(K, d, r_v)`."""
+    return {"value": value.transpose(1, 2)}
+
+
+def _output_by_head_shapes(dims: Dimensions) -> Shapes:
+    return {"output": (dims.heads, dims.value_rank, dims.output_width)}
+
+
+def outputs_by_head(dims: Dimensions, output: Tensor) -> Factors:
+    """From each head to the stream: `(H, r_v, d)`."""
+    return {"output": output}
+
+
 def _gated_shapes(dims: Dimensions) -> Shapes:
     return {"query": (dims.heads * 2 * dims.rank, dims.hidden)}
 
@@ -214,6 +250,12 @@ LAYOUTS: dict[str, tuple[Part, ...]] = {
     "column_blocks": (Part(_FUSED, ("fused",), _column_shapes, column_blocks), _OUTPUT_ROWS),
     "interleaved": (Part(_FUSED, ("fused",), _fused_shapes, interleaved), _OUTPUT),
     "quarters": (Part(_FUSED, ("fused",), _quarter_shapes, quarters), _OUTPUT),
+    "by_head": (
+        Part(("query",), ("query",), _query_by_head_shapes, queries_by_head),
+        Part(("key",), ("key",), _key_by_head_shapes, keys_by_head),
+        Part(("value",), ("value",), _value_by_head_shapes, values_by_head),
+        Part(("output",), ("output",), _output_by_head_shapes, outputs_by_head),
+    ),
     "latent": (_LATENT_QUERY, _LATENT, _OUTPUT),
     "latent_direct": (_QUERY, _LATENT, _OUTPUT),
 }

@@ -53,13 +53,14 @@ class StackRule(_Entry):
     name: str
     layout: str
     block: str  # what the modules' names begin with, below the prefix; `{layer}` stands for the layer's index
-    modules: dict[str, str]  # what the layout reads -> the module below `block` that holds it as its weight
-    config: str | None = None  # a section of the config, such as `text_config`, looked into before the config itself
+    modules: dict[str, str]  # what the layout reads -> the module below `block` that holds it as its weight, or `…_weight` itself
+    leaf: str = ".weight"  # what ends the name of a module's tensor
+    config: str | None = None  # a section of the config, such as `text_config` or `a.b`, looked into before the config itself
     when: dict[str, bool | int | str] = Field(default={})  # what the config must state for this rule to apply
-    layers: Names = "num_hidden_layers"
+    layers: Names = "num_hidden_layers"  # no name at all: they are counted, or the block has no `{layer}` and is the only one
     heads: Names = "num_attention_heads"
     kv_heads: Names | int | None = None  # None, or absent from the config: as many key heads as query heads
-    hidden: Names = "hidden_size"
+    hidden: Names = "hidden_size"  # absent from the config: the width of the tensor of queries
     head_dim: Names | None = None  # None, or absent from the config: hidden / heads
     value_rank: Names | None = None  # None: values have the rank of keys
     output_width: Names | None = None  # None: heads write to the width that they read
@@ -86,7 +87,8 @@ class StackRule(_Entry):
     def tensors(self, roles: tuple[str, ...] = ROLES) -> dict[str, str]:
         """What the layout reads for some roles -> key below the prefix."""
         wanted = reads_of(self.layout, roles)
-        return {tensor: f"{self.block}{name}.weight" for tensor, name in self.modules.items() if tensor in wanted}
+        names = {tensor: self.block + name for tensor, name in self.modules.items() if tensor in wanted}
+        return {tensor: name if name.endswith("_weight") else f"{name}{self.leaf}" for tensor, name in names.items()}
 
 
 class GgufRule(_Entry):
@@ -113,6 +115,7 @@ class Family(_Entry):
     )  # modules with a row for every token that is predicted, if they are not the embedding
     stacks: tuple[StackRule, ...] = ()
     gguf: GgufRule | None = None
+    walked: bool = False  # written by the walk over live models
 
     def without_surroundings(self, why: str) -> Family:
         """The family's layouts alone, for a type that is not its own."""
@@ -123,7 +126,18 @@ class Family(_Entry):
 @cache
 def families() -> tuple[Family, ...]:
     """Every family, by name."""
-    names = sorted(item.name.removesuffix(".toml") for item in _FOLDER.iterdir() if item.name.endswith(".toml"))
+    return _read("")
+
+
+@cache
+def others() -> tuple[Family, ...]:
+    """The layouts of other programs than transformers, called by the program; held against its published code in the tests."""
+    return _read("others/")
+
+
+def _read(folder: str) -> tuple[Family, ...]:
+    items = (_FOLDER / folder if folder else _FOLDER).iterdir()
+    names = sorted(folder + item.name.removesuffix(".toml") for item in items if item.name.endswith(".toml"))
     return tuple(Family(name=name, **tomllib.loads(family_text(name))) for name in names)
 
 
@@ -154,7 +168,7 @@ def family_of(model_type: str) -> Family:
     HeadgramError
         If no family does.
     """
-    owners = {name: family for family in families() for name in family.model_types} | _adopted
+    owners = {name: family for family in (*families(), *others()) for name in family.model_types} | _adopted
     if model_type in owners:
         return owners[model_type]
     raise UnknownTypeError(

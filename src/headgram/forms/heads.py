@@ -68,11 +68,11 @@ class Heads:
 
     def left(self, heads: slice | Sequence[int] = slice(None)) -> Float[Tensor, "some rank width_a"]:
         """The left factor of each of some heads, repeated where they share one."""
-        return _read(self.a, self.reads_a[heads])
+        return read(self.a, self.reads_a[heads])
 
     def right(self, heads: slice | Sequence[int] = slice(None)) -> Float[Tensor, "some rank width_b"]:
         """The right factor of each of some heads, repeated where they share one."""
-        return _read(self.b, self.reads_b[heads])
+        return read(self.b, self.reads_b[heads])
 
     def form(self, head: int) -> Float[Tensor, "width_a width_b"]:
         """One form as a matrix, in the precision of its factors: for tests and for small models."""
@@ -108,16 +108,17 @@ class Heads:
         return cls(factors, factors, places, places)
 
 
-def _read(factors: Float[Tensor, "some rank width"], reads: Int[Tensor, " n"]) -> Float[Tensor, "n rank width"]:
-    """The factor at each place; the factors themselves where each is read once, in order."""
+def read(factors: Float[Tensor, "some ..."], reads: Int[Tensor, " n"]) -> Float[Tensor, "n ..."]:
+    """What of each factor is read at each place; the factors themselves where each is read once, in order."""
     return factors if torch.equal(reads, torch.arange(len(factors))) else factors[reads.to(factors.device)]
 
 
 def _only(factors: Float[Tensor, "some rank width"], reads: Int[Tensor, " n"]) -> tuple[Tensor, Tensor]:
-    """The factors that are read, and the map to them; a view where they are neighbours."""
+    """The factors that are read, and the map to them; a view where they lie in equal steps."""
     if not len(reads):
         return factors[:0], reads
     used, places = torch.unique(reads, return_inverse=True)
     first, last = int(used[0]), int(used[-1])
-    near = last - first + 1 == len(used)
-    return factors[first : last + 1] if near else factors[used.to(factors.device)], places
+    step = int(used[1]) - first if len(used) > 1 else 1
+    regular = torch.equal(used, torch.arange(first, last + 1, step))
+    return factors[first : last + 1 : step] if regular else factors[used.to(factors.device)], places

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
@@ -13,13 +14,19 @@ from headgram.errors import HeadgramError
 _PIECE = 2**24
 
 
-def is_finite(tensor: Tensor) -> bool:
-    """Whether a floating-point tensor holds no NaN and no infinity: its extremes are looked at, in one pass."""
-    if not tensor.numel():
-        return True
-    pieces = torch.split(tensor.flatten(), _PIECE) if tensor.element_size() == 1 else (tensor,)
-    extremes = (torch.aminmax(piece.float() if piece.element_size() == 1 else piece) for piece in pieces)
-    return all(math.isfinite(low.item()) and math.isfinite(high.item()) for low, high in extremes)
+def is_finite(*tensors: Tensor) -> bool:
+    """Whether floating-point tensors of one device hold no NaN and no infinity.
+
+    The extremes of each are looked at, in one pass; a GPU is waited for once.
+    """
+    pieces = (piece for tensor in tensors if tensor.numel() for piece in _pieces(tensor))
+    extremes = [extreme.double() for piece in pieces for extreme in torch.aminmax(piece)]
+    return not extremes or all(map(math.isfinite, torch.stack(extremes).tolist()))
+
+
+def _pieces(tensor: Tensor) -> Iterable[Tensor]:
+    """The tensor itself, or parts of it that torch compares."""
+    return (piece.float() for piece in torch.split(tensor.flatten(), _PIECE)) if tensor.element_size() == 1 else (tensor,)
 
 
 def check_weights(name: str, weights: Tensor) -> None:

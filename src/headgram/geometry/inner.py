@@ -17,11 +17,12 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from headgram.errors import HeadgramError
-from headgram.forms.heads import Heads
+from headgram.forms.heads import Heads, read
 from headgram.forms.transforms import with_orthonormal_left
 from headgram.geometry.batches import at_once, in_batches
 from headgram.geometry.checks import check_weights, is_finite
 from headgram.geometry.costs import CPU, GPU, TENSOR_CORES, Prices, Route, Sizes, cheapest
+from headgram.geometry.float32 import whole_float32
 from headgram.geometry.routes import Inner, by_products, by_strips, longest_sum, multiplied
 
 #: In float32, forms may be this much smaller than those of random weights of the same norms.
@@ -61,6 +62,7 @@ class InnerProducts:
 
 
 @torch.no_grad()
+@whole_float32()
 def inner_products(x: Heads, y: Heads, precision: Precision = "auto") -> InnerProducts:
     """Inner products of every form of `x` with every form of `y`.
 
@@ -100,7 +102,7 @@ def inner_products(x: Heads, y: Heads, precision: Precision = "auto") -> InnerPr
 
     parts = list(in_batches(range(len(x)), len(x), measure))  # in pieces only where memory runs out
     gram, transposed = (torch.cat(values) for values in zip(*(part.inner for part in parts), strict=True))
-    if not (is_finite(gram) and is_finite(transposed)):
+    if not is_finite(gram, transposed):
         for name, factors in (("left", x.a), ("right", x.b), ("left", y.a), ("right", y.b)):
             check_weights(name, factors)
         raise HeadgramError("An inner product overflows float64: rescale the weights.")
@@ -176,8 +178,8 @@ class _Scaled(NamedTuple):
 def _scaled(heads: Heads, dtype: torch.dtype) -> _Scaled:
     a, unit_a, norm_a = _scaled_factors(heads.a, dtype)
     b, unit_b, norm_b = (a, unit_a, norm_a) if heads.is_symmetric else _scaled_factors(heads.b, dtype)
-    reads_a, reads_b = heads.reads_a.to(heads.device), heads.reads_b.to(heads.device)
-    return _Scaled(heads.with_factors(a, b), unit_a[reads_a] * unit_b[reads_b], norm_a[reads_a] * norm_b[reads_b])
+    unit, norm = (read(of_a, heads.reads_a) * read(of_b, heads.reads_b) for of_a, of_b in ((unit_a, unit_b), (norm_a, norm_b)))
+    return _Scaled(heads.with_factors(a, b), unit, norm)
 
 
 def _scaled_factors(
@@ -203,7 +205,8 @@ def _in_float32(x: Heads, y: Heads, route: Route, dtype: torch.dtype) -> _Part:
         ~(norm_sq >= _SMALL**2 * each.norm.square() / each.heads.rank)  # also where one is not finite
         for each, norm_sq in zip((of_x, of_y), norms_sq, strict=False)
     ]
-    rough_x, rough_y = (rough[0].cpu(), rough[-1].cpu())
+    of_both = torch.cat(rough).cpu()  # which a GPU is waited for
+    rough_x, rough_y = of_both[: len(x)], of_both[-len(y) :]
     whole = Inner(*(values * of_x.unit[:, None] * of_y.unit for values in inner))
     if bool(rough_x.any()):
         places = rough_x.nonzero().flatten()
@@ -221,7 +224,7 @@ def _in_float32(x: Heads, y: Heads, route: Route, dtype: torch.dtype) -> _Part:
 def _norms_sq(heads: Heads) -> Float[Tensor, " n"]:
     """`‖X‖²` of every form."""
     of_a, of_b = (_own_products(factors) for factors in (heads.a, heads.b))
-    return (of_a[heads.reads_a.to(heads.device)] * of_b[heads.reads_b.to(heads.device)]).sum((-1, -2), dtype=torch.float64)
+    return (read(of_a, heads.reads_a) * read(of_b, heads.reads_b)).sum((-1, -2), dtype=torch.float64)
 
 
 def _own_products(factors: Float[Tensor, "n m width"]) -> Float[Tensor, "n m m"]:

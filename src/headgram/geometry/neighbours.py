@@ -83,9 +83,9 @@ def span_overlaps(directions: Float[Tensor, "layers per_layer k hidden"], device
     step = max(1, _BLOCK_BYTES // (4 * per_layer * kept * hidden))
     found = torch.zeros(layers * per_layer, layers * per_layer)
     for i in range(0, layers, step):
-        own = Heads.symmetric(directions[i : i + step].flatten(0, 1).to(device, torch.float32))
+        own = Heads.symmetric(directions[i : i + step].flatten(0, 1).to(device).float())
         for j in range(i, layers, step):
-            other = own if i == j else Heads.symmetric(directions[j : j + step].flatten(0, 1).to(device, torch.float32))
+            other = own if i == j else Heads.symmetric(directions[j : j + step].flatten(0, 1).to(device).float())
             part = (inner_products(own, other).gram / kept).float().cpu()
             rows = slice(i * per_layer, i * per_layer + len(own))
             columns = slice(j * per_layer, j * per_layer + len(other))

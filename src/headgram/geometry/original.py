@@ -12,18 +12,23 @@ from jaxtyping import Float
 from torch import Tensor
 
 from headgram.forms.heads import Heads
-from headgram.geometry.batches import at_once
+from headgram.geometry.batches import at_once, in_batches
 from headgram.geometry.eigen import largest_singular
+from headgram.geometry.float32 import whole_float32
 
 #: Bytes of float32 weights of a batch of heads. A constant, so that the last bit of the result does not depend on the machine.
 BATCH_BYTES = 128 * 2**20
 
 
+@whole_float32()
 def original_quantities(heads: Heads, topk: int) -> tuple[Float[Tensor, " heads"], Float[Tensor, "heads k hidden"]]:
     """The script's `fro_sq` (H,), float64, and `eig_dirs` (H, k, d), float32, of `qk` forms."""
     size = max(1, BATCH_BYTES // (2 * 4 * heads.rank * heads.widths[0]))
-    batches = [slice(start, start + size) for start in range(0, len(heads), size)]
-    measured = [_measure(heads.right(batch).float(), heads.left(batch).float(), min(topk, heads.rank)) for batch in batches]
+
+    def measure(batch: slice) -> tuple[Tensor, Tensor]:
+        return _measure(heads.right(batch).float(), heads.left(batch).float(), min(topk, heads.rank))
+
+    measured = in_batches(range(len(heads)), size, measure)
     fro_sq, directions = (torch.cat(values) for values in zip(*measured, strict=True))
     return fro_sq, directions
 

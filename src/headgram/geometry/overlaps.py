@@ -7,20 +7,19 @@ the mean squared cosine of the principal angles: 1 for equal subspaces, 0 for or
 
 from __future__ import annotations
 
-import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from headgram.forms.heads import Heads
-from headgram.geometry.inner import inner_products
+from headgram.geometry.same_index import same_index_products
 
 
-def overlaps(directions: Float[Tensor, "layers k hidden"], device: str = "cpu") -> Float[Tensor, "layers layers"]:
-    """Overlaps of one head's directions in all layers.
+def overlaps(directions: Float[Tensor, "layers heads k hidden"], device: str = "cpu") -> Float[Tensor, "layers layers heads"]:
+    """Overlaps of the directions of every two heads of the same index.
 
     Parameters
     ----------
-    directions : (L, k, d)
+    directions : (L, H, k, d)
         Orthonormal rows of any floating dtype; may be mapped from a file. A form of a rank below `k` has fewer directions, the
         rest are zero rows: they overlap with nothing.
     device
@@ -28,11 +27,11 @@ def overlaps(directions: Float[Tensor, "layers k hidden"], device: str = "cpu") 
 
     Returns
     -------
-    (L, L) float64
+    (L, L, H) float64
         Symmetric, on the CPU.
     """
-    spans = Heads.symmetric(directions.to(device, torch.float64))
-    return inner_products(spans, spans, "float64").gram.cpu() / directions.shape[1]
+    spans = Heads.symmetric(directions.to(device).double().flatten(0, 1))
+    return same_index_products(spans, spans, directions.shape[1], "float64").gram.cpu() / directions.shape[2]
 
 
 def paired_overlaps(one: Float[Tensor, "heads k hidden"], other: Float[Tensor, "heads l hidden"]) -> Float[Tensor, " heads"]:

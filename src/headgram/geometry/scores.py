@@ -72,7 +72,8 @@ def layer_scores(heads: Heads) -> LayerScores:
     if len(heads.b) < len(heads.a):
         turned = layer_scores(transposed(heads))
         return LayerScores(turned.symmetry_score, -turned.directionality)
-    readers = [heads.reads_b[heads.reads_a == left].to(heads.device) for left in range(len(heads.a))]
+    of_left = heads.reads_b[heads.reads_a.argsort(stable=True)].to(heads.device)  # in one copy, cut there
+    readers = of_left.split(heads.reads_a.bincount(minlength=len(heads.a)).tolist())
     width = heads.widths[0]
     size = max(1, BATCH_BYTES // (8 * 4 * len(heads.a) * heads.rank))
     slices = [slice(start, min(start + size, width)) for start in range(0, width, size)]
@@ -101,12 +102,12 @@ def layer_scores(heads: Heads) -> LayerScores:
                     squares = mirror.square()
                     right[own][i] += squares.sum(1)
                     left[other][j] += squares.sum(0)
-    if not all(is_finite(value) for value in (right, left, overlap)):
+    if not is_finite(right, left, overlap):
         raise HeadgramError("The form of a layer overflows float64: rescale its weights.")
     fro_sq = right.sum()
-    if fro_sq.sqrt() <= _ZERO * weight_b.sqrt() * weight_a.sqrt():
-        return LayerScores(0.0, 0.0)
-    return LayerScores(symmetry_score(fro_sq, overlap).item(), directionality(right.sqrt(), left.sqrt()).item())
+    alive = fro_sq.sqrt() > _ZERO * weight_b.sqrt() * weight_a.sqrt()
+    scores = torch.stack([symmetry_score(fro_sq, overlap), directionality(right.sqrt(), left.sqrt())])
+    return LayerScores(*scores.where(alive, 0).tolist())
 
 
 def _blocks(rows: int, columns: int, same: bool, size: int) -> Iterator[tuple[slice, slice]]:

@@ -117,7 +117,7 @@ def spectra(heads: Heads, topk: int = 8) -> Spectrum:
     _check(heads, topk)
     shared_right = len(heads.b) < len(heads.a)
     result = _joined(list(_measured(transposed(heads) if shared_right else heads, topk)))
-    if not all(is_finite(getattr(result, field.name)) for field in fields(Spectrum)):
+    if not is_finite(*(getattr(result, field.name) for field in fields(Spectrum))):
         raise HeadgramError("A head's norm overflows float64: rescale its weights.")
     return _of_transposed(result) if shared_right else result
 

@@ -23,8 +23,12 @@ from torch.overrides import TorchFunctionMode
 _PRODUCTS = (torch.matmul, torch.bmm, torch.baddbmm, Tensor.matmul, Tensor.__matmul__, Tensor.bmm, Tensor.baddbmm)
 _SOFTMAXES = (torch.softmax, nn.functional.softmax, Tensor.softmax)
 _GATES = (torch.sigmoid, Tensor.sigmoid, nn.functional.softplus)
-#: What modules call the input of their keys where it is not that of their queries.
-_KEY_INPUTS = ("key_value_states", "encoder_hidden_states")
+_SINES, _COSINES = (torch.sin, Tensor.sin), (torch.cos, Tensor.cos)
+#: What modules call the inputs of their queries, of their keys where it is not that of their queries, and of their values where
+#: it is not that of their keys.
+_QUERY_INPUTS = ("hidden_states", "hidden_state", "query", "query_states", "query_tensor")
+_KEY_INPUTS = ("key_value_states", "encoder_hidden_states", "key", "key_states", "key_tensor", "current_states")
+_VALUE_INPUTS = ("value", "value_states", "value_tensor")
 
 
 @dataclass
@@ -69,6 +73,7 @@ class Call:
     key: Float[Tensor, "heads s rank"]
     x: Float[Tensor, "t hidden"]
     y: Float[Tensor, "s hidden"]
+    z: Float[Tensor, "s hidden"]  # what values come from: `y` but in few modules
     reading: Reading | None = None
     logits: Float[Tensor, "heads t scores"] | None = None
     outer: dict[str, Tensor] = field(default_factory=dict)
@@ -81,6 +86,16 @@ class Call:
         return int(number[1]) if number else None
 
     @property
+    def complete(self) -> bool:
+        """Whether its heads were seen to be handed on."""
+        return self.reading is not None and self.reading.given is not None
+
+    def may_be(self, layer: int) -> bool:
+        """Whether the module may be that of a layer: its path has that number, or none at all."""
+        numbers = re.findall(r"\.(\d+)(?=\.|$)", self.module)
+        return not numbers or str(layer) in numbers
+
+    @property
     def block(self) -> str:
         """The module's path up to that number: the block of layers that it is part of."""
         return re.sub(r"(?<=\.)(\d+)\..*", r"\1", self.module)
@@ -91,13 +106,17 @@ def scores_of(model: nn.Module, inputs: Mapping[str, Tensor]) -> list[Call]:
 
     Gates are open: where a module takes a sigmoid between its scores and its projection, it is one everywhere.
     """
-    with torch.no_grad(), _Watch(model) as watch:
+    with torch.no_grad(), Watch(model) as watch:
         model(**inputs)
     return watch.calls
 
 
 def neutralise(model: nn.Module, attention: set[str]) -> None:
     """Take out of the model's attention modules what `g` leaves out: biases, and norms of queries and keys."""
+    for module in model.modules():
+        if "Sinusoidal" in type(module).__name__ and isinstance(weight := getattr(module, "weight", None), Tensor):
+            sines, cosines = weight.data.chunk(2, -1)  # a rotary encoding, if that is what it is for, is the identity
+            sines.zero_(), cosines.fill_(1)
     for path in attention:
         module = model.get_submodule(path)
         for name, weight in module.named_parameters():
@@ -125,6 +144,11 @@ def _gain(weight: Any) -> Any:
     return lambda x: x * weight
 
 
+def _named(given: Mapping[str, Any], names: tuple[str, ...], other: Tensor | None) -> Tensor | None:
+    """The first tensor under one of the names."""
+    return next((given[name] for name in names if isinstance(given.get(name), Tensor)), other)
+
+
 @dataclass
 class _Running:
     """A module whose `forward` is under way, with what its queries and its keys are made of."""
@@ -132,14 +156,16 @@ class _Running:
     module: str
     x: Tensor | None
     y: Tensor | None
+    z: Tensor | None
     call: Call | None = None
 
 
-class _Watch(TorchFunctionMode):
+class Watch(TorchFunctionMode):
     """Catches, in every module of a model that runs, its first product of shape (tokens, tokens), and what follows it."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, still: bool = False) -> None:
         super().__init__()
+        self._still = still  # rotary encodings are the identity, wherever tokens sit
         self._unwritten: Call | None = None
         self.calls: list[Call] = []
         self._model = model
@@ -164,15 +190,24 @@ class _Watch(TorchFunctionMode):
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             given = inspect.signature(type(module).forward).bind_partial(module, *args, **kwargs).arguments
             given = {**given, **given.get("kwargs", {})}
-            x = given.get("hidden_states", args[0] if args else None)
-            y = next((given[name] for name in _KEY_INPUTS if isinstance(given.get(name), Tensor)), x)
+            first = next((value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)), None)
+            x = _named(given, _QUERY_INPUTS, first)
+            y = _named(given, _KEY_INPUTS, x)
             self._writes(module, args)
-            self._running.append(_Running(path, x if isinstance(x, Tensor) else None, y if isinstance(y, Tensor) else None))
+            self._running.append(_Running(path, x, y, _named(given, _VALUE_INPUTS, y)))
 
         return hook
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is nn.functional.scaled_dot_product_attention and self._running:
+            return self._attention(*args, **(kwargs or {}))
+        if func is nn.functional.multi_head_attention_forward and self._running:
+            return self._multi_head(*args, **(kwargs or {}))
         result = func(*args, **(kwargs or {}))
+        if self._still and func in _SINES + _COSINES:
+            return torch.zeros_like(result) if func in _SINES else torch.ones_like(result)
+        if self._still and func is torch.polar:
+            return torch.ones_like(result)
         if func in _GATES and self._unwritten is not None:
             self._unwritten.between.add("gate")
             result = torch.ones_like(result)
@@ -183,29 +218,63 @@ class _Watch(TorchFunctionMode):
             self._product(self._running[-1], query, key, result)
         return result
 
+    def _attention(
+        self, query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, *_: Any, **rest: Any
+    ) -> Tensor:
+        """torch's own attention, in two products that can be watched."""
+        if rest.get("enable_gqa"):
+            key, value = (one.repeat_interleave(query.shape[-3] // one.shape[-3], -3) for one in (key, value))
+        scores: Tensor = query @ key.transpose(-1, -2)
+        self._product(self._running[-1], query, key.transpose(-1, -2), scores)
+        scale = rest.get("scale")
+        scores = scores * (query.shape[-1] ** -0.5 if scale is None else scale)
+        if attn_mask is not None:
+            scores = scores.masked_fill(~attn_mask, -torch.inf) if attn_mask.dtype == torch.bool else scores + attn_mask
+        weights = scores.softmax(-1)
+        result: Tensor = weights @ value
+        self._product(self._running[-1], weights, value, result)
+        return result
+
+    def _multi_head(self, query: Tensor, key: Tensor, value: Tensor, _: int, heads: int, *rest: Any, **named: Any) -> Any:
+        """torch's own module, `(t, 1, d)` in, step by step, without masks."""
+        fused, _, _, _, _, _, output, bias = rest[:8]
+        separate = named.get("use_separate_proj_weight")
+        weights = [named[f"{one}_proj_weight"] for one in "qkv"] if separate else fused.chunk(3)
+        q, k, v = (
+            (x @ weight.t()).reshape(len(x), -1, heads, weight.shape[0] // heads).permute(1, 2, 0, 3)
+            for x, weight in zip((query, key, value), weights, strict=True)
+        )
+        made = self._attention(q, k, v).permute(2, 0, 1, 3).flatten(2)
+        running = self._running[-1]
+        inner = self._model.get_submodule(running.module)
+        project = next(module for module in inner.modules() if getattr(module, "weight", None) is output)
+        self._writes(project, (made.transpose(0, 1),))
+        return made @ output.t() + (0 if bias is None else bias), None
+
     def _softmax(self, call: Call | None, given: Tensor) -> None:
         if call is not None and call.logits is None and given.shape[-2] == len(call.x):
             call.logits = given.double().reshape(-1, *given.shape[-2:])
 
     def _product(self, running: _Running, left: Tensor, right: Tensor, product: Tensor) -> None:
-        x, y = running.x, running.y
-        if x is None or y is None or x.dim() < 2:
+        x, y, z = running.x, running.y, running.z
+        if x is None or y is None or z is None or x.dim() < 2 or y.dim() < 2:
             return
-        scores = (x.shape[-2], y.shape[-2])
-        if running.call is None and tuple(product.shape[-2:]) == scores:
-            heads = _batch(product)
+        batch = x.shape[0] if x.dim() > 2 else 1
+        scores = (x[..., 0].numel() // batch, y[..., 0].numel() // batch)
+        heads = product[..., 0, 0].numel() // batch  # of several sequences, the first is looked at
+        if running.call is None and tuple(product.shape[-2:]) == scores and heads:
             running.call = Call(
                 running.module,
                 _per_head(left, heads),
                 _per_head(right, heads).transpose(1, 2),
-                x.double().reshape(-1, x.shape[-1]),
-                y.double().reshape(-1, y.shape[-1]),
+                _rows(x, scores[0]),
+                _rows(y, scores[1]),
+                _rows(z, scores[1]),
                 outer={run.module: run.x.clone() for run in self._running[:-1] if run.x is not None},
             )
             self.calls.append(running.call)
             self._unwritten = running.call
-        elif running.call is not None and running.call.reading is None and tuple(left.shape[-2:]) == scores:
-            heads = _batch(product)
+        elif running.call is not None and running.call.reading is None and tuple(left.shape[-2:]) == scores and heads:
             running.call.reading = Reading(_per_head(left, heads), _per_head(right, heads))
 
     def _writes(self, module: nn.Module, args: tuple[Any, ...]) -> None:
@@ -217,16 +286,23 @@ class _Watch(TorchFunctionMode):
             call.between.add("norm")
         if not args or not isinstance(args[0], Tensor) or not isinstance(weight, Tensor) or weight.dim() != 2:
             return
-        heads, _, rank = reading.value.shape
-        if args[0].shape[-1] == heads * rank and args[0].numel() == reading.weights.shape[1] * heads * rank:
-            reading.project, reading.given = module, args[0].double().reshape(-1, heads * rank)
-            self._unwritten = None
+        heads, tokens, rank = reading.heads.shape
+        if args[0].shape[-1] == heads * rank and args[0].numel() % (tokens * heads * rank) == 0:
+            given = args[0].double().reshape(-1, heads * rank)[:tokens]
+            heads_by_side = reading.heads.transpose(0, 1).flatten(1)
+            right = bool((given - heads_by_side).abs().max() <= 1e-5 * given.abs().max())
+            if right or reading.project is None:  # a gate's own projection may come first
+                reading.project, reading.given = module, given
+            if right:
+                self._unwritten = None
 
 
-def _batch(product: Tensor) -> int:
-    return product.reshape(-1, *product.shape[-2:]).shape[0]
+def _rows(x: Tensor, tokens: int) -> Float[Tensor, "tokens width"]:
+    """The tokens of the first sequence."""
+    return x.double().reshape(-1, x.shape[-1])[:tokens]
 
 
 def _per_head(tensor: Tensor, heads: int) -> Float[Tensor, "heads rows columns"]:
+    """The first `heads` matrices; fewer, which several heads share, are repeated."""
     flat = tensor.reshape(-1, *tensor.shape[-2:]).double()
-    return flat.repeat_interleave(heads // len(flat), 0)
+    return flat.repeat_interleave(-(-heads // len(flat)), 0)[:heads]

@@ -18,13 +18,10 @@ from __future__ import annotations
 import inspect
 import math
 import tempfile
-import tomllib
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, fields, replace
-from functools import cache
-from importlib.resources import files
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -40,7 +37,9 @@ from headgram.families.around import AROUND, TABLES
 from headgram.families.layouts import ROLES
 from headgram.families.registry import Family, adopting, families, family_of
 from headgram.proofs.around import Matched, around_residuals, forms_of, relative, table_residuals, without_epsilon
+from headgram.proofs.inputs import attention_only, every_call
 from headgram.proofs.probe import Call, neutralise, scores_of
+from headgram.proofs.shrink import SHAPES, model_classes, tiny_data, tiny_model
 
 #: The columns of a table of proofs, and what `Proof.cells` holds.
 COLUMNS = ("model type", "family", "layout", "stacks", "heads/key heads×rank", "roles", "around them", "residual", "ok")
@@ -113,9 +112,9 @@ class Proof:
         return (self.model_type, self.family, *lists, around, f"{self.residual:.0e}", "yes" if self.ok else "no")
 
 
-def known_types() -> list[str]:
-    """Every model type of the registry, in order."""
-    return sorted(name for family in families() for name in family.model_types)
+def known_types(walked: bool = True) -> list[str]:
+    """Every model type of the registry, in order; with or without those whose data the walk has written."""
+    return sorted(name for family in families() if walked or not family.walked for name in family.model_types)
 
 
 def prove(model_type: str, flags: Mapping[str, bool] = NO_FLAGS) -> Proof:
@@ -136,8 +135,10 @@ def prove(model_type: str, flags: Mapping[str, bool] = NO_FLAGS) -> Proof:
     problem = None
     try:
         with quiet():
-            for model, entry in _models(model_type, flags):
+            for model, entry in _walked_models(model_type) if family.walked else _models(model_type, flags):
                 with _saved(model) as folder, open_checkpoint(folder) as checkpoint:
+                    if family.walked and checkpoint.architecture != model_type:
+                        raise HeadgramError(f"transformers saves it as '{checkpoint.architecture}'")
                     found += checkpoint.stacks
                     residuals = _residuals(model, checkpoint, entry)
                     scores, writes = max(scores, residuals[0]), max(writes, residuals[1])
@@ -241,18 +242,13 @@ def _openers(model_type: str, flags: Mapping[str, bool]) -> list[Family]:
     return sorted(found, key=lambda family: any(rule.sparse for rule in family.stacks))
 
 
-@cache
-def _data() -> dict[str, Any]:
-    return tomllib.loads((files("headgram.proofs") / "tiny_models.toml").read_text(encoding="utf-8"))
-
-
 def _models(model_type: str, flags: Mapping[str, bool] = NO_FLAGS) -> Iterator[tuple[nn.Module, dict[str, Any]]]:
     """The tiny models of a type, with random weights and biases, and the type's entry in `tiny_models.toml`."""
     from transformers import AutoConfig
     from transformers.models.auto import modeling_auto
 
-    entry = _data()["types"].get(model_type, {})
-    for shape in entry.get("shapes", _data()["shapes"]):
+    entry = tiny_data()["types"].get(model_type, {})
+    for shape in entry.get("shapes", tiny_data()["shapes"]):
         config = AutoConfig.for_model(model_type, **_tiny(model_type, {**shape, **flags}, entry))
         config._attn_implementation = config._experts_implementation = "eager"
         mappings = [modeling_auto.MODEL_MAPPING, *(getattr(modeling_auto, name) for name in _HEADS_ON_TOP)]
@@ -271,16 +267,31 @@ def _models(model_type: str, flags: Mapping[str, bool] = NO_FLAGS) -> Iterator[t
             yield model, entry
 
 
+def _walked_models(model_type: str) -> Iterator[tuple[nn.Module, dict[str, Any]]]:
+    """The tiny models of a type whose data the walk has written: the base model in all shapes, then every class once."""
+    entry = {**tiny_data()["types"].get(model_type, {}), "walked": True}
+    base, *others = model_classes(model_type)
+    for model_class, number in [*((base, number) for number in range(len(SHAPES))), *((other, 0) for other in others)]:
+        try:
+            model: Any = tiny_model(model_type, model_class, number)
+        except Exception:
+            if model_class is base:
+                raise
+            continue  # some classes need what a tiny configuration does not say
+        if model_class is base or model.config.model_type == model_type:  # some classes are saved as one of their towers
+            yield model, entry
+
+
 def _tiny(model_type: str, shape: Mapping[str, Any], entry: Mapping[str, Any]) -> dict[str, Any]:
     """The overrides that make a type's configuration tiny, in its sections too."""
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
     own = entry.get("config", {})
     cls = CONFIG_MAPPING[model_type]
-    kinds = _data()["two_kinds"]
-    small = {**_data()["common"], **(kinds["config"] if model_type in kinds["types"] else {}), **shape}
+    kinds = tiny_data()["two_kinds"]
+    small = {**tiny_data()["common"], **(kinds["config"] if model_type in kinds["types"] else {}), **shape}
     sections = {
-        name: {**(small if "text" in name else _data()["vision"]), **own.get(name, {})}
+        name: {**(small if "text" in name else tiny_data()["vision"]), **own.get(name, {})}
         for name in getattr(cls, "sub_configs", {})
     }
     known = {item.name for item in fields(cls)} | set(cls.attribute_map)
@@ -306,11 +317,10 @@ def _residuals(model: nn.Module, checkpoint: Checkpoint, entry: Mapping[str, Any
         that no remark tells.
     """
     model.double()
-    inputs = _inputs(model, entry)
     without_epsilon(model)
-    free = {call.module: call for call in scores_of(model, {name: x for name, x in inputs.items() if name != "position_ids"})}
+    free = {call.module: call for call in _calls(model, entry, placed=True)}
     neutralise(model, set(free))
-    calls = [call for call in scores_of(model, inputs) if call.layer not in entry.get("left_out", [])]
+    calls = [call for call in _calls(model, entry) if call.layer not in entry.get("left_out", [])]
     claimed: set[str] = set()
     scores = writes = 0.0
     others: dict[str, float] = {}
@@ -319,18 +329,18 @@ def _residuals(model: nn.Module, checkpoint: Checkpoint, entry: Mapping[str, Any
         for layer in stack.layers:
             weights = {role: weight.double() for role, weight in checkpoint.factors(stack.name, layer).items()}
             w_q, w_k = weights["query"], weights["key"]
-            mine = [call for call in calls if call.layer == layer and call.module not in claimed and _fits(call, stack)]
+            mine = [call for call in calls if call.may_be(layer) and call.module not in claimed and _fits(call, stack)]
             if not mine:
                 raise HeadgramError(f"stack '{stack.name}', layer {layer}: the model runs no attention of this shape there")
             scale = stack.rank**-0.5 if entry.get("scaled", False) else 1.0
-            found = {call.module: _difference(call, w_q * scale, w_k) for call in mine}
+            found = {call.module: _difference(call, w_q * scale, w_k, entry.get("walked", False)) for call in mine}
             best = min(found, key=lambda module: found[module])
             claimed.add(best)
             ours = [call for call in mine if call.module == best]
-            scores = max(scores, *(_difference(call, w_q * scale, w_k) for call in ours))
+            scores = max(scores, *(_difference(call, w_q * scale, w_k, entry.get("walked", False)) for call in ours))
             if {"value", "output"} <= weights.keys():
                 writes = max(writes, *(_written(call, stack, weights["value"], weights["output"]) for call in ours))
-            matched.append(Matched(stack, checkpoint.around(stack.name, layer), w_q, w_k, free[best], ours[0]))
+            matched.append(Matched(stack, checkpoint.around(stack.name, layer), w_q, w_k, free.get(best, ours[0]), ours[0]))
         for role, residual in around_residuals(matched).items():
             others[role] = max(others.get(role, 0.0), residual)
     if unclaimed := sorted({call.module for call in calls} - claimed):
@@ -341,13 +351,39 @@ def _residuals(model: nn.Module, checkpoint: Checkpoint, entry: Mapping[str, Any
     return scores, writes, others
 
 
+def _calls(model: nn.Module, entry: Mapping[str, Any], placed: bool = False) -> list[Call]:
+    """What attention computes in a model: all of it if the walk has written the type's data, else what one forward runs.
+
+    Tokens are all at one position, unless they are `placed`.
+
+    Raises
+    ------
+    HeadgramError
+        If a module that looks like attention cannot be run.
+    """
+    if not entry.get("walked", False):
+        inputs = _inputs(model, entry)
+        return scores_of(model, {name: x for name, x in inputs.items() if not placed or name != "position_ids"})
+    calls, idle = every_call(model)
+    if idle:
+        raise HeadgramError(f"the model's attention at {idle[0]} could not be run")
+    return attention_only(model, calls)
+
+
 def _fits(call: Call, stack: Stack) -> bool:
     return call.query.shape[::2] == (stack.heads, stack.rank) and call.x.shape[-1] == stack.hidden
 
 
-def _difference(call: Call, w_q: Float[Tensor, "heads rank hidden"], w_k: Float[Tensor, "kv_heads rank hidden"]) -> float:
-    """How far the model's scores are from `x_s^T g x_t`, relative to the largest of them."""
-    return relative(forms_of(call, w_q, w_k), call.query @ call.key.transpose(1, 2))
+def _difference(
+    call: Call, w_q: Float[Tensor, "heads rank hidden"], w_k: Float[Tensor, "kv_heads rank hidden"], scaled: bool = False
+) -> float:
+    """How far the model's scores are from `x_s^T g x_t`, or from one multiple of all of them, relative to the largest of them."""
+    if call.y.shape[-1] != w_k.shape[-1]:
+        return math.inf
+    ours, theirs = forms_of(call, w_q, w_k), call.query @ call.key.transpose(1, 2)
+    if scaled and ours.shape == theirs.shape:
+        ours = ours * ((ours * theirs).sum() / (ours * ours).sum()).clamp(min=0)
+    return relative(ours, theirs)
 
 
 def _written(
@@ -361,7 +397,7 @@ def _written(
         call.between.add("sink")
     if call.between and not {"value", "output"} & stack.notes.keys():
         raise HeadgramError(f"the model has a {sorted(call.between)[0]} between values and outputs at {call.module}, unremarked")
-    value = call.y @ w_v.repeat_interleave(len(w_o) // len(w_v), 0).transpose(1, 2)
+    value = call.z @ w_v.repeat_interleave(len(w_o) // len(w_v), 0).transpose(1, 2)
     if value.shape != reading.value.shape:
         return math.inf
     side_by_side = reading.heads.transpose(0, 1).flatten(1)

@@ -28,7 +28,7 @@ class Column:
 _KNOWN = (
     Column("symmetry", "Symmetry", "share of ‖g‖² in the symmetric part: 1 symmetric, 0 antisymmetric", 0.5),
     Column("symmetry_score", "Symmetry score", "1 symmetric, -1 antisymmetric, 0 neither", 0.0),
-    Column("directionality", "Directionality", "1: large norms on the query side of g, -1: on the key side", 0.0),
+    Column("directionality", "Directionality", "1: large norms on the right side (queries; reads), -1: on the left", 0.0),
     Column("positive_energy", "Positive energy", "share of the signed spectrum's energy at positive eigenvalues", 0.5),
     Column("stable_rank", "Stable rank", "‖g‖² over the largest singular value squared"),
     Column("effective_rank", "Effective rank", "exponential of the entropy of the squared singular values"),

@@ -10,8 +10,8 @@ DRAWN = 512
 STACK_FIGURES = {
     "symmetry": "Symmetry of every head",
     "cosine": "Cosine of layer pairs, mean over heads",
-    "overlap-right": "Overlap of layer pairs on the query side, mean over heads",
-    "overlap-left": "Overlap of layer pairs on the key side, mean over heads",
+    "overlap-right": "Overlap of layer pairs on the right side (queries; reads), mean over heads",
+    "overlap-left": "Overlap of layer pairs on the left side (keys; writes), mean over heads",
     "overlap-signed": "Overlap of layer pairs in signed directions, mean over heads",
 }
 #: Columns of `heads` whose way along the depth is drawn.

@@ -2,7 +2,7 @@
 
 A pack is gzip of: the length of a header (four bytes, little-endian), the header in JSON, and the arrays as float32 in
 planes, first the lowest byte of every number, at last the highest. Numbers are rounded to 13 bits of mantissa, four
-significant digits, which is all that a picture shows; with the planes that halves the page. `unpack` in `app.js` reads it.
+significant digits, which is all that a picture shows; with the planes that halves the page. `unpack` in `data.js` reads it.
 """
 
 from __future__ import annotations

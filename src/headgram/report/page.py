@@ -20,6 +20,8 @@ from headgram.report.names import DRAWN
 from headgram.report.pack import pack
 from headgram.version import __version__
 
+#: One script on the page, in this order: `app` starts it.
+SCRIPTS = ("data", "looks", "picking", "saving", "matrix", "pictures", "app")
 #: Characters of models' data that the page itself holds, in the manifest's order. What goes beyond lies beside the page.
 EMBEDDED = 24 * 2**20
 
@@ -86,7 +88,7 @@ def page_shell() -> dict[str, str]:
         "style": _asset("style.css"),
         "vega": pictures.vega_library(),
         "pictures": _script_json({name: pictures.for_page(chart) for name, chart in specs.items()}),
-        "app": "".join(_asset(name) for name in ("picking.js", "saving.js", "matrix.js", "app.js")),
+        "app": "".join(_asset(f"{name}.js") for name in SCRIPTS),
     }
 
 

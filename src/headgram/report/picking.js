@@ -1,4 +1,3 @@
-"use strict";
 // What lies under a pointer or a finger: the row of the nearest mark of a picture, so that thin lines and small points can be hit.
 
 const REACH = { touch: 30, mouse: 16 }; // pixels

@@ -24,7 +24,7 @@ _NAME = ".plan.json"
 #: Stands among the records, and is none.
 _GIVEN = "--config"
 #: Characters that are read of it; the plan of thousands of models has fewer.
-_LARGEST = 256 * 2**20
+_LARGEST = 64 * 2**20
 
 
 @dataclass(frozen=True)
@@ -139,12 +139,16 @@ def _reading(results: Path) -> Iterator[str | None]:
     except OSError:
         yield None  # no run began here: a node of a run whose results are kept elsewhere
         return
-    with os.fdopen(number, encoding="utf-8") as file, _locked(number, fcntl.LOCK_SH):
-        try:
-            text = file.read(_LARGEST)
-        except ValueError:
-            text = ""
-        yield text
+    try:
+        with _locked(number, fcntl.LOCK_SH):
+            try:
+                with os.fdopen(number, "rb", closefd=False) as file:
+                    text = file.read(_LARGEST).decode()
+            except (OSError, ValueError):
+                text = ""
+            yield text
+    finally:
+        os.close(number)
 
 
 def _keys(text: str | None) -> dict[str, str] | None:

@@ -15,6 +15,8 @@ DERIVED = ("overlap", "neighbours", "layers", "models")
 LINEAGE = ("drift", "changes", "matches")
 #: Tables of models whose stacks are measured in both circuits.
 COMPOSED = ("composition", "channels")
+#: Tables that a study need not have of a model.
+OPTIONAL = (*COMPOSED, "tokens")
 #: The folders that hold artifacts, their records among them; logs are nobody's results.
 FOLDERS = ("atlas", "models", "provenance", "seed", "report")
 RECORDS = ("models", "provenance", "report")
@@ -55,6 +57,7 @@ class Results:
                 "derive": f"provenance/derived/{model}.json",
                 "lineage": f"provenance/lineage/{model}/{name}.json",
                 "composition": f"provenance/composition/{model}.json",
+                "tokens": f"provenance/tokens/{model}.json",
                 "report": "report/index.json",
             }[stage]
         )

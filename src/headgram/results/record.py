@@ -62,7 +62,7 @@ class Identity:
     Attributes
     ----------
     stage
-        `extract`, `eigen`, `gram`, `merge`, `derive`, `composition` or `report`.
+        `extract`, `eigen`, `gram`, `merge`, `derive`, `composition`, `tokens` or `report`.
     config
         Canonical JSON of exactly the options that the stage reads.
     fingerprint

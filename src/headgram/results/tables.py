@@ -153,6 +153,14 @@ CHANNELS = _schema(
     ("score", pa.float32()),
     *((name, pa.float64()) for name in ("first", "effective_rank", "copying", "positive", "departure")),
 )
+TOKENS = _schema(
+    *_PLACE,
+    *((name, pa.int32()) for name in ("layer", "head")),
+    ("side", pa.string()),
+    *((name, pa.int32()) for name in ("direction", "sign", "place", "token")),
+    ("text", pa.string()),
+    *((name, pa.float32()) for name in ("value", "deviations", "chance", "share")),
+)
 #: Every table of the atlas, by name.
 TABLES = {
     "heads": HEADS,
@@ -168,6 +176,7 @@ TABLES = {
     "matches": MATCHES,
     "composition": COMPOSITION,
     "channels": CHANNELS,
+    "tokens": TOKENS,
 }
 
 

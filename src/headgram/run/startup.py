@@ -86,7 +86,7 @@ class Run:
         lock = read_lock(lock_path(self._manifest))
         missing = missing_rows(manifest.rows, lock)
         known = {row.name: lock.models[row.name] for row in manifest.rows if row not in missing}
-        changed = [sentence for name, entry in known.items() for sentence in changes(name, entry)]
+        changed = [sentence for name, entry in known.items() for sentence in changes(name, entry, self._manifest)]
         doubtful = self._doubtful(known)
         self._new, problems = _resolve_elsewhere(self._manifest, doubtful) if missing or doubtful else ({}, [])
         entries = {**known, **self._new}

@@ -12,6 +12,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import torch
 
+from headgram.geometry.batches import at_once
 from headgram.geometry.neighbours import BY_FORM, BY_SPAN, Neighbours, nearest_heads, span_overlaps
 from headgram.geometry.nulls import Null, cosine_null, overlap_null
 from headgram.geometry.overlaps import overlaps
@@ -38,6 +39,8 @@ if TYPE_CHECKING:
 
 #: How many of the nearest heads are kept, by each measure.
 NEAREST = 8
+#: Bytes of the directions that a GPU is given at once, in float64.
+_TOGETHER_BYTES = 256 * 2**20
 
 
 @dataclass(frozen=True)
@@ -174,11 +177,13 @@ def _square(gram: pa.Table, column: str, layers: np.ndarray, heads: int) -> np.n
 
 
 def _overlaps(path: Path, place: Place, side: str, device: str) -> np.ndarray:
-    """Head by head, (L, L, H): the directions may exceed the memory of a job, of which pages once read are a part."""
-    heads = range(_mapped(path, place)[side].shape[1])
-    found = [overlaps(_mapped(path, place)[side][:, head], device).numpy() for head in heads]
-    stacked: np.ndarray = np.stack(found, axis=-1)
-    return stacked
+    """(L, L, H). A few heads at a time: the directions may exceed the memory of a job, of which pages once read are a part."""
+    layers, heads, kept, width = _mapped(path, place)[side].shape
+    together = max(1, _TOGETHER_BYTES // (8 * layers * kept * width)) if at_once(torch.device(device)) else 1
+    starts = range(0, heads, together)
+    found = [overlaps(_mapped(path, place)[side][:, start : start + together], device).numpy() for start in starts]
+    joined: np.ndarray = np.concatenate(found, axis=-1)
+    return joined
 
 
 def _mapped(path: Path, place: Place) -> dict[str, torch.Tensor]:

@@ -10,8 +10,11 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import pyarrow as pa
+import torch
 
+from headgram.geometry.batches import at_once
 from headgram.geometry.inner import Precision, inner_products
+from headgram.geometry.same_index import same_index_products
 from headgram.results.asked import still_asked_for
 from headgram.results.factors import FactorFiles
 from headgram.results.record import Provenance, record_of, seal
@@ -19,6 +22,9 @@ from headgram.results.tables import read_table, write_table
 
 if TYPE_CHECKING:
     from headgram.study.options import Gram
+
+#: Bytes of the factors of both sides, in float32, that a GPU is given at once of equal head indices.
+_TOGETHER_BYTES = 128 * 2**20
 
 _TILE = pa.schema(
     [(name, pa.int32()) for name in ("layer_a", "head_a", "layer_b", "head_b")]
@@ -94,19 +100,21 @@ def _all_pairs(source: FactorFiles, own: Sequence[int], other: Sequence[int], pr
 
 
 def _same_index(source: FactorFiles, own: Sequence[int], other: Sequence[int], precision: Precision, device: str) -> pa.Table:
-    """Equal head indices of every two layers; one index at a time is in memory."""
+    """Equal head indices of every two layers; on a CPU one index at a time is in memory."""
+    of_index = 4 * source.rank * source.width * (len(own) + len(other))
+    together = max(1, _TOGETHER_BYTES // of_index) if at_once(torch.device(device)) else 1
     parts = []
-    for index in range(source.heads):
-        of_own = source.read(own, range(index, index + 1)).to(device)
-        of_other = of_own if other == own else source.read(other, range(index, index + 1)).to(device)
-        parts.append(inner_products(of_own, of_other, precision))
-    exact = sum(bool(part.exact_x.any() or part.exact_y.any()) for part in parts)
-    _say(own, other, parts[0].route, exact)
+    for start in range(0, source.heads, together):
+        indices = range(start, min(start + together, source.heads))
+        of_own = source.read(own, indices).to(device)
+        of_other = of_own if other == own else source.read(other, indices).to(device)
+        parts.append(same_index_products(of_own, of_other, len(indices), precision))
+    _say(own, other, parts[0].route, sum(int(part.exact.sum()) for part in parts))
     layer_a, layer_b, head = np.meshgrid(own, other, np.arange(source.heads), indexing="ij")
     upper = layer_a <= layer_b
     heads_a, heads_b = (np.stack([layers[upper], head[upper]], -1) for layers in (layer_a, layer_b))
-    products = np.stack([part.gram.cpu().numpy() for part in parts], -1)[upper]
-    transposed = np.stack([part.transposed.cpu().numpy() for part in parts], -1)[upper]
+    products = np.concatenate([part.gram.cpu().numpy() for part in parts], -1)[upper]
+    transposed = np.concatenate([part.transposed.cpu().numpy() for part in parts], -1)[upper]
     return _tile_table(heads_a, heads_b, products, transposed)
 
 

@@ -161,13 +161,14 @@ def _matches(old: FactorFiles, new: FactorFiles, found: Drift, over_layers: bool
 def _cosines(new: FactorFiles, old: FactorFiles, layers: Sequence[int], norms: tuple[Tensor, Tensor], device: str) -> Tensor:
     """Of all heads of some layers of one model with all of another, (N, N) float32; two blocks at a time are in memory."""
     blocks = new.blocks(layers)
-    strips = []
+    found, start = torch.empty(len(norms[0]), len(norms[1])), 0
     for block in blocks:
         own = new.read(*block).to(device)
-        parts = [inner_products(own, old.read(*other).to(device)).gram.cpu() for other in blocks]
-        strips.append(torch.cat(parts, 1))
-    products = torch.cat(strips)
-    return ratio(ratio(products, norms[0][:, None]), norms[1]).clamp(-1, 1).float()
+        products = torch.cat([inner_products(own, old.read(*other).to(device)).gram.cpu() for other in blocks], 1)
+        rows = slice(start, start + len(own))
+        found[rows] = ratio(ratio(products, norms[0][rows, None]), norms[1]).clamp(-1, 1)
+        start = rows.stop
+    return found
 
 
 def _matched(among: str, layers: Sequence[int], heads: int, cosines: Tensor, width: int) -> pa.Table:

@@ -8,6 +8,7 @@ checking a lock needs no torch; only `headgram.study.resolve` opens checkpoints.
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Iterable
 from itertools import pairwise
 from pathlib import Path, PurePosixPath
@@ -22,7 +23,7 @@ from headgram.errors import HeadgramError
 from headgram.foreign import first_problem, read_bounded
 from headgram.results.files import remove_temporaries, temporaries_in, write_text
 from headgram.results.record import canonical, digest
-from headgram.study.manifest import MODEL_NAME, Row
+from headgram.study.manifest import DEFAULT, MODEL_NAME, Row
 
 #: The lock of thousands of models is smaller.
 _LARGEST = 64 * 2**20
@@ -99,6 +100,8 @@ class LockedStack(_Entry):
     def _is_whole(self) -> Self:
         if self.kv_heads > self.heads:
             raise ValueError("there are more key heads than heads")
+        if self.circuits.keys() ^ self.missing.keys() != {"qk", "ov"}:
+            raise ValueError("each circuit must be there, or missing for a reason")
         if any(len(circuit.digests) != len(self.layers) for circuit in self.circuits.values()):
             raise ValueError("every layer needs a digest")
         return self
@@ -212,7 +215,7 @@ def locked_file(location: AnyLocation, name: str) -> LockedFile:
     return LockedFile(name=name, bytes=location.size(name), sample=location.sample(name))
 
 
-def changes(name: str, entry: LockedModel) -> list[str]:
+def changes(name: str, entry: LockedModel, manifest: Path = DEFAULT) -> list[str]:
     """A sentence if the content of a source is not what was locked, that says how to go on; else nothing.
 
     A source that is gone is not reported: what was measured of it stands, and a job that still needs it says so. The hub is
@@ -223,7 +226,7 @@ def changes(name: str, entry: LockedModel) -> list[str]:
         changed = [file.name for file in entry.files if not file.agrees_with(locked_file(location, file.name))]
     except (HeadgramError, OSError):
         return []
-    return [changed_message(name, f"{file} of {entry.source}") for file in changed[:1]]
+    return [changed_message(name, f"{file} of {entry.source}", manifest) for file in changed[:1]]
 
 
 def file_times(entry: LockedModel) -> dict[str, tuple[int, int]]:
@@ -235,9 +238,8 @@ def file_times(entry: LockedModel) -> dict[str, tuple[int, int]]:
         return {}
 
 
-def changed_message(name: str, what: str) -> str:
+def changed_message(name: str, what: str, manifest: Path) -> str:
     """The sentence about a source that changed under its lock."""
-    return (
-        f"{name}: {what} changed since it was locked; if that is meant, run `headgram lock --upgrade {name}` "
-        "and measure it anew, else restore it"
-    )
+    where = [] if manifest == DEFAULT else ["--manifest", str(manifest)]
+    command = shlex.join(["headgram", "lock", *where, "--upgrade", name])
+    return f"{name}: {what} changed since it was locked; if that is meant, run `{command}` and measure it anew, else restore it"

@@ -14,6 +14,8 @@ from pathlib import Path
 from headgram.errors import HeadgramError
 from headgram.foreign import read_bounded
 
+#: Where it is unless something else is said.
+DEFAULT = Path("config/models.tsv")
 COLUMNS = ("name", "source", "revision")
 #: Columns that a manifest may add for a checkpoint that does not state these itself.
 OVERRIDE_COLUMNS = ("model_type", "heads", "kv_heads", "head_dim", "base", "prefix")

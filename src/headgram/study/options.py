@@ -32,8 +32,8 @@ _BRIEF = reprlib.Repr()
 _BRIEF.maxlevel = 2
 #: More directions or layers than any model has.
 MOST = 2**24
-#: A configuration file is smaller; reading YAML takes a second for every hundred kilobytes.
-_LARGEST = 2**20
+#: A configuration file is smaller; reading YAML takes seconds for a megabyte.
+_LARGEST = 2**17
 _UNITS = {"": 1, "b": 1, "kib": 2**10, "mib": 2**20, "gib": 2**30, "kb": 10**3, "mb": 10**6, "gb": 10**9}
 
 
@@ -182,6 +182,17 @@ class Composition(_Section):
     )
 
 
+class Tokens(_Section):
+    """The tokens that directions read and write."""
+
+    enabled: bool = Field(
+        False,
+        description="Write the table `tokens`. Embeddings are read for that, slice by slice, also of models at the hub: they are "
+        "far larger than what else is fetched of those.",
+    )
+    count: Annotated[int, _NUMBER] = Field(5, ge=1, le=1000, description="Tokens kept at either end of every direction.")
+
+
 class Original(_Section):
     """The two files that the original script writes, number for number."""
 
@@ -233,6 +244,7 @@ class Config(_Section):
     gram: Gram = Field(default_factory=Gram, description=Gram.__doc__)
     lineage: Lineage = Field(default_factory=Lineage, description=Lineage.__doc__)
     composition: Composition = Field(default_factory=Composition, description=Composition.__doc__)
+    tokens: Tokens = Field(default_factory=Tokens, description=Tokens.__doc__)
     original: Original = Field(default_factory=Original, description=Original.__doc__)
     export: Export = Field(default_factory=Export, description=Export.__doc__)
     report: Report = Field(default_factory=Report, description=Report.__doc__)

@@ -220,6 +220,7 @@ def stage_config(stage: str, config: Config, circuit: str = "qk") -> str:
         "eigen": {"eigen": config.eigen, "original": config.original},
         "gram": {"gram": config.gram},
         "composition": {"composition": config.composition, "export": config.export},
+        "tokens": {"tokens": config.tokens, "export": config.export},
         "merge": {"export": config.export, "original": config.original},
         "derive": {"export": config.export},
     }
@@ -229,7 +230,7 @@ def stage_config(stage: str, config: Config, circuit: str = "qk") -> str:
 def _identities(
     entry: LockedModel, labels: Labels, circuits: Sequence[str], composed: bool, config: Config, scripts: Path
 ) -> dict[tuple[str, str], Identity]:
-    stages = ("extract", "eigen", "gram", "merge", "derive", "composition")
+    stages = ("extract", "eigen", "gram", "merge", "derive", "composition", "tokens")
     code = {stage: code_digest(stage, scripts / f"{stage}.py") for stage in stages}
     find = family_of_gguf if entry.format == "gguf" and "model_type" not in entry.overrides else family_of
     reads_weights = digest(code["extract"], family_text(find(entry.architecture).name))
@@ -247,6 +248,9 @@ def _identities(
     writes_labels = digest(code["derive"], canonical(asdict(labels)))
     derive = Identity("derive", stage_config("derive", config), entry.fingerprint, writes_labels, (merge.key, *measured["eigen"]))
     found |= {("merge", ""): merge, ("derive", ""): derive}
+    if config.tokens.enabled:  # embeddings are in no fingerprint: that their files are the locked ones must do
+        reads_files = digest(code["tokens"], canonical([file.model_dump(mode="json") for file in entry.files]))
+        found["tokens", ""] = Identity("tokens", stage_config("tokens", config), entry.fingerprint, reads_files, (merge.key,))
     if composed:
         upstream = tuple(found["extract", circuit].key for circuit in ("qk", "ov"))
         options = stage_config("composition", config)

@@ -31,7 +31,7 @@ from headgram.study.lock import (
     missing_rows,
     read_lock,
 )
-from headgram.study.manifest import Row, read_manifest
+from headgram.study.manifest import DEFAULT, Row, read_manifest
 
 
 def main(manifest: Path, doubtful: Sequence[str]) -> None:
@@ -39,7 +39,7 @@ def main(manifest: Path, doubtful: Sequence[str]) -> None:
     lock = read_lock(lock_path(manifest))
     rows = missing_rows(read_manifest(manifest).rows, lock)
     models, problems = resolve_all(rows, progress=lambda line: print(plain(line), file=sys.stderr))
-    problems += [sentence for name in doubtful for sentence in compare(name, lock.models[name])]
+    problems += [sentence for name in doubtful for sentence in compare(name, lock.models[name], manifest)]
     print(json.dumps({"models": {name: entry.model_dump(mode="json") for name, entry in models.items()}, "problems": problems}))
 
 
@@ -61,7 +61,7 @@ def resolve_all(
     return models, problems
 
 
-def compare(name: str, entry: LockedModel) -> list[str]:
+def compare(name: str, entry: LockedModel, manifest: Path = DEFAULT) -> list[str]:
     """A sentence if the bytes of any layer's factors are not what was locked; else nothing."""
     try:
         with open_checkpoint(**entry.how_to_open()) as checkpoint:
@@ -69,7 +69,7 @@ def compare(name: str, entry: LockedModel) -> list[str]:
                 for circuit, factors in stack.circuits.items():
                     for layer, locked in zip(stack.layers, factors.digests, strict=True):
                         if not checkpoint.holds(stack.name, layer, locked, CIRCUITS[circuit].roles):
-                            return [changed_message(name, f"stack '{stack.name}', layer {layer} of {entry.source}")]
+                            return [changed_message(name, f"stack '{stack.name}', layer {layer} of {entry.source}", manifest)]
     except HeadgramError as error:
         return [f"{name}: {error}"]
     return []

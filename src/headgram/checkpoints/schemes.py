@@ -1,0 +1,236 @@
+"""How each method of quantisation stores a weight, and what the parts mean."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from headgram.checkpoints.scaled import Block, reading_of, scaled_weight
+from headgram.checkpoints.stores import bytes_of
+from headgram.checkpoints.unpacking import awq_weight, gptq_weight
+from headgram.errors import HeadgramError
+
+Config = Mapping[str, Any]
+Parts = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Stored:
+    """What the files say of a weight's parts: shapes and types by part, and a reader of a small one."""
+
+    shapes: dict[str, tuple[int, ...]]
+    words: dict[str, str]
+    read: Callable[[str], Tensor]
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """How a method stores a weight `NAME.weight`.
+
+    Attributes
+    ----------
+    marker
+        A weight is quantised if the tensor `NAME.<marker>` is there.
+    others
+        What else it may consist of.
+    shape
+        From what the files say of the parts and the method's settings to the shape of the weight.
+    decode
+        From the parts, the settings and the module's name to the weight, float32.
+    needs
+        Which of the others must be there.
+    """
+
+    marker: str
+    others: tuple[str, ...]
+    shape: Callable[[Stored, Config], tuple[int, ...]]
+    decode: Callable[[Parts, Config, str], Tensor]
+    needs: tuple[str, ...] = ()
+
+
+def _whole(settings: Config, keys: tuple[str, ...], allowed: tuple[int, ...], default: int | None = None) -> int:
+    value = next((settings[key] for key in keys if key in settings), default)
+    if isinstance(value, bool) or value not in allowed:
+        raise HeadgramError(f"quantization_config has {keys[0]} = {value!r}; headgram reads {', '.join(map(str, allowed))}")
+    return int(value)
+
+
+def _blocks(settings: Config) -> tuple[Block, ...]:
+    block = settings.get("weight_block_size") or (128, 128)
+    if (
+        not isinstance(block, (list, tuple))
+        or len(block) != 2
+        or not all(isinstance(size, int) and 0 < size < 2**20 for size in block)
+    ):
+        raise HeadgramError(f"quantization_config has weight_block_size = {block!r:.100}, which should be two whole numbers")
+    return ((block[0], block[1]),)
+
+
+def _scaled(marker: str, weight: str = "weight", packed: tuple[str, ...] = ()) -> Scheme:
+    """A weight in small floats or integers, and a scale; of those in half a byte, the kinds that the method has."""
+    zeros = f"{weight.removesuffix('_qdata')}_zero_point"
+    more = ("weight_scale_2", "pre_quant_scale", zeros, f"{weight.removesuffix('_qdata')}_per_tensor_scale")
+
+    def shape(stored: Stored, settings: Config) -> tuple[int, ...]:
+        _check_algorithm(settings)
+        words, shapes = stored.words, stored.shapes
+        first, *rest = shapes[weight]  # gpt-oss keeps groups in an axis of their own
+        reading = reading_of(words[weight], (first, math.prod(rest)), words[marker], shapes[marker], _blocks(settings))
+        if (reading.packed and reading.packed not in packed) or more[3] in shapes:
+            raise HeadgramError(f"weights in {words[weight]} with scales in {words[marker]} are not read of this method")
+        if (words[marker] == "F8_E4M3") != ("weight_scale_2" in shapes):
+            stands = "lack the second scale" if words[marker] == "F8_E4M3" else "have a second scale"
+            raise HeadgramError(f"weights with scales in {words[marker]} {stands}, weight_scale_2: fetch the checkpoint again")
+        return reading.shape
+
+    def decode(parts: Parts, settings: Config, module: str) -> Tensor:
+        if zeros in parts and bool(parts[zeros].count_nonzero()):
+            raise HeadgramError(f"the weight of {module} has zero points, which are not read of this method")
+        second, columns = parts.get("weight_scale_2"), parts.get("pre_quant_scale")
+        return scaled_weight(parts[weight].flatten(1), parts[marker], _blocks(settings), second, columns)
+
+    return Scheme(marker, (weight, *more), shape, decode, needs=(weight,))
+
+
+def _check_algorithm(settings: Config) -> None:
+    """Refuse algorithms of modelopt whose weights are more than numbers with scales."""
+    layers = settings.get("quantized_layers")
+    stated = (
+        [layer.get("quant_algo") for layer in layers.values() if isinstance(layer, Mapping)]
+        if isinstance(layers, Mapping)
+        else []
+    )
+    for algorithm in (settings.get("quant_algo"), *stated):
+        if isinstance(algorithm, str) and algorithm not in _MODELOPT:
+            raise HeadgramError(f"the weights are quantised by modelopt's {algorithm:.60}; headgram reads {', '.join(_MODELOPT)}")
+
+
+def _awq_shape(stored: Stored, settings: Config) -> tuple[int, ...]:
+    if str(settings.get("version", "gemm")).lower() != "gemm":
+        raise HeadgramError(f"quantization_config has version = {settings['version']!r}; of AWQ's, headgram reads 'gemm'")
+    _whole(settings, ("bits", "w_bit"), (4,), default=4)
+    inputs, words = stored.shapes["qweight"]
+    return words * 8, inputs
+
+
+def _decode_awq(parts: Parts, settings: Config, module: str) -> Tensor:
+    return awq_weight(parts["qweight"], parts["qzeros"], parts["scales"])
+
+
+def _gptq_shape(stored: Stored, settings: Config) -> tuple[int, ...]:
+    words, outputs = stored.shapes["qweight"]
+    return outputs, words * 32 // _whole(settings, ("bits",), (2, 4, 8))
+
+
+def _decode_gptq(parts: Parts, settings: Config, module: str) -> Tensor:
+    offset = 0 if settings.get("checkpoint_format") == "gptq_v2" else 1  # the first format stores zeros minus one
+    bits = _whole(settings, ("bits",), (2, 4, 8))
+    return gptq_weight(parts["qweight"], parts["qzeros"], parts["scales"], parts.get("g_idx"), bits, offset)
+
+
+def _compressed_shape(stored: Stored, settings: Config) -> tuple[int, ...]:
+    if settings.get("transform_config") or "weight_g_idx" in stored.shapes:
+        raise HeadgramError(
+            "compressed-tensors weights that are rotated (transform_config) or reordered (weight_g_idx) are not read"
+        )
+    if "weight_shape" in stored.shapes:
+        return tuple(int(size) for size in stored.read("weight_shape").tolist())
+    if "weight_packed" in stored.shapes:  # two 4-bit floats in a byte
+        rows, columns = stored.shapes["weight_packed"]
+        return rows, 2 * columns
+    return stored.shapes["weight"]
+
+
+def _decode_compressed(parts: Parts, settings: Config, module: str) -> Tensor:
+    from compressed_tensors.compressors import BaseCompressor
+    from compressed_tensors.compressors.format import infer_module_format
+    from compressed_tensors.quantization import QuantizationConfig
+    from compressed_tensors.utils.match import match_name
+
+    config = QuantizationConfig.model_validate(dict(settings))
+    schemes = [group for group in config.config_groups.values() if group.weights is not None]
+    scheme = next(group for group in schemes if any(target == "Linear" or match_name(module, target) for target in group.targets))
+    compressor = BaseCompressor.get_value_from_registry(scheme.format or infer_module_format(torch.nn.Linear, scheme))
+    # The library computes in the scale's precision: in float32, nothing is rounded a second time.
+    scale = parts["weight_scale"]
+    state = parts | ({"weight_scale": scale.float()} if scale.dtype in (torch.bfloat16, torch.float16) else {})
+    weight: Tensor = compressor.decompress(state, scheme)["weight"]
+    return weight.to(torch.float32)
+
+
+def _nf4_shape(stored: Stored, settings: Config) -> tuple[int, ...]:
+    state = next(part for part in stored.shapes if "quant_state" in part)
+    return tuple(int(size) for size in json.loads(bytes(bytes_of(stored.read(state))))["shape"])
+
+
+def _decode_4bit(parts: Parts, settings: Config, module: str) -> Tensor:
+    from bitsandbytes.functional import QuantState, dequantize_4bit
+
+    tables = {part.removeprefix("weight."): tensor for part, tensor in parts.items() if part != "weight"}
+    state = QuantState.from_dict(tables, torch.device("cpu"))
+    packed = parts["weight"].reshape(-1).view(torch.uint8)
+    _check_blocks(state, 16, 2 * len(packed), math.prod(state.shape))
+    if state.nested:
+        _check_blocks(state.state2, 256, state.absmax.numel(), state.absmax.numel())
+    state.dtype = torch.float32
+    weight: Tensor = dequantize_4bit(packed.unsqueeze(1), state)
+    return weight
+
+
+def _check_blocks(state: Any, codes: int, stored: int, wanted: int) -> None:
+    """Refuse tables that are too short: the library's kernels would read past their ends."""
+    blocks = -(-wanted // state.blocksize) if isinstance(state.blocksize, int) and state.blocksize > 0 else math.inf
+    if stored < wanted or state.code.numel() != codes or state.absmax.numel() < blocks:
+        raise ValueError("a table is too short")
+
+
+def _plain_shape(stored: Stored, settings: Config) -> tuple[int, ...]:
+    return stored.shapes["weight"]
+
+
+def _decode_8bit(parts: Parts, settings: Config, module: str) -> Tensor:
+    return parts["weight"].to(torch.float32) * parts["SCB"].to(torch.float32).unsqueeze(1) / 127
+
+
+_GPTQ_PARTS = ("qzeros", "scales", "g_idx")
+_4BIT_PARTS = ("weight", "weight.quant_map", "weight.nested_absmax", "weight.nested_quant_map")
+#: What modelopt calls the ways of quantising that leave weights as numbers with scales.
+_MODELOPT = (
+    "FP8", "FP8_PER_CHANNEL_PER_TOKEN", "FP8_PB_WO", "FP8_PB_REAL", "MXFP8",
+    "NVFP4", "NVFP4_AWQ", "W4A16_NVFP4", "W4A8_NVFP4_FP8", "MXFP4", "W4A8_MXFP4_FP8",
+    "W4A16_AWQ", "W8A16", "W8A8_SQ_PER_CHANNEL", "MIXED_PRECISION",
+)  # fmt: skip
+#: By `quant_method`.
+SCHEMES = {
+    "fp8": (_scaled("weight_scale_inv"), _scaled("weight_scale")),
+    "fbgemm_fp8": (_scaled("weight_scale"),),
+    "modelopt": (_scaled("weight_scale", packed=("fp4", "int4")),),
+    "mxfp4": (_scaled("weight_scales", "weight_blocks", packed=("fp4",)),),
+    "quark": (_scaled("weight_scale", packed=("fp4",)),),
+    "torchao": (_scaled("_weight_scale", "_weight_qdata"),),
+    "compressed-tensors": (
+        Scheme(
+            "weight_scale",
+            ("weight", "weight_packed", "weight_shape", "weight_zero_point", "weight_g_idx", "weight_global_scale"),
+            _compressed_shape,
+            _decode_compressed,
+        ),
+    ),
+    "awq": (Scheme("qweight", ("qzeros", "scales"), _awq_shape, _decode_awq, needs=("qzeros", "scales")),),
+    "gptq": (Scheme("qweight", _GPTQ_PARTS, _gptq_shape, _decode_gptq, needs=("qzeros", "scales")),),
+    "bitsandbytes": (
+        Scheme(
+            "weight.absmax",
+            (*_4BIT_PARTS, "weight.quant_state.bitsandbytes__nf4", "weight.quant_state.bitsandbytes__fp4"),
+            _nf4_shape,
+            _decode_4bit,
+        ),
+        Scheme("SCB", ("weight",), _plain_shape, _decode_8bit),
+    ),
+}

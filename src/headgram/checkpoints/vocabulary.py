@@ -1,0 +1,147 @@
+"""The texts of a checkpoint's tokens, read as data: from the GGUF file itself, or from a tokenizer's file beside the weights.
+
+Nothing of a tokenizer is run. Where none of its files is there, tokens have their numbers alone.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Callable, Iterator, Mapping
+from functools import cache
+from typing import Any
+
+from headgram.checkpoints.gguf_store import strings_of
+from headgram.checkpoints.sources import Location, parse_json
+from headgram.errors import HeadgramError
+from headgram.foreign import read_bounded
+
+#: The largest file of a tokenizer that is read; real ones take up to about 40 MiB.
+_LARGEST = 128 * 2**20
+#: The most tokens that are numbered; real vocabularies have up to about 300,000.
+_MOST = 2**21
+#: What marks a blank at the beginning of a word in SentencePiece.
+_BLANK = "\u2581"
+
+
+def token_texts(location: Location) -> dict[int, str]:
+    """The text of every token, by its number; empty if the checkpoint has no tokenizer beside it.
+
+    Raises
+    ------
+    HeadgramError
+        If a tokenizer's file is damaged.
+    """
+    if location.format == "gguf":
+        found = strings_of(location.path(location.weights[0]), "tokenizer.ggml.tokens")
+        return _decoded(dict(enumerate(found)))
+    for name, read in _READERS.items():
+        path = location.folder / name
+        if path.exists():
+            try:
+                return read(read_bounded(path, _LARGEST))
+            except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError, struct.error, RecursionError) as error:
+                raise HeadgramError(
+                    f"{path} is no tokenizer's file that headgram reads ({error}): fetch it again, or remove it"
+                ) from None
+    return {}
+
+
+def _tokenizer_json(content: bytes) -> dict[int, str]:
+    """The format of the library `tokenizers`: a map, or a list of texts and scores."""
+    whole = parse_json(content)
+    vocabulary = whole["model"]["vocab"]
+    texts = _numbered(vocabulary) if isinstance(vocabulary, Mapping) else {i: str(text) for i, (text, _) in enumerate(vocabulary)}
+    return _decoded(texts) | _numbered({each["content"]: each["id"] for each in whole.get("added_tokens") or []})
+
+
+def _vocab_json(content: bytes) -> dict[int, str]:
+    """The map of GPT-2's format."""
+    return _decoded(_numbered(parse_json(content)))
+
+
+def _vocab_txt(content: bytes) -> dict[int, str]:
+    """A token a line, as of BERT."""
+    return dict(enumerate(content.decode().splitlines()))
+
+
+def _sentencepiece(content: bytes) -> dict[int, str]:
+    """The texts of a SentencePiece model: fields 1 of the messages that are its fields 1."""
+    pieces = (piece for number, piece in _fields(content) if number == 1)
+    texts = (next((value for number, value in _fields(piece) if number == 1), b"") for piece in pieces)
+    return _decoded({i: text.decode() for i, text in enumerate(texts)})
+
+
+def _fields(message: bytes) -> Iterator[tuple[int, bytes]]:
+    """The fields of a message of protocol buffers that hold bytes; numbers are passed over."""
+    at = 0
+    while at < len(message):
+        tag, at = _varint(message, at)
+        kind = tag & 7
+        if kind == 0:
+            _, at = _varint(message, at)
+        elif kind in (1, 5):
+            at += 8 if kind == 1 else 4
+        elif kind == 2:
+            size, at = _varint(message, at)
+            if at + size > len(message):
+                raise ValueError("a field reaches beyond the end of the file")
+            yield tag >> 3, message[at : at + size]
+            at += size
+        else:
+            raise ValueError(f"a field has the unknown type {kind}")
+
+
+def _varint(message: bytes, at: int) -> tuple[int, int]:
+    """A number of variable length, and where it ends."""
+    value = 0
+    for i in range(10):
+        byte = message[at + i]
+        value |= (byte & 127) << (7 * i)
+        if byte < 128:
+            return value, at + i + 1
+    raise ValueError("a number has more than ten bytes")
+
+
+def _numbered(vocabulary: Mapping[str, Any]) -> dict[int, str]:
+    """A map from texts to numbers, turned round."""
+    found = {number: text for text, number in vocabulary.items()}
+    for number in found:
+        if not isinstance(number, int) or isinstance(number, bool) or not 0 <= number < _MOST:
+            raise ValueError(f"a token has the number {number!r:.60}")
+    return found
+
+
+def _decoded(texts: dict[int, str]) -> dict[int, str]:
+    """Texts as they are read: SentencePiece's mark of a blank, and the letters that stand for bytes in GPT-2's format, undone."""
+    if any(text.startswith(_BLANK) for text in texts.values()):
+        return {number: text.replace(_BLANK, " ") for number, text in texts.items()}
+    if not any(text.startswith("\u0120") for text in texts.values()):  # how that format writes a blank
+        return texts
+    return {number: _of_bytes(text) for number, text in texts.items()}
+
+
+def _of_bytes(text: str) -> str:
+    """A text whose letters each stand for a byte; as it is if one does not."""
+    try:
+        return bytes(_byte_letters()[letter] for letter in text).decode(errors="replace")
+    except KeyError:
+        return text
+
+
+@cache
+def _byte_letters() -> dict[str, int]:
+    """GPT-2's letters: printable bytes stand for themselves, all others for letters from 256 on, in order."""
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(others)}
+
+
+#: By name, the files of a tokenizer, and how each is read; the first that is there is taken.
+_READERS: dict[str, Callable[[bytes], dict[int, str]]] = {
+    "tokenizer.json": _tokenizer_json,
+    "vocab.json": _vocab_json,
+    "vocab.txt": _vocab_txt,
+    "tokenizer.model": _sentencepiece,
+    "spiece.model": _sentencepiece,
+    "sentencepiece.bpe.model": _sentencepiece,
+}

@@ -1,0 +1,166 @@
+"""The page's pictures of an atlas as Altair charts, one line each in a notebook.
+
+Every chart holds its data: `chart.save("heads.svg")` writes it; `chart.properties(width=600)` and Altair's themes change its
+looks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import altair as alt
+import numpy as np
+import pandas as pd
+
+from headgram.atlas.reader import Atlas
+from headgram.errors import HeadgramError, require
+from headgram.report import pictures
+from headgram.report.chance import PALE, nulls
+from headgram.report.columns import columns
+
+_PAIRS = {
+    "cosine": "Cosine of forms",
+    "right": "Overlap on the query side",
+    "left": "Overlap on the key side",
+    "signed": "Overlap in signed directions",
+}
+
+
+def heads(atlas: Atlas, model: str, column: str = "symmetry", stack: str = "self", circuit: str = "qk") -> alt.LayerChart:
+    """Every head of a stack, layer by head, coloured by a column of the table `heads`.
+
+    Returns
+    -------
+    altair.LayerChart
+        Colours of a column with a null reach at least three times as far as the best head by chance.
+
+    Raises
+    ------
+    HeadgramError
+        If the model, the stack, the circuit or the column was not measured.
+
+    Examples
+    --------
+    >>> headgram.plot.heads(headgram.open_atlas("results"), "smollm2-135m-instruct").save("heads.svg")  # doctest: +SKIP
+    """
+    table = _rows(atlas, "heads", model, stack, circuit)
+    label = _label(column)
+    rows = table[["layer", "head"]].assign(value=_column(table, column))
+    null = nulls(_facts(atlas, model, stack, circuit)).get(column)
+    centre = null.mean if null else next((each.centre for each in columns() if each.name == column), None)
+    if centre is None:
+        chart = pictures.heatmap("head", "layer")
+    else:
+        best = PALE * (null.best_of(len(rows)) - null.mean) if null else 0.0
+        reach = max(float(np.quantile(np.abs(rows["value"] - centre), 0.99)), best) or 1.0
+        chart = pictures.heatmap("head", "layer", (centre - reach, centre + reach), pictures.DIVERGING)
+    return _with(chart, f"{label}: {model}, {stack}, {circuit}", {"cells": rows, "chosen": []})
+
+
+def layers(
+    atlas: Atlas, model: str, value: str = "cosine", head: int | None = None, stack: str = "self", circuit: str = "qk"
+) -> alt.LayerChart:
+    """Every pair of layers: the cosine of their heads' forms, or the overlap of their directions, in the mean over heads.
+
+    Parameters
+    ----------
+    value
+        `cosine`, or a side: `right`, `left`, `signed`.
+    head
+        Of this head alone.
+
+    Raises
+    ------
+    HeadgramError
+        If the model, the stack or the circuit was not measured, or there is no such value or head.
+    """
+    if value not in _PAIRS:
+        raise HeadgramError(f"pairs of layers have no '{value}'; there are: {', '.join(_PAIRS)}")
+    table = _rows(atlas, "gram" if value == "cosine" else "overlap", model, stack, circuit)
+    if head is not None and head not in set(table["head"]):
+        raise HeadgramError(f"the stack '{stack}' of {model} has no head {head!r:.60}; it has {table['head'].max() + 1}")
+    chosen = table if head is None else table[table["head"] == head]
+    upper = chosen.groupby(["layer_a", "layer_b"], as_index=False)[value].mean().rename(columns={value: "value"})
+    lower = upper[upper["layer_a"] != upper["layer_b"]].rename(columns={"layer_a": "layer_b", "layer_b": "layer_a"})
+    facts = _facts(atlas, model, stack, circuit)
+    null = nulls(facts)[value].mean_of(facts["heads"] if head is None else 1)
+    best = min(1.0, PALE * null.best_of(max(1, len(lower))))
+    reach = max(float(lower["value"].abs().max()) if len(lower) else 0.0, best)
+    if value == "cosine":
+        chart = pictures.heatmap("layer_b", "layer_a", (-reach, reach), pictures.DIVERGING)
+    else:
+        chart = pictures.heatmap("layer_b", "layer_a", (0.0, reach))
+    of = "mean over heads" if head is None else f"head {head}"
+    return _with(chart, f"{_PAIRS[value]}, {of}: {model}, {stack}, {circuit}", {"cells": pd.concat([upper, lower]), "chosen": []})
+
+
+def spectrum(
+    atlas: Atlas, model: str, layer: int, head: int, signed: bool = False, stack: str = "self", circuit: str = "qk"
+) -> alt.LayerChart:
+    """The spectrum of a head before those of its layer's other heads: singular values, or the signed eigenvalues.
+
+    Raises
+    ------
+    HeadgramError
+        If the model, the stack, the circuit, the layer or the head was not measured.
+    """
+    table = _rows(atlas, "spectra", model, stack, circuit)
+    own = table[table["layer"] == layer]
+    if head not in set(own["head"]):
+        raise HeadgramError(f"the stack '{stack}' of {model} has no head {head!r:.60} in layer {layer!r:.60}")
+    name = "symmetric_eigenvalue" if signed else "singular_value"
+    kept = own if signed else own[own["index"] < _facts(atlas, model, stack, circuit)["rank"]]
+    kept = kept.sort_values(["head", name], ascending=[True, False])
+    rows = pd.DataFrame({"head": kept["head"], "index": kept.groupby("head").cumcount(), "value": kept[name]})
+    title = f"{'Signed eigenvalues' if signed else 'Singular values'} of layer {layer}, head {head}: {model}, {stack}, {circuit}"
+    return _with(pictures.spectrum(), title, {"others": rows[rows["head"] != head], "chosen": rows[rows["head"] == head]})
+
+
+def depth(atlas: Atlas, models: str | Sequence[str], column: str = "symmetry", circuit: str = "qk") -> alt.LayerChart:
+    """Median and quartiles over heads of a column along the relative depth of some models, each by its first stack.
+
+    Raises
+    ------
+    HeadgramError
+        If a model, the circuit or the column was not measured.
+    """
+    parts = []
+    for model in [models] if isinstance(models, str) else models:
+        table = _rows(atlas, "layers", model, atlas.stacks(model, circuit)[0], circuit).sort_values("layer")
+        place = np.linspace(0, 1, len(table)) if len(table) > 1 else np.zeros(1)
+        quartiles = {name: _column(table, f"{column}_{name}") for name in ("q25", "median", "q75")}
+        parts.append(pd.DataFrame({"series": model, "x": place, **quartiles}))
+    if not parts:
+        raise HeadgramError("name at least one model")
+    return _with(
+        pictures.profile("relative depth"), f"{_label(column)} along the depth", {"profile": pd.concat(parts), "chosen": []}
+    )
+
+
+def _rows(atlas: Atlas, table: str, model: str, stack: str, circuit: str) -> pd.DataFrame:
+    require(atlas, Atlas, "pictures are drawn of what `open_atlas` gives")
+    return atlas.of_heads(table, model, stack, circuit)
+
+
+def _facts(atlas: Atlas, model: str, stack: str, circuit: str) -> dict[str, Any]:
+    """The stack's row of `models`."""
+    return dict(_rows(atlas, "models", model, stack, circuit).iloc[0])
+
+
+def _column(table: pd.DataFrame, name: str) -> pd.Series:
+    if name not in table:
+        numbers = ", ".join(column.name for column in columns())
+        raise HeadgramError(f"heads have no column '{name.partition('_q25')[0]}'; there are: {numbers}")
+    return table[name]
+
+
+def _label(column: str) -> str:
+    return next((each.label for each in columns() if each.name == column), column)
+
+
+def _with(chart: alt.LayerChart, title: str, datasets: Mapping[str, pd.DataFrame | list[Any]]) -> alt.LayerChart:
+    """A picture with its data."""
+    rows = {name: data if isinstance(data, list) else data.to_dict("records") for name, data in datasets.items()}
+    whole: alt.LayerChart = chart.properties(title=title, width=360, height=300, datasets=rows)
+    return whole

@@ -1,0 +1,376 @@
+"""A family's data from what tiny live models show.
+
+Attention modules are grouped into stacks, and every count of a stack is looked for in the configuration that its modules were
+made with, in models of several shapes.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import MISSING, dataclass, fields
+from typing import Any
+
+from headgram.errors import HeadgramError
+from headgram.families.registry import Family
+from headgram.proofs.inputs import attention_modules
+from headgram.proofs.shrink import SHAPES, model_classes, tiny_model
+from headgram.proofs.walk import Found, Sighting, look_at, names_on_disk
+
+
+@dataclass(frozen=True)
+class _Run:
+    """Attention modules of one model whose tensors' names differ in one number: the layer's."""
+
+    names: Mapping[str, str]  # with `{layer}`
+    layers: tuple[int, ...]
+    one: Found
+
+
+def runs_of(found: Sequence[Found]) -> list[_Run]:
+    """The modules of one model, grouped into runs of layers."""
+    groups: dict[Any, list[Found]] = defaultdict(list)
+    for one in found:
+        starred = tuple(re.sub(r"(?<=\.)\d+(?=\.)", "*", name) for name in one.names.values())
+        groups[starred, one.layout, one.section, one.kind, tuple(one.counts.items()), one.notes].append(one)
+    made = []
+    for group in groups.values():
+        numbers = [[int(part) for part in re.findall(r"(?<=\.)\d+(?=\.)", next(iter(one.names.values())))] for one in group]
+        varying = [place for place in range(len(numbers[0])) if len({number[place] for number in numbers}) > 1]
+        place = varying[-1] if varying else (0 if numbers[0] else None)
+        parts: dict[Any, list[tuple[int, Found]]] = defaultdict(list)
+        for number, one in zip(numbers, group, strict=True):
+            fixed = tuple(value for at, value in enumerate(number) if at != place)
+            parts[fixed].append((number[place] if place is not None else 0, one))
+        for members in parts.values():
+            first = members[0][1]
+            names = {role: _template(name, place) for role, name in first.names.items()}
+            made.append(_Run(names, tuple(sorted(layer for layer, _ in members)), first))
+    return made
+
+
+def _template(name: str, place: int | None) -> str:
+    if place is None:
+        return name
+    matches = list(re.finditer(r"(?<=\.)\d+(?=\.)", name))
+    return name[: matches[place].start()] + "{layer}" + name[matches[place].end() :] if place < len(matches) else name
+
+
+_PREFERRED = {
+    "heads": (
+        "num_attention_heads",
+        "n_head",
+        "num_heads",
+        "n_heads",
+        "encoder_attention_heads",
+        "decoder_attention_heads",
+        "attention_heads",
+    ),
+    "kv_heads": ("num_key_value_heads", "num_kv_heads", "multi_query_group_num"),
+    "rank": ("head_dim", "attention_head_dim", "d_kv"),
+    "hidden": ("hidden_size", "d_model", "n_embd", "embed_dim", "dim", "width"),
+    "layers": ("num_hidden_layers", "n_layer", "num_layers", "n_layers", "encoder_layers", "decoder_layers", "depth"),
+    "value_rank": ("v_head_dim",),
+    "output_width": ("hidden_size", "d_model"),
+}
+_WORDS = {
+    "heads": "head",
+    "kv_heads": "key_value|kv|group",
+    "rank": "head_dim|d_kv|dim_head|head_size|channels",
+    "hidden": "hid|dim|d_|emb|width|size",
+    "layers": "layer|depth|block",
+    "value_rank": "v_head|value",
+    "output_width": "hidden|d_model|width",
+}
+
+
+def _named(what: str, values: Sequence[int], sections: Sequence[Mapping[str, Any]], path: str) -> str | None:
+    """The name under which the configurations of several models state these numbers."""
+    names = [
+        name
+        for name in sections[0]
+        if all(type(section.get(name)) is int and section[name] == value for section, value in zip(sections, values, strict=True))
+        and re.search(_WORDS[what], name)
+    ]
+    if what == "heads":
+        names = [name for name in names if not re.search("key_value|kv|head_dim|linear", name)]
+    if what == "rank":
+        names = [name for name in names if not re.search("qk_|v_head|rope|index|linear|global", name)]
+    sides = [side for side in ("decoder", "encoder") if side in path]
+
+    def order(name: str) -> tuple[Any, ...]:
+        preferred = _PREFERRED[what]
+        if what in ("hidden", "output_width") and name in preferred:
+            return (preferred.index(name) - len(preferred),)
+        other = [side for side in ("decoder", "encoder") if side in name]
+        place = name.rpartition(".")[2]
+        return (
+            place.isdigit() and f".{place}." not in path,
+            bool(other) and other[0] not in sides[:1],
+            not (sides and other == sides[:1]),
+            preferred.index(name) if name in preferred else len(preferred),
+        )
+
+    return min(names, key=order, default=None)
+
+
+def stacks_of(sightings: Sequence[Sighting]) -> tuple[list[dict[str, Any]], list[str]]:
+    """The rules of every run of layers that all models of one class have, and what stands in the way of others."""
+    tables = [{_signature(run): run for run in runs_of(sighting.found)} for sighting in sightings]
+    problems = [problem for sighting in sightings for problem in sighting.problems]
+    rules: list[dict[str, Any]] = []
+    for key in dict.fromkeys(key for table in tables for key in table):
+        if any(key not in table for table in tables):
+            problems.append(f"{key[0]}: not in every model")
+            continue
+        runs = [table[key] for table in tables]
+        configs = [_at(sighting.config, runs[0].one.section) for sighting in sightings]
+        sections = [_counts(config.to_dict()) for config in configs]
+        try:
+            rules.append(_rule(runs, sections, configs))
+            rules[-1]["inner_type"] = _inner_type(sightings[0].config, runs[0].one.section)
+        except HeadgramError as error:
+            problems.append(f"{runs[0].one.module}: {error}")
+    _name(rules)
+    return rules, list(dict.fromkeys(problems))
+
+
+def _counts(section: Mapping[str, Any]) -> dict[str, Any]:
+    """What a section states, entries of lists under their number."""
+    lists = {name: value for name, value in section.items() if isinstance(value, list | tuple)}
+    return {**section, **{f"{name}.{place}": one for name, value in lists.items() for place, one in enumerate(value)}}
+
+
+def _signature(run: _Run) -> tuple[Any, ...]:
+    return (tuple(run.names.values()), run.one.layout, run.one.section, run.one.kind)
+
+
+def _inner_type(config: Any, path: str) -> str:
+    """The type of a section that may be of any type."""
+    outer, _, name = path.rpartition(".")
+    made = getattr(_at(config, outer), "sub_configs", {}).get(name)
+    return _at(config, path).model_type if getattr(made, "__name__", "") == "AutoConfig" else ""
+
+
+def _at(config: Any, path: str) -> Any:
+    for name in path.split(".") if path else ():
+        config = getattr(config, name)
+    return config
+
+
+def _rule(runs: Sequence[_Run], sections: Sequence[Mapping[str, Any]], configs: Sequence[Any]) -> dict[str, Any]:
+    first = runs[0]
+    names = list(first.names.values())
+    path = names[0]
+
+    def named(what: str, values: Sequence[int]) -> str | None:
+        return _named(what, values, sections, path)
+
+    counts = {what: [run.one.counts[what] for run in runs] for what in runs[0].one.counts}
+    block = _common(
+        [name.split("{layer}.")[0] + "{layer}." if "{layer}" in name else name.rpartition(".")[0] + "." for name in names]
+    )
+    rule: dict[str, Any] = {
+        "layout": first.one.layout,
+        "block": block,
+        "modules": {role: name.removeprefix(block).removesuffix(".weight") for role, name in first.names.items()},
+    }
+    if not all(name.endswith(("_weight", ".weight")) and name.startswith(block) for name in names):
+        raise HeadgramError(f"a tensor is called {names[0]}")
+    if first.one.section:
+        rule["config"] = first.one.section
+    lengths = [len(run.layers) for run in runs]
+    whole = all(run.layers == tuple(range(len(run.layers))) for run in runs)
+    layers = named("layers", lengths) if whole else None
+    if layers is None and not whole:
+        rule["sparse"] = True
+        layers = next(
+            (name for name in _PREFERRED["layers"] if all(isinstance(section.get(name), int) for section in sections)), None
+        )
+        if layers is None or "{layer}" not in block:
+            raise HeadgramError("the configuration states no count of its layers")
+    if layers is None:
+        rule["layers"] = "none"  # no name states it: layers are counted
+    elif layers != "num_hidden_layers":
+        rule["layers"] = layers
+    heads = named("heads", counts["heads"])
+    if heads is None:
+        raise HeadgramError(f"the configuration states no count of its {counts['heads'][0]} heads")
+    if heads != "num_attention_heads":
+        rule["heads"] = heads
+    kv = named("kv_heads", counts["kv_heads"])
+    if kv and kv != heads:
+        rule["kv_heads"] = kv
+    elif counts["kv_heads"] != counts["heads"]:
+        if set(counts["kv_heads"]) != {1}:
+            raise HeadgramError("the configuration states no count of its key heads")
+        rule["kv_heads"] = 1
+    hidden = named("hidden", counts["hidden"])
+    if hidden != "hidden_size":
+        rule["hidden"] = hidden or "none"
+    rank = named("rank", counts["rank"])
+    even = all(d % h == 0 and d // h == r for d, h, r in zip(counts["hidden"], counts["heads"], counts["rank"], strict=True))
+    if rank:
+        rule["head_dim"] = rank
+    elif not even:
+        raise HeadgramError(f"the configuration states no rank of {counts['rank'][0]}")
+    if counts["value_rank"] != counts["rank"]:
+        rule["value_rank"] = named("value_rank", counts["value_rank"]) or _fail("the rank of its values")
+    if counts["output_width"] != counts["hidden"]:
+        rule["output_width"] = named("output_width", counts["output_width"]) or _fail("the width of its outputs")
+    stated = [rule.get("layers", "num_hidden_layers"), heads, rule.get("kv_heads"), rule.get("hidden", "hidden_size"), rank]
+    rule["defaults"] = {
+        field.name: value for field in fields(type(configs[0])) if field.name in stated and type(value := _default(field)) is int
+    }
+    rule["at"] = first.layers[:1]
+    rule["kind"], rule["notes"], rule["path"] = first.one.kind, first.one.notes, first.one.module
+    return rule
+
+
+def _default(field: Any) -> Any:
+    return field.default if field.default is not MISSING else None
+
+
+def _fail(what: str) -> Any:
+    raise HeadgramError(f"the configuration does not state {what}")
+
+
+def _common(blocks: Sequence[str]) -> str:
+    common = blocks[0]
+    for block in blocks[1:]:
+        while not block.startswith(common):
+            common = common.rstrip(".").rpartition(".")[0] + "."
+    return common
+
+
+def _name(rules: list[dict[str, Any]]) -> None:
+    """Give every rule a name of its own: by its tower, its side and what it attends to."""
+    for rule in rules:
+        section = rule.get("config", "").rpartition(".")[2]
+        tower = section.removesuffix("_config").removesuffix("_cfg")
+        path = rule["block"] + rule["modules"].get("query", rule["modules"].get("fused", ""))
+        side = "decoder" if "decoder" in rule["block"] else "encoder" if re.search(r"(^|\.)encoder\.", rule["block"]) else ""
+        cross = rule["kind"] == "cross" or bool(re.search(r"cross|enc_?dec|encoder_attn", path.lower()))
+        rule["tower"], rule["side"], rule["cross"] = tower, side, cross
+    sides = {rule["side"] for rule in rules if not rule["tower"]}
+    for rule in rules:
+        seq = rule["tower"] == "" and len(sides) > 1
+        parts = [rule["tower"]] if rule["tower"] else []
+        if rule["cross"]:
+            parts.append("cross")
+        elif seq and rule["side"]:
+            parts.append(rule["side"])
+        rule["name"] = "_".join(parts) or "self"
+    for name in {rule["name"] for rule in rules}:
+        same = [rule for rule in rules if rule["name"] == name]
+        if len(same) > 1:
+            split = [
+                re.sub(r"\{layer\}|\.(?=\.)", "", rule["block"] + next(iter(rule["modules"].values()))).strip(".").split(".")
+                for rule in same
+            ]
+            for rule, words in zip(same, split, strict=True):
+                own = [
+                    f"{words[place - 1]}_{word}" if word.isdigit() else word
+                    for place, word in enumerate(words)
+                    if not all(word in other for other in split)
+                ]
+                tail = "_".join(re.sub(r"\W", "_", word) for word in own[:2]) or str(same.index(rule))
+                rule["name"] = tail if name == "self" else f"{name}_{tail}"
+
+
+_GATED = (
+    "every channel is multiplied by a gate, which depends on the token, between values and outputs: W_O W_V has no fixed form, "
+    "and is the circuit with all gates equal"
+)
+_REMARKS = {
+    "gate": _GATED,
+    "norm": "a norm between values and outputs is left out, its gain and its division by the rms of what it is given",
+    "sink": "a sink takes part of the softmax, so that what a head writes is scaled by one positive number per head and token",
+}
+_CROSS = (
+    "values read the encoder's stream and outputs write the decoder's, two bases: trace, symmetry and copying of W_O W_V are not "
+    "defined"
+)
+
+
+def derive_family(model_type: str) -> tuple[Family | None, list[str]]:
+    """The family that a type is derived to be, and what stands in the way of being whole; nothing of it is proven yet."""
+    base, *others = model_classes(model_type)
+    first = tiny_model(model_type, base, 0)
+    sightings = [look_at(model_type, base, number) for number in range(len(SHAPES))]
+    rules, problems = stacks_of(sightings)
+    if not rules:
+        return None, problems
+    prefixes = [""]
+    for other in others:
+        try:
+            model = tiny_model(model_type, other, 0)
+            fronts = _fronts(names_on_disk(model), rules)
+        except Exception:  # a class that cannot be built or saved says nothing
+            continue
+        if fronts and len(attention_modules(model)) == len(attention_modules(first)):
+            prefixes.append(min(fronts, key=len))
+        else:
+            more, _ = stacks_of([look_at(model_type, other, number) for number in range(len(SHAPES))])
+            for rule in more:
+                known = [
+                    one["block"] for one in rules if one["modules"] == rule["modules"] and rule["block"].endswith(one["block"])
+                ]
+                if known:
+                    prefixes.append(rule["block"].removesuffix(max(known, key=len)))
+                else:
+                    rules.append(rule)
+    data = {
+        "name": re.sub(r"\W", "_", model_type),
+        "model_types": (model_type,),
+        "prefixes": tuple(dict.fromkeys(prefixes)),
+        "stacks": tuple(_stack_rule(rule, model_type, alone=len(rules) == 1) for rule in rules),
+        "walked": True,
+    }
+    return Family(**data), problems
+
+
+def _fronts(names: Sequence[str], rules: Sequence[Mapping[str, Any]]) -> set[str]:
+    """What may stand before all names of all rules."""
+    ends = [end.format(layer=layer) for rule in rules for end in _tensors(rule) for layer in rule["at"]]
+    return set.intersection(*({name.removesuffix(end) for name in names if name.endswith(end)} for end in ends))
+
+
+def _tensors(rule: Mapping[str, Any]) -> list[str]:
+    return [name if name.endswith("_weight") else f"{name}.weight" for name in _places(rule)]
+
+
+def _places(rule: Mapping[str, Any]) -> list[str]:
+    """The modules of a rule below the prefix."""
+    return [rule["block"] + name for name in rule["modules"].values()]
+
+
+def _stack_rule(rule: Mapping[str, Any], model_type: str, alone: bool) -> dict[str, Any]:
+    """A rule as the registry reads it."""
+    kept = (
+        "name",
+        "layout",
+        "block",
+        "modules",
+        "config",
+        "layers",
+        "heads",
+        "kv_heads",
+        "hidden",
+        "head_dim",
+        "value_rank",
+        "output_width",
+        "sparse",
+    )
+    made = {key: () if rule[key] == "none" else rule[key] for key in kept if key in rule}
+    if not alone:
+        made["optional"] = True
+    if rule["inner_type"]:
+        made["when"] = {"model_type": rule["inner_type"]}
+    if rule["defaults"]:
+        made["defaults"] = {model_type: rule["defaults"]}
+    texts = [_REMARKS[note] for note in rule["notes"]] + ([_CROSS] if rule["cross"] else [])
+    if texts:
+        made["remarks"] = ({"roles": ("value", "output"), "text": "; ".join(texts)},)
+    return made

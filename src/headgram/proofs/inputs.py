@@ -1,0 +1,204 @@
+"""Runs every attention module of a tiny model: as part of the whole if that can be run, else in its tower, else alone."""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Iterator
+from contextlib import suppress
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from headgram.proofs.probe import Call, Watch
+
+_TOKENS, _SOURCE = 7, 9
+_SEED = 0
+
+
+def every_call(model: nn.Module) -> tuple[list[Call], list[str]]:
+    """The products of all attention modules, and the modules that look like attention and could not be run.
+
+    First the whole model is run, then every tower that is a model of its own, then single modules.
+    """
+    calls: list[Call] = []
+    covered: set[str] = set()
+
+    def run(path: str, arguments: Iterator[dict[str, Any]]) -> None:
+        for inputs in arguments:
+            failed = True
+            with suppress(Exception), torch.no_grad(), Watch(model, still=True) as watch:
+                model.get_submodule(path)(**inputs)
+                failed = False
+            new = [call for call in watch.calls if call.module not in covered and (call.complete or not failed)]
+            calls.extend(new)
+            covered.update(call.module for call in new)
+            if not _missing(model, covered, path):
+                return
+
+    for path, module in model.named_modules():
+        if hasattr(module, "main_input_name") and hasattr(module, "config") and _missing(model, covered, path):
+            run(path, _model_inputs(module))
+    for path in _missing(model, covered, ""):
+        around = path.rpartition(".")[0]  # which may hold the output projection
+        if around and looks_like_attention(model.get_submodule(around)):
+            run(around, _alone(model.get_submodule(around), around))
+        if path in _missing(model, covered, path):
+            run(path, _alone(model.get_submodule(path), path))
+    return calls, _missing(model, covered, "")
+
+
+def attention_modules(model: nn.Module, below: str = "") -> list[str]:
+    """The innermost modules that are called attention and hold weights."""
+    found = [
+        path
+        for path, module in model.named_modules()
+        if looks_like_attention(module)
+        and (path == below or path.startswith(f"{below}." if below else ""))
+        and sum(weight.dim() >= 2 for weight in module.parameters()) >= 2
+    ]
+    return [path for path in found if not any(other.startswith(f"{path}.") for other in found)]
+
+
+def _missing(model: nn.Module, covered: set[str], below: str) -> list[str]:
+    """The modules that look like attention, and of which nothing was caught."""
+    return [
+        path
+        for path in attention_modules(model, below)
+        if not any(ran == path or ran.startswith(f"{path}.") or path.startswith(f"{ran}.") for ran in covered)
+    ]
+
+
+def attention_only(model: nn.Module, calls: list[Call]) -> list[Call]:
+    """Without the products of two sequences that are no attention, such as the likeness of a picture and a text."""
+    return [call for call in calls if call.reading is not None or looks_like_attention(model.get_submodule(call.module))]
+
+
+def looks_like_attention(module: nn.Module) -> bool:
+    """Whether a module is called attention."""
+    return bool(re.search(r"Attention|Attn", type(module).__name__))
+
+
+def _noise(*shape: int) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(_SEED + len(shape)), dtype=torch.float64)
+
+
+def _ids(count: int) -> Tensor:
+    return torch.randperm(80, generator=torch.Generator().manual_seed(_SEED))[None, :count] + 5
+
+
+def _size(config: Any, *names: str, default: int) -> Any:
+    for one in (config, getattr(config, "vision_config", None), getattr(config, "backbone_config", None)):
+        for name in names:
+            value = getattr(one, name, None)
+            if value is not None:
+                return value
+    return default
+
+
+def _model_inputs(module: Any) -> Iterator[dict[str, Any]]:
+    """What a model may be given, by the names of its arguments; the likeliest first."""
+    config = module.config
+    accepted = inspect.signature(module.forward).parameters
+    image = _size(config, "image_size", "img_size", default=28)
+    image = image if isinstance(image, int) else image[0] if isinstance(image, list | tuple) else 28
+    patch = _size(config, "patch_size", default=14)
+    patch = patch if isinstance(patch, int) else patch[0]
+    channels = _size(config, "num_channels", "in_channels", default=3)
+    channels = channels if isinstance(channels, int) else 3
+    frames = _size(config, "num_frames", default=2)
+    mels = _size(config, "num_mel_bins", "feature_size", "input_feat_per_channel", default=8)
+    positions = getattr(config, "max_source_positions", None)
+    ids = {"input_ids": _ids(_TOKENS)}
+    decoder = {"decoder_input_ids": _ids(_TOKENS)} if "decoder_input_ids" in accepted else {}
+    embeds = _noise(1, _TOKENS, _size(config, "hidden_size", "d_model", default=48))
+    source = {"encoder_hidden_states": _noise(1, _SOURCE, embeds.shape[-1])} if "encoder_hidden_states" in accepted else {}
+    pictures = [
+        _noise(1, channels, image, image),
+        _noise(1, frames, channels, image, image),
+        _noise(1, 4, channels * patch * patch),
+        _noise(4, channels * patch * patch),
+        _noise(4, channels * 2 * patch * patch),
+        _noise(4, channels, patch, patch),
+    ]
+    grids = {
+        "grid_thw": torch.tensor([[1, 2, 2]]),
+        "image_grid_thw": torch.tensor([[1, 2, 2]]),
+        "image_sizes": torch.tensor([[image, image]]),
+        "spatial_shapes": torch.tensor([[2, 2]]),
+        "pixel_attention_mask": torch.ones(1, 4, dtype=torch.long),
+        "image_position_ids": torch.zeros(1, 4, 2, dtype=torch.long),
+        "pixel_position_ids": torch.zeros(1, 4, 2, dtype=torch.long),
+    }
+    grids = {name: value for name, value in grids.items() if name in accepted}
+    required = {name for name, one in accepted.items() if one.default is one.empty and one.kind is one.POSITIONAL_OR_KEYWORD}
+    sounds = [_noise(1, mels, 2 * positions if positions else 36), _noise(1, 36, mels), _noise(1, 200), _noise(1, 1, 400)]
+    if "bbox" in accepted:
+        ids["bbox"] = torch.randint(1, 9, (1, _TOKENS, 4), generator=torch.Generator().manual_seed(_SEED)).cumsum(-1)
+    if "input_ids" in accepted:
+        yield {**ids, **decoder, **source}
+        yield {**ids, **source}
+        for picture in pictures[:2]:
+            if "pixel_values" in accepted:
+                yield {**ids, "pixel_values": picture}
+        yield {**ids, "decoder_input_ids": ids["input_ids"]}
+    for name in ("pixel_values", "pixel_values_videos", "hidden_states", "images", "pixel_values_images"):
+        if name in accepted:
+            for picture in pictures:
+                yield {name: picture, **{key: value for key, value in grids.items() if key in required}}
+                if set(grids) - required:
+                    yield {name: picture, **grids}
+    for name in ("input_features", "input_values", "input_audio", "inputs", "features"):
+        if name in accepted:
+            for sound in sounds:
+                yield {name: sound, **decoder}
+                yield {name: sound, **{key: torch.ones(1, sound.shape[1], dtype=torch.long) for key in ("attention_mask",)}}
+    for name in ("inputs_embeds", "hidden_states", "query_embeds"):
+        if name in accepted:
+            yield {name: embeds, **source}
+
+
+def _alone(module: nn.Module, path: str) -> Iterator[dict[str, Any]]:
+    """What a single attention module may be given, by the names of its arguments."""
+    accepted = inspect.signature(module.forward).parameters
+    widths = list(dict.fromkeys(weight.shape[-1] for name, weight in module.named_parameters() if weight.dim() == 2))
+    rank = getattr(module, "head_dim", None) or getattr(module, "attention_head_size", None) or 12
+    rank = rank if isinstance(rank, int) else 12
+    first = next(iter(accepted))
+    name = next((name for name in ("hidden_states", "hidden_state", "query", "queries") if name in accepted), first)
+    for width in widths:
+        for tokens in ((1, _TOKENS), (_TOKENS,)):
+            inputs: dict[str, Any] = {name: _noise(*tokens, width)}
+            for other in ("key", "value", "keys", "values", "key_states", "value_states"):
+                if other in accepted and accepted[other].default is accepted[other].empty:
+                    inputs[other] = _noise(1, _SOURCE, width) if other.startswith("key") else _noise(1, _SOURCE, width) + 1
+            flat = torch.ones(*tokens, rank, dtype=torch.float64)
+            known: dict[str, list[Any]] = {
+                "position_embeddings": [
+                    (flat, flat * 0),
+                    (flat[0], flat[0] * 0),
+                    torch.ones(1, _TOKENS, rank // 2, dtype=torch.complex128),
+                ],
+                "cu_seqlens": [torch.tensor([0, _TOKENS], dtype=torch.int32)],
+                "position_ids": [torch.zeros(1, _TOKENS, dtype=torch.long)],
+                "max_seqlen": [_TOKENS],
+                "seq_len": [_TOKENS],
+            }
+            choices: list[dict[str, Any]] = [inputs]
+            for argument, values in known.items():
+                if argument in accepted:
+                    choices = [{**choice, argument: value} for choice in choices for value in values]
+            for argument, one in accepted.items():
+                if one.kind is one.POSITIONAL_OR_KEYWORD and one.default is one.empty and argument not in {**known, **inputs}:
+                    choices = [{**choice, argument: None} for choice in choices]
+            sources = [
+                key
+                for key in ("key_value_states", "encoder_hidden_states", "cross_attention_states", "context")
+                if key in accepted
+            ]
+            crossed = [
+                {**choice, key: _noise(1, _SOURCE, other)} for choice in choices for key in sources[:1] for other in widths
+            ]
+            cross_first = re.search(r"cross|enc_?dec|encoder_attn|encoder_attention", f"{path} {type(module).__name__}".lower())
+            yield from [*crossed, *choices] if cross_first else [*choices, *crossed]

@@ -1,0 +1,210 @@
+"""Attention explained by tensors: a tiny model is built, saved and run, and every tensor on disk is tried for what an attention
+module hands to its two products.
+
+Names are never asked what they mean: the tensor that gives the queries is the query's.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from safetensors import safe_open
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from headgram.errors import HeadgramError
+from headgram.families.layouts import LAYOUTS, Dimensions, Factors
+from headgram.proofs.inputs import attention_only, every_call
+from headgram.proofs.probe import Call, neutralise
+from headgram.proofs.shrink import tiny_model
+
+_TOLERANCE = 1e-5
+#: Layouts whose parts can be found by trying tensors; each part reads one tensor, and needs no further sizes.
+_TRIED = ("separate", "gated", "blocks", "interleaved", "quarters", "column_blocks")
+
+
+def names_on_disk(model: Any) -> list[str]:
+    """The names of a model's tensors as transformers saves them."""
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(folder)
+        names: list[str] = []
+        for path in Path(folder).glob("*.safetensors"):
+            with safe_open(path, "pt") as file:
+                names += file.keys()
+        return names
+
+
+def look_at(model_type: str, model_class: type, number: int) -> Sighting:
+    """What the `number`th tiny model of a type shows."""
+    with tempfile.TemporaryDirectory() as folder:
+        return look(tiny_model(model_type, model_class, number), Path(folder))
+
+
+@dataclass(frozen=True)
+class Found:
+    """One attention module that was explained: its tensors on disk, and the counts that they imply."""
+
+    module: str
+    layout: str
+    names: Mapping[str, str]  # what the layout reads -> name on disk
+    counts: Mapping[str, int]  # heads, kv_heads, rank, hidden, value_rank, output_width
+    section: str  # the path of the module's configuration
+    kind: str  # "self" or "cross"
+    notes: tuple[str, ...]  # what lies between values and outputs
+
+
+@dataclass(frozen=True)
+class Sighting:
+    """What one tiny model showed."""
+
+    model_class: str
+    config: Any
+    found: tuple[Found, ...]
+    problems: tuple[str, ...]
+
+
+def look(model: Any, folder: Path) -> Sighting:
+    """Save a model, run it, and explain each of its attention modules by tensors on disk."""
+    model.save_pretrained(folder)
+    stored = {name: tensor.double() for path in sorted(folder.glob("*.safetensors")) for name, tensor in load_file(path).items()}
+    stored = {name: tensor for name, tensor in stored.items() if tensor.dim() == 2}
+    model.double()
+    calls, idle = every_call(model)
+    neutralise(model, {call.module for call in calls})
+    calls, idle = every_call(model)
+    problems = [f"{path} could not be run" for path in idle]
+    found = []
+    sections = dict(_sections(model.config))
+    order = {path: place for place, (path, _) in enumerate(model.named_modules())}
+    once = {call.module: call for call in reversed(attention_only(model, calls))}
+    for call in sorted(once.values(), key=lambda call: order[call.module]):
+        try:
+            found.append(_explain(call, stored, _section(model, call.module, sections)))
+        except HeadgramError as error:
+            problems.append(f"{call.module}: {error}")
+    return Sighting(type(model).__name__, model.config, tuple(found), tuple(problems))
+
+
+def _sections(config: Any, path: str = "") -> Iterator[tuple[int, str]]:
+    yield id(config), path
+    for name in getattr(config, "sub_configs", {}):
+        inner = getattr(config, name, None)
+        if inner is not None and hasattr(inner, "to_dict"):
+            yield from _sections(inner, f"{path}.{name}".lstrip("."))
+
+
+def _section(model: nn.Module, path: str, sections: Mapping[int, str]) -> str:
+    """The path of the configuration that a module, or the nearest one around it, was made with."""
+    while True:
+        config = getattr(model.get_submodule(path), "config", None)
+        if id(config) in sections:
+            return sections[id(config)]
+        if not path:
+            return ""
+        path = path.rpartition(".")[0]
+
+
+def _explain(call: Call, stored: Mapping[str, Tensor], section: str) -> Found:
+    """The tensors that give what an attention module computes.
+
+    Raises
+    ------
+    HeadgramError
+        Says which role no tensor gives.
+    """
+    heads, _, rank = call.query.shape
+    reading = call.reading
+    if reading is None or reading.given is None or reading.project is None:
+        raise HeadgramError("hands its heads to no output projection")
+    value_rank = reading.value.shape[-1]
+    weight: Any = reading.project.weight
+    width = next((side for side in weight.shape[::-1] if side != heads * value_rank), heads * value_rank)
+    missing = ""
+    for layout in _TRIED:
+        for kv_heads in (count for count in range(heads, 0, -1) if heads % count == 0):
+            dims = Dimensions(heads, kv_heads, rank, call.x.shape[-1], value_rank, width)
+            try:
+                names, missing = _fits(layout, dims, call, stored)
+            except HeadgramError:
+                continue
+            if not missing:
+                counts = {"heads": heads, "kv_heads": kv_heads, "rank": rank, "hidden": dims.hidden, "value_rank": value_rank}
+                notes = set(call.between)
+                if not bool((reading.weights.sum(-1) - 1).abs().max() < 1e-2):
+                    notes.add("sink")
+                kind = "cross" if call.x.shape != call.y.shape or not torch.equal(call.x, call.y) else "self"
+                return Found(call.module, layout, names, {**counts, "output_width": width}, section, kind, tuple(sorted(notes)))
+    raise HeadgramError(f"no tensor gives its {_worst(call, stored, width)}")
+
+
+def _worst(call: Call, stored: Mapping[str, Tensor], width: int) -> str:
+    """The first role that no tensor gives by itself, for a message."""
+    heads, _, rank = call.query.shape
+    dims = Dimensions(heads, heads, rank, call.x.shape[-1], rank, width)
+    for kv_heads in (count for count in range(heads, 0, -1) if heads % count == 0):
+        dims = Dimensions(heads, kv_heads, rank, call.x.shape[-1], rank, width)
+        lacking = [
+            part.gives[0]
+            for part in LAYOUTS["separate"]
+            if not any(
+                _given(part, dims, {part.reads[0]: one}, call)
+                for one in stored.values()
+                if part.shapes(dims)[part.reads[0]] == tuple(one.shape)
+            )
+        ]
+        if "key" not in lacking:
+            break
+    return ", ".join(lacking) or "roles in one layout"
+
+
+def _fits(layout: str, dims: Dimensions, call: Call, stored: Mapping[str, Tensor]) -> tuple[dict[str, str], str]:
+    """What the layout reads -> the name of the tensor that gives it; and the roles of the first part that none gives."""
+    names: dict[str, str] = {}
+    for part in LAYOUTS[layout]:
+        shapes = part.shapes(dims)
+        (read,) = part.reads
+        source = {"key": call.y, "value": call.z}.get(part.gives[0], call.x)
+        if source.shape[-1] != dims.hidden:
+            return names, "key, because keys read another width than queries"
+        fitting = [name for name, tensor in stored.items() if tuple(tensor.shape) == shapes[read]]
+        name = next((name for name in fitting if _given(part, dims, {read: stored[name]}, call)), None)
+        if name is None:
+            return names, ", ".join(part.gives)
+        names[read] = name
+    return names, ""
+
+
+def _given(part: Any, dims: Dimensions, tensors: Factors, call: Call) -> bool:
+    factors = part.split(dims, **tensors)
+    return all(_gives(role, factor, call) for role, factor in factors.items())
+
+
+def _gives(role: str, factor: Float[Tensor, "heads rank width"], call: Call) -> bool:
+    reading = call.reading
+    assert reading is not None
+    assert reading.given is not None
+    if role == "output":
+        heads, value_rank = reading.value.shape[0], reading.value.shape[-1]
+        if factor.shape[:2] != (heads, value_rank):
+            return False
+        given = reading.heads.transpose(0, 1).flatten(1)
+        return _same(given, reading.given) and _same(reading.heads @ factor, reading.written(reading.heads))
+    x, theirs = {"query": (call.x, call.query), "key": (call.y, call.key), "value": (call.z, reading.value)}[role]
+    if factor.shape[-1] != x.shape[-1]:
+        return False
+    ours = x @ factor.repeat_interleave(len(theirs) // len(factor), 0).transpose(1, 2)
+    return _same(ours, theirs)
+
+
+def _same(ours: Tensor, theirs: Tensor) -> bool:
+    """Whether two are equal up to one positive number."""
+    if ours.shape != theirs.shape:
+        return False
+    scale = float((ours * theirs).sum() / (ours * ours).sum())
+    return scale > 0 and float((ours * scale - theirs).abs().max() / theirs.abs().max()) < _TOLERANCE

@@ -1,0 +1,173 @@
+"use strict";
+// The models' arrays: how they are unpacked, and what the pictures read of them.
+
+// ---- Packs: see pack.py ------------------------------------------------------------------------------------------------
+
+async function unpack(text) {
+  const compressed = Uint8Array.from(atob(text), (character) => character.charCodeAt(0));
+  const stream = new Blob([compressed]).stream().pipeThrough(new DecompressionStream("gzip"));
+  const bytes = new Uint8Array(await new Response(stream).arrayBuffer());
+  const length = new DataView(bytes.buffer).getUint32(0, true);
+  const header = JSON.parse(new TextDecoder().decode(bytes.subarray(4, 4 + length)));
+  const planes = bytes.subarray(4 + length);
+  const count = planes.length / 4;
+  const numbers = new Uint8Array(planes.length);
+  for (let plane = 0; plane < 4; plane++) {
+    for (let i = 0; i < count; i++) numbers[4 * i + plane] = planes[plane * count + i];
+  }
+  const floats = new Float32Array(numbers.buffer);
+  const arrays = {};
+  let start = 0;
+  for (const [name, shape] of header.arrays) {
+    const size = shape.reduce((product, each) => product * each, 1);
+    arrays[name] = { shape, data: floats.subarray(start, start + size) };
+    start += size;
+  }
+  return { meta: header.meta, arrays };
+}
+
+const models = new Map(); // name -> promise of its arrays
+const awaited = new Map(); // name -> what a script beside the page calls when it has loaded
+
+function loadModel(name) {
+  if (!models.has(name)) {
+    const embedded = element(`pack-${name}`);
+    const text = embedded ? Promise.resolve(embedded.textContent) : loadBeside(name);
+    const loading = text.then(unpack).then((found) => found.arrays);
+    loading.catch(() => models.delete(name));
+    models.set(name, loading);
+  }
+  return models.get(name);
+}
+
+function loadBeside(name) {
+  return new Promise((resolve, reject) => {
+    awaited.set(name, resolve);
+    const script = document.createElement("script");
+    script.src = `data/${name.split("/").map(encodeURIComponent).join("/")}.js`;
+    script.onerror = () => reject(new Error(`The data of ${name} are not there: they lie beside this page, in data/${name}.js.`));
+    document.head.append(script);
+  });
+}
+
+// ---- Numbers -----------------------------------------------------------------------------------------------------------
+
+const labelled = new Intl.NumberFormat("en", { maximumSignificantDigits: 4, useGrouping: false });
+const scientific = (value) => value.toExponential(2).replace("e+", "e");
+
+function show(value) {
+  const size = Math.abs(value);
+  return (size !== 0 && (size < 1e-3 || size >= 1e6) ? scientific(value) : labelled.format(value)).replace("-", "−");
+}
+
+function quantile(values, share) {
+  const sorted = Float32Array.from(values).sort();
+  return sorted.length ? sorted[Math.min(sorted.length - 1, Math.floor(share * sorted.length))] : 0;
+}
+
+/** What the pictures read of the chosen stack; everything derived is computed once. */
+class StackData {
+  constructor(arrays, name, meta) {
+    this.at = (part) => arrays[`${name}/${part}`];
+    this.feeding = (part) => arrays[`qk/${name.split("/").at(-1)}/feeding/${part}`]; // of both circuits
+    this.meta = meta;
+    this.layers = meta.layer_indices;
+    this.memory = new Map();
+  }
+
+  once(key, compute) {
+    if (!this.memory.has(key)) this.memory.set(key, compute());
+    return this.memory.get(key);
+  }
+
+  /** One column of all heads, layer by layer. */
+  column(name) {
+    const { shape, data } = this.at("heads");
+    const size = shape[1] * shape[2];
+    const place = index.columns.findIndex((column) => column.name === name);
+    return data.subarray(place * size, (place + 1) * size);
+  }
+
+  position(layer) {
+    return this.layers.indexOf(layer);
+  }
+
+  headValue(name, layer, head) {
+    return this.column(name)[this.position(layer) * this.meta.heads + head];
+  }
+
+  /** The share of the stack's heads whose value is not above this one's. */
+  standing(name, value) {
+    const sorted = this.once(`sorted ${name}`, () => Float32Array.from(this.column(name)).sort());
+    return sorted.filter((each) => each <= value).length / sorted.length;
+  }
+
+  /** Cells of a square of layers, of one head or of the mean over heads (head undefined). */
+  square(kind, head) {
+    const values = head === undefined ? this.mean(kind) : this.at(`pairs/${kind}`).data;
+    const [step, offset] = head === undefined ? [1, 0] : [this.meta.heads, head];
+    const count = this.layers.length;
+    const cells = [];
+    for (let a = 0; a < count; a++) {
+      for (let b = 0; b < count; b++) {
+        const [i, j] = a <= b ? [a, b] : [b, a];
+        const pair = i * count - (i * (i - 1)) / 2 + (j - i);
+        cells.push({ layer_a: this.layers[a], layer_b: this.layers[b], value: values[pair * step + offset] });
+      }
+    }
+    return cells;
+  }
+
+  mean(kind) {
+    return this.once(`mean ${kind}`, () => {
+      const { shape: [pairs, heads], data } = this.at(`pairs/${kind}`);
+      return Float32Array.from({ length: pairs }, (_, pair) => {
+        let sum = 0;
+        for (let head = 0; head < heads; head++) sum += data[pair * heads + head];
+        return sum / heads;
+      });
+    });
+  }
+
+  /** How far the colours of a square reach: nearly the largest magnitude off the diagonal, over all heads alike. */
+  reach(kind, mean) {
+    return this.once(`reach ${kind} ${mean}`, () => {
+      const count = this.layers.length;
+      const values = mean ? this.mean(kind) : this.at(`pairs/${kind}`).data;
+      const heads = mean ? 1 : this.meta.heads;
+      const found = [];
+      for (let a = 0, pair = 0; a < count; a++) {
+        for (let b = a; b < count; b++, pair++) {
+          if (b > a) for (let head = 0; head < heads; head++) found.push(Math.abs(values[pair * heads + head]));
+        }
+      }
+      return quantile(found, 0.998) || 1;
+    });
+  }
+
+  /** Rows of a spectrum: of all heads of a layer but one, or of that one. */
+  lines(part, layer, head, chosen) {
+    const { shape: [, heads, length], data } = this.at(part);
+    const start = this.position(layer) * heads;
+    const wanted = chosen ? [head] : [...Array(heads).keys()].filter((each) => each !== head);
+    return wanted.flatMap((each) =>
+      Array.from({ length }, (_, i) => ({ head: each, index: i, value: data[(start + each) * length + i] })));
+  }
+
+  /** The largest magnitude in the spectra of a layer. */
+  largest(part, layer) {
+    const { shape: [, heads, length], data } = this.at(part);
+    const start = this.position(layer) * heads * length;
+    return data.subarray(start, start + heads * length).reduce((most, value) => Math.max(most, Math.abs(value)), 0);
+  }
+
+  neighbours(measure, layer, head) {
+    const found = this.at(`neighbours/${measure}`);
+    if (!found) return [];
+    const { shape: [, layers, heads, count], data } = found;
+    const size = layers * heads * count;
+    const start = (this.position(layer) * heads + head) * count;
+    return Array.from({ length: count }, (_, i) =>
+      ({ layer: data[start + i], head: data[size + start + i], value: data[2 * size + start + i] }));
+  }
+}

@@ -1,0 +1,85 @@
+// Light and dark, and colours of heatmaps, which are held against chance.
+
+// ---- Themes ------------------------------------------------------------------------------------------------------------
+
+const FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, 'DejaVu Sans', sans-serif";
+const THEMES = {
+  light: {
+    text: "#3c444d", grid: "#e3e6ea", ink: "#14181c", halo: "#ffffff", accent: "#c8500a", quiet: "#8a939c",
+    diverging: ["#1f4e9c", "#5a8fd0", "#b4cfea", "#f5f4f2", "#f3c69a", "#d98032", "#8f4a06"],
+    series: ["#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#5b6570", "#a39200"],
+  },
+  dark: {
+    text: "#c3cad2", grid: "#2e353d", ink: "#ffffff", halo: "#14181c", accent: "#ff9a4d", quiet: "#7d8894",
+    diverging: ["#9cc8ff", "#5a93dc", "#2f5384", "#23282e", "#7a4a20", "#d58436", "#ffc285"],
+    series: ["#56b4e9", "#ff8a3d", "#2fc79a", "#e59ac4", "#f0e442", "#e69f00", "#b8c0c8", "#8f9fff"],
+  },
+};
+const prefersDark = matchMedia("(prefers-color-scheme: dark)");
+const prints = matchMedia("print"); // on white, whatever the screen shows
+const themeName = () => (prints.matches ? "light" : state.theme in THEMES ? state.theme : prefersDark.matches ? "dark" : "light");
+const theme = () => THEMES[themeName()];
+
+function vegaConfig() {
+  const { text, grid, series } = theme();
+  const words = { labelColor: text, titleColor: text, labelFont: FONT, titleFont: FONT, titleFontWeight: 500, labelFontSize: 11, titleFontSize: 11 };
+  return {
+    axis: { ...words, gridColor: grid, domainColor: grid, tickColor: grid, titlePadding: 6 },
+    legend: { ...words, labelFontSize: 11, symbolSize: 90 },
+    style: { cell: { stroke: "transparent" } },
+    range: { category: series },
+  };
+}
+
+// ---- Colours of heatmaps -----------------------------------------------------------------------------------------------
+
+/** `marks` are the values that the bar names, and what it calls them. */
+function setColours(spec, { type = "linear", domain, range, marks }) {
+  const scale = spec.scales.find((each) => each.name === "color");
+  Object.assign(scale, { type, domain, range: { scheme: range } });
+  delete scale.interpolate;
+  const largest = Math.max(...domain.map(Math.abs));
+  spec.legends[0].format = largest >= 1e3 ? "~s" : largest < 1e-3 ? "~e" : "~g";
+  if (!marks) return;
+  const [values, names] = [marks.map(([value]) => value), marks.map(([value, name]) => name ?? show(Number(value.toPrecision(2))))];
+  const text = { signal: `${JSON.stringify(names)}[indexof(${JSON.stringify(values)}, datum.value)]` };
+  Object.assign(spec.legends[0], { values, encode: { labels: { update: { text } } } });
+}
+
+const chanceOf = (name) => currentStack().chance[name];
+
+/** Colours of what may lie on either side of a centre: they reach so far that what chance gives is pale, and the bar marks it. */
+function around(centre, largest, best = 0) {
+  const reach = Math.max(largest, index.pale * best) || 1;
+  const chance = best > reach / 5 ? [[centre - best, "chance"], [centre + best, "chance"]] : [[centre, best ? "chance" : undefined]];
+  return { domain: [centre - reach, centre + reach], range: theme().diverging, marks: [[centre - reach], ...chance, [centre + reach]] };
+}
+
+/** The same for what is 0 at least. */
+function above({ mean }, largest, best) {
+  const reach = Math.max(largest, Math.min(1, index.pale * (mean + best))) || 1;
+  const between = reach > 4 * mean ? [[reach / 2]] : [];
+  return { domain: [0, reach], range: "viridis", marks: [[mean, "chance"], ...between, [reach]] };
+}
+
+/** A value against chance, in words. */
+function againstChance(name, value, ofMean = false) {
+  const { mean, deviation } = chanceOf(name) ?? {};
+  if (!deviation) return [];
+  if (["right", "left", "signed"].includes(name)) return [`${show(Number((value / mean).toPrecision(3)))} × chance`];
+  const unit = ofMean ? deviation / Math.sqrt(currentStack().heads) : deviation;
+  return [`${show(Number(((value - mean) / unit).toPrecision(2)))} deviations from chance`];
+}
+
+function columnColours(data) {
+  const { name, centre } = index.columns.find((column) => column.name === state.column);
+  const values = data.column(name);
+  if (centre !== null) {
+    const middle = chanceOf(name)?.mean ?? centre;
+    return around(middle, quantile(values.map((value) => Math.abs(value - middle)), 0.99), chanceOf(name)?.best);
+  }
+  const [low, high] = [quantile(values, 0), quantile(values, 1)];
+  if (spansDecades(low, high)) return { type: "log", domain: [low, high], range: "viridis" };
+  const [first, last] = [quantile(values, 0.01), quantile(values, 0.99)];
+  return { domain: first < last ? [first, last] : [low, low + 1], range: "viridis" };
+}

@@ -1,0 +1,314 @@
+"""Locks, records, tables and lists that somebody forged are refused or named, whatever they hold."""
+
+import contextlib
+import copy
+import json
+import os
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from locked import locked_llama
+
+from headgram.atlas.repair import repair
+from headgram.atlas.verify import verify
+from headgram.errors import HeadgramError, UnknownTypeError
+from headgram.results.asked import ask_for, asked_for, given_to
+from headgram.results.claims import Writing, claim, claimed, settle
+from headgram.results.paths import DERIVED, MERGED, Results
+from headgram.results.record import Identity, Provenance, _sealed_text, canonical, is_fresh, parquet_metadata, read_record, seal
+from headgram.results.tables import TABLES
+from headgram.run.startup import _read_sightings
+from headgram.study.lock import Lock, lock_path, missing_rows, read_lock, write_lock
+from headgram.study.manifest import read_manifest
+from headgram.study.options import Config, read_options
+from headgram.study.plan import make_plan
+
+SCRIPTS = Path(__file__).parents[2] / "workflow" / "scripts"
+PER_CASE = settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+
+#: What may stand in the place of anything in JSON.
+VALUES: list[Any] = [
+    None, True, -1, 0, 1.5, 2**63, 10**400, -(10**400), "", "12", "../../x", "/etc/passwd", "a\0b", "\x1b[2J",
+    "x" * 10**5, [], {}, [[]],    [None], ["x"], [1, 1], [10**400], {"": {}}, {"../x": 1}, {"a": [1]}, [[[[[[]]]]]] * 9,
+]  # fmt: skip
+
+
+def places(value: Any, above: tuple = ()) -> Iterator[tuple]:
+    """The way to every value in JSON."""
+    yield above
+    if isinstance(value, dict | list):
+        for key, inner in value.items() if isinstance(value, dict) else enumerate(value):
+            yield from places(inner, (*above, key))
+
+
+def changed(value: Any, place: tuple, change: Any) -> Any:
+    """JSON with another value at a place; where `change` is Ellipsis, with none."""
+    if not place:
+        return change
+    value = copy.deepcopy(value)
+    inner = value
+    for key in place[:-1]:
+        inner = inner[key]
+    if change is ...:
+        del inner[place[-1]]
+    else:
+        inner[place[-1]] = change
+    return value
+
+
+# ---- the lock
+
+
+LOCK = Lock(models={"m": locked_llama(layers=2)}).model_dump(mode="json")
+
+
+@given(st.sampled_from(list(places(LOCK))[1:]), st.sampled_from([..., *VALUES]))
+@PER_CASE
+def test_any_lock_is_refused_in_one_sentence_or_can_be_planned(tmp_path, place, value):
+    path = lock_path(tmp_path / "models.tsv")
+    path.write_text(json.dumps(changed(LOCK, place, value)) if value != 10**400 else big(changed(LOCK, place, "BIG")))
+    try:
+        lock = read_lock(path)
+    except HeadgramError as error:
+        sentence = str(error)
+        assert sentence.isprintable() and "delete it" in sentence  # noqa: PT018
+        return
+    (tmp_path / "models.tsv").write_text("name\tsource\nm\tmodels/m\n")
+    missing_rows(read_manifest(tmp_path / "models.tsv").rows, lock)
+    with contextlib.suppress(UnknownTypeError):
+        records = make_plan(lock.models, Config(), SCRIPTS).records()
+        assert len(records) < 100
+        assert all(".." not in name and not name.startswith("/") for name in records)
+
+
+def big(value: Any) -> str:
+    return json.dumps(value).replace('"BIG"', "1" + "0" * 400)
+
+
+def test_a_key_that_stands_twice_in_a_lock_is_refused(tmp_path):
+    text = json.dumps(LOCK)
+    for name in ("models", "m", "stacks", "rank", "fingerprint"):
+        (tmp_path / "a.lock.json").write_text(text.replace(f'"{name}": ', f'"{name}": 1, "{name}": ', 1))
+        with pytest.raises(HeadgramError, match=f"the key '{name}' stands there twice"):
+            read_lock(tmp_path / "a.lock.json")
+
+
+def test_what_is_locked_can_be_read(tmp_path):
+    write_lock(tmp_path / "a.lock.json", {"m": locked_llama()})
+    assert read_lock(tmp_path / "a.lock.json").models == {"m": locked_llama()}
+
+
+# ---- a results folder of one model, with tables of one row
+
+
+def table_of(schema: pa.Schema) -> pa.Table:
+    """One row."""
+    columns = {field.name: pa.array(["qk" if field.type == pa.string() else 0]).cast(field.type) for field in schema}
+    return pa.table(columns, schema=schema)
+
+
+def write(path: Path, table: pa.Table, metadata: dict | None) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pq.write_table(table.replace_schema_metadata(metadata), path)
+    return path
+
+
+MERGE, DERIVE = Identity("merge", "{}", "f", "c"), Identity("derive", "{}", "f", "c")
+
+
+@pytest.fixture
+def results(tmp_path) -> Path:
+    return made(tmp_path / "results")
+
+
+def made(results: Path) -> Path:
+    paths = Results(str(results))
+    for identity, tables in ((MERGE, MERGED), (DERIVE, DERIVED)):
+        provenance = Provenance(identity, "m", None)
+        data = [write(Path(paths.table(name, "m")), table_of(TABLES[name]), parquet_metadata(provenance)) for name in tables]
+        seal_again(Path(paths.record(identity.stage, "m")), data, provenance)
+    return results
+
+
+def seal_again(record: Path, data: list[Path], provenance: Provenance) -> None:
+    record.parent.mkdir(parents=True, exist_ok=True)
+    seal(record, provenance, data)
+
+
+def sentences(results: Path) -> list[str]:
+    found = [finding.sentence for finding in verify(results)[1]]
+    assert all(isinstance(sentence, str) and str(HeadgramError(sentence)).isprintable() for sentence in found)
+    return found
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory) -> list[str]:
+    """What verify says of the tables of one row as they are: their numbers are made up."""
+    results = made(tmp_path_factory.mktemp("whole") / "results")
+    return [sentence.replace(str(results), "") for sentence in sentences(results)]
+
+
+@pytest.fixture(scope="module")
+def record_content(tmp_path_factory) -> dict:
+    return json.loads((made(tmp_path_factory.mktemp("whole") / "results") / "provenance" / "m.json").read_text())
+
+
+@given(st.data())
+@PER_CASE
+def test_whatever_a_sealed_record_holds_verify_goes_on_to_the_end(tmp_path_factory, record_content, data):
+    results = tmp_path_factory.getbasetemp() / "forged-records"
+    if not results.exists():
+        made(results)
+    place = data.draw(st.sampled_from(list(places(record_content))[1:]), label="place")
+    content = changed(record_content, place, data.draw(st.sampled_from([..., *VALUES]), label="value"))
+    content.pop("record", None)
+    record = results / "provenance" / "m.json"
+    record.write_text(_sealed_text(content), encoding="utf-8")
+    (results / "models.json").write_text("")  # no folder of artifacts
+    (results / "provenance" / "broken.json").write_text("{")
+    found = sentences(results)
+    assert any("broken.json" in sentence for sentence in found)
+    is_fresh(record, "key")
+    with contextlib.suppress(HeadgramError):  # a record that cannot be read says of nothing that it is headgram's
+        claim(results, [Writing(record, [record])])
+    settle(results)
+    assert repair(results, verify(results)[1], {}) is not None
+
+
+#: What may stand in the metadata of a table, given what should.
+METADATA: dict[str, Callable[[dict], bytes | None]] = {
+    "a list": lambda _: b"[1, 2]",
+    "a number": lambda _: b"1",
+    "an empty object": lambda _: b"{}",
+    "nothing": lambda _: None,
+    "no text": lambda _: b"\xff\xfe",
+    "brackets without end": lambda _: b"[" * 10**5,
+    "thousands of digits": lambda _: b"9" * 5000,
+    "another key": lambda said: canonical({**said, "key": "other"}).encode(),
+    "lists of objects": lambda said: canonical({name: [{}] for name in said}).encode(),
+}
+#: What a table may be, given what it should.
+CONTENT: dict[str, Callable[[pa.Table], pa.Table]] = {
+    "no columns": lambda table: table.select([]),
+    "a column less": lambda table: table.drop_columns(table.column_names[-1]),
+    "a column more": lambda table: table.append_column("\x1b[2J", pa.array([1])),
+    "two columns of one name": lambda table: table.append_column(table.column_names[-1], pa.array([1])),
+    **{
+        f"{value!r:.20} everywhere": lambda table, value=value: pa.table({name: [value] for name in table.column_names})
+        for value in ("x", None, [1.0], {"a": {"b": 1}}, b"\xff", True)
+    },
+    "the largest numbers": lambda table: numbers(table, 2**31 - 1, 1e308),
+    "negative numbers": lambda table: numbers(table, -(2**31), -1e308),
+    "no numbers": lambda table: numbers(table, 0, np.nan),
+    "infinite numbers": lambda table: numbers(table, 0, -np.inf),
+}
+#: What the bytes of a table may be, given what they should.
+BYTES: dict[str, Callable[[bytes], bytes]] = {
+    "nothing": lambda _: b"",
+    "no Parquet": lambda _: b"PAR1" + b"abc" * 300 + b"PAR1",
+    "half of it": lambda content: content[: len(content) // 2],
+    "a broken footer": lambda content: content[:-200] + bytes(192) + content[-8:],
+}
+FORGERIES = [(what, kind) for what, kinds in (("metadata", METADATA), ("content", CONTENT), ("bytes", BYTES)) for kind in kinds]
+
+
+def forge(path: Path, what: str, kind: str, said: dict) -> None:
+    table = read(path)
+    if what == "bytes":
+        path.write_bytes(BYTES[kind](path.read_bytes()))
+    elif what == "content":
+        write(path, CONTENT[kind](table), {b"headgram": canonical(said).encode()})
+    else:
+        text = METADATA[kind](said)
+        write(path, table, None if text is None else {b"headgram": text})
+
+
+def read(path: Path) -> pa.Table:
+    return pq.read_table(path.open("rb"))
+
+
+def numbers(table: pa.Table, integer: int, real: float) -> pa.Table:
+    columns = {field.name: table[field.name] for field in table.schema}
+    for field in table.schema:
+        if pa.types.is_floating(field.type):
+            columns[field.name] = pa.array([real] * len(table)).cast(field.type, safe=False)
+        elif pa.types.is_integer(field.type):
+            columns[field.name] = pa.array([integer] * len(table), type=field.type)
+    return pa.table(columns, schema=table.schema)
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+@pytest.mark.parametrize("name", ["heads", "layers"])
+@pytest.mark.parametrize(("what", "kind"), FORGERIES)
+def test_whatever_a_table_holds_verify_goes_on_to_the_end_and_names_it(results, whole, what, kind, name):
+    """The record is sealed again by somebody who knows how."""
+    identity, tables = (MERGE, MERGED) if name in MERGED else (DERIVE, DERIVED)
+    provenance, paths = Provenance(identity, "m", None), Results(str(results))
+    forge(Path(paths.table(name, "m")), what, kind, dict(provenance.metadata()))
+    seal_again(Path(paths.record(identity.stage, "m")), [Path(paths.table(each, "m")) for each in tables], provenance)
+    (results / "provenance" / "z.json").write_text("{")
+    found = sentences(results)
+    assert any("z.json" in sentence for sentence in found)
+    new = [sentence for sentence in found if sentence.replace(str(results), "") not in whole and "z.json" not in sentence]
+    assert new, found
+
+
+# ---- files without end
+
+
+READERS: dict[str, tuple[str, Callable[[Path], object]]] = {
+    "lock": ("models.lock.json", read_lock),
+    "manifest": ("models.tsv", read_manifest),
+    "options": ("config.yaml", lambda path: read_options(path, {})),
+    "record": ("m.json", read_record),
+    "fresh": ("m.json", lambda path: is_fresh(path, "key")),
+    "claims": (".claims.json", lambda path: claimed(path.parent)),
+    "sightings": (".sources.json", _read_sightings),
+    "plan": (".plan.json", lambda path: (asked_for(path.parent), given_to(path.parent))),
+    "a run's beginning": (".plan.json", lambda path: ask_for(path.parent, {})),
+}
+
+
+TEXTS = {
+    "no text": b"\xff\xfe",
+    "surrogates": b'{"a": "\\ud800"}',
+    "nested": b"[" * 10**6,
+    "a list": b"[]",
+    "digits": b"9" * 10**4,
+}
+
+
+@pytest.mark.parametrize("reader", READERS)
+@pytest.mark.parametrize(
+    "kind", ["pipe", "/dev/zero", "folder", "a terabyte", "not text", "surrogates", "nested", "a list", "digits"]
+)
+def test_a_file_of_a_study_that_never_ends_or_is_none_is_no_trap(tmp_path, reader, kind):
+    name, read = READERS[reader]
+    path = tmp_path / name
+    if kind == "pipe":
+        os.mkfifo(path)
+    elif kind == "folder":
+        path.mkdir()
+    elif kind == "a terabyte":
+        with path.open("wb") as file:
+            file.truncate(2**40)
+    elif kind in TEXTS:
+        path.write_bytes(TEXTS[kind])
+    else:
+        path.symlink_to(kind)
+    start = time.monotonic()
+    try:
+        read(path)
+    except HeadgramError as error:
+        assert all(line.isprintable() for line in str(error).splitlines())  # noqa: PT017
+    except OSError as error:
+        assert reader == "a run's beginning", error  # noqa: PT017  (said by the run that begins)
+    assert time.monotonic() - start < 10

@@ -1,0 +1,23 @@
+# A model's directions, and its embeddings -> the tokens that project most on each direction.
+rule tokens:
+    input:
+        unpack(tokens_input),
+    output:
+        table=PATHS.table("tokens", "{model}"),
+        record=RECORDS["tokens"],
+    log:
+        PATHS.log("tokens", "{model}"),
+    conda:
+        ENVIRONMENT
+    threads: 1
+    resources:
+        gpu=GPUS,
+        mem_mb=memory_mb,
+    params:
+        identity=identity_of("tokens"),
+        order=order_of("tokens"),
+        entry=locked_entry,
+    message:
+        "Tokens of the directions of {wildcards.model}"
+    script:
+        "../scripts/tokens.py"
