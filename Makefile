@@ -9,7 +9,7 @@ SEED ?= 0
 NUMPY = $(shell sed -n 's/^numpy==//p' envs/requirements.txt)
 CORES ?= $(shell nproc 2>/dev/null || sysctl -n hw.ncpu)
 
-.PHONY: help run report test test-fast test-gpu lint format docs notebook pictures bench bench-gpu chaos lineage audit walk families bytes config-docs lock-requirements clean
+.PHONY: help run report test test-fast test-gpu peers test-peers lint format docs notebook pictures bench bench-gpu chaos lineage audit walk families bytes config-docs lock-requirements clean
 
 help: ## What each command does
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-18s %s\n", $$1, $$2}'
@@ -71,9 +71,14 @@ audit: ## Known vulnerabilities of every pinned package; asks PyPI's advisory se
 		-r envs/requirements-dev.txt -r envs/requirements-models.txt -r envs/requirements-audit.txt \
 		-r envs/requirements-peers.txt
 
-bench: $(VENV)/installed-dev ## Time the arithmetic and the pipeline, and renew benchmarks/RESULTS.md; ten quiet minutes
+peers: $(VENV)/installed-dev
 	mkdir -p build
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --upgrade --target build/peers -r envs/requirements-peers.txt
+
+test-peers: peers ## Compositions and eigenvalues against TransformerLens
+	$(BIN)/python -m pytest tests/peers
+
+bench: peers ## Time the arithmetic and the pipeline, and renew benchmarks/RESULTS.md; ten quiet minutes
 	( cat benchmarks/about.md && $(BIN)/python benchmarks/kernels.py --peers build/peers && $(BIN)/python benchmarks/pipeline.py ) > build/bench.md
 	mv build/bench.md benchmarks/RESULTS.md
 

@@ -13,10 +13,12 @@ include: "workflow/rules/eigen.smk"
 include: "workflow/rules/gram.smk"
 include: "workflow/rules/merge.smk"
 include: "workflow/rules/derive.smk"
+include: "workflow/rules/pairs.smk"
 include: "workflow/rules/lineage.smk"
 include: "workflow/rules/composition.smk"
 include: "workflow/rules/tokens.smk"
 include: "workflow/rules/report.smk"
+include: "workflow/rules/handlers.smk"
 
 
 rule all:
@@ -27,26 +29,3 @@ rule all:
         [PATHS.report("index.html"), RECORDS["report"], *reported_figures()]
         if PLAN.config.report.enabled
         else [],
-
-
-def begin_run():
-    with headgram_errors():
-        if workflow.local_exec:
-            require_device(PLAN.config.device)
-        RUN.begin(workflow, beside_outputs)
-
-
-onstart:
-    begin_run()
-
-
-onsuccess:
-    RUN.end()
-
-
-onerror:
-    RUN.end()
-
-
-if not IS_MAIN:
-    add_handlers(workflow, begin_run, RUN.end)

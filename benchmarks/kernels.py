@@ -26,8 +26,9 @@ os.environ["OPENBLAS_NUM_THREADS"] = "1"
 import naive
 import torch
 
-from headgram.forms.circuits import qk, shared_head
-from headgram.geometry.costs import Route, Sizes, flops
+from headgram.forms.circuits import ov, qk, shared_head
+from headgram.geometry.composition import reads, scores, writes
+from headgram.geometry.costs import Route, Sizes, cheapest, flops
 from headgram.geometry.inner import inner_products, sizes_of
 from headgram.geometry.same_index import same_index_products
 from headgram.tensors import gram, spectrum
@@ -64,6 +65,10 @@ SHAPES = (
     Shape("Qwen3-4B", 36, 32, 8, 128, 2560, timed_heads=4, timed_layers=36),
     Shape("Llama-70B", 80, 64, 8, 128, 8192, timed_heads=2, timed_layers=20),
 )
+
+
+#: Pairs of heads that a loop over all of them is timed on.
+SAMPLE = 400
 
 
 def seconds(*timed: Timed, rounds: int, device: str) -> list[float]:
@@ -216,6 +221,27 @@ def all_pairs_table(device: str, rounds: int) -> list[str]:
     return rows
 
 
+def composition_table(device: str, rounds: int) -> list[str]:
+    """A row per shape: K-composition of all heads with all heads, against a loop over pairs, of which some are timed."""
+    rate = gemm_rate(torch.float32, device, 1024)
+    rows = ["| shape | pairs | ours, s | share of the bare rate | loop / ours |", "|---|---|---|---|---|"]
+    for shape in SHAPES[:2]:
+        whole = replace(shape, timed_heads=shape.heads, timed_layers=shape.layers)
+        (q, k), (o, v) = whole.weights(device), whole.weights(device)
+        heads, pairs = qk(q, k), (whole.layers * whole.heads) ** 2
+        ours, loop = seconds(
+            lambda heads=heads, v=v, o=o: scores(reads("k", heads), writes(ov(v, o))),
+            lambda weights=(q, k, v, o): naive.composition(*weights, pairs=SAMPLE),
+            rounds=rounds,
+            device=device,
+        )
+        sizes = replace(sizes_of(heads, heads), same=False, symmetric=True)
+        sizes = replace(sizes, left=sizes.heads, right=sizes.heads)
+        share = flops(cheapest(sizes), sizes) / ours / rate
+        rows.append(f"| {shape.name} | {pairs} | {ours:.2f} | {share:.0%} | {loop / SAMPLE * pairs / ours:.0f} |")
+    return rows
+
+
 def main() -> None:
     """Print the tables."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -237,6 +263,7 @@ def main() -> None:
             print(f"### Growth, {where}\n", *growth_table(device, arguments.rounds), sep="\n", end="\n\n")
         print(f"### Inner products, {where}\n", *pairs_table(device, arguments.rounds), sep="\n", end="\n\n", flush=True)
         print(f"### All heads with all heads, {where}\n", *all_pairs_table(device, arguments.rounds), sep="\n", end="\n\n")
+        print(f"### Composition, {where}\n", *composition_table(device, arguments.rounds), sep="\n", end="\n\n", flush=True)
 
 
 if __name__ == "__main__":

@@ -33,3 +33,18 @@ def gram(w_q: Tensor, w_k: Tensor) -> Tensor:
                 value = float(((k[a, kv] @ k[b, kv].T) * (q[a, head] @ q[b, head].T)).sum())
                 result[a, b, head] = result[b, a, head] = value
     return result
+
+
+def composition(w_q: Tensor, w_k: Tensor, w_v: Tensor, w_o: Tensor, pairs: int) -> list[float]:
+    """K-composition, `‖o_a^T g_b‖ / (‖o_a‖ ‖g_b‖)`, of the first so many pairs of heads, a pair at a time, in float32."""
+    heads = w_q.shape[1]
+    found = []
+    for pair in range(pairs):
+        a, b = pair % (len(w_q) * heads), pair // (len(w_q) * heads)
+        (layer_a, head_a), (layer_b, head_b) = divmod(a, heads), divmod(b, heads)
+        q, k = w_q[layer_b, head_b].float(), w_k[layer_b, head_b * w_k.shape[1] // heads].float()
+        o, v = w_o[layer_a, head_a].float(), w_v[layer_a, head_a * w_v.shape[1] // heads].float()
+        qq, vv, middle = q @ q.T, v @ v.T, o @ k.T
+        composed = ((vv @ middle) * (middle @ qq)).sum()
+        found.append(float((composed / ((k @ k.T) * qq).sum() / ((o @ o.T) * vv).sum()).sqrt()))
+    return found

@@ -12,6 +12,7 @@ the operation that failed, but by the next that waits, and by each one after tha
 from __future__ import annotations
 
 import contextlib
+import os
 import warnings
 import weakref
 from collections import Counter
@@ -157,7 +158,7 @@ class StandIn(TorchFunctionMode):
     def _cuda(self) -> dict[str, Any]:
         """What `torch.cuda` is asked here and in the tests that run on a real GPU."""
         return {
-            "is_available": lambda: True,
+            "is_available": lambda: os.environ.get("CUDA_VISIBLE_DEVICES") != "",
             "empty_cache": lambda: setattr(self, "released", self.released + 1),
             "synchronize": self.waited,
             "current_device": lambda: 0,

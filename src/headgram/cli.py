@@ -86,6 +86,18 @@ def run(
 
 
 @app.command()
+def plan(cost: Annotated[bool, typer.Option("--cost", help="Also what stages cost on GPUs, on paper.")] = False) -> None:
+    """Say how many jobs the locked models of this folder take; nothing is run."""
+    from headgram.run.startup import planned
+    from headgram.study.cost import costs, table
+
+    found = planned({})
+    print(f"{len(found.models)} models, {len(found.records())} jobs")
+    if cost:
+        print(table(costs(found)))
+
+
+@app.command()
 def doctor() -> None:
     """Say what this machine has of what headgram needs: devices, folders, Slurm, and what is missing for which format."""
     from headgram.run.doctor import examine

@@ -10,10 +10,12 @@ from headgram.forms.circuits import qk
 from headgram.geometry import eigen, inner, spectra
 from headgram.geometry.neighbours import span_overlaps
 from headgram.geometry.overlaps import overlaps
+from headgram.geometry.projections import projections
 from headgram.geometry.scores import layer_scores
 from headgram.results.factors import write_factors
 from headgram.results.record import Identity, Provenance, record_of, seal
 from headgram.results.tables import read_table
+from headgram.stages.composition import Composed, compose
 from headgram.stages.eigen import measure_shard
 from headgram.stages.gram import measure_row
 from headgram.study.options import Config
@@ -144,6 +146,38 @@ def test_a_shard_and_a_row_are_those_of_the_cpu(tmp_path):
     for name in ("right", "left", "signed"):
         assert (tensors["cuda"][name] * tensors["cpu"][name]).sum(-1).min() > 0.999
     assert (tensors["cuda"]["original_eig_dirs"] * tensors["cpu"]["original_eig_dirs"]).sum(-1).abs().min() > 0.999
+
+
+def test_compositions_and_projections_are_those_of_the_cpu(tmp_path):
+    files, keys = {"self": {}}, []
+    for circuit, roles, seed in (("qk", ("query", "key"), 0), ("ov", ("output", "value"), 1)):
+        extract = Identity("extract", "{}", circuit, "c")
+        keys.append(extract.key)
+        path = tmp_path / circuit / "layers-000-003.pt"
+        write_factors(path, range(4), dict(zip(roles, weights(4, 8, 4, 16, 96, torch.bfloat16, seed=seed), strict=True)))
+        seal(record_of(path), Provenance(extract, "m", "self", circuit), [path])
+        files["self"][circuit] = [path]
+    tables = {}
+    for device in ("cpu", "cuda"):
+        names = ("composition.parquet", "channels.parquet", "directions.pt", "record.json")
+        composed = Composed(*(tmp_path / device / name for name in names))
+        provenance = Provenance(Identity("composition", "{}", "f", "c", tuple(keys)), "m", None, device=device)
+        compose(files, composed, Config(), provenance)
+        tables[device] = [read_table(path).to_pandas() for path in (composed.composition, composed.channels)]
+    for found, known in zip(tables["cuda"], tables["cpu"], strict=True):
+        place = ["stack", "kind", "layer_a", "head_a", "layer_b", "head_b"]  # equally strong pairs may change places
+        numbers = known.columns.difference([*place, "place"])
+        one, other = (frame.set_index(place)[numbers].sort_index() for frame in (found, known))
+        assert one.index.equals(other.index)
+        torch.testing.assert_close(torch.tensor(one.to_numpy()), torch.tensor(other.to_numpy()), rtol=1e-4, atol=1e-4)
+
+    directions = torch.nn.functional.normalize(torch.randn(30, 64, generator=torch.Generator().manual_seed(2)), dim=1)
+    rows = torch.randn(500, 64, generator=torch.Generator().manual_seed(3)).bfloat16()
+    found, known = (
+        projections(directions.to(device), [each.to(device) for each in rows.split(99)], 4) for device in ("cuda", "cpu")
+    )
+    for name in ("values", "deviations", "share"):
+        torch.testing.assert_close(getattr(found, name), getattr(known, name), rtol=1e-4, atol=1e-5)
 
 
 def test_where_memory_runs_out_half_as_many_heads_are_measured(caplog, crowd):

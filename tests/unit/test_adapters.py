@@ -180,10 +180,19 @@ def change(folder: Path, name: str = "adapter_config.json", **values) -> None:
     path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
 
 
-@pytest.fixture
-def pair(tmp_path):
+@pytest.fixture(scope="module")
+def original(tmp_path_factory):
     """A base and a plain adapter of it."""
-    adapter(tmp_path / "adapter", base(tmp_path / "base"))
+    folder = tmp_path_factory.mktemp("pair")
+    adapter(folder / "adapter", base(folder / "base"))
+    return folder
+
+
+@pytest.fixture
+def pair(original, tmp_path):
+    """A copy of both, which a test may change."""
+    shutil.copytree(original, tmp_path, dirs_exist_ok=True)
+    change(tmp_path / "adapter", base_model_name_or_path=str(tmp_path / "base"))
     return tmp_path
 
 
@@ -297,6 +306,44 @@ def test_factors_that_are_refused(pair, kind):
         open_checkpoint(pair / "adapter")
 
 
+def edited(path: Path, **edits: Tensor | None) -> None:
+    tensors = load_file(path) | edits
+    save_file({name: tensor for name, tensor in tensors.items() if tensor is not None}, path)
+
+
+def test_a_head_that_is_tied_in_the_base_keeps_nothing_else_from_being_read(pair):
+    """An adapter of `lm_head`, which a base with tied tables does not store."""
+    edited(pair / "base" / "model.safetensors", **{"lm_head.weight": None})
+    head = "base_model.model.lm_head"
+    factors = {f"{head}.lora_A.weight": torch.ones(4, 32), f"{head}.lora_B.weight": torch.ones(16, 4)}
+    edited(pair / "adapter" / "adapter_model.safetensors", **factors)
+    with open_checkpoint(pair / "adapter") as checkpoint:
+        assert checkpoint.stacks[0].dtype == "F32+LoRA"
+        with pytest.raises(HeadgramError, match="under no name of its own"):
+            checkpoint._store.dtype("lm_head.weight")
+
+
+def test_modules_that_are_saved_whole_under_every_name(pair):
+    """Peft has called them in several ways."""
+    key = "model.layers.1.self_attn.k_proj"
+    whole = torch.full((16, 32), 3.0)
+    path = pair / "adapter" / "adapter_model.safetensors"
+    for which in "AB":
+        edited(path, **{f"base_model.model.{key}.lora_{which}.weight": None})
+    edited(path, **{f"base_model.model.{key}.original_module.weight": torch.zeros(16, 32)})
+    for name in ("weight", "modules_to_save.weight", "modules_to_save.default.weight"):
+        edited(path, **{f"base_model.model.{key}.{name}": whole})
+        with open_checkpoint(pair / "adapter") as checkpoint:
+            assert torch.equal(checkpoint.qk("self", 1)[1].flatten(0, 1), whole)
+        edited(path, **{f"base_model.model.{key}.{name}": None})
+
+
+def test_a_weight_that_is_replaced_and_changed_is_refused(pair):
+    edited(pair / "adapter" / "adapter_model.safetensors", **{f"{KEY}.modules_to_save.weight": torch.zeros(32, 32)})
+    with pytest.raises(HeadgramError, match="both replaces and changes"):
+        open_checkpoint(pair / "adapter")
+
+
 def test_a_nan_in_a_factor_is_refused(pair):
     path = pair / "adapter" / "adapter_model.safetensors"
     tensors = load_file(path)
@@ -327,3 +374,31 @@ def test_names_that_anchored_patterns_cannot_be_held_against_are_refused(tmp_pat
     change(tmp_path, alpha_pattern={"o_proj": 32}, rank_pattern={"q_proj": 2, "1.self_attn.k_proj": 3})
     with open_checkpoint(tmp_path) as checkpoint:
         assert checkpoint.stacks[0].dtype == "F32+LoRA"
+
+
+STRANGE = [
+    None, True, -1, 0, 10**400, math.inf, "", "\0", "a" * 5000, "../../etc", [], [[]], {}, {"(a|a)*$": 1}, {"": -1}, {"q": "x"},
+]  # fmt: skip
+SETTINGS = [
+    "peft_type", "base_model_name_or_path", "revision", "r", "lora_alpha", "rank_pattern", "alpha_pattern", "fan_in_fan_out",
+    "use_rslora", "use_dora", "init_lora_weights", "modules_to_save", "target_parameters", "layer_replication", "new_config",
+]  # fmt: skip
+
+
+def refusal(source: Path) -> str:
+    """The sentence that a source is refused with; empty if it is read."""
+    try:
+        with open_checkpoint(source) as checkpoint:
+            checkpoint.qk("self", 0)
+    except HeadgramError as error:
+        return str(error)
+    return ""
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_strange_settings_are_read_or_refused_in_a_sentence(pair, name):
+    for value in STRANGE:
+        change(pair / "adapter", **{name: value})
+        sentence = refusal(pair / "adapter")
+        assert "\n" not in sentence
+        assert len(sentence) < 800

@@ -316,7 +316,7 @@ def test_a_type_that_is_claimed_or_adopted_has_its_layout_alone(tmp_path: Path) 
     folder = saved(model, tmp_path)
     with open_checkpoint(folder, overrides={"model_type": "afmoe"}) as checkpoint:
         assert checkpoint.stack("self").roles == ("query", "key", "value", "output")
-        with pytest.raises(HeadgramError, match="no role 'norm' to read: the checkpoint's own type is not 'afmoe'"):
+        with pytest.raises(HeadgramError, match="no role 'norm' to read: .* the layout of 'afmoe' alone"):
             _ = checkpoint.around("self", 0).norm
         with pytest.raises(HeadgramError, match="no embedding to read"):
             checkpoint.embedding()

@@ -8,7 +8,6 @@ import torch
 
 from headgram.forms.circuits import ov, qk
 from headgram.geometry.composition import KINDS
-from headgram.results import factors
 from headgram.results.factors import write_factors
 from headgram.results.record import Identity, Provenance, read_record, record_of, seal
 from headgram.results.tables import read_table
@@ -51,7 +50,7 @@ def measured(folder: Path, extracted):
 @pytest.mark.parametrize("block", [2**30, 4 * 5 * WIDTH * 4, 4 * 5 * WIDTH * 3])
 def test_every_pair_of_an_earlier_and_a_later_layer(tmp_path, extracted, block, monkeypatch):
     """Whether a block holds all layers, one, or a part of one."""
-    monkeypatch.setattr(factors, "_BLOCK_BYTES", block)
+    monkeypatch.setattr("headgram.geometry.costs.BLOCK_BYTES", block)
     composed = measured(tmp_path / "results", extracted)
     table = read_table(composed.composition).to_pandas()
     assert list(table.groupby(["stack", "kind"], sort=False).groups) == [*(("decoder", kind) for kind in KINDS), ("cross", "q")]

@@ -109,7 +109,7 @@ def test_blocks_of_any_size_give_the_same(every, tmp_path, weights, monkeypatch)
     path, provenance = weights
     found = []
     for size in (2**30, 4 * 3 * 8 * 4 * 2, 4 * 3 * 8 * 4, 4 * 3 * 8 * 3):
-        monkeypatch.setattr("headgram.results.factors._BLOCK_BYTES", size)
+        monkeypatch.setattr("headgram.geometry.costs.BLOCK_BYTES", size)
         row = tmp_path / f"row-{size:03d}.parquet"
         stage.measure_row(row, [path], [[0, 1, 2], [3, 4, 5]], every, CONFIG, provenance)
         found.append(read_table(row).to_pandas())

@@ -252,7 +252,8 @@ def test_paper_is_white_and_has_no_buttons(chrome, path):
         assert found.page.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(255, 255, 255)"
         assert found.page.evaluate("headgram.view('strip').signal('ink')") == "#14181c"
         assert not any(button.is_visible() for button in found.page.locator("button:not(.link)").all())
-        heights = "[...document.querySelectorAll('.picture canvas')].map(each => each.getBoundingClientRect().height)"
+        shown = "[...document.querySelectorAll('.card:not([hidden]) .picture canvas')]"
+        heights = f"{shown}.map(each => each.getBoundingClientRect().height)"
         assert min(found.page.evaluate(heights)) > 150
         found.screenshot("paper")
         assert found.page.pdf().startswith(b"%PDF")

@@ -204,6 +204,7 @@ REFUSED = {
     ),
     "no scale of blocks": ("blocks", INVERSE, None, "its scale is missing"),
     "no scale of groups": ("modelopt, MXFP4", "weight_scale", None, "its scale is missing"),
+    "two scales": ("blocks", "weight_scale", torch.ones(()), "two kinds of scales, weight_scale_inv and weight_scale"),
     "no second scale": ("modelopt, NVFP4", "weight_scale_2", None, "lack the second scale"),
     "a second scale too many": ("modelopt, a tensor", "weight_scale_2", torch.ones(()), "have a second scale"),
     "no weight": ("torchao, rows", "_weight_qdata", None, "its part _weight_qdata is missing"),

@@ -80,17 +80,20 @@ class AdaptedStore(View):
         return [*self._untouched, *self._changes]
 
     def shape(self, name: str) -> tuple[int, ...]:
+        self._check_readable(name)
         shape = self._store.shape(self.sources(name)[0])
         if (change := self._changes.get(name)) and change.factors:
             self._is_transposed(name, change, shape)
         return shape
 
     def dtype(self, name: str) -> str:
-        change = self._changes.get(name)
-        if change and change.problem:
-            raise HeadgramError(change.problem)
+        self._check_readable(name)
         words = [self._store.dtype(source) for source in self.sources(name)]
         return f"{words[0]}+LoRA" if len(words) > 1 else words[0]
+
+    def _check_readable(self, name: str) -> None:
+        if (change := self._changes.get(name)) and change.problem:
+            raise HeadgramError(change.problem)
 
     def pin(self, names: Iterable[str]) -> str | None:
         names = list(names)

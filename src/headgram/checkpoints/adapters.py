@@ -27,7 +27,7 @@ _FACTOR = re.compile(
     r"(?P<module>.+)\.(?P<part>lora_(?:embedding_)?[AB]|lora_magnitude_vector)"
     r"(?:\.(?!weight$|bias$)(?P<adapter>[^.]+))?(?:\.(?P<leaf>weight|bias))?"
 )
-_SAVED = re.compile(r"(?P<module>.+)\.modules_to_save\.(?P<adapter>[^.]+)\.(?P<leaf>[^.]+)")
+_SAVED = re.compile(r"(?P<module>.+)\.modules_to_save(?:\.(?P<adapter>[^.]+))?\.(?P<leaf>[^.]+)")
 #: Settings of variants whose result is not `W + s B A`, and why.
 _OTHER_VARIANTS = {
     "alora_invocation_tokens": "it acts on the tokens after its invocation only",
@@ -148,18 +148,25 @@ def merged(base: TensorStore, adapter: TensorStore, config: Mapping[str, Any], w
     homes = _Homes(base.names(), where)
     changes: dict[str, Change] = {}
     for module, parts in factors.items():
-        home = homes.find(module, needed=not config.get("target_parameters"))
+        home = homes.find(module, needed=not config.get("target_parameters") and _is_in_a_layer(module))
+        stored = {part: _ADAPTER + key for part, key in parts.items()}
         if home is not None:
-            stored = {part: _ADAPTER + key for part, key in parts.items()}
             changes |= _changes_of(both, home, module, stored, settings)
+        else:
+            problem = (
+                f"the adapter changes {module!r:.200}, which its base has under no name of its own: it may be tied to another"
+            )
+            changes[f"{module}.weight"] = Change(next(iter(stored.values())), problem=problem)
     for name, key in rest.items():
         module, tokens, _ = name.partition(".token_adapter.")
         leaf = "weight"
         if not tokens:
             module, _, leaf = name.rpartition(".")
         changed = f"{homes.find(module, needed=False) or module}.{leaf}"
-        problem = f"the adapter changes single tokens ({name:.200}), which is not read" if tokens else None
-        changes[changed] = Change(changed if tokens else _ADAPTER + key, problem=problem)
+        unread = f"the adapter changes single tokens ({name:.200}), which is not read" if tokens else None
+        if changed in changes:
+            raise HeadgramError(f"the adapter {where} both replaces and changes {changed!r:.200}: merge it with peft first")
+        changes[changed] = Change(changed if tokens else _ADAPTER + key, problem=unread)
     if not any(name in base for name in changes):
         raise HeadgramError(f"the adapter {where} changes nothing that its base has: name the base that it belongs to")
     return AdaptedStore(both, changes, settings.transposed, base.names())
@@ -187,7 +194,7 @@ def with_adapters_merged(store: TensorStore, config: Mapping[str, Any] | None, w
             f"{where} holds names without '{_WRAPPED}', so that patterns of {ADAPTER_CONFIG} with '^' mean nothing"
         )
     factors, rest = _sorted_out(names, where)
-    plain = {name.replace(".base_layer.", "."): key for name, key in rest.items() if ".original_module." not in name}
+    plain = {name.replace(".base_layer.", "."): key for name, key in rest.items()}
     changes = {name: Change(key) for name, key in plain.items() if name != key}
     for module, parts in factors.items():
         for name, change in _changes_of(store, module, module, parts, settings).items():
@@ -232,6 +239,10 @@ class _Homes:
         return None
 
 
+def _is_in_a_layer(module: str) -> bool:
+    return any(part.isdecimal() for part in module.split("."))
+
+
 def _tail(module: str) -> str:
     """A module's name from the list of layers on: `layers.0.self_attn.q_proj`; its last part if it is in none."""
     parts = module.split(".")
@@ -243,9 +254,12 @@ def _sorted_out(names: Iterable[str], where: str) -> tuple[dict[str, dict[str, s
     """Factors by module and part, and all other tensors by the name that they have in the model."""
     factors: dict[str, dict[str, str]] = defaultdict(dict)
     rest: dict[str, str] = {}
-    adapters = set()
+    adapters: set[str | None] = set()
+    saved: set[str | None] = set()
     for key in names:
         name = key.rpartition(_WRAPPED)[2]
+        if ".original_module." in name:
+            continue  # a copy of what `modules_to_save` replaces
         if found := _FACTOR.fullmatch(name):
             part = "bias" if found["leaf"] == "bias" else found["part"]
             if part in factors[found["module"]]:
@@ -254,15 +268,16 @@ def _sorted_out(names: Iterable[str], where: str) -> tuple[dict[str, dict[str, s
             adapters.add(found["adapter"])
         elif found := _SAVED.fullmatch(name):
             rest[f"{found['module']}.{found['leaf']}"] = key
-            adapters.add(found["adapter"])
-        elif ".lora_" in name:
+            saved.add(found["adapter"])
+        elif ".lora_" in name or ".parametrizations." in name:
             raise HeadgramError(f"{where} holds {name!r:.200}, which is no part of LoRA or DoRA as headgram reads them")
         elif name in rest:
             raise HeadgramError(f"{where} holds {name!r:.200} twice: save one adapter alone")
         else:
             rest[name] = key
-    if len(adapters) > 1:
-        known = ", ".join(sorted(str(adapter) for adapter in adapters))
+    named = (adapters | saved) - {None}
+    if len(adapters) > 1 or len(named) > 1:
+        known = ", ".join(sorted(str(adapter) for adapter in adapters | saved))
         raise HeadgramError(f"{where} holds several adapters ({known:.200}): save the one that is meant alone")
     return factors, rest
 

@@ -10,6 +10,7 @@ from headgram.checkpoints import sources
 from headgram.checkpoints.sources import Location, is_hub_id
 from headgram.checkpoints.weight_files import ADAPTER_CONFIG, CONFIG, Weights
 from headgram.errors import HeadgramError
+from headgram.foreign import plain
 
 if TYPE_CHECKING:
     from headgram.checkpoints.hub import RemoteLocation
@@ -132,7 +133,7 @@ def with_base(
     try:
         underneath = locate(source, revision)
     except HeadgramError as error:
-        raise HeadgramError(f"the adapter {location.where} needs its base '{source:.200}': {error}") from None
+        raise HeadgramError(f"the adapter {location.where} needs its base '{source:.200}': {plain(error, 400)}") from None
     if underneath.choice.adapter:
         raise HeadgramError(
             f"the base '{source:.200}' of {location.where} is an adapter itself: merge that one into its own base first, "

@@ -271,7 +271,7 @@ def open_checkpoint(
             stack_of(
                 store,
                 rule,
-                *find_layers(store, rule, prefix, config, architecture, given),
+                *find_layers(store, rule, prefix, config, architecture, {} if rule.tower else given),
                 architecture,
                 prefix,
                 Section.of(rule, config, architecture),

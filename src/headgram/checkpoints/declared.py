@@ -7,7 +7,7 @@ from typing import Any
 
 from headgram.checkpoints.bases import AnyLocation
 from headgram.errors import HeadgramError
-from headgram.families.registry import Family, family_of
+from headgram.families.registry import Family, family_of, with_towers
 
 #: What a manifest may state when a checkpoint does not, or states it wrongly; the last three are numbers.
 OVERRIDES = ("model_type", "base", "prefix", "heads", "kv_heads", "head_dim")
@@ -50,13 +50,11 @@ def declared_family(
         raise HeadgramError(f"the config.json of {location.where} names no model_type: set `model_type` in the manifest")
     family = family_of(architecture)
     if not family.stacks:
-        architecture = _text_type(config, architecture)
-        family = family_of(architecture)
+        towers, architecture = family.towers, _text_type(config, architecture)
+        family = with_towers(family_of(architecture), towers, config, architecture)
     stated = config.get("model_type")
     if architecture not in family.model_types or (stated is not None and given.get("model_type") not in (None, stated)):
-        family = family.without_surroundings(
-            f"the checkpoint's own type is not '{architecture}', whose layout alone it is read with"
-        )
+        family = family.without_surroundings(f"the checkpoint is read with the layout of '{architecture}' alone, another type")
     return architecture, family, config
 
 

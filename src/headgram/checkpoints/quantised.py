@@ -75,13 +75,19 @@ class QuantisedStore(View):
 
     def _check_whole(self, name: str) -> None:
         """Refuse a quantised weight of which a part is missing."""
+        stem = name.removesuffix("weight")
+        markers = [scheme.marker for scheme in SCHEMES[self._method] if stem + scheme.marker in self._store]
+        if len(markers) > 1 and name.endswith(".weight"):
+            raise HeadgramError(
+                f"tensor {name} has two kinds of scales, {' and '.join(markers)}, and nothing says which is meant"
+            )
         scheme, parts = self._scheme(name), self._parts(name)
         if lacking := [part for part in (scheme.needs if scheme else ()) if part not in parts]:
             raise HeadgramError(f"tensor {name} is quantised, and its part {lacking[0]} is missing: fetch the checkpoint again")
         if not scheme and name.endswith(".weight") and name in self._store and self._store.stored(name) not in FLOATS:
-            markers = " or ".join(f"{name.removesuffix('weight')}{scheme.marker}" for scheme in SCHEMES[self._method])
+            wanted = " or ".join(stem + scheme.marker for scheme in SCHEMES[self._method])
             raise HeadgramError(
-                f"tensor {name} is stored as {self._store.stored(name)}, but its scale is missing: there is no {markers}"
+                f"tensor {name} is stored as {self._store.stored(name)}, but its scale is missing: there is no {wanted}"
             )
 
     def _scheme(self, name: str) -> Scheme | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import tomllib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache
 from importlib.resources import files
@@ -71,6 +71,7 @@ class StackRule(_Entry):
     optional: bool = False  # a checkpoint may hold another stack alone
     defaults: dict[str, dict[str, Any]] = Field(default={})  # model type -> what its published configs may leave unsaid
     remarks: tuple[Remark, ...] = ()
+    tower: bool = False  # of a tower: what a manifest states about counts is not about it
     around: tuple[AroundRule, ...] = ()
 
     @model_validator(mode="after")
@@ -100,6 +101,14 @@ class GgufRule(_Entry):
     modules: dict[str, str] = Field(default={"query": "attn_q", "key": "attn_k", "value": "attn_v", "output": "attn_output"})
 
 
+class Tower(_Entry):
+    """A part of a multimodal model that is a model of another type, which its section of the configuration names."""
+
+    name: str
+    config: str
+    places: tuple[str, ...]  # what its tensors' names begin with, before the prefixes of its own family
+
+
 class Family(_Entry):
     """One family of architectures.
 
@@ -116,6 +125,7 @@ class Family(_Entry):
     stacks: tuple[StackRule, ...] = ()
     gguf: GgufRule | None = None
     walked: bool = False  # written by the walk over live models
+    towers: tuple[Tower, ...] = ()
 
     def without_surroundings(self, why: str) -> Family:
         """The family's layouts alone, for a type that is not its own."""
@@ -199,3 +209,38 @@ def family_of_gguf(architecture: str) -> Family:
 def _nearest(name: str, owners: Iterable[str]) -> str:
     near = difflib.get_close_matches(name, owners, n=1)
     return f" (the nearest known one is '{near[0]}')" if near else ""
+
+
+def with_towers(family: Family, towers: tuple[Tower, ...], config: Mapping[str, Any], architecture: str) -> Family:
+    """A text tower's family, and the stacks of the other towers whose types are known, under the names of those.
+
+    `architecture` is the text tower's type, by which the defaults of all are then found.
+    """
+    rules = list(family.stacks)
+    for tower in towers:
+        section = config.get(tower.config)
+        section = section if isinstance(section, Mapping) else {}
+        inner = section.get("model_type")
+        owner = next((one for one in families() if inner in one.model_types), None)
+        if owner is None:
+            continue
+        for rule in owner.stacks:
+            name = tower.name if rule.name in ("self", "vision", "encoder") else f"{tower.name}_{rule.name}"
+            own = rule.defaults.get(str(inner), {})
+            nested = rule.config is not None and rule.config in section
+            changes = {
+                "name": name,
+                "config": f"{tower.config}.{rule.config}" if nested else tower.config,
+                "optional": True,
+                "tower": True,
+                "defaults": {architecture: own} if own else {},
+                "remarks": tuple(
+                    remark.model_copy(update={"types": ()})
+                    for remark in rule.remarks
+                    if inner in remark.types or not remark.types
+                ),
+                "around": (),
+            }
+            fronts = dict.fromkeys(place + prefix for place in tower.places for prefix in owner.prefixes)
+            rules += [rule.model_copy(update={**changes, "block": front + rule.block}) for front in fronts]
+    return family.model_copy(update={"stacks": tuple(rules)})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -10,6 +11,12 @@ from typing import Literal
 TRIANGLE = 8
 #: Of a set with itself, so many long vectors at a time are multiplied with themselves and all that follow.
 TRIANGLE_ROWS = 128
+
+#: Bytes of the own factors of one block of heads in float32; all heads of two blocks are multiplied at once.
+BLOCK_BYTES = 128 * 2**20
+
+#: Neighbouring heads of some layers.
+Block = tuple[Sequence[int], range]
 
 Route = Literal["products", "strips"]
 
@@ -75,12 +82,38 @@ def flops(route: Route, sizes: Sizes) -> float:
     return float(2 * sizes.entries * sizes.width if route == "products" else sizes.formed + sizes.summed)
 
 
+def traffic(route: Route, sizes: Sizes, longest: int) -> float:
+    """Bytes to and from memory, of float32 results: where sums are of at most `longest` terms, they are made of pieces."""
+    # Each entry of a product is written, read with another's, written and read again; entries of forms likewise. Of pieces, each
+    # but the first is written, read with the sum, and that written.
+    if route == "products":
+        return (12 + 16 * (math.ceil(sizes.width / longest) - 1)) * sizes.entries
+    return 20.0 * (sizes.heads[0] if sizes.same else sum(sizes.heads)) * sizes.width**2
+
+
 def cheapest(sizes: Sizes, prices: Prices = CPU) -> Route:
     """The route that costs less."""
-    # Each entry of a product is written, read with another's, written and read again; entries of forms likewise. Where sums are
-    # made of pieces, each but the first is written, read with the sum, and that written.
-    pieces = math.ceil(sizes.width / prices.longest)
-    products = flops("products", sizes) + prices.byte * (12 + 16 * (pieces - 1)) * sizes.entries
-    forms = (sizes.heads[0] if sizes.same else sum(sizes.heads)) * sizes.width**2
-    strips = sizes.formed + prices.vector * sizes.summed + prices.byte * 20 * forms
+    products, strips = (prices.byte * traffic(route, sizes, prices.longest) for route in ("products", "strips"))
+    products += flops("products", sizes)
+    strips += sizes.formed + prices.vector * sizes.summed
     return "products" if products <= strips else "strips"
+
+
+def spectra_flops(heads: int, left: int, rank: int, width: int) -> float:
+    """Operations of the spectra and scores of a layer's heads, which read so many left factors; in float64.
+
+    Products of width d, one symmetric `2r` and one `r` problem for every head; then the scores: triangles and products of every
+    head, and the form of the layer.
+    """
+    per_head = 6 * width * rank**2 + 30 * (2 * rank) ** 3 + 8 * width * rank**2
+    return float(heads * per_head + left * rank * width**2)
+
+
+def blocks(layers: Sequence[int], heads: int, rank: int, width: int) -> list[Block]:
+    """The heads of some layers in order, in blocks of bounded size: of whole layers, or of a layer's heads."""
+    most = max(1, BLOCK_BYTES // (4 * rank * width))
+    if most >= heads:
+        step = most // heads
+        return [(layers[start : start + step], range(heads)) for start in range(0, len(layers), step)]
+    some = [range(start, min(start + most, heads)) for start in range(0, heads, most)]
+    return [([layer], each) for layer in layers for each in some]

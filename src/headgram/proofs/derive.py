@@ -214,7 +214,9 @@ def _rule(runs: Sequence[_Run], sections: Sequence[Mapping[str, Any]], configs: 
     if rank:
         rule["head_dim"] = rank
     elif not even:
-        raise HeadgramError(f"the configuration states no rank of {counts['rank'][0]}")
+        if any("head_dim" in section for section in sections) or first.one.layout != "separate":
+            raise HeadgramError(f"the configuration states no rank of {counts['rank'][0]}")
+        rule["head_dim"] = "head_dim"  # absent, so that the rank is that of the stored rows
     if counts["value_rank"] != counts["rank"]:
         rule["value_rank"] = named("value_rank", counts["value_rank"]) or _fail("the rank of its values")
     if counts["output_width"] != counts["hidden"]:

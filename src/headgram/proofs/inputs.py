@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from typing import Any
 
@@ -13,7 +13,12 @@ from torch import Tensor, nn
 
 from headgram.proofs.probe import Call, Watch
 
-_TOKENS, _SOURCE = 7, 9
+#: Tokens per sequence: unlike any size of the tiny models, so that a product of this shape can only be the scores.
+_TOKENS = 7
+#: Frames and their width, where a model hears features instead of sound.
+_FEATURES = (18, 8)
+#: Tokens of another sequence, which keys come from.
+_SOURCE = 9
 _SEED = 0
 
 
@@ -71,13 +76,18 @@ def _missing(model: nn.Module, covered: set[str], below: str) -> list[str]:
 
 
 def attention_only(model: nn.Module, calls: list[Call]) -> list[Call]:
-    """Without the products of two sequences that are no attention, such as the likeness of a picture and a text."""
-    return [call for call in calls if call.reading is not None or looks_like_attention(model.get_submodule(call.module))]
+    """Without products that are no softmax attention, such as the likeness of a picture and a text, or linear attention."""
+    named = [(call, model.get_submodule(call.module)) for call in calls]
+    return [
+        call
+        for call, module in named
+        if (call.reading is not None or looks_like_attention(module)) and "Lightning" not in type(module).__name__
+    ]
 
 
 def looks_like_attention(module: nn.Module) -> bool:
     """Whether a module is called attention."""
-    return bool(re.search(r"Attention|Attn", type(module).__name__))
+    return bool(re.search(r"Attention|Attn|MLA", type(module).__name__))
 
 
 def _noise(*shape: int) -> Tensor:
@@ -168,11 +178,12 @@ def _alone(module: nn.Module, path: str) -> Iterator[dict[str, Any]]:
     first = next(iter(accepted))
     name = next((name for name in ("hidden_states", "hidden_state", "query", "queries") if name in accepted), first)
     for width in widths:
-        for tokens in ((1, _TOKENS), (_TOKENS,)):
+        for tokens in ((1, _TOKENS), (_TOKENS,), (1, 1, _TOKENS)):
             inputs: dict[str, Any] = {name: _noise(*tokens, width)}
             for other in ("key", "value", "keys", "values", "key_states", "value_states"):
                 if other in accepted and accepted[other].default is accepted[other].empty:
-                    inputs[other] = _noise(1, _SOURCE, width) if other.startswith("key") else _noise(1, _SOURCE, width) + 1
+                    source = _noise(*tokens[:-1], _SOURCE, width)
+                    inputs[other] = source if other.startswith("key") else source + 1
             flat = torch.ones(*tokens, rank, dtype=torch.float64)
             known: dict[str, list[Any]] = {
                 "position_embeddings": [
@@ -202,3 +213,30 @@ def _alone(module: nn.Module, path: str) -> Iterator[dict[str, Any]]:
             ]
             cross_first = re.search(r"cross|enc_?dec|encoder_attn|encoder_attention", f"{path} {type(module).__name__}".lower())
             yield from [*crossed, *choices] if cross_first else [*choices, *crossed]
+
+
+def inputs_of(model: Any, entry: Mapping[str, Any]) -> dict[str, Tensor]:
+    """What the model is run on: distinct tokens that all sit at position 0."""
+    config = model.config
+    generator = torch.Generator().manual_seed(_SEED)
+    names = set(entry.get("inputs", [model.main_input_name]))
+    accepted = inspect.signature(model.forward).parameters
+
+    def noise(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    inputs: dict[str, Tensor] = {}
+    if "input_ids" in names:
+        inputs["input_ids"] = torch.randperm(90, generator=generator)[None, :_TOKENS] + 5
+        if "position_ids" in accepted:
+            inputs["position_ids"] = torch.zeros(1, _TOKENS, dtype=torch.long)
+    if "pixel_values" in names:
+        vision = getattr(config, "vision_config", config)
+        inputs["pixel_values"] = noise(1, 3, vision.image_size, vision.image_size)
+    if "input_values" in names:
+        inputs["input_values"] = noise(1, 200)
+    if "input_features" in names:
+        inputs["input_features"] = noise(1, *entry.get("features", _FEATURES))
+    if config.is_encoder_decoder:
+        inputs["decoder_input_ids"] = torch.randperm(90, generator=generator)[None, :_TOKENS] + 5
+    return {name: value for name, value in inputs.items() if name in accepted}

@@ -26,8 +26,8 @@ _GATES = (torch.sigmoid, Tensor.sigmoid, nn.functional.softplus)
 _SINES, _COSINES = (torch.sin, Tensor.sin), (torch.cos, Tensor.cos)
 #: What modules call the inputs of their queries, of their keys where it is not that of their queries, and of their values where
 #: it is not that of their keys.
-_QUERY_INPUTS = ("hidden_states", "hidden_state", "query", "query_states", "query_tensor")
-_KEY_INPUTS = ("key_value_states", "encoder_hidden_states", "key", "key_states", "key_tensor", "current_states")
+_QUERY_INPUTS = ("hidden_states", "hidden_state", "query", "query_states", "query_tensor", "from_tensor")
+_KEY_INPUTS = ("key_value_states", "encoder_hidden_states", "key", "key_states", "key_tensor", "current_states", "to_tensor")
 _VALUE_INPUTS = ("value", "value_states", "value_tensor")
 
 

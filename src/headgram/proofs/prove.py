@@ -15,7 +15,6 @@ between values and outputs must be in a remark of the family's data.
 
 from __future__ import annotations
 
-import inspect
 import math
 import tempfile
 import warnings
@@ -37,9 +36,9 @@ from headgram.families.around import AROUND, TABLES
 from headgram.families.layouts import ROLES
 from headgram.families.registry import Family, adopting, families, family_of
 from headgram.proofs.around import Matched, around_residuals, forms_of, relative, table_residuals, without_epsilon
-from headgram.proofs.inputs import attention_only, every_call
+from headgram.proofs.inputs import attention_only, every_call, inputs_of
 from headgram.proofs.probe import Call, neutralise, scores_of
-from headgram.proofs.shrink import SHAPES, model_classes, tiny_data, tiny_model
+from headgram.proofs.shrink import tiny_data, walked_models
 
 #: The columns of a table of proofs, and what `Proof.cells` holds.
 COLUMNS = ("model type", "family", "layout", "stacks", "heads/key heads×rank", "roles", "around them", "residual", "ok")
@@ -47,10 +46,8 @@ COLUMNS = ("model type", "family", "layout", "stacks", "heads/key heads×rank", 
 TOLERANCE = 1e-5
 #: How far attention weights may sum from 1 before something else must take part in their softmax; some are kept in bfloat16.
 _SUM_TOLERANCE = 1e-2
-#: Tokens per sequence: unlike any size of the tiny models, so that a product of this shape can only be the scores.
-_TOKENS = 7
-#: Frames and their width, where a model hears features instead of sound.
-_FEATURES = (18, 8)
+#: Where there are towers to run besides, each shape is tried with one class alone: of three pairs, these are left out.
+_SKIPPED = (1, 2, 5)
 _LARGEST_MODEL = 20_000_000
 _SEED = 0
 
@@ -135,7 +132,11 @@ def prove(model_type: str, flags: Mapping[str, bool] = NO_FLAGS) -> Proof:
     problem = None
     try:
         with quiet():
-            for model, entry in _walked_models(model_type) if family.walked else _models(model_type, flags):
+            models = walked_models(model_type) if family.walked else _models(model_type, flags)
+            for place, (model, tiny) in enumerate(models):
+                if family.towers and place in _SKIPPED:
+                    continue
+                entry = {**tiny, "walked": family.walked, "whole": family.walked or bool(family.towers)}
                 with _saved(model) as folder, open_checkpoint(folder) as checkpoint:
                     if family.walked and checkpoint.architecture != model_type:
                         raise HeadgramError(f"transformers saves it as '{checkpoint.architecture}'")
@@ -267,21 +268,6 @@ def _models(model_type: str, flags: Mapping[str, bool] = NO_FLAGS) -> Iterator[t
             yield model, entry
 
 
-def _walked_models(model_type: str) -> Iterator[tuple[nn.Module, dict[str, Any]]]:
-    """The tiny models of a type whose data the walk has written: the base model in all shapes, then every class once."""
-    entry = {**tiny_data()["types"].get(model_type, {}), "walked": True}
-    base, *others = model_classes(model_type)
-    for model_class, number in [*((base, number) for number in range(len(SHAPES))), *((other, 0) for other in others)]:
-        try:
-            model: Any = tiny_model(model_type, model_class, number)
-        except Exception:
-            if model_class is base:
-                raise
-            continue  # some classes need what a tiny configuration does not say
-        if model_class is base or model.config.model_type == model_type:  # some classes are saved as one of their towers
-            yield model, entry
-
-
 def _tiny(model_type: str, shape: Mapping[str, Any], entry: Mapping[str, Any]) -> dict[str, Any]:
     """The overrides that make a type's configuration tiny, in its sections too."""
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
@@ -319,7 +305,7 @@ def _residuals(model: nn.Module, checkpoint: Checkpoint, entry: Mapping[str, Any
     model.double()
     without_epsilon(model)
     free = {call.module: call for call in _calls(model, entry, placed=True)}
-    neutralise(model, set(free))
+    neutralise(model, {*free, *(() if entry["walked"] else (call.module for call in _calls(model, entry)))})
     calls = [call for call in _calls(model, entry) if call.layer not in entry.get("left_out", [])]
     claimed: set[str] = set()
     scores = writes = 0.0
@@ -333,11 +319,11 @@ def _residuals(model: nn.Module, checkpoint: Checkpoint, entry: Mapping[str, Any
             if not mine:
                 raise HeadgramError(f"stack '{stack.name}', layer {layer}: the model runs no attention of this shape there")
             scale = stack.rank**-0.5 if entry.get("scaled", False) else 1.0
-            found = {call.module: _difference(call, w_q * scale, w_k, entry.get("walked", False)) for call in mine}
+            found = {call.module: _difference(call, w_q * scale, w_k, entry["whole"]) for call in mine}
             best = min(found, key=lambda module: found[module])
             claimed.add(best)
             ours = [call for call in mine if call.module == best]
-            scores = max(scores, *(_difference(call, w_q * scale, w_k, entry.get("walked", False)) for call in ours))
+            scores = max(scores, *(_difference(call, w_q * scale, w_k, entry["whole"]) for call in ours))
             if {"value", "output"} <= weights.keys():
                 writes = max(writes, *(_written(call, stack, weights["value"], weights["output"]) for call in ours))
             matched.append(Matched(stack, checkpoint.around(stack.name, layer), w_q, w_k, free.get(best, ours[0]), ours[0]))
@@ -352,7 +338,7 @@ def _residuals(model: nn.Module, checkpoint: Checkpoint, entry: Mapping[str, Any
 
 
 def _calls(model: nn.Module, entry: Mapping[str, Any], placed: bool = False) -> list[Call]:
-    """What attention computes in a model: all of it if the walk has written the type's data, else what one forward runs.
+    """What attention computes in a model: all of it if all towers are read, else what one forward runs.
 
     Tokens are all at one position, unless they are `placed`.
 
@@ -361,9 +347,10 @@ def _calls(model: nn.Module, entry: Mapping[str, Any], placed: bool = False) -> 
     HeadgramError
         If a module that looks like attention cannot be run.
     """
-    if not entry.get("walked", False):
-        inputs = _inputs(model, entry)
-        return scores_of(model, {name: x for name, x in inputs.items() if not placed or name != "position_ids"})
+    if not entry["whole"] or (placed and not entry["walked"]):
+        inputs = inputs_of(model, entry)
+        inputs = {name: x for name, x in inputs.items() if not placed or name != "position_ids"}
+        return attention_only(model, scores_of(model, inputs))
     calls, idle = every_call(model)
     if idle:
         raise HeadgramError(f"the model's attention at {idle[0]} could not be run")
@@ -406,30 +393,3 @@ def _written(
         relative(reading.given, side_by_side),
         relative(reading.weights @ value @ w_o, reading.written(reading.heads)),
     )
-
-
-def _inputs(model: Any, entry: Mapping[str, Any]) -> dict[str, Tensor]:
-    """What the model is run on: distinct tokens that all sit at position 0."""
-    config = model.config
-    generator = torch.Generator().manual_seed(_SEED)
-    names = set(entry.get("inputs", [model.main_input_name]))
-    accepted = inspect.signature(model.forward).parameters
-
-    def noise(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=generator, dtype=torch.float64)
-
-    inputs: dict[str, Tensor] = {}
-    if "input_ids" in names:
-        inputs["input_ids"] = torch.randperm(90, generator=generator)[None, :_TOKENS] + 5
-        if "position_ids" in accepted:
-            inputs["position_ids"] = torch.zeros(1, _TOKENS, dtype=torch.long)
-    if "pixel_values" in names:
-        vision = getattr(config, "vision_config", config)
-        inputs["pixel_values"] = noise(1, 3, vision.image_size, vision.image_size)
-    if "input_values" in names:
-        inputs["input_values"] = noise(1, 200)
-    if "input_features" in names:
-        inputs["input_features"] = noise(1, *entry.get("features", _FEATURES))
-    if config.is_encoder_decoder:
-        inputs["decoder_input_ids"] = torch.randperm(90, generator=generator)[None, :_TOKENS] + 5
-    return {name: value for name, value in inputs.items() if name in accepted}

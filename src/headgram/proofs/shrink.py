@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import MISSING, dataclass, fields
 from functools import cache
 from importlib.resources import files
@@ -196,3 +196,18 @@ def tiny_model(model_type: str, model_class: Any, number: int) -> nn.Module:
         for weight in model.parameters():
             weight.normal_(0, 0.2)
     return model
+
+
+def walked_models(model_type: str) -> Iterator[tuple[nn.Module, dict[str, Any]]]:
+    """The tiny models of a type whose data the walk has written: the base model in all shapes, then every class once."""
+    entry = tiny_data()["types"].get(model_type, {})
+    base, *others = model_classes(model_type)
+    for model_class, number in [*((base, number) for number in range(len(SHAPES))), *((other, 0) for other in others)]:
+        try:
+            model: Any = tiny_model(model_type, model_class, number)
+        except Exception:
+            if model_class is base:
+                raise
+            continue  # some classes need what a tiny configuration does not say
+        if model_class is base or model.config.model_type == model_type:  # some classes are saved as one of their towers
+            yield model, entry

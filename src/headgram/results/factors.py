@@ -13,14 +13,9 @@ from torch import Tensor
 
 from headgram.forms.circuits import CIRCUITS, shared_head
 from headgram.forms.heads import Heads
+from headgram.geometry.costs import Block, blocks
 from headgram.results.files import written_whole
 from headgram.results.record import check, record_of
-
-#: Bytes of the own factors of one block of heads in float32; all heads of two blocks are multiplied at once.
-_BLOCK_BYTES = 128 * 2**20
-
-#: Neighbouring heads of some layers.
-Block = tuple[Sequence[int], range]
 
 
 def write_factors(path: Path, layers: Sequence[int], factors: Mapping[str, Float[Tensor, "layers heads rank width"]]) -> None:
@@ -55,12 +50,7 @@ class FactorFiles:
 
     def blocks(self, layers: Sequence[int]) -> list[Block]:
         """The heads of some layers in order, in blocks of bounded size: of whole layers, or of a layer's heads."""
-        most = max(1, _BLOCK_BYTES // (4 * self.rank * self.width))
-        if most >= self.heads:
-            step = most // self.heads
-            return [(layers[start : start + step], range(self.heads)) for start in range(0, len(layers), step)]
-        heads = [range(start, min(start + most, self.heads)) for start in range(0, self.heads, most)]
-        return [([layer], some) for layer in layers for some in heads]
+        return blocks(layers, self.heads, self.rank, self.width)
 
     def read(self, layers: Sequence[int], heads: range | None = None) -> Heads:
         """The heads of some layers, all of them or those of neighbouring indices, layer by layer.

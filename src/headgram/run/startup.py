@@ -163,17 +163,21 @@ class Run:
                 thread.cancel()
 
 
+def planned(given: Mapping[str, Any]) -> Plan:
+    """The plan of this working folder: of its options, overruled by those given, and of its models that are locked."""
+    config = load_config(read_options(OPTIONS, given))
+    manifest = read_manifest(Path(config.manifest))
+    return make_plan(_locked(manifest), config, FOLDER / "workflow" / "scripts", manifest.labels)
+
+
 def asked_by_study(results: Path) -> dict[str, str] | None:
     """The keys that configuration and lock of this working folder ask for, by record, with the options of the latest run.
 
     None where they cannot be read, or speak of another results folder.
     """
     try:
-        config = load_config(read_options(OPTIONS, given_to(results)))
-        if Path(config.results).resolve() != results.resolve():
-            return None
-        manifest = read_manifest(Path(config.manifest))
-        return make_plan(_locked(manifest), config, FOLDER / "workflow" / "scripts", manifest.labels).records()
+        plan = planned(given_to(results))
+        return plan.records() if Path(plan.config.results).resolve() == results.resolve() else None
     except (HeadgramError, OSError):
         return None
 

@@ -11,6 +11,7 @@ import numpy as np
 import pyarrow as pa
 import torch
 
+from headgram.checkpoints.bases import AdaptedLocation
 from headgram.checkpoints.checkpoint import open_checkpoint
 from headgram.checkpoints.sources import Location
 from headgram.checkpoints.vocabulary import token_texts
@@ -69,7 +70,9 @@ def find_tokens(merged: Merged, written: Written, source: Mapping[str, Any], opt
     check(merged.record, provenance.identity.upstream[0], [merged.directions])
     try:
         with open_checkpoint(**source) as checkpoint:
-            texts = token_texts(checkpoint.location) if isinstance(checkpoint.location, Location) else {}
+            location = checkpoint.location
+            location = location.underneath if isinstance(location, AdaptedLocation) else location
+            texts = token_texts(location) if isinstance(location, Location) else {}
             if not texts:
                 print("no tokenizer that headgram reads lies beside the weights: tokens have their numbers alone", flush=True)
             parts = [TOKENS.empty_table()]

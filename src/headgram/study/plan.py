@@ -16,7 +16,7 @@ from pydantic import BaseModel
 
 from headgram.errors import HeadgramError
 from headgram.families.registry import family_of, family_of_gguf, family_text
-from headgram.geometry.costs import Sizes, cheapest, flops
+from headgram.geometry.costs import Sizes, cheapest, flops, spectra_flops
 from headgram.results.paths import Results
 from headgram.results.record import Identity, canonical, digest
 from headgram.study.keys import code_digest, page_digest
@@ -273,13 +273,10 @@ def _report_identity(models: Mapping[str, ModelPlan], scripts: Path) -> Identity
 def _plan_heads(stack: LockedStack, circuit: str, config: Config) -> HeadsPlan:
     locked = stack.circuits[circuit]
     heads, rank, width, budget = stack.heads, locked.rank, stack.hidden, config.memory_budget
-    stored = {"stored": _STORED_BYTES.get(locked.dtype, 4), "bfloat16": 2, "float32": 4}[config.weights.dtype]
+    stored = stored_bytes(locked, config)
     layer_bytes = (heads + stack.kv_heads) * rank * width * stored
 
-    # Products of width d, one symmetric 2r and one r problem for every head, these at a third of the speed of products; then
-    # the scores: triangles and products of every head, and the form of the layer.
-    per_head = 6 * width * rank**2 + 30 * (2 * rank) ** 3 + 8 * width * rank**2
-    eigen_seconds = (heads * per_head + stack.kv_heads * rank * width**2) / _FLOPS_PER_SECOND
+    eigen_seconds = spectra_flops(heads, stack.kv_heads, rank, width) / _FLOPS_PER_SECOND
     directions = 4 * 4 * heads * min(config.eigen.topk, rank) * width
     group = budget // 4 // layer_bytes
     shard = min(_JOB_SECONDS / eigen_seconds, budget // 4 // directions)
@@ -304,6 +301,11 @@ def _plan_heads(stack: LockedStack, circuit: str, config: Config) -> HeadsPlan:
         shards=_named(_cut(stack.layers, shard)),
         tiles=tuple(_cut(stack.layers, tile)),
     )
+
+
+def stored_bytes(locked: LockedCircuit, config: Config) -> int:
+    """Bytes of a number of extracted factors."""
+    return {"stored": _STORED_BYTES.get(locked.dtype, 4), "bfloat16": 2, "float32": 4}[config.weights.dtype]
 
 
 def _tile_flops(stack: LockedStack, rank: int, layers: int, all_pairs: bool) -> float:

@@ -1,0 +1,98 @@
+"""What a plan costs on paper, against what a pretended GPU counts, and what the documentation says."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from locked import locked_llama
+from typer.testing import CliRunner
+
+from headgram.cli import app
+from headgram.geometry import costs as prices
+from headgram.geometry import inner, routes
+from headgram.results.factors import write_factors
+from headgram.results.record import Identity, Provenance, record_of, seal
+from headgram.stages.eigen import measure_shard
+from headgram.stages.gram import measure_row
+from headgram.study.cost import GPUS, costs, table
+from headgram.study.lock import lock_path, write_lock
+from headgram.study.options import load_config
+from headgram.study.plan import make_plan
+from stand_in import StandIn
+
+ROOT = Path(__file__).parents[2]
+SHAPES = {
+    "Qwen3-4B": {"layers": 36, "heads": 32, "kv_heads": 8, "rank": 128, "hidden": 2560},
+    "Llama-3.1-405B": {"layers": 126, "heads": 128, "kv_heads": 8, "rank": 128, "hidden": 16384},
+}
+SMALL = {"layers": 4, "heads": 6, "kv_heads": 3, "rank": 8, "hidden": 512}
+
+
+def planned(shape, **options):
+    return make_plan({"m": locked_llama(**shape)}, load_config({"circuits": ["qk"]} | options), ROOT / "workflow" / "scripts")
+
+
+@pytest.mark.parametrize(
+    ("pairs", "block", "per_tile"),
+    [("all", 2**30, 4), ("all", 2 * 6 * 4 * 8 * 512, 4), ("all", 4 * 4 * 8 * 512, 2), ("same", 2**30, 2)],
+    ids=["one block", "two layers in a block", "four heads in a block", "same index"],
+)
+def test_a_gpu_is_given_as_many_bytes_and_multiplies_as_much_as_the_plan_says(tmp_path, monkeypatch, pairs, block, per_tile):
+    monkeypatch.setattr(prices, "BLOCK_BYTES", block)
+    for module in (routes, inner):
+        monkeypatch.setattr(module, "longest_sum", lambda _: 2**14)  # not measured
+    config = {"gram": {"pairs": pairs, "layers_per_tile": per_tile}}
+    plan = planned(SMALL, **config)
+    heads, work = plan.models["m"].heads["qk", "self"], costs(plan)
+    extract = Identity("extract", "{}", "f", "c")
+    path = tmp_path / "layers.pt"
+    q, k = (torch.randn(4, n, 8, 512, generator=torch.Generator().manual_seed(n)).bfloat16() for n in (6, 3))
+    write_factors(path, range(4), {"query": q, "key": k})
+    seal(record_of(path), Provenance(extract, "m", "self", "qk"), [path])
+
+    def provenance(stage):
+        return Provenance(Identity(stage, "{}", "f", "c", (extract.key,)), "m", "self", "qk", "cuda")
+
+    with StandIn() as device:
+        for row in heads.rows:
+            tiles = heads.row(row)
+            measure_row(tmp_path / f"{row}.parquet", [path], tiles, pairs == "all", plan.config.gram, provenance("gram"))
+        assert device.bytes_in == pytest.approx(work["gram"].copied, rel=0.03)  # and the maps from heads to factors
+        assert device.flops[torch.bfloat16, torch.float32] == pytest.approx(work["gram"].flops["bfloat16"], rel=0.25)
+        device.reset()
+        measure_shard(tmp_path / "eigen.parquet", tmp_path / "d.pt", [path], range(4), plan.config, provenance("eigen"))
+        assert device.bytes_in == pytest.approx(work["eigen"].copied, rel=0.03)
+
+
+def test_seconds_are_those_of_what_takes_longest():
+    work = costs(planned(SHAPES["Qwen3-4B"]))["eigen"]
+    h100, h200, a100, l4 = (work.seconds(gpu) for gpu in GPUS)
+    assert h100 == h200 < a100 < l4  # bound by float64, of which an L4 has next to none
+    assert l4 == pytest.approx(work.flops["float64"] / 0.47e12, rel=0.05)
+    work.memory = 1e15
+    assert work.seconds(GPUS[0]) == pytest.approx(1e15 / 3.35e12 + work.copied / 64e9)
+
+
+def test_a_part_more_doubles_what_is_counted():
+    one = costs(planned(SMALL))
+    plan = make_plan({name: locked_llama(name, **SMALL) for name in "ab"}, planned(SMALL).config, ROOT / "workflow" / "scripts")
+    for stage, work in costs(plan).items():
+        assert work.jobs == 2 * one[stage].jobs
+        assert work.flops == {kind: 2 * count for kind, count in one[stage].flops.items()}
+        assert work.copies == one[stage].copies
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_the_documentation_says_what_is_counted(name):
+    assert table(costs(planned(SHAPES[name]))) in (ROOT / "docs" / "scaling.md").read_text()
+
+
+def test_the_command_line_says_it(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    manifest = tmp_path / "config" / "models.tsv"
+    manifest.parent.mkdir()
+    manifest.write_text("name\tsource\nm\tmodels/m\n")
+    write_lock(lock_path(manifest), {"m": locked_llama()})
+    found = CliRunner().invoke(app, ["plan", "--cost"], catch_exceptions=False)
+    assert found.output.startswith("1 models, ")
+    assert "| eigen | " in found.output
