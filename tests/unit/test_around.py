@@ -65,7 +65,7 @@ def tiny(model_type: str, **changes: Any) -> Any:
 
 def residuals(model: Any, folder: Path, entry: Mapping[str, Any]) -> dict[str, float]:
     with quiet(), open_checkpoint(folder) as checkpoint:
-        return _residuals(model, checkpoint, entry)[2]
+        return _residuals(model, checkpoint, {"whole": False, "walked": False, **entry})[2]
 
 
 def saved(model: Any, folder: Path) -> Path:
