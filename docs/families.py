@@ -1,12 +1,14 @@
 """Renew the tables of docs/families.md: python docs/families.py"""
 
 import sys
+from collections import Counter, defaultdict
 from importlib.metadata import version
 from pathlib import Path
 
 import headgram
-from headgram.families.registry import families
-from headgram.proofs.prove import known_types, markdown, prove
+from headgram.families.around import rule_of
+from headgram.families.registry import families, family_of
+from headgram.proofs.prove import Proof, known_types, markdown, prove
 from headgram.study.options_docs import renewed
 
 PAGE = Path(__file__).with_name("families.md")
@@ -65,6 +67,32 @@ def remarks() -> list[str]:
     return ["| " + " | ".join(row) + " |" for row in (head, ("---",) * len(head), *dict.fromkeys(rows))]
 
 
+def norm_kind(model_type: str) -> str:
+    """What stands before the attention of a type's first stack, in words."""
+    family = family_of(model_type)
+    if not family.stacks:
+        return "have what their text tower's type has"
+    norm = rule_of(family.stacks[0].around, model_type, {}).norm
+    words = {"rms": "have RMSNorm", "layer": "have LayerNorm", "none": "read the stream as it is"}
+    return "are not known" if norm is None else words[norm.kind]
+
+
+def left_out(proofs: list[Proof]) -> list[str]:
+    """A table of the roles that are not read, with their reasons."""
+    types = defaultdict(list)
+    for proof in proofs:
+        for reason in proof.missing:
+            where, why = reason.split(": ", 1)
+            role, stack = where.split(" of ")
+            types[stack, why].append((role, proof.model_type))
+    rows = [
+        (stack, ", ".join(dict.fromkeys(role for role, _ in found)), ", ".join(dict.fromkeys(name for _, name in found)), why)
+        for (stack, why), found in types.items()
+    ]
+    head = ("stack", "roles", "types", "reason")
+    return ["| " + " | ".join(row) + " |" for row in (head, ("---",) * len(head), *rows)]
+
+
 def main() -> None:
     """Prove every type, and write the page; nothing is written if a proof fails."""
     proofs = [prove(model_type) for model_type in known_types(walked=False)]
@@ -74,10 +102,12 @@ def main() -> None:
     summary = f"{len(proofs)} model types, proven by headgram {headgram.__version__} with {by}:"
     opened = [(*row, "yes" if row[-1] in known_types() else "no") for row in PAPER]
     rows = [("kind", "models", "model type", "opened"), ("---",) * 4, *((a, b, f"`{c}`", d) for a, b, c, d in opened)]
-    missing = [f"`{proof.model_type}` lacks {reason}" for proof in proofs for reason in proof.missing]
-    summary += f" {'; '.join(missing)}." if missing else " All four roles of every type are proven."
+    norms = Counter(norm_kind(proof.model_type) for proof in proofs)
+    kinds = ", ".join(f"{count} {kind}" for kind, count in norms.most_common())
+    summary += f" Before attention, {kinds}."
     page = renewed(PAGE.read_text(encoding="utf-8"), "proofs", "families", [summary, "", *markdown(proofs)])
     page = renewed(page, "remarks", "families", remarks())
+    page = renewed(page, "left out", "families", left_out(proofs))
     page = renewed(page, "paper", "families", ["| " + " | ".join(row) + " |" for row in rows])
     PAGE.write_text(page, encoding="utf-8")
 

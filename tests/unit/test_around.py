@@ -16,7 +16,7 @@ from headgram import HeadgramError, open_checkpoint
 from headgram.checkpoints.dimensions import Section
 from headgram.checkpoints.rotary import rotary_of
 from headgram.families.around import AROUND, AroundRule, NormRule, RotaryRule, ScaleRule, rule_of
-from headgram.families.registry import families
+from headgram.families.registry import adopting, families, family_of
 from headgram.forms.circuits import qk
 from headgram.forms.transforms import folded
 from headgram.proofs.prove import TOLERANCE, _models, _residuals, quiet
@@ -65,7 +65,7 @@ def tiny(model_type: str, **changes: Any) -> Any:
 
 def residuals(model: Any, folder: Path, entry: Mapping[str, Any]) -> dict[str, float]:
     with quiet(), open_checkpoint(folder) as checkpoint:
-        return _residuals(model, checkpoint, entry)[2]
+        return _residuals(model, checkpoint, {"whole": False, "walked": False, **entry})[2]
 
 
 def saved(model: Any, folder: Path) -> Path:
@@ -308,3 +308,17 @@ def test_a_later_rule_says_anew_what_it_names() -> None:
 def test_rules_are_about_types_of_their_family() -> None:
     for family in families():
         assert {name for rule in family.stacks for around in rule.around for name in around.types} <= set(family.model_types)
+
+
+def test_a_type_that_is_claimed_or_adopted_has_its_layout_alone(tmp_path: Path) -> None:
+    """Its norms and its rotary encoding may be others than those of the type that it is read as."""
+    model, _ = tiny("qwen3")
+    folder = saved(model, tmp_path)
+    with open_checkpoint(folder, overrides={"model_type": "afmoe"}) as checkpoint:
+        assert checkpoint.stack("self").roles == ("query", "key", "value", "output")
+        with pytest.raises(HeadgramError, match="no role 'norm' to read: .* the layout of 'afmoe' alone"):
+            _ = checkpoint.around("self", 0).norm
+        with pytest.raises(HeadgramError, match="no embedding to read"):
+            checkpoint.embedding()
+    with adopting("new", family_of("llama")), open_checkpoint(folder, overrides={"model_type": "new"}) as checkpoint:
+        assert set(AROUND) <= set(checkpoint.stack("self").missing)

@@ -24,7 +24,7 @@ def test_prove_prints_markdown() -> None:
     assert header.startswith("| model type | family | layout |")
     assert set(rule) <= set("| -")
     assert row.startswith("| gpt2 | gpt2 | column_blocks | self | 4/4×12, ")
-    assert "| query, key, value, output |" in row
+    assert "| query, key, value, output | all |" in row
     assert row.endswith("| yes |")
 
 

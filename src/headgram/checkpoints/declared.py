@@ -52,6 +52,9 @@ def declared_family(
     if not family.stacks:
         towers, architecture = family.towers, _text_type(config, architecture)
         family = with_towers(family_of(architecture), towers, config, architecture)
+    stated = config.get("model_type")
+    if architecture not in family.model_types or (stated is not None and given.get("model_type") not in (None, stated)):
+        family = family.without_surroundings(f"the checkpoint is read with the layout of '{architecture}' alone, another type")
     return architecture, family, config
 
 

@@ -9,7 +9,7 @@ from typing import Any, Self
 
 from headgram.checkpoints.stores import TensorStore
 from headgram.errors import HeadgramError
-from headgram.families.around import AROUND, AroundRule
+from headgram.families.around import left_out
 from headgram.families.layouts import LAYOUTS, QK, Dimensions, Part
 from headgram.families.registry import Family, Names, StackRule
 
@@ -168,7 +168,7 @@ def gguf_rule(family: Family) -> tuple[StackRule, bool]:
         hidden="embedding_length",
         head_dim="attention.key_length",
         remarks=family.stacks[0].remarks,
-        around=(AroundRule(unproven=dict.fromkeys(AROUND, "it is not read from GGUF files")),),
+        around=(left_out("it is not read from GGUF files"),),
     )
     return rule, family.gguf.permuted
 

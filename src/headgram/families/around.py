@@ -99,6 +99,11 @@ _USUAL: dict[str, Any] = {
 }
 
 
+def left_out(why: str) -> AroundRule:
+    """A rule that knows nothing, for one reason."""
+    return AroundRule(unproven=dict.fromkeys(AROUND, why))
+
+
 def rule_of(rules: Iterable[AroundRule], architecture: str, config: _Stated) -> AroundRule:
     """What the rules that are about a type and a configuration say together."""
     said: dict[str, Any] = {}

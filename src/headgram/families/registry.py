@@ -13,7 +13,7 @@ from typing import Any, Self
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from headgram.errors import HeadgramError, UnknownTypeError
-from headgram.families.around import AroundRule
+from headgram.families.around import AroundRule, left_out
 from headgram.families.layouts import LAYOUTS, QK, ROLES, reads_of, sizes_of
 
 _FOLDER = files("headgram.families")
@@ -126,6 +126,11 @@ class Family(_Entry):
     gguf: GgufRule | None = None
     walked: bool = False  # written by the walk over live models
     towers: tuple[Tower, ...] = ()
+
+    def without_surroundings(self, why: str) -> Family:
+        """The family's layouts alone, for a type that is not its own."""
+        stacks = tuple(rule.model_copy(update={"around": (left_out(why),)}) for rule in self.stacks)
+        return self.model_copy(update={"stacks": stacks, "embedding": ()})
 
 
 @cache

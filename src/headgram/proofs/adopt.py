@@ -59,6 +59,6 @@ def derive(model_type: str, config: Mapping[str, Any]) -> str:
 
 
 def representative(family: Family) -> str:
-    """A type that stands for its family: one that lends no defaults to what a configuration leaves out."""
-    lending = {name for rule in family.stacks for name in rule.defaults}
+    """A type that stands for its family: one that lends no counts of heads to what a configuration leaves out."""
+    lending = {name for rule in family.stacks for name, lent in rule.defaults.items() if "num_attention_heads" in lent}
     return next((name for name in family.model_types if name not in lending), family.model_types[0])

@@ -41,7 +41,7 @@ from headgram.proofs.probe import Call, neutralise, scores_of
 from headgram.proofs.shrink import tiny_data, walked_models
 
 #: The columns of a table of proofs, and what `Proof.cells` holds.
-COLUMNS = ("model type", "family", "layout", "stacks", "heads/key heads×rank", "roles", "residual", "ok")
+COLUMNS = ("model type", "family", "layout", "stacks", "heads/key heads×rank", "roles", "around them", "residual", "ok")
 #: A right layout agrees to float32 rounding (some models compute scores in float32); a wrong one is off by about 1.
 TOLERANCE = 1e-5
 #: How far attention weights may sum from 1 before something else must take part in their softmax; some are kept in bfloat16.
@@ -102,8 +102,11 @@ class Proof:
     @property
     def cells(self) -> tuple[str, ...]:
         """The proof as a row of a table with the columns `COLUMNS`."""
-        lists = (", ".join(values) for values in (self.layouts, self.stacks, self.shapes, self.roles))
-        return (self.model_type, self.family, *lists, f"{self.residual:.0e}", "yes" if self.ok else "no")
+        roles = [role for role in self.roles if role in ROLES]
+        lists = (", ".join(values) for values in (self.layouts, self.stacks, self.shapes, roles))
+        lacking = [role for role in AROUND if role not in self.roles]
+        around = "none" if len(lacking) == len(AROUND) else f"all but {', '.join(lacking)}" if lacking else "all"
+        return (self.model_type, self.family, *lists, around, f"{self.residual:.0e}", "yes" if self.ok else "no")
 
 
 def known_types(walked: bool = True) -> list[str]:
@@ -140,8 +143,7 @@ def prove(model_type: str, flags: Mapping[str, bool] = NO_FLAGS) -> Proof:
                     found += checkpoint.stacks
                     residuals = _residuals(model, checkpoint, entry)
                     scores, writes = max(scores, residuals[0]), max(writes, residuals[1])
-                    for role, residual in residuals[2].items():
-                        around[role] = max(around.get(role, 0.0), residual)
+                    around |= {role: max(around.get(role, 0.0), residual) for role, residual in residuals[2].items()}
     except Exception as error:  # whatever transformers raises, the other types should still be proven
         problem = str(error) if isinstance(error, HeadgramError) else f"{type(error).__name__}: {error}"
     if problem is None and not found:
@@ -150,9 +152,8 @@ def prove(model_type: str, flags: Mapping[str, bool] = NO_FLAGS) -> Proof:
         problem = f"the scores differ by {scores:.1e} of the largest"
     if problem is None and not writes <= TOLERANCE:
         problem = f"what the heads write differs by {writes:.1e} of the largest"
-    if problem is None and around and not max(around.values()) <= TOLERANCE:
-        worst = max(around, key=lambda role: around[role])
-        problem = f"what follows from the role '{worst}' differs by {around[worst]:.1e} of the largest"
+    for role in [role for role, residual in around.items() if problem is None and not residual <= TOLERANCE]:
+        problem = f"what follows from the role '{role}' differs by {around[role]:.1e} of the largest"
     return Proof(
         model_type,
         family.name,
@@ -330,7 +331,8 @@ def _residuals(model: nn.Module, checkpoint: Checkpoint, entry: Mapping[str, Any
             others[role] = max(others.get(role, 0.0), residual)
     if unclaimed := sorted({call.module for call in calls} - claimed):
         raise HeadgramError(f"the model's attention at {unclaimed[0]} belongs to no stack")
-    if family_of(checkpoint.architecture).embedding:
+    family = family_of(checkpoint.architecture)
+    if family.embedding and checkpoint.architecture in family.model_types:
         others |= table_residuals(model, checkpoint)
     return scores, writes, others
 
