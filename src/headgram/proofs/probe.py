@@ -286,10 +286,12 @@ class Watch(TorchFunctionMode):
             call.between.add("norm")
         if not args or not isinstance(args[0], Tensor) or not isinstance(weight, Tensor) or weight.dim() != 2:
             return
-        heads, tokens, rank = reading.heads.shape
+        with torch._C.DisableTorchFunction():  # this product is ours
+            gathered = reading.heads
+        heads, tokens, rank = gathered.shape
         if args[0].shape[-1] == heads * rank and args[0].numel() % (tokens * heads * rank) == 0:
             given = args[0].double().reshape(-1, heads * rank)[:tokens]
-            heads_by_side = reading.heads.transpose(0, 1).flatten(1)
+            heads_by_side = gathered.transpose(0, 1).flatten(1)
             right = bool((given - heads_by_side).abs().max() <= 1e-5 * given.abs().max())
             if right or reading.project is None:  # a gate's own projection may come first
                 reading.project, reading.given = module, given
