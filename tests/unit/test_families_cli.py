@@ -39,7 +39,7 @@ def test_prove_fails_if_a_proof_does(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_adopt_finds_the_layouts_that_fit() -> None:
     result = RUN.invoke(app, ["adopt", "minimax_m2"])
     assert result.exit_code == 0
-    assert "'minimax_m2' has the layout of 'afmoe' (largest residual" in result.stdout
+    assert "'minimax_m2' has the layout of 'mixtral' (largest residual" in result.stdout
 
 
 @pytest.mark.parametrize(
