@@ -17,9 +17,11 @@ def assert_nothing_half_written(project):
 
 
 def errors_of(done: subprocess.CompletedProcess) -> list[str]:
-    """What headgram said, but for how far the run is."""
+    """What headgram said, but for how far the run is, and that the tiny models have no outputs to read."""
     said = [line for line in (done.stdout + done.stderr).splitlines() if line.startswith("headgram: ")]
-    return [line for line in said if not re.match(r"headgram: \d+ of \d+ jobs", line)]
+    return [
+        line for line in said if not re.match(r"headgram: (\d+ of \d+ jobs|tiny-\w+, stack self: without the circuit ov)", line)
+    ]
 
 
 def test_a_nan_stops_its_own_model_only(project, finished):

@@ -99,10 +99,10 @@ def test_what_a_record_says(finished):
     record = json.loads((finished.folder / "results" / "provenance" / "tiny-llama.json").read_text())
     assert record["lock"] == lock
     assert record["headgram"] == headgram.__version__
-    assert record["stages"]["eigen"]["config"]["eigen"]["topk"] == 8
-    assert record["stages"]["extract"]["config"] == {"weights": {"dtype": "stored"}}
-    assert all(len(record["stages"][stage]["code"]) == 32 for stage in ("extract", "eigen", "gram"))
-    assert record["upstream"] == [record["stages"][stage]["key"] for stage in ("eigen", "gram")]
+    assert record["stages"]["eigen"]["qk"]["config"]["eigen"]["topk"] == 8
+    assert record["stages"]["extract"]["qk"]["config"] == {"weights": {"dtype": "stored"}}
+    assert all(len(record["stages"][stage]["qk"]["code"]) == 32 for stage in ("extract", "eigen", "gram"))
+    assert record["upstream"] == [record["stages"][stage]["qk"]["key"] for stage in ("eigen", "gram")]
     assert record["precision"] == "float64"
     assert record["versions"]["torch"] == version("torch")
     assert 0 < record["residual"] < 1e-12

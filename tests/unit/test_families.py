@@ -297,7 +297,8 @@ def test_defaults_are_those_of_transformers() -> None:
     for rule in [rule for family in families() for rule in family.stacks]:
         for model_type, defaults in rule.defaults.items():
             config = CONFIG_MAPPING[model_type]()
-            config = getattr(config, rule.config or "", config)
+            for section in (rule.config or "").split("."):
+                config = getattr(config, section, config)
             plain = {name: value for name, value in defaults.items() if name not in ROTARY}  # test_around.py is about the others
             assert {name: getattr(config, name) for name in plain} == plain
 

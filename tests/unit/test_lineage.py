@@ -7,7 +7,6 @@ import torch
 
 from headgram.forms.circuits import CIRCUITS
 from headgram.geometry.spectra import spectra
-from headgram.results import factors
 from headgram.results.factors import FactorFiles, write_factors
 from headgram.results.record import Identity, Provenance, record_of, seal
 from headgram.stages.lineage import Measured, measure
@@ -38,7 +37,7 @@ def test_tables_about_two_models(tmp_path, monkeypatch, circuit):
     sides = side(tmp_path, "before", circuit, *before), side(tmp_path, "after", circuit, *after)
     found = []
     for size in (2**30, 4 * RANK * WIDTH * 3):
-        monkeypatch.setattr(factors, "_BLOCK_BYTES", size)
+        monkeypatch.setattr("headgram.geometry.costs.BLOCK_BYTES", size)
         tables = measure((circuit, "self"), *sides, True, "cpu")
         found.append({name: table.to_pandas() for name, table in tables.items()})
     for other in found[1:]:

@@ -21,7 +21,7 @@ PALE = 3
 
 def nulls(facts: Mapping[str, Any]) -> dict[str, Null]:
     """Of every column of `heads`, comparison of forms and side that has one; `facts` is a row of `models`."""
-    width, kept = facts["hidden"], facts["directions"]
+    width, kept = int(facts["hidden"]), int(facts["directions"])
     return {
         "symmetry": symmetry_null(width),
         "symmetry_score": symmetry_score_null(width),

@@ -126,7 +126,7 @@ class Eigen(_Section):
     tolerance: Annotated[float, _NUMBER] = Field(
         1e-9,
         gt=0,
-        le=1,
+        le=MOST,
         allow_inf_nan=False,
         description="Largest residual of the identities that a result may show; above it the job stops "
         "and names model, layer and head. Residuals are relative to `sum ‖q_i‖ ‖k_i‖` over the rows and are near 1e-14.",
