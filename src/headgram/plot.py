@@ -84,7 +84,7 @@ def layers(
     upper = chosen.groupby(["layer_a", "layer_b"], as_index=False)[value].mean().rename(columns={value: "value"})
     lower = upper[upper["layer_a"] != upper["layer_b"]].rename(columns={"layer_a": "layer_b", "layer_b": "layer_a"})
     facts = _facts(atlas, model, stack, circuit)
-    null = nulls(facts)[value].mean_of(facts["heads"] if head is None else 1)
+    null = nulls(facts)[value].mean_of(int(facts["heads"]) if head is None else 1)
     best = min(1.0, PALE * null.best_of(max(1, len(lower))))
     reach = max(float(lower["value"].abs().max()) if len(lower) else 0.0, best)
     if value == "cosine":
