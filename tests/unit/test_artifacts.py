@@ -23,7 +23,7 @@ from headgram.results.record import (
     record_of,
     seal,
 )
-from headgram.results.tables import read_table, write_table
+from headgram.results.tables import read_parts, read_table, write_table
 
 IDENTITY = Identity("eigen", '{"eigen":{"topk":8}}', "fingerprint", "code", ("upstream",))
 
@@ -189,3 +189,17 @@ def test_equal_tables_give_equal_bytes(tmp_path):
         write_table(tmp_path / name, [table], Provenance(IDENTITY, "m", "self"))
     assert (tmp_path / "a.parquet").read_bytes() == (tmp_path / "b.parquet").read_bytes()
     assert read_table(tmp_path / "a.parquet").equals(table)
+
+
+@pytest.mark.parametrize("labels", [{}, {"stack": "self"}, {"stack": "self", "kind": "q"}, {"stack": "none"}])
+def test_parts_of_a_table_are_its_rows_with_the_labels_asked_for(tmp_path, labels):
+    """Groups of one label, of several, and of no rows."""
+    schema = pa.schema([("stack", pa.string()), ("kind", pa.string()), ("x", pa.int64())])
+    q, k, cross = (
+        {"stack": stack, "kind": kind, "x": i} for i, (stack, kind) in enumerate([("self", "q"), ("self", "k"), ("cross", "q")])
+    )
+    groups = [[q, q, q], [cross, cross], [q, cross, k], [], [k, q]]
+    parts = [pa.Table.from_pylist(group, schema=schema) for group in groups]
+    write_table(tmp_path / "t.parquet", parts, Provenance(IDENTITY, "m", "self"))
+    found = [row for part in read_parts(tmp_path / "t.parquet", **labels) for row in part.to_pylist()]
+    assert found == [row for group in groups for row in group if labels.items() <= row.items()]

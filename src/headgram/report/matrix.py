@@ -11,7 +11,7 @@ from scipy.cluster.hierarchy import leaves_list, linkage
 from scipy.spatial.distance import squareform
 
 from headgram.report.names import DRAWN
-from headgram.results.tables import Place, of_place, read_parts
+from headgram.results.tables import Place, pair_indices, read_parts
 
 #: What two heads are compared by: columns of the table `pairs`.
 VALUES = ("cosine", "transposed")
@@ -90,13 +90,11 @@ def read_feeding(path: Path, stack: str, layers: np.ndarray, heads: int) -> Feed
         True indices.
     """
     kinds: dict[str, np.ndarray] = {}
-    for part in read_parts(path):
+    for part in read_parts(path, stack=stack):
         for kind in part["kind"].unique().to_pylist():
-            rows = part.filter((pc.field("stack") == stack) & (pc.field("kind") == kind))
-            if len(rows):
-                matrix = kinds.setdefault(kind, np.zeros((len(layers) * heads,) * 2, dtype=np.float32))
-                a, b = (np.searchsorted(layers, rows[f"layer_{side}"].to_numpy()) * heads + rows[f"head_{side}"] for side in "ab")
-                matrix[a, b] = rows["times_chance"]
+            rows = part.filter(pc.field("kind") == kind)
+            matrix = kinds.setdefault(kind, np.zeros((len(layers) * heads,) * 2, dtype=np.float32))
+            matrix[pair_indices(rows, layers, heads)] = rows["times_chance"]
     return Feeding(kinds, heads) if kinds else None
 
 
@@ -113,9 +111,9 @@ def read_matrix(path: Path, place: Place, layers: np.ndarray, itself: dict[str, 
     heads = itself["cosine"].shape[1]
     values = {name: np.diag(value.ravel()).astype(np.float32) for name, value in itself.items()}
     known = np.eye(itself["cosine"].size, dtype=bool)
-    for part in read_parts(path):
-        rows = of_place(place, part)
-        a, b = (np.searchsorted(layers, rows[f"layer_{side}"].to_numpy()) * heads + rows[f"head_{side}"] for side in "ab")
+    circuit, stack = place
+    for rows in read_parts(path, circuit=circuit, stack=stack):
+        a, b = pair_indices(rows, layers, heads)
         known[a, b] = known[b, a] = True
         for name, matrix in values.items():
             matrix[a, b] = matrix[b, a] = rows[name]

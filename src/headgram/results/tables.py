@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -180,12 +180,18 @@ TABLES = {
 }
 
 
-def at_place(place: Place, table: pa.Table, schema: pa.Schema) -> pa.Table:
-    """Rows about the heads of one place, with the columns that say so, as a schema has it."""
+def labelled(table: pa.Table, schema: pa.Schema, **labels: str) -> pa.Table:
+    """Rows that have some texts in common, with a column for each, as a schema has them."""
     rows = pa.array(np.zeros(len(table), dtype=np.int32))
-    for name, value in zip(("circuit", "stack"), place, strict=True):
+    for name, value in labels.items():
         table = table.append_column(name, pa.array([value]).take(rows))
     return table.select(schema.names).cast(schema)
+
+
+def at_place(place: Place, table: pa.Table, schema: pa.Schema) -> pa.Table:
+    """Rows about the heads of one place, with the columns that say so, as a schema has it."""
+    circuit, stack = place
+    return labelled(table, schema, circuit=circuit, stack=stack)
 
 
 def of_place(place: Place, table: pa.Table) -> pa.Table:
@@ -231,8 +237,36 @@ def _checked(path: Path) -> Iterator[pq.ParquetFile]:
         yield file
 
 
-def read_parts(path: Path) -> Iterator[pa.Table]:
-    """The row groups of a Parquet file, one after the other, as `write_table` was given them; checked as by `read_table`."""
+def read_parts(path: Path, **labels: str) -> Iterator[pa.Table]:
+    """The row groups of a Parquet file, one after the other, as `write_table` was given them; checked as by `read_table`.
+
+    Of those with some texts in common, given by column, only the rows that have them: other groups are not decoded.
+    """
     with _checked(path) as file:
         for i in range(file.num_row_groups):
-            yield file.read_row_group(i)
+            if _may_hold(file.metadata.row_group(i), labels):
+                part = file.read_row_group(i)
+                for name, value in labels.items():
+                    part = part.filter(pc.field(name) == value)
+                yield part
+
+
+def _may_hold(group: pq.RowGroupMetaData, labels: Mapping[str, str]) -> bool:
+    """Whether the statistics of a row group leave it open that it has rows with these texts."""
+    columns = {(column := group.column(i)).path_in_schema: column.statistics for i in range(group.num_columns)}
+    known = {name: columns[name] for name in labels if columns[name] is not None and columns[name].has_min_max}
+    return all(each.min <= labels[name] <= each.max for name, each in known.items())
+
+
+def pair_indices(pairs: pa.Table, layers: np.ndarray, heads: int) -> tuple[np.ndarray, np.ndarray]:
+    """Where both heads of each pair stand among all heads of a stack, which lie layer by layer.
+
+    Parameters
+    ----------
+    layers : (L,)
+        True indices, ascending.
+    """
+    a, b = (
+        np.searchsorted(layers, pairs[f"layer_{side}"].to_numpy()) * heads + pairs[f"head_{side}"].to_numpy() for side in "ab"
+    )
+    return a, b

@@ -18,7 +18,7 @@ from headgram.geometry.ratios import ratio
 from headgram.results.factors import FactorFiles
 from headgram.results.files import written_whole
 from headgram.results.record import Provenance, seal
-from headgram.results.tables import CHANNELS, COMPOSITION, write_table
+from headgram.results.tables import CHANNELS, COMPOSITION, labelled, write_table
 
 if TYPE_CHECKING:
     from headgram.study.options import Config
@@ -162,6 +162,4 @@ def _heads(source: FactorFiles, places: Sequence[tuple[int, int]], device: str) 
 
 def _table(stack: str, kind: str, columns: Mapping[str, Any], schema: pa.Schema) -> pa.Table:
     values = {name: value.numpy() if isinstance(value, torch.Tensor) else value for name, value in columns.items()}
-    rows = pa.array(np.zeros(len(next(iter(values.values()))), dtype=np.int32))
-    texts = {name: pa.array([value]).take(rows) for name, value in (("stack", stack), ("kind", kind))}
-    return pa.table({**texts, **values}).select(schema.names).cast(schema)
+    return labelled(pa.table(values), schema, stack=stack, kind=kind)

@@ -29,6 +29,7 @@ from headgram.results.tables import (
     Place,
     at_place,
     of_place,
+    pair_indices,
     read_parts,
     read_table,
     write_table,
@@ -140,24 +141,21 @@ def _stack(place: Place, heads: pa.Table, gram: pa.Table, merged: Merged, shards
 
 def _neighbours(merged: Merged, place: Place, layers: np.ndarray, heads: int, device: str) -> Iterator[tuple[str, Neighbours]]:
     """The nearest heads by each measure; by forms only where all heads were multiplied with all heads."""
-    for measure in BY_FORM:
-        values = _all_pairs(merged.pairs, place, measure, layers, heads)
+    for measure, values in _all_pairs(merged.pairs, place, layers, heads).items():
         if not bool(values.isnan().any()):
             yield measure, nearest_heads(values, NEAREST)
     for measure in BY_SPAN:
         yield measure, nearest_heads(span_overlaps(_mapped(merged.directions, place)[measure], device), NEAREST)
 
 
-def _all_pairs(path: Path, place: Place, column: str, layers: np.ndarray, heads: int) -> torch.Tensor:
-    """A column of the table `pairs` as (N, N), `N = L H`; 0 on the diagonal, NaN where a pair was not measured."""
-    values = torch.full((len(layers) * heads,) * 2, torch.nan).fill_diagonal_(0)
-    for part in read_parts(path):
-        own = of_place(place, part)
-        a, b = (
-            torch.from_numpy(np.searchsorted(layers, own[f"layer_{side}"].to_numpy()) * heads + own[f"head_{side}"].to_numpy())
-            for side in "ab"
-        )
-        values[a, b] = values[b, a] = torch.tensor(own[column].to_numpy())
+def _all_pairs(path: Path, place: Place, layers: np.ndarray, heads: int) -> dict[str, torch.Tensor]:
+    """Each measure of the table `pairs` as (N, N), `N = L H`; 0 on the diagonal, NaN where a pair was not measured."""
+    values = {measure: torch.full((len(layers) * heads,) * 2, torch.nan).fill_diagonal_(0) for measure in BY_FORM}
+    circuit, stack = place
+    for part in read_parts(path, circuit=circuit, stack=stack):
+        a, b = map(torch.from_numpy, pair_indices(part, layers, heads))
+        for measure, matrix in values.items():
+            matrix[a, b] = matrix[b, a] = torch.tensor(part[measure].to_numpy())
     return values
 
 

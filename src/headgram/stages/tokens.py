@@ -7,7 +7,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import pyarrow as pa
 import torch
 
@@ -19,7 +18,7 @@ from headgram.errors import HeadgramError
 from headgram.geometry.nulls import Null
 from headgram.geometry.projections import projections
 from headgram.results.record import Provenance, check, seal
-from headgram.results.tables import TOKENS, Place, at_place, write_table
+from headgram.results.tables import TOKENS, Place, labelled, write_table
 
 if TYPE_CHECKING:
     from headgram.checkpoints.embeddings import Embedding
@@ -138,5 +137,5 @@ def _table(place: Place, side: str, columns: Mapping[str, Any]) -> pa.Table:
         name: value.numpy() if isinstance(value, torch.Tensor) else pa.array(value, pa.string())
         for name, value in columns.items()
     }
-    sides = pa.array([side]).take(pa.array(np.zeros(len(values["layer"]), dtype=np.int32)))
-    return at_place(place, pa.table({**values, "side": sides}), TOKENS)
+    circuit, stack = place
+    return labelled(pa.table(values), TOKENS, circuit=circuit, stack=stack, side=side)
