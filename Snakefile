@@ -1,4 +1,4 @@
-# headgram: query and key weights -> spectra and Gram matrices of attention heads.
+# headgram: weights of attention heads -> spectra, inner products, compositions.
 from snakemake.utils import min_version
 
 min_version("9.0")
@@ -17,6 +17,7 @@ include: "workflow/rules/pairs.smk"
 include: "workflow/rules/lineage.smk"
 include: "workflow/rules/composition.smk"
 include: "workflow/rules/tokens.smk"
+include: "workflow/rules/reported.smk"
 include: "workflow/rules/report.smk"
 include: "workflow/rules/handlers.smk"
 
