@@ -18,7 +18,7 @@ from headgram.geometry.projections import projections
 from headgram.results.files import written_whole
 from headgram.results.record import Identity, Provenance, seal
 from headgram.results.tables import read_table
-from headgram.stages.tokens import Merged, Written, find_tokens
+from headgram.stages.tokens import Directions, Written, find_tokens
 from headgram.study.options import Config
 from tiny import write_llama, write_llama_gguf
 
@@ -157,7 +157,7 @@ def written(tmp_path, folder, width=32):
     out = Written(tmp_path / "tokens.parquet", tmp_path / "tokens.json")
     options = Config.model_validate({"tokens": {"enabled": True, "count": 4}})
     find_tokens(
-        Merged(path, record),
+        Directions(path, record),
         out,
         {"source": str(folder)},
         options,

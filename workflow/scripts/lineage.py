@@ -7,14 +7,14 @@ from headgram.run.job import by_place, running
 
 with running(snakemake) as (provenance, options):
     from headgram.results.paths import LINEAGE
-    from headgram.stages.lineage import Parts, write_pair
+    from headgram.stages.lineage import FactorsAndDirections, write_pair
 
     sides = []
     for side, places in zip(("before", "after"), json.loads(snakemake.params.parts), strict=True):
         files = by_place(snakemake.input[side])
         sides.append(
             {
-                (circuit, stack): Parts(
+                (circuit, stack): FactorsAndDirections(
                     [files[stack, circuit, "weights", name] for name in groups],
                     [files[stack, circuit, "eigen", name] for name in shards],
                 )

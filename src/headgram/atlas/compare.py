@@ -13,8 +13,9 @@ from headgram.atlas.reader import Atlas, open_atlas
 from headgram.errors import HeadgramError, require
 from headgram.geometry.overlaps import paired_overlaps
 from headgram.results.factors import FactorFiles
+from headgram.results.paths import Place
 from headgram.results.record import has_key, read_record
-from headgram.results.tables import HEAD_NUMBERS, SIDES, Place
+from headgram.results.tables import HEAD_NUMBERS, SIDES
 from headgram.stages.lineage import Measured, measure
 
 #: What two stacks must agree in, so that their heads' forms can be multiplied.

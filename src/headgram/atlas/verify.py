@@ -18,7 +18,7 @@ from headgram.errors import HeadgramError
 from headgram.results.asked import asked_for
 from headgram.results.files import link_message
 from headgram.results.paths import FOLDERS, RECORDS
-from headgram.results.record import Described, Record, damages, read_record, record_of
+from headgram.results.record import DescribedIdentity, Record, damages, read_record, record_of
 from headgram.results.tables import HEAD_NUMBERS, QUARTILES, SIDES, TABLES, read_parts, read_table
 from headgram.study.lock import Lock
 
@@ -160,7 +160,7 @@ def _table_problems(path: Path, record: Record) -> Iterator[str]:
     schema = read_table(path).schema
     said = json.loads((schema.metadata or {}).get(b"headgram", b"null"))
     known = record.model_dump(mode="json", by_alias=True)
-    if not isinstance(said, dict) or not Described.model_fields.keys() <= said.keys():
+    if not isinstance(said, dict) or not DescribedIdentity.model_fields.keys() <= said.keys():
         yield "its metadata does not say where it comes from"
     elif differing := sorted(name for name in said if said[name] != known.get(name)):
         yield f"its metadata and its record name another {', '.join(differing)}"

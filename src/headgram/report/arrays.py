@@ -16,7 +16,8 @@ import pandas as pd
 from headgram.report.columns import columns
 from headgram.report.matrix import Feeding, PairMatrix, read_feeding, read_matrix
 from headgram.report.names import TABLES
-from headgram.results.tables import QUARTILES, SIDES, Place, of_place, read_table
+from headgram.results.paths import Place
+from headgram.results.tables import QUARTILES, SIDES, of_place, read_table
 
 #: How the forms of two layers are compared; SIDES are those of their directions.
 FORMS = {

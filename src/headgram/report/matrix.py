@@ -11,7 +11,8 @@ from scipy.cluster.hierarchy import leaves_list, linkage
 from scipy.spatial.distance import squareform
 
 from headgram.report.names import DRAWN
-from headgram.results.tables import Place, pair_indices, read_parts
+from headgram.results.paths import Place
+from headgram.results.tables import pair_indices, read_parts
 
 #: What two heads are compared by: columns of the table `pairs`.
 VALUES = ("cosine", "transposed")

@@ -8,6 +8,9 @@ from __future__ import annotations
 import posixpath
 from dataclasses import dataclass
 
+#: A circuit and a stack: whose heads something is about.
+Place = tuple[str, str]
+
 #: Tables that a merge and a derivation write for a model.
 MERGED = ("heads", "spectra", "gram", "pairs")
 DERIVED = ("overlap", "neighbours", "layers", "models")

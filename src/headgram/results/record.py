@@ -91,7 +91,7 @@ class Identity:
     @classmethod
     def read(cls, described: Mapping[str, Any]) -> Identity:
         """The identity that `described` gave."""
-        return Described.model_validate(described).identity
+        return DescribedIdentity.model_validate(described).identity
 
 
 class _Foreign(BaseModel):
@@ -100,7 +100,7 @@ class _Foreign(BaseModel):
     model_config = ConfigDict(extra="allow", frozen=True, strict=True)
 
 
-class Described(_Foreign):
+class DescribedIdentity(_Foreign):
     """An `Identity` as a record spells it out, and the key that it claims."""
 
     key: str
@@ -123,7 +123,7 @@ class FileSum(_Foreign):
     blake2b: str
 
 
-class Record(Described):
+class Record(DescribedIdentity):
     """A provenance record. What only people read of it, such as versions and times, is kept as it is."""
 
     version: Literal[SCHEMA] = Field(alias="schema")  # type: ignore[valid-type]
@@ -135,7 +135,9 @@ class Record(Described):
     seconds: float
     residual: float | None
     files: dict[Annotated[str, AfterValidator(_is_relative)], FileSum]
-    stages: dict[str, dict[str, Described]] = {}  # what the keys of a merged model's parts stand for: by stage and circuit
+    stages: dict[
+        str, dict[str, DescribedIdentity]
+    ] = {}  # what the keys of a merged model's parts stand for: by stage and circuit
 
 
 @dataclass(frozen=True)

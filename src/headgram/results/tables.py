@@ -14,6 +14,7 @@ import pyarrow.parquet as pq
 
 from headgram.errors import HeadgramError
 from headgram.results.files import written_whole
+from headgram.results.paths import Place
 from headgram.results.record import Provenance, parquet_metadata
 
 #: The measured scalars of a head: fields of `headgram.Spectrum`, columns of `heads`.
@@ -66,8 +67,6 @@ def _schema(*columns: tuple[str, pa.DataType] | pa.Field) -> pa.Schema:
 
 
 _PLACE = (("circuit", pa.string()), ("stack", pa.string()))
-#: A circuit and a stack: whose heads some rows are about.
-Place = tuple[str, str]
 
 # The column `model` is the partition of the atlas, so no file repeats it.
 HEADS = _schema(

@@ -16,6 +16,7 @@ from headgram.geometry.batches import at_once
 from headgram.geometry.neighbours import BY_FORM, BY_SPAN, Neighbours, nearest_heads, span_overlaps
 from headgram.geometry.nulls import Null, cosine_null, overlap_null
 from headgram.geometry.overlaps import overlaps
+from headgram.results.paths import Place
 from headgram.results.record import Provenance, canonical, check, record_of, seal
 from headgram.results.tables import (
     HEAD_NUMBERS,
@@ -26,7 +27,6 @@ from headgram.results.tables import (
     OVERLAP,
     QUARTILES,
     SIDES,
-    Place,
     at_place,
     of_place,
     pair_indices,

@@ -19,15 +19,16 @@ from headgram.geometry.nulls import cosine_null
 from headgram.geometry.overlaps import paired_overlaps
 from headgram.geometry.ratios import ratio
 from headgram.results.factors import FactorFiles
+from headgram.results.paths import Place
 from headgram.results.record import Provenance, check, record_of, seal
-from headgram.results.tables import CHANGES, DRIFT, DRIFT_NUMBERS, MATCHES, SIDES, Place, at_place, write_table
+from headgram.results.tables import CHANGES, DRIFT, DRIFT_NUMBERS, MATCHES, SIDES, at_place, write_table
 
 if TYPE_CHECKING:
     from headgram.study.options import Config
 
 
 @dataclass(frozen=True)
-class Parts:
+class FactorsAndDirections:
     """Files of one circuit of a stack: of factors, and of the directions of its shards in the order of their layers."""
 
     weights: Sequence[Path]
@@ -43,8 +44,8 @@ class Measured:
 
 
 def write_pair(
-    before: Mapping[Place, Parts],
-    after: Mapping[Place, Parts],
+    before: Mapping[Place, FactorsAndDirections],
+    after: Mapping[Place, FactorsAndDirections],
     tables: Mapping[str, Path],
     record: Path,
     options: Config,
@@ -77,7 +78,9 @@ def write_pair(
     seal(record, provenance, list(tables.values()))
 
 
-def _checked(parts: Mapping[Place, Parts], extract: Mapping[str, str], eigen: Mapping[str, str]) -> dict[Place, Measured]:
+def _checked(
+    parts: Mapping[Place, FactorsAndDirections], extract: Mapping[str, str], eigen: Mapping[str, str]
+) -> dict[Place, Measured]:
     """What a model's files hold, given the keys of every circuit's artifacts."""
     found = {}
     for (circuit, stack), files in parts.items():

@@ -17,8 +17,9 @@ from headgram.errors import HeadgramError
 from headgram.geometry.ratios import cosines
 from headgram.results.files import scratch, written_whole
 from headgram.results.original import directions_path, write_seed_files
+from headgram.results.paths import Place
 from headgram.results.record import Provenance, Record, check, record_of, seal
-from headgram.results.tables import GRAM, HEADS, PAIRS, SPECTRA, Place, at_place, read_parts, read_table, write_table
+from headgram.results.tables import GRAM, HEADS, PAIRS, SPECTRA, at_place, read_parts, read_table, write_table
 
 if TYPE_CHECKING:
     from headgram.study.options import Config

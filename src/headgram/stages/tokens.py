@@ -17,8 +17,9 @@ from headgram.checkpoints.vocabulary import token_texts
 from headgram.errors import HeadgramError
 from headgram.geometry.nulls import Null
 from headgram.geometry.projections import projections
+from headgram.results.paths import Place
 from headgram.results.record import Provenance, check, seal
-from headgram.results.tables import TOKENS, Place, labelled, write_table
+from headgram.results.tables import TOKENS, labelled, write_table
 
 if TYPE_CHECKING:
     from headgram.checkpoints.embeddings import Embedding
@@ -35,7 +36,7 @@ _LONGEST = 200
 
 
 @dataclass(frozen=True)
-class Merged:
+class Directions:
     """The directions of a model, and the record of the merge that wrote them."""
 
     directions: Path
@@ -50,7 +51,7 @@ class Written:
     record: Path
 
 
-def find_tokens(merged: Merged, written: Written, source: Mapping[str, Any], options: Config, provenance: Provenance) -> None:
+def find_tokens(merged: Directions, written: Written, source: Mapping[str, Any], options: Config, provenance: Provenance) -> None:
     """Write the table `tokens`; without rows of stacks whose width no embedding has.
 
     Parameters

@@ -17,7 +17,7 @@ from pydantic import BaseModel
 from headgram.errors import HeadgramError
 from headgram.families.registry import family_of, family_of_gguf, family_text
 from headgram.geometry.costs import Sizes, cheapest, flops, spectra_flops
-from headgram.results.paths import Results
+from headgram.results.paths import Place, Results
 from headgram.results.record import Identity, canonical, digest
 from headgram.study.keys import code_digest, page_digest
 from headgram.study.lineages import Pair, pairs
@@ -36,8 +36,6 @@ MOST_PAIR_FLOPS = 2e14
 _STORED_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
 
 Layers = tuple[int, ...]
-#: A circuit and a stack.
-Place = tuple[str, str]
 
 
 @dataclass(frozen=True)
