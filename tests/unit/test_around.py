@@ -97,6 +97,19 @@ def test_yarn_changes_the_scale_of_latent_attention(tmp_path: Path) -> None:
         assert checkpoint.around("self", 0).scale == pytest.approx(12**-0.5 * (0.1 * math.log(40) + 1) ** 2)
 
 
+def test_a_scale_that_a_section_states_is_refused(tmp_path: Path) -> None:
+    """MPT's `attn_config.softmax_scale`; null, it is the usual one."""
+    model, _ = tiny("mpt")
+    folder = saved(model, tmp_path)
+    config = json.loads((folder / "config.json").read_text())
+    with open_checkpoint(folder) as checkpoint:
+        assert checkpoint.around("self", 0).scale == pytest.approx(checkpoint.stack("self").rank ** -0.5)
+    config["attn_config"] = {**config.get("attn_config", {}), "softmax_scale": 0.5}
+    (folder / "config.json").write_text(json.dumps(config))
+    with open_checkpoint(folder) as checkpoint, pytest.raises(HeadgramError, match=r"states attn_config\.softmax_scale"):
+        _ = checkpoint.around("self", 0).scale
+
+
 OLDER = {
     "llama": {"rope_theta": 500.0, "rope_scaling": {"type": "linear", "factor": 2.0}},
     "gpt_neox": {"rotary_emb_base": 500, "rotary_pct": 0.5},

@@ -36,12 +36,14 @@ class Section:
         return cls({**defaults, **inner}, architecture)  # what a section leaves unsaid, no other tower's count says
 
     def get(self, name: str) -> Any:
-        """What the configuration states under a name, or under `name.N` as the Nth of a list, or None."""
+        """What the configuration states under a name, under `name.N` as the Nth of a list, or `a.b` in a section; or None."""
+        if name in self._values:  # names of GGUF have dots of their own
+            return self._values[name]
         stated, _, place = name.rpartition(".")
-        if not place.isdecimal():  # names of GGUF have dots of their own
-            return self._values.get(name)
         value = self._values.get(stated)
-        return value[int(place)] if isinstance(value, list) and int(place) < len(value) else None
+        if isinstance(value, list) and place.isdecimal():
+            return value[int(place)] if int(place) < len(value) else None
+        return value.get(place) if isinstance(value, Mapping) else None
 
     def find(self, names: Names, least: int = 1) -> int | None:
         """A whole number that the configuration states under one of the names; None if under none of them.
