@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 import pandas as pd
 import torch
@@ -148,8 +149,8 @@ def _tables(atlas: Atlas, a: str, b: str, place: Place, shapes: list[Mapping[str
 def _weights(atlas: Atlas, model: str, place: Place) -> FactorFiles:
     """The extracted weights from which a model was measured."""
     circuit, stack = place
-    extract = read_record(atlas.results / "provenance" / f"{model}.json").stages.get("extract", {}).get(circuit)
-    folder = atlas.results / "models" / model / stack / circuit / "weights"
+    extract = read_record(Path(atlas.paths.record("merge", model))).stages.get("extract", {}).get(circuit)
+    folder = Path(atlas.paths.record("extract", model, stack, circuit, "*")).parent
     current = [path for path in sorted(folder.glob("*.json")) if extract and has_key(path, extract.key)]
     factors = FactorFiles([path.with_suffix(".pt") for path in current], extract.key, circuit) if extract and current else None
     if factors is None or set(factors.layers) != set(atlas.of_heads("layers", model, stack, circuit)["layer"]):

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 from headgram.atlas.labelled import by_heads, by_layers, symmetric
 from headgram.described import Described
 from headgram.errors import HeadgramError, require
+from headgram.results.paths import LINEAGE, OPTIONAL, Results
 from headgram.study.manifest import MODEL_NAME
 
 if TYPE_CHECKING:
@@ -25,12 +26,13 @@ class Atlas(Described):
 
     def __init__(self, results: Path, chosen: frozenset[str] | None = None) -> None:
         self.results = results  #: the folder
+        self.paths = Results(str(results))  #: where each file lies in it
         self._chosen = chosen
 
     @property
     def models(self) -> list[str]:
         """Names of the measured models, sorted; those that were chosen by `where`."""
-        found = (path.stem for path in (self.results / "provenance").glob("*.json"))
+        found = (path.stem for path in Path(self.paths.record("merge", "*")).parent.glob("*.json"))
         names = sorted(name for name in found if MODEL_NAME.fullmatch(name))
         return names if self._chosen is None else [name for name in names if name in self._chosen]
 
@@ -110,20 +112,18 @@ class Atlas(Described):
         import pandas as pd
         import pyarrow as pa
 
-        from headgram.results.paths import LINEAGE, OPTIONAL, Results
         from headgram.results.tables import TABLES, read_table
 
         if not isinstance(name, str) or name not in TABLES:
             raise HeadgramError(f"the atlas has no table '{name}'; there are: {', '.join(TABLES)}")
         if model is not None:
             self._require(model)
-        paths = Results(str(self.results))
         models = [model] if model else self.models
         if name in LINEAGE:
             pairs = [(each, other) for each in models for other in self.others(each)]
-            files = [(paths.pair_table(name, *pair), {"model": pair[0], "other": pair[1]}) for pair in pairs]
+            files = [(self.paths.pair_table(name, *pair), {"model": pair[0], "other": pair[1]}) for pair in pairs]
         else:
-            places = [(paths.table(name, each), {"model": each}) for each in models]
+            places = [(self.paths.table(name, each), {"model": each}) for each in models]
             files = [place for place in places if name not in OPTIONAL or Path(place[0]).exists()]
         tables = []
         for path, keys in files:
@@ -143,7 +143,7 @@ class Atlas(Described):
     def others(self, model: str) -> list[str]:
         """Earlier models of its lineage that a model was compared with, in the tables `drift`, `changes` and `matches`."""
         self._require(model)
-        return sorted(path.stem for path in (self.results / "provenance" / "lineage" / model).glob("*.json"))
+        return sorted(path.stem for path in Path(self.paths.record("lineage", model, name="*")).parent.glob("*.json"))
 
     def lineage(self, name: str) -> dict[str, float]:
         """The steps of a lineage's models, in their order.
@@ -363,9 +363,7 @@ class Atlas(Described):
 
         self._require(model)
         self.stacks(model, circuit)
-        loaded: dict[str, dict[str, dict[str, Any]]] = torch.load(
-            self.results / "atlas" / "directions" / f"{model}.pt", mmap=True, weights_only=True
-        )
+        loaded: dict[str, dict[str, dict[str, Any]]] = torch.load(self.paths.directions(model), mmap=True, weights_only=True)
         return loaded[circuit]
 
     def _of_circuit(self, name: str, circuit: str | None) -> pd.DataFrame:
