@@ -62,6 +62,7 @@ RECORDS = {
         "derive",
         "composition",
         "tokens",
+        "render",
         "report",
     )
 }

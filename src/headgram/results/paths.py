@@ -61,6 +61,7 @@ class Results:
                 "lineage": f"provenance/lineage/{model}/{name}.json",
                 "composition": f"provenance/composition/{model}.json",
                 "tokens": f"provenance/tokens/{model}.json",
+                "render": f"report/data/{model}.json",
                 "report": "report/index.json",
             }[stage]
         )
