@@ -176,7 +176,7 @@ def _summed(x: Float[Tensor, "padded_x block"], y: Float[Tensor, "padded_y block
 
 
 def _summed_triangle(x: Float[Tensor, "padded block"]) -> Float[Tensor, "padded padded"]:
-    """The upper triangle of `x x^T`, by BLAS' routine for that, which adds up a few hundred terms at a time. Torch does not call it."""
+    """The upper triangle of `x x^T`, by BLAS' routine for that: torch calls none. It adds up a few hundred terms at a time."""
     from scipy.linalg.blas import dsyrk, ssyrk  # costs time where nothing is multiplied
 
     syrk = ssyrk if x.dtype == torch.float32 else dsyrk
