@@ -161,7 +161,16 @@ def left_out(plan: Plan) -> list[str]:
         for stack in _in_both_circuits(model.heads)
         if plan.config.composition.enabled == "auto" and stack not in model.composed
     ]
-    return absent + costly + uncomposed
+    unknown = [unpinned(name) for name, model in plan.models.items() if not model.entry.pins_around]
+    return absent + costly + uncomposed + unknown
+
+
+def unpinned(model: str) -> str:
+    """The sentence about a model whose entry in the lock an earlier headgram wrote."""
+    return (
+        f"{model}: its lock does not pin the norms, biases and rotary encoding around its heads, so nothing is made of them; "
+        f"`headgram lock --upgrade {model}` pins them"
+    )
 
 
 def make_plan(
@@ -215,6 +224,7 @@ def stage_config(stage: str, config: Config, circuit: str = "qk") -> str:
         config = config.model_copy(update={"original": config.original.model_copy(update={"enabled": False})})
     sections: dict[str, dict[str, BaseModel]] = {
         "extract": {"weights": config.weights},
+        "around": {},
         "eigen": {"eigen": config.eigen, "original": config.original},
         "gram": {"gram": config.gram},
         "composition": {"composition": config.composition, "export": config.export},
@@ -228,11 +238,15 @@ def stage_config(stage: str, config: Config, circuit: str = "qk") -> str:
 def _identities(
     entry: LockedModel, labels: Labels, circuits: Sequence[str], composed: bool, config: Config, scripts: Path
 ) -> dict[tuple[str, str], Identity]:
-    stages = ("extract", "eigen", "gram", "merge", "derive", "composition", "tokens", "render")
+    stages = ("extract", "around", "eigen", "gram", "merge", "derive", "composition", "tokens", "render")
     code = {stage: code_digest(stage, scripts / f"{stage}.py") for stage in stages}
     find = family_of_gguf if entry.format == "gguf" and "model_type" not in entry.overrides else family_of
-    reads_weights = digest(code["extract"], family_text(find(entry.architecture).name))
+    family = family_text(find(entry.architecture).name)
+    reads_weights = digest(code["extract"], family)
     found: dict[tuple[str, str], Identity] = {}
+    if entry.pins_around:
+        code_around = digest(code["around"], family)
+        found["around", ""] = Identity("around", stage_config("around", config), entry.around_fingerprint(), code_around)
     for circuit in circuits:
         fingerprint = entry.fingerprint_of(circuit)
         found["extract", circuit] = extract = Identity("extract", stage_config("extract", config), fingerprint, reads_weights)
