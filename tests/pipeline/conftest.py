@@ -5,7 +5,7 @@ import re
 import shutil
 import subprocess
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -21,6 +21,7 @@ class Project:
     """A folder in which `snakemake` runs, with its own copy of the sources."""
 
     folder: Path
+    patience: float = 600  # seconds that a run may take
 
     def environment(self) -> dict[str, str]:
         return os.environ | {"PYTHONPATH": str(self.folder / "src"), "PYTHONDONTWRITEBYTECODE": "1", "HF_HUB_OFFLINE": "1"}
@@ -30,7 +31,12 @@ class Project:
 
     def snakemake(self, *arguments: str) -> subprocess.CompletedProcess:
         return subprocess.run(
-            self.command(*arguments), cwd=self.folder, env=self.environment(), capture_output=True, text=True, timeout=600
+            self.command(*arguments),
+            cwd=self.folder,
+            env=self.environment(),
+            capture_output=True,
+            text=True,
+            timeout=self.patience,
         )
 
     def run(self, *arguments: str) -> subprocess.CompletedProcess:
@@ -52,7 +58,7 @@ class Project:
     def copy(self, folder: Path) -> "Project":
         """The same project elsewhere, dates of files included."""
         shutil.copytree(self.folder, folder, symlinks=True)
-        return Project(folder)
+        return replace(self, folder=folder)
 
     def tables(self) -> dict[str, bytes]:
         """Everything that a user reads, byte by byte."""
