@@ -19,6 +19,7 @@ include: "workflow/rules/lineage.smk"
 include: "workflow/rules/composition.smk"
 include: "workflow/rules/tokens.smk"
 include: "workflow/rules/reported.smk"
+include: "workflow/rules/render.smk"
 include: "workflow/rules/report.smk"
 include: "workflow/rules/handlers.smk"
 

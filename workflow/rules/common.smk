@@ -64,6 +64,7 @@ RECORDS = {
         "derive",
         "composition",
         "tokens",
+        "render",
         "report",
     )
 }

@@ -23,6 +23,7 @@ from headgram.checkpoints.sources import HUB_DIGEST
 from headgram.checkpoints.stack import Stack, stack_of
 from headgram.checkpoints.stores import TensorStore
 from headgram.checkpoints.token_tables import TokenTables, token_tables
+from headgram.checkpoints.twins import as_turned, turned
 from headgram.described import Described
 from headgram.errors import HeadgramError, require
 from headgram.families.around import AROUND
@@ -55,9 +56,11 @@ class Checkpoint(Described):
         stacks: tuple[Stack, ...],
         tables: TokenTables,
         remarks: tuple[str, ...] = (),
+        twin: int | None = None,
     ) -> None:
         self.location = location
         self.remarks = remarks
+        self._twin = twin
         self.architecture = architecture
         self.stacks = stacks
         self._store = store
@@ -151,7 +154,7 @@ class Checkpoint(Described):
     ) -> dict[str, Float[Tensor, "heads rank width"]]:
         """The weights of one layer's heads, by role, in stored precision; no tensor is read twice.
 
-        At least float32 if the format is quantised, or if the weights are products of stored factors.
+        At least float32 if the format is quantised, if the weights are products of stored factors, or of a random twin.
 
         Parameters
         ----------
@@ -195,6 +198,8 @@ class Checkpoint(Described):
         for part in LAYOUTS[stack._layout]:
             if set(part.gives) & set(wanted):
                 factors |= part.split(stack.dimensions, **{tensor: tensors[tensor] for tensor in part.reads})
+        if self._twin is not None:
+            return {role: turned(factors[role], self._twin, stack.name, layer, role) for role in wanted}
         return {role: factors[role] for role in wanted}
 
     def embeddings(self, width: int) -> dict[str, Embedding]:
@@ -275,7 +280,8 @@ def open_checkpoint(
         Branch, tag or commit of a hub id.
     overrides
         Any of `model_type`, `heads`, `kv_heads`, `head_dim`, for a checkpoint that does not state them; `base`, the source of
-        the checkpoint that an adapter changes; `prefix`, what stands before the model's names.
+        the checkpoint that an adapter changes; `prefix`, what stands before the model's names; `twin`, a positive number, for a
+        random twin: every head turned at random, its spectrum kept. Each number gives another one, the same everywhere.
 
     Raises
     ------
@@ -313,7 +319,10 @@ def open_checkpoint(
         raise HeadgramError(f"a checkpoint of the family '{family.name}' should hold attention weights, but this one has none")
     if location.base:
         remarks = (f"a LoRA adapter, merged into {location.base}", *remarks)
-    return Checkpoint(location, store, architecture, stacks, tables, remarks)
+    if (twin := given.get("twin")) is not None:
+        stacks = tuple(map(as_turned, stacks))
+        remarks = (*remarks, f"random twin {twin}: every head is turned at random, and keeps its spectrum")
+    return Checkpoint(location, store, architecture, stacks, tables, remarks, twin)
 
 
 def _token_tables(

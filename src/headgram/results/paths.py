@@ -62,6 +62,7 @@ class Results:
                 "around": f"provenance/around/{model}.json",
                 "composition": f"provenance/composition/{model}.json",
                 "tokens": f"provenance/tokens/{model}.json",
+                "render": f"report/data/{model}.json",
                 "report": "report/index.json",
             }[stage]
         )

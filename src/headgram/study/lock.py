@@ -126,7 +126,7 @@ class LockedModel(_Entry):
 
     source: _Text
     revision: _Text | None
-    overrides: dict[Literal["model_type", "heads", "kv_heads", "head_dim", "base", "prefix"], _Text | _Count]
+    overrides: dict[Literal["model_type", "heads", "kv_heads", "head_dim", "base", "prefix", "twin"], _Text | _Count]
     commit: Annotated[str, Field(pattern="^[0-9A-Za-z]{1,64}$")] | None
     base: _Text | None = None  # of an adapter: the source of the checkpoint that it changes, with `@` and its commit at the hub
     format: _Text

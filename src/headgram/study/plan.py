@@ -104,7 +104,7 @@ class Plan:
     config: Config
     models: dict[str, ModelPlan]
     pairs: list[Pair]  # of models of one lineage
-    report: Identity  # of the page and the figures of all models
+    report: Identity  # of the page, and the figures of all models together
     pair_code: str  # the digest of the stage `lineage`
 
     def pair_places(self, pair: Pair) -> list[Place]:
@@ -238,7 +238,7 @@ def stage_config(stage: str, config: Config, circuit: str = "qk") -> str:
 def _identities(
     entry: LockedModel, labels: Labels, circuits: Sequence[str], composed: bool, config: Config, scripts: Path
 ) -> dict[tuple[str, str], Identity]:
-    stages = ("extract", "around", "eigen", "gram", "merge", "derive", "composition", "tokens")
+    stages = ("extract", "around", "eigen", "gram", "merge", "derive", "composition", "tokens", "render")
     code = {stage: code_digest(stage, scripts / f"{stage}.py") for stage in stages}
     find = family_of_gguf if entry.format == "gguf" and "model_type" not in entry.overrides else family_of
     family = family_text(find(entry.architecture).name)
@@ -267,18 +267,15 @@ def _identities(
         upstream = tuple(found["extract", circuit].key for circuit in ("qk", "ov"))
         options = stage_config("composition", config)
         found["composition", ""] = Identity("composition", options, entry.fingerprint, code["composition"], upstream)
+    drawn = tuple(found[stage, ""].key for stage in ("merge", "derive", "composition") if (stage, "") in found)
+    found["render", ""] = Identity("render", canonical({}), entry.fingerprint, code["render"], drawn)
     return found
 
 
 def _report_identity(models: Mapping[str, ModelPlan], scripts: Path) -> Identity:
-    """What a report follows from: the models' names, in order, and their tables."""
+    """What a report follows from: the models' names, in order, their tables, and what was rendered of them."""
     code = digest(code_digest("report", scripts / "report.py"), page_digest())
-    upstream = tuple(
-        model.identities[stage, ""].key
-        for model in models.values()
-        for stage in ("merge", "derive", "composition")
-        if (stage, "") in model.identities
-    )
+    upstream = tuple(model.identities[stage, ""].key for model in models.values() for stage in ("merge", "derive", "render"))
     return Identity("report", canonical({}), digest(*models), code, upstream)
 
 
