@@ -18,10 +18,10 @@ from headgram.geometry.batches import at_once
 from headgram.geometry.original import original_quantities
 from headgram.geometry.scores import LayerScores, layer_scores, symmetry_score
 from headgram.geometry.spectra import Spectrum, spectra
-from headgram.results.factors import FactorFiles
+from headgram.results.factors import factors_of
 from headgram.results.files import written_whole
 from headgram.results.record import Provenance, record_of, seal
-from headgram.results.tables import HEADS, LAYER_SCORES, SCALARS, write_table
+from headgram.results.tables import AT_TIMES, HEADS, LAYER_SCORES, SCALARS, WHERE, write_table
 
 if TYPE_CHECKING:
     from headgram.study.options import Config
@@ -30,14 +30,20 @@ if TYPE_CHECKING:
 _BATCH_BYTES = 512 * 2**20
 
 _SHARD = pa.schema(
-    [field for field in HEADS if field.name not in ("circuit", "stack")]
+    [field for field in HEADS if field.name not in (*WHERE, *AT_TIMES)]
     + [(name, pa.float64()) for name in LAYER_SCORES]  # the same for every head of a layer
     + [("singular_values", pa.list_(pa.float64())), ("symmetric_eigenvalues", pa.list_(pa.float64()))]
 )
 
 
 def measure_shard(
-    table: Path, tensors: Path, weights: Sequence[Path], layers: Sequence[int], options: Config, provenance: Provenance
+    table: Path,
+    tensors: Path,
+    weights: Sequence[Path],
+    layers: Sequence[int],
+    options: Config,
+    provenance: Provenance,
+    around: tuple[Path, Path] | None = None,
 ) -> None:
     """Measure a shard and write its table and its directions.
 
@@ -49,14 +55,15 @@ def measure_shard(
         Extracted weights that hold all the layers.
     options
         Sections `eigen` and `original` are read.
+    around
+        As in `factors_of`.
 
     Raises
     ------
     HeadgramError
         If a residual exceeds the tolerance: names model, stack, layer and head.
     """
-    assert provenance.circuit is not None
-    source = FactorFiles(weights, provenance.identity.upstream[0], provenance.circuit)
+    source = factors_of(weights, around, provenance)
     device, topk = provenance.device, options.eigen.topk
     place = f"model {provenance.model}, stack {provenance.stack}, circuit {provenance.circuit}"
     together = max(1, _BATCH_BYTES // source.layer_bytes) if at_once(torch.device(device)) else 1
