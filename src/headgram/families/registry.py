@@ -10,24 +10,20 @@ from functools import cache
 from importlib.resources import files
 from typing import Any, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
 from headgram.errors import HeadgramError, UnknownTypeError
-from headgram.families.around import AroundRule, left_out
+from headgram.families.around import AroundRule, Rule, left_out
 from headgram.families.layouts import LAYOUTS, QK, ROLES, reads_of, sizes_of
 
 _FOLDER = files("headgram.families")
-
-
-class _Entry(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
 
 #: A name in the checkpoint's configuration; of several, the first that it states.
 Names = str | tuple[str, ...]
 
 
-class Remark(_Entry):
+class Remark(Rule):
     """What a reader of some roles must know, or why they are not read at all."""
 
     roles: tuple[str, ...]
@@ -44,7 +40,7 @@ class Remark(_Entry):
         return self
 
 
-class StackRule(_Entry):
+class StackRule(Rule):
     """One run of attention layers: where its tensors are, and what the checkpoint's config calls its head counts.
 
     Rules with the same name are alternatives: the first whose `when` holds and whose tensors are there is taken.
@@ -92,7 +88,7 @@ class StackRule(_Entry):
         return {tensor: name if name.endswith("_weight") else f"{name}{self.leaf}" for tensor, name in names.items()}
 
 
-class GgufRule(_Entry):
+class GgufRule(Rule):
     """The family in llama.cpp's naming."""
 
     architectures: tuple[str, ...]
@@ -101,7 +97,7 @@ class GgufRule(_Entry):
     modules: dict[str, str] = Field(default={"query": "attn_q", "key": "attn_k", "value": "attn_v", "output": "attn_output"})
 
 
-class Tower(_Entry):
+class Tower(Rule):
     """A part of a multimodal model that is a model of another type, which its section of the configuration names."""
 
     name: str
@@ -109,7 +105,7 @@ class Tower(_Entry):
     places: tuple[str, ...]  # what its tensors' names begin with, before the prefixes of its own family
 
 
-class Family(_Entry):
+class Family(Rule):
     """One family of architectures.
 
     A family without stacks holds models whose text tower is of another type, which their config names in `text_config`.

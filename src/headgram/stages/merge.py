@@ -34,7 +34,7 @@ class Parts:
 
 
 @dataclass(frozen=True)
-class Atlas:
+class MergedFiles:
     """The files that a merge writes."""
 
     heads: Path
@@ -46,7 +46,7 @@ class Atlas:
     record: Path
 
 
-def merge(parts: Mapping[Place, Parts], atlas: Atlas, options: Config, provenance: Provenance) -> None:
+def merge(parts: Mapping[Place, Parts], atlas: MergedFiles, options: Config, provenance: Provenance) -> None:
     """Merge one model.
 
     The record also says how long its parts took, and where.
