@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from typing import Any, Self
 
 from jaxtyping import Float
@@ -25,8 +26,10 @@ from headgram.checkpoints.token_tables import TokenTables, token_tables
 from headgram.checkpoints.twins import as_turned, turned
 from headgram.described import Described
 from headgram.errors import HeadgramError, require
+from headgram.families.around import AROUND
 from headgram.families.layouts import LAYOUTS, QK, undo_gguf_permutation
 from headgram.families.registry import Family, StackRule, family_of, family_of_gguf
+from headgram.forms.reading import Frame, Frames
 from headgram.geometry.checks import is_finite
 
 
@@ -99,6 +102,27 @@ class Checkpoint(Described):
         stack = self.stack(stack_name)
         self._check_layer(stack, layer)
         return Around(stack.name, layer, stack._around, self._store)
+
+    def frames(self, stack_name: str) -> Frames:
+        """What stands around the projections of all layers of a stack, read now; what cannot be read is missing, with the reason.
+
+        Raises
+        ------
+        HeadgramError
+            If there is no such stack.
+        """
+        stack = self.stack(stack_name)
+        self.prefetch(stack.name, stack.layers, AROUND)
+        layers = [self.around(stack.name, layer) for layer in stack.layers]
+        known: dict[str, list[Any]] = {}
+        missing = {}
+        for role in AROUND:
+            try:
+                known[role] = [layer.read(role) for layer in layers]
+            except HeadgramError as error:
+                missing[role] = str(error)
+        found = [Frame(**{role: values[i] for role, values in known.items()}) for i in range(len(layers))]
+        return Frames(dict(zip(stack.layers, found, strict=True)), missing)
 
     def embedding(self) -> Float[Tensor, "tokens width"]:
         """What every token is read as, in stored precision; a model may scale it, or add positions to it.
@@ -226,8 +250,14 @@ class Checkpoint(Described):
             raise HeadgramError(f"the stack '{stack.name}' has no layer {layer}; it has {', '.join(map(str, stack.layers))}")
 
     def _unique(self, stack: Stack, layer: int, roles: Iterable[str]) -> list[str]:
-        """The names of a layer's tensors; one may serve as key and value at once."""
-        return list(dict.fromkeys(self._names(stack, layer, roles).values()))
+        """The names of a layer's tensors; one may serve as key and value at once. Of what stands around, those that are there."""
+        roles = tuple(roles)
+        names = list(self._names(stack, layer, [role for role in roles if role not in AROUND]).values())
+        around = self.around(stack.name, layer)
+        for role in (role for role in roles if role in AROUND):
+            with suppress(HeadgramError):
+                names += [name for name in around.names(role) if name in self._store]
+        return list(dict.fromkeys(names))
 
     def __enter__(self) -> Self:
         return self
