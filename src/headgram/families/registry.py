@@ -95,6 +95,7 @@ class GgufRule(Rule):
     layout: str = "separate"
     permuted: bool = False  # llama.cpp's converter reordered the rows of q and k
     modules: dict[str, str] = Field(default={"query": "attn_q", "key": "attn_k", "value": "attn_v", "output": "attn_output"})
+    around: tuple[AroundRule, ...] = ()  # in those names; its types are architectures
 
 
 class Tower(Rule):
