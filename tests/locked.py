@@ -1,6 +1,6 @@
 """Entries of a lock, made up; imports no torch, as the plan does not."""
 
-from headgram.study.lock import LockedCircuit, LockedModel, LockedStack
+from headgram.study.lock import LockedAround, LockedCircuit, LockedModel, LockedStack
 
 
 def locked_llama(name="m", layers=12, heads=12, kv_heads=4, rank=64, hidden=768, dtype="BF16") -> LockedModel:
@@ -14,7 +14,9 @@ def locked_llama(name="m", layers=12, heads=12, kv_heads=4, rank=64, hidden=768,
         )
         for circuit in ("qk", "ov")
     }
-    stack = LockedStack(name="self", layers=tuple(range(layers)), heads=heads, kv_heads=kv_heads, hidden=hidden, circuits=factors)
+    around = LockedAround(digests=tuple(f"{name}-around-{layer:016x}" for layer in range(layers)), turns=True)
+    shape = {"layers": tuple(range(layers)), "heads": heads, "kv_heads": kv_heads, "hidden": hidden}
+    stack = LockedStack(name="self", **shape, circuits=factors, around=around)
     return LockedModel(
         source=f"models/{name}",
         revision=None,

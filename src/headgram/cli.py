@@ -135,6 +135,19 @@ def lock(
 
 
 @app.command()
+def null(
+    model: Annotated[str, typer.Argument(help="A model of the manifest.")],
+    seed: Annotated[int, typer.Option(min=1, max=999_999, help="Another number gives another twin.")] = 1,
+    manifest: Annotated[Path, typer.Option(help="The table of models.")] = _MANIFEST,
+) -> None:
+    """Add a model's random twin to the manifest, as a control: its heads turned at random, their spectra kept."""
+    from headgram.study.manifest import add_twin
+
+    name = add_twin(manifest, model, seed)
+    print(plain(f"{manifest}: added '{name}'; the next run measures it as any other model"))
+
+
+@app.command()
 def inspect(
     source: Annotated[str, typer.Argument(help="A hub id, folder, .safetensors, .gguf or torch file, or package:NAME/PATH.")],
     revision: Annotated[Optional[str], typer.Option(help="Branch, tag or commit of a hub id.")] = None,  # noqa: UP045

@@ -13,8 +13,10 @@ import sysconfig
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import pytest
 
+import headgram
 from pipeline.conftest import ROOT
 from tiny import write_bert, write_manifest
 
@@ -94,10 +96,11 @@ def test_a_project_of_ones_own(environment, place):
 
     write_bert(project / "ein modèle")
     write_manifest(project / "config" / "models.tsv", {"bert": "ein modèle"})
+    assert "added 'bert-null'" in environment.succeeds(project, "headgram", "null", "bert")
     planned = environment.succeeds(project, "headgram", "run", "-n", "--gpus", "0")
     assert "\nsnakemake --cores all --resources gpu=0 -n\n" in f"\n{planned}"
     assert "profiles/default" in planned
-    assert re.search(r"^extract +1$", planned, re.MULTILINE)
+    assert re.search(r"^extract +2$", planned, re.MULTILINE)
     assert "locked" not in planned
     assert not (project / "results").exists()
 
@@ -107,7 +110,14 @@ def test_a_project_of_ones_own(environment, place):
     assert "Nothing to be done" in environment.succeeds(project, "snakemake", "--cores", "2", "--resources", "gpu=2")
     assert "bert" in environment.succeeds(project, "headgram", "show")
     assert "all as they were written" in environment.succeeds(project, "headgram", "verify")
-    assert json.loads((project / "config" / "models.lock.json").read_text())["models"].keys() > {"bert"}
+    assert json.loads((project / "config" / "models.lock.json").read_text())["models"].keys() > {"bert", "bert-null"}
+
+    atlas = headgram.open_atlas(project / "results")
+    assert atlas.where(twin="1").models == ["bert-null"]
+    (model, twin) = (atlas.spectra("qk").query("model == @name") for name in ("bert", "bert-null"))
+    np.testing.assert_allclose(twin["singular_value"], model["singular_value"], rtol=1e-5, atol=1e-5)
+    (model, twin) = (atlas.heads("qk").query("model == @name") for name in ("bert", "bert-null"))
+    assert (np.abs(model["symmetry"].to_numpy() - twin["symmetry"].to_numpy()) > 1e-6).all()
 
 
 def test_a_module_of_somebody_elses_workflow(environment, place):

@@ -3,6 +3,7 @@
 `HEADGRAM_CHECKPOINTS` says how many there are before the last one (`make lineage`: 154).
 """
 
+import dataclasses
 import json
 import os
 
@@ -62,6 +63,7 @@ def add(project: Project, step: int) -> None:
 def training(tmp_path_factory) -> Project:
     """All checkpoints but the last in one run, then the last one."""
     project = new_project(tmp_path_factory.mktemp("training") / "project")
+    project = dataclasses.replace(project, patience=project.patience + 60 * COUNT)
     (project.folder / "config" / "models.tsv").write_text("name\tsource\tlineage\tstep\tdata\n")
     edit(project.folder / "config" / "config.yaml", "report:\n  enabled: true", "report:\n  enabled: false")
     edit(project.folder / "config" / "config.yaml", "original:\n  enabled: true", "original:\n  enabled: false")

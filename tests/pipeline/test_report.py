@@ -289,15 +289,27 @@ def test_light_and_dark(chrome, reported, size):
 def test_the_same_tables_give_the_same_bytes(reported, tmp_path):
     project = reported.copy(tmp_path / "project")
     folder = project.folder / "results" / "report"
-    record = read_record(folder / "index.json")
-    before = {name: (folder / name).read_bytes() for name in record.files}
-    assert "index.html" in before
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file() and path.suffix != ".json"}
+    named = {path.parent / name for path in folder.rglob("*.json") for name in read_record(path).files}
+    assert {path.resolve() for path in named if path.suffix != ".json"} == {path.resolve() for path in before}
     (folder / "index.json").unlink()
     assert project.planned() == {"Reporting on all models"}
     shutil.rmtree(folder)
-    assert project.planned() == {"Reporting on all models"}
+    assert project.planned() == {"Rendering llama", "Rendering bert", "Rendering t5", "Reporting on all models"}
     project.run()
-    assert {name: (folder / name).read_bytes() for name in before} == before
+    assert {path: path.read_bytes() for path in before} == before
+
+
+def test_one_more_model_draws_none_of_the_others_again(reported, tmp_path):
+    project = reported.copy(tmp_path / "project")
+    write_bert(project.folder / "models" / "more")
+    names = ("llama", "bert", "t5", "more")
+    write_manifest(project.folder / "config" / "models.tsv", {name: f"models/{name}" for name in names})
+    planned = project.planned()
+    assert {message for message in planned if message.startswith(("Render", "Report"))} == {
+        "Rendering more",
+        "Reporting on all models",
+    }
 
 
 def test_what_makes_the_report_stale(reported, tmp_path):
@@ -305,11 +317,12 @@ def test_what_makes_the_report_stale(reported, tmp_path):
     shutil.rmtree(project.folder / ".snakemake")
     assert project.planned() == set()
     alone = {"Reporting on all models"}
-    for name in ("src/headgram/report/pictures.js", "src/headgram/report/style.css", "src/headgram/report/columns.py"):
-        path = project.folder / name
+    drawn = {f"Rendering {model}" for model in ("llama", "bert", "t5")} | alone
+    for name, stale in (("pictures.js", alone), ("style.css", alone), ("page.py", alone), ("columns.py", drawn)):
+        path = project.folder / "src" / "headgram" / "report" / name
         text = path.read_text()
         path.write_text(text + ("_CHANGED = 1\n" if path.suffix == ".py" else "\n"))
-        assert project.planned() == alone, name
+        assert project.planned() == stale, name
         assert project.planned("--config", "report={enabled: false}") == set()
         path.write_text(text)
     config = project.folder / "config" / "config.yaml"
@@ -329,7 +342,7 @@ def test_what_makes_the_report_stale(reported, tmp_path):
     assert {path.parents[1].name for path in (folder / "figures").glob("*/*/*/*.svg")} == {"bert", "llama"}
     assert project.headgram("verify").stderr.count("report") == 0
     (folder / "data" / "bert.js").write_bytes(b"")
-    assert project.planned() == alone
+    assert project.planned() == {"Rendering bert"} | alone
 
 
 def test_what_snakemake_remembers_grows_with_the_models_not_with_their_square(reported):
@@ -349,7 +362,8 @@ def test_a_failed_model_does_not_hold_up_the_others(reported, tmp_path):
     assert done.returncode != 0
     results = project.folder / "results"
     assert sorted(path.stem for path in (results / "provenance").glob("*.json")) == ["llama", "t5"]
-    assert not (results / "report").exists()
+    assert sorted(path.stem for path in (results / "report" / "data").glob("*.js")) == ["llama", "t5"]
+    assert not (results / "report" / "index.html").exists()
     weights.with_suffix(".gone").rename(weights)
     project.run()
     assert (results / "report" / "index.html").exists()

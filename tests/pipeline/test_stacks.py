@@ -89,7 +89,8 @@ def test_options_of_compositions_and_tokens_make_nothing_else_stale(measured):
     assert planned(TOKENS) == planned() == set()
     assert planned("tokens={enabled: true, count: 4}") == {f"Tokens of the directions of {model}" for model in ("t5", "jamba")}
     composed = {f"Composition of the heads of {model}" for model in ("t5", "jamba")}
-    assert planned("composition={strongest: 3}") == composed | {"Reporting on all models"}
+    drawn = {f"Rendering {model}" for model in ("t5", "jamba")}
+    assert planned("composition={strongest: 3}") == composed | drawn | {"Reporting on all models"}
 
 
 def test_the_seed_files_describe_the_first_stack(measured, tmp_path):

@@ -10,7 +10,7 @@ from pipeline.conftest import Project, edit, small_project
 from pipeline.s3_server import SECRET_KEY, s3_server
 
 STORAGE = ("--default-storage-provider", "s3", "--default-storage-prefix", "s3://atlas/study")
-MERGED = {"Merging small-bert", "Deriving the tables of small-bert", "Reporting on all models"}
+MERGED = {"Merging small-bert", "Deriving the tables of small-bert", "Rendering small-bert", "Reporting on all models"}
 MEASURED = {"Spectra of small-bert, stack self, circuit qk, layers-000-002"} | MERGED
 
 

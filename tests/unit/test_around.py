@@ -17,8 +17,6 @@ from headgram.checkpoints.dimensions import Section
 from headgram.checkpoints.rotary import rotary_of
 from headgram.families.around import AROUND, AroundRule, NormRule, RotaryRule, ScaleRule, rule_of
 from headgram.families.registry import adopting, families, family_of
-from headgram.forms.circuits import qk
-from headgram.forms.transforms import folded
 from headgram.proofs.prove import TOLERANCE, _models, _residuals, quiet
 
 WAVES = {"rope_theta": 10000.0}
@@ -285,23 +283,6 @@ def test_a_damaged_norm_is_one_sentence(tmp_path: Path, change: Callable[..., di
     save_file({**{key: x for key, x in tensors.items() if key != name}, **change(name, tensors[name])}, path, {"format": "pt"})
     with open_checkpoint(tmp_path) as checkpoint, pytest.raises(HeadgramError, match=sentence):
         _ = checkpoint.around("self", 1).norm
-
-
-@pytest.mark.parametrize("model_type", ["llama", "gemma2", "gpt2", "cohere"])
-def test_folded_forms_of_the_stream_are_the_models_scores(tmp_path: Path, model_type: str) -> None:
-    """A form with its norm folded in, on the stream divided by its norm, against the attention module's own input."""
-    model, _ = tiny(model_type)
-    with open_checkpoint(saved(model, tmp_path)) as checkpoint:
-        heads = qk(*checkpoint.qk("self", 1))
-        norm = checkpoint.around("self", 1).norm
-    assert norm is not None
-    stream = torch.randn(5, heads.widths[0], dtype=torch.float64)
-    module = model.get_submodule({"gpt2": "h.1.ln_1"}.get(model_type, "layers.1.input_layernorm")).double()
-    with torch.no_grad():
-        read = module(stream) - (0 if norm.bias is None else norm.bias)
-    size = (stream - stream.mean(-1, keepdim=True) if norm.centred else stream).square().mean(-1, keepdim=True).sqrt()
-    form, plain = folded(heads, norm).form(0), heads.form(0).double()
-    torch.testing.assert_close(stream / size @ form @ (stream / size).T, read @ plain @ read.T, rtol=1e-4, atol=1e-6)
 
 
 def test_a_later_rule_says_anew_what_it_names() -> None:

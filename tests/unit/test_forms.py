@@ -13,6 +13,7 @@ import headgram
 from headgram.forms import transforms
 from headgram.forms.circuits import ov, qk
 from headgram.forms.heads import Heads
+from headgram.forms.reading import Frame, Norm
 from headgram.geometry import inner, routes
 from headgram.geometry.inner import inner_products
 from headgram.geometry.scores import layer_scores
@@ -112,21 +113,36 @@ def size(heads: Heads) -> np.ndarray:
 @given(sets())
 def test_transforms_are_what_they_say(heads):
     x = dense(heads)
-    gain = np.linspace(-2, 3, x.shape[1])
-    centre = np.eye(x.shape[1]) - 1 / x.shape[1]
     expected = {
         "transposed": (transforms.transposed(heads), x.transpose(0, 2, 1), 1),
         "right_gram": (transforms.right_gram(heads), np.einsum("nij,nik->njk", x, x), size(heads)),
         "left_gram": (transforms.left_gram(heads), np.einsum("nij,nkj->nik", x, x), size(heads)),
         "orthonormal": (transforms.with_orthonormal_left(heads), x, 1),
-        "scaled": (transforms.scaled(heads, left=torch.tensor(gain)), gain[:, None] * x, 3),
-        "scaled both": (transforms.scaled(heads, torch.tensor(gain), torch.tensor(gain)), gain[:, None] * x * gain, 9),
-        "centred": (transforms.centred(heads, left=True, right=True), centre @ x @ centre, 1),
         "difference": (transforms.difference(heads, heads.take(reversed(range(len(heads))))), x - x[::-1], 2),
     }
     for name, (found, truth, factor) in expected.items():
         error = np.abs(dense(found) - truth).max(axis=(1, 2))
         assert (error <= 1e-12 * np.maximum(size(heads), size(heads)[::-1]) * factor).all(), name
+
+
+@pytest.mark.parametrize("centred", [False, True])
+@pytest.mark.parametrize("own_centred", [False, True])
+def test_norms_are_folded_into_what_reads_through_them(centred, own_centred):
+    """`diag(γ_q) C_q W diag(γ) C`, with matrices; the factors are heads 1 and 2 of three."""
+    generator = torch.Generator().manual_seed(0)
+    factors = torch.randn(2, 4, 6, generator=generator, dtype=torch.float64)
+    gain, own = torch.linspace(-1, 2, 6, dtype=torch.float64), torch.linspace(0.5, 3, 12, dtype=torch.float64).view(3, 4)
+    frame = Frame(norm=Norm(centred, gain), query_norm=Norm(own_centred, own))
+    reads = torch.diag(gain) @ (torch.eye(6, dtype=torch.float64) - centred / 6)
+    turns = torch.eye(4, dtype=torch.float64) - own_centred / 4
+    expected = {
+        "query": torch.diag_embed(own[1:]) @ turns @ factors @ reads,
+        "key": factors @ reads,
+        "value": factors @ reads,
+        "output": factors,
+    }
+    for role, truth in expected.items():
+        torch.testing.assert_close(transforms.folded(role, factors, frame, slice(1, 3)), truth, rtol=1e-12, atol=1e-12)
 
 
 @settings(max_examples=40)

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from headgram.forms.circuits import qk
 from headgram.forms.heads import Heads
-from headgram.forms.reading import Norm, Rotary
-from headgram.forms.transforms import folded, rotated
+from headgram.forms.reading import Rotary
+from headgram.forms.transforms import rotated
 from headgram.geometry.frequencies import energies, energies_by_chance
 
 RANK, WIDTH = 8, 11
@@ -109,14 +109,3 @@ def test_energies_by_chance_are_the_mean_over_random_bases(name: str) -> None:
     ):
         error = values.std(0) / len(values) ** 0.5
         assert bool(((values.mean(0) - mean).abs() <= 4.5 * error + 1e-9 * mean.abs()).all())
-
-
-@pytest.mark.parametrize("centred", [False, True])
-@pytest.mark.parametrize("sides", [(True, True), (False, True), (True, False)])
-def test_a_norm_is_folded_into_the_sides_that_read_through_it(centred: bool, sides: tuple[bool, bool]) -> None:
-    both = heads()
-    gain = torch.linspace(-1, 2, WIDTH, dtype=torch.float64)
-    reads = torch.diag(gain) @ (torch.eye(WIDTH, dtype=torch.float64) - centred / WIDTH)
-    left, right = (reads if side else torch.eye(WIDTH, dtype=torch.float64) for side in sides)
-    result = folded(both, Norm(centred, gain), *sides)
-    torch.testing.assert_close(result.form(3), left.T @ both.form(3) @ right, rtol=1e-12, atol=1e-12)

@@ -11,7 +11,8 @@ from test_report import stack
 
 from browser import SCREENSHOTS, browser, opened
 from headgram.report.chance import nulls
-from headgram.report.page import index_pack, model_pack, page, page_shell
+from headgram.report.pack import model_pack
+from headgram.report.page import index_pack, page, page_shell
 from headgram.version import __version__
 
 NAMES = [

@@ -68,13 +68,13 @@ def test_given_sizes_are_kept():
 @pytest.mark.parametrize(
     ("change", "stages"),
     [
-        ({"eigen": {"topk": 4}}, {"eigen", "merge", "derive"}),
-        ({"gram": {"layers_per_tile": 4}}, {"gram", "merge", "derive"}),
-        ({"gram": {"precision": "float64"}}, {"gram", "merge", "derive"}),
-        ({"original": {"enabled": False}}, {"eigen", "merge", "derive"}),
-        ({"weights": {"dtype": "float32"}}, {"extract", "eigen", "gram", "merge", "derive", "composition"}),
-        ({"composition": {"strongest": 8}}, {"composition"}),
-        ({"export": {"compression": "none"}}, {"merge", "derive", "composition"}),
+        ({"eigen": {"topk": 4}}, {"eigen", "merge", "derive", "render"}),
+        ({"gram": {"layers_per_tile": 4}}, {"gram", "merge", "derive", "render"}),
+        ({"gram": {"precision": "float64"}}, {"gram", "merge", "derive", "render"}),
+        ({"original": {"enabled": False}}, {"eigen", "merge", "derive", "render"}),
+        ({"weights": {"dtype": "float32"}}, {"extract", "eigen", "gram", "merge", "derive", "render", "composition"}),
+        ({"composition": {"strongest": 8}}, {"composition", "render"}),
+        ({"export": {"compression": "none"}}, {"merge", "derive", "render", "composition"}),
         ({"device": "cpu", "memory_budget": "1 GiB", "results": "r", "manifest": "m.tsv"}, set()),
     ],
 )
@@ -179,7 +179,7 @@ def test_a_model_more_and_labels_leave_pairs_as_they_are():
         assert plan.pair_identity(("m10", "m9")) == before.pair_identity(("m10", "m9"))
         assert plan.models["m10"].identities == before.models["m10"].identities
     stages = {stage for stage, key in before.models["m9"].identities.items() if labelled.models["m9"].identities[stage] != key}
-    assert stages == {("derive", "")}
+    assert stages == {("derive", ""), ("render", "")}
 
 
 @pytest.mark.parametrize(

@@ -16,8 +16,8 @@ from headgram.report.columns import columns
 from headgram.report.figures import profile_figures, stack_figures
 from headgram.report.matrix import Feeding, PairMatrix
 from headgram.report.names import PROFILE_FIGURES, STACK_FIGURES
-from headgram.report.pack import pack, unpack
-from headgram.report.page import beside, index_pack, layer_packs, model_pack, page, page_shell
+from headgram.report.pack import beside, layer_packs, model_pack, pack, unpack
+from headgram.report.page import index_pack, page, page_shell
 
 _NUMBERS = st.floats(-1e30, 1e30, allow_subnormal=False)
 

@@ -13,6 +13,7 @@ from headgram.results.paths import COMPOSED, DERIVED, MERGED, Results
 from headgram.run.devices import require_device, wants_gpu
 from headgram.errors import HeadgramError
 from headgram.run.startup import OPTIONS, Run, add_handlers
+from headgram.study.plan import unpinned
 
 
 @contextlib.contextmanager
@@ -56,12 +57,14 @@ RECORDS = {
     )
     for stage in (
         "extract",
+        "around",
         "eigen",
         "gram",
         "merge",
         "derive",
         "composition",
         "tokens",
+        "render",
         "report",
     )
 }
@@ -222,6 +225,13 @@ def final_files(model):
 
 def extract_input(wildcards):
     run_if_stale("extract", wildcards)
+    return []
+
+
+def around_input(wildcards):
+    if not model_of(wildcards).entry.pins_around:
+        raise WorkflowError(unpinned(wildcards.model))
+    run_if_stale("around", wildcards)
     return []
 
 

@@ -20,23 +20,17 @@ def stack_figures():
 
 
 def beside_outputs(job):
-    """What a job writes besides the outputs that Snakemake knows: a report, a model's files.
-
-    Snakemake remembers with every output all inputs of its job, and here both would grow with the manifest.
-    """
-    if RECORDS["report"] not in job.output or STORAGE:
+    """What a job writes besides the outputs that Snakemake knows: a rendering, as much as the model has stacks and layers."""
+    model = job.wildcards_dict.get("model", "")
+    if RECORDS["render"].format(model=model) not in job.output or STORAGE:
         return []
-    figures = [file for file, *_ in stack_figures()]
     layers = [
-        f"{model}/{circuit}-{stack}-{layer}"
-        for model, plan in PLAN.models.items()
-        for (circuit, stack), heads in plan.heads.items()
+        PATHS.report(f"data/{model}/{circuit}-{stack}-{layer}.js")
+        for (circuit, stack), heads in PLAN.models[model].heads.items()
         if heads.all_pairs and heads.stack.heads * len(heads.stack.layers) > DRAWN
         for layer in heads.stack.layers
     ]
-    return [
-        PATHS.report(f"data/{name}.js") for name in [*PLAN.models, *layers]
-    ] + figures
+    return layers + [file for file, _, of, *_ in stack_figures() if of == model]
 
 
 def reported_figures():
@@ -61,20 +55,31 @@ def reported_figures():
     return found
 
 
-def composed():
-    """The models whose compositions are measured."""
-    return [name for name, model in PLAN.models.items() if model.composed]
+def render_input(wildcards):
+    run_if_stale("render", wildcards)
+    model = wildcards.model
+    stages = [
+        "merge",
+        "derive",
+        *(["composition"] if model_of(wildcards).composed else []),
+    ]
+    tables = [*REPORTED, *(["composition"] if model_of(wildcards).composed else [])]
+    return {
+        **{table: PATHS.table(table, model) for table in tables},
+        "records": [PATHS.record(stage, model) for stage in stages],
+    }
 
 
 def report_input(_):
     run_if_other(PLAN.report.key, RECORDS["report"])
+    models = PLAN.models
     return {
-        "merged": [PATHS.record("merge", model) for model in PLAN.models],
-        "derived": [PATHS.record("derive", model) for model in PLAN.models],
-        "composition": [PATHS.table("composition", model) for model in composed()],
-        "composed": [PATHS.record("composition", model) for model in composed()],
         **{
-            table: [PATHS.table(table, model) for model in PLAN.models]
-            for table in REPORTED
+            table: [PATHS.table(table, model) for model in models]
+            for table in ("models", "layers")
         },
+        "data": [PATHS.report(f"data/{model}.js") for model in models],
+        "merged": [PATHS.record("merge", model) for model in models],
+        "derived": [PATHS.record("derive", model) for model in models],
+        "rendered": [PATHS.record("render", model) for model in models],
     }

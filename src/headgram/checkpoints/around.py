@@ -116,6 +116,18 @@ class Around:
         start = dims.sizes.get("nope", 0)
         return rotary_of(rule, self._known.section, self.layer, dims.rank, start, length)
 
+    def read(self, role: str) -> Any:
+        """What one of the roles is; of `rotary`, in contexts that are no longer than those of the training."""
+        return self.rotary() if role == "rotary" else getattr(self, role)
+
+    def check(self, role: str) -> None:
+        """Raise what reading a role would raise, without reading a tensor: damage to their values is not found."""
+        for name in (names := self.names(role)):
+            if name not in self._store:
+                raise HeadgramError(f"layer {self.layer}: the checkpoint lacks tensor {name}")
+        if not names:
+            self.read(role)
+
     def names(self, role: str) -> list[str]:
         """The tensors of this layer that hold a norm or a bias; none for other roles."""
         if role in ("query_bias", "key_bias"):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from typing import Any, Self
 
 from jaxtyping import Float
@@ -22,10 +23,13 @@ from headgram.checkpoints.sources import HUB_DIGEST
 from headgram.checkpoints.stack import Stack, stack_of
 from headgram.checkpoints.stores import TensorStore
 from headgram.checkpoints.token_tables import TokenTables, token_tables
+from headgram.checkpoints.twins import as_turned, turned
 from headgram.described import Described
 from headgram.errors import HeadgramError, require
+from headgram.families.around import AROUND
 from headgram.families.layouts import LAYOUTS, QK, undo_gguf_permutation
 from headgram.families.registry import Family, StackRule, family_of, family_of_gguf
+from headgram.forms.reading import Frame, Frames
 from headgram.geometry.checks import is_finite
 
 
@@ -52,9 +56,11 @@ class Checkpoint(Described):
         stacks: tuple[Stack, ...],
         tables: TokenTables,
         remarks: tuple[str, ...] = (),
+        twin: int | None = None,
     ) -> None:
         self.location = location
         self.remarks = remarks
+        self._twin = twin
         self.architecture = architecture
         self.stacks = stacks
         self._store = store
@@ -97,6 +103,27 @@ class Checkpoint(Described):
         self._check_layer(stack, layer)
         return Around(stack.name, layer, stack._around, self._store)
 
+    def frames(self, stack_name: str) -> Frames:
+        """What stands around the projections of all layers of a stack, read now; what cannot be read is missing, with the reason.
+
+        Raises
+        ------
+        HeadgramError
+            If there is no such stack.
+        """
+        stack = self.stack(stack_name)
+        self.prefetch(stack.name, stack.layers, AROUND)
+        layers = [self.around(stack.name, layer) for layer in stack.layers]
+        known: dict[str, list[Any]] = {}
+        missing = {}
+        for role in AROUND:
+            try:
+                known[role] = [layer.read(role) for layer in layers]
+            except HeadgramError as error:
+                missing[role] = str(error)
+        found = [Frame(**{role: values[i] for role, values in known.items()}) for i in range(len(layers))]
+        return Frames(dict(zip(stack.layers, found, strict=True)), missing)
+
     def embedding(self) -> Float[Tensor, "tokens width"]:
         """What every token is read as, in stored precision; a model may scale it, or add positions to it.
 
@@ -127,7 +154,7 @@ class Checkpoint(Described):
     ) -> dict[str, Float[Tensor, "heads rank width"]]:
         """The weights of one layer's heads, by role, in stored precision; no tensor is read twice.
 
-        At least float32 if the format is quantised, or if the weights are products of stored factors.
+        At least float32 if the format is quantised, if the weights are products of stored factors, or of a random twin.
 
         Parameters
         ----------
@@ -171,6 +198,8 @@ class Checkpoint(Described):
         for part in LAYOUTS[stack._layout]:
             if set(part.gives) & set(wanted):
                 factors |= part.split(stack.dimensions, **{tensor: tensors[tensor] for tensor in part.reads})
+        if self._twin is not None:
+            return {role: turned(factors[role], self._twin, stack.name, layer, role) for role in wanted}
         return {role: factors[role] for role in wanted}
 
     def embeddings(self, width: int) -> dict[str, Embedding]:
@@ -221,8 +250,14 @@ class Checkpoint(Described):
             raise HeadgramError(f"the stack '{stack.name}' has no layer {layer}; it has {', '.join(map(str, stack.layers))}")
 
     def _unique(self, stack: Stack, layer: int, roles: Iterable[str]) -> list[str]:
-        """The names of a layer's tensors; one may serve as key and value at once."""
-        return list(dict.fromkeys(self._names(stack, layer, roles).values()))
+        """The names of a layer's tensors; one may serve as key and value at once. Of what stands around, those that are there."""
+        roles = tuple(roles)
+        names = list(self._names(stack, layer, [role for role in roles if role not in AROUND]).values())
+        around = self.around(stack.name, layer)
+        for role in (role for role in roles if role in AROUND):
+            with suppress(HeadgramError):
+                names += [name for name in around.names(role) if name in self._store]
+        return list(dict.fromkeys(names))
 
     def __enter__(self) -> Self:
         return self
@@ -245,7 +280,8 @@ def open_checkpoint(
         Branch, tag or commit of a hub id.
     overrides
         Any of `model_type`, `heads`, `kv_heads`, `head_dim`, for a checkpoint that does not state them; `base`, the source of
-        the checkpoint that an adapter changes; `prefix`, what stands before the model's names.
+        the checkpoint that an adapter changes; `prefix`, what stands before the model's names; `twin`, a positive number, for a
+        random twin: every head turned at random, its spectrum kept. Each number gives another one, the same everywhere.
 
     Raises
     ------
@@ -283,7 +319,10 @@ def open_checkpoint(
         raise HeadgramError(f"a checkpoint of the family '{family.name}' should hold attention weights, but this one has none")
     if location.base:
         remarks = (f"a LoRA adapter, merged into {location.base}", *remarks)
-    return Checkpoint(location, store, architecture, stacks, tables, remarks)
+    if (twin := given.get("twin")) is not None:
+        stacks = tuple(map(as_turned, stacks))
+        remarks = (*remarks, f"random twin {twin}: every head is turned at random, and keeps its spectrum")
+    return Checkpoint(location, store, architecture, stacks, tables, remarks, twin)
 
 
 def _token_tables(

@@ -9,8 +9,8 @@ from headgram.checkpoints.bases import AnyLocation
 from headgram.errors import HeadgramError
 from headgram.families.registry import Family, family_of, with_towers
 
-#: What a manifest may state when a checkpoint does not, or states it wrongly; the last three are numbers.
-OVERRIDES = ("model_type", "base", "prefix", "heads", "kv_heads", "head_dim")
+#: What a manifest may state when a checkpoint does not, or states it wrongly; the last four are numbers.
+OVERRIDES = ("model_type", "base", "prefix", "heads", "kv_heads", "head_dim", "twin")
 
 LONGEST_NAME = 100
 

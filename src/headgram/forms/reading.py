@@ -7,7 +7,8 @@ by `R(s)`, so that their score depends on the offset alone: `g(p - s) = W_K^T R(
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 import torch
 from jaxtyping import Float
@@ -94,3 +95,39 @@ class Rotary:
         scale = torch.ones(factors.shape[-2], dtype=torch.float64, device=factors.device)
         scale[torch.cat(self.rows)] = self.factor**2
         return factors.double() * scale[:, None]
+
+
+@dataclass(frozen=True)
+class Frame:
+    """What stands around the projections of one layer: None where there is nothing, or where it is not known.
+
+    Attributes
+    ----------
+    norm
+        What the block's norm does to the stream before it is projected.
+    query_norm, key_norm
+        Norms of queries and keys, with a row of gains for each head.
+    query_bias, key_bias : (H, r) and (K, r)
+        What is added to `W_Q x` and to `W_K x`.
+    rotary
+        How positions turn queries and keys.
+    scale, cap
+        Scores are `c tanh(scale x_k^T g x_q / c)` with a bound `c`.
+    """
+
+    norm: Norm | None = None
+    query_norm: Norm | None = None
+    key_norm: Norm | None = None
+    query_bias: Float[Tensor, "heads rank"] | None = None
+    key_bias: Float[Tensor, "kv_heads rank"] | None = None
+    rotary: Rotary | None = None
+    scale: float | None = None
+    cap: float | None = None
+
+
+@dataclass(frozen=True)
+class Frames:
+    """The frames of a stack's layers, by index, and the roles that are not known, each with a sentence that says why."""
+
+    layers: Mapping[int, Frame]
+    missing: Mapping[str, str] = field(default_factory=dict)

@@ -16,7 +16,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from headgram.forms.heads import Heads
-from headgram.forms.reading import Norm, Rotary
+from headgram.forms.reading import Frame, Rotary
 
 
 def transposed(heads: Heads) -> Heads:
@@ -55,41 +55,36 @@ def with_orthonormal_left(heads: Heads) -> Heads:
     return Heads(basis.mT, right, heads.reads_a, torch.arange(len(heads)))
 
 
-def scaled(
-    heads: Heads, left: Float[Tensor, "*of_left width_a"] | None = None, right: Float[Tensor, "*of_right width_b"] | None = None
-) -> Heads:
-    """The forms `diag(left) X diag(right)`, in float64: of a norm's gain before what a factor reads.
+def folded(
+    role: str, factors: Float[Tensor, "n rank width"], frame: Frame, heads: slice = slice(None)
+) -> Float[Tensor, "n rank width"]:
+    """Factors of one layer as functions of the stream that its norm divides, in float64: `diag(γ_q) C_q W diag(γ) C`.
+
+    Gains and centring are folded in, of the block's norm and of norms of queries and keys. What is not: divisions, and biases,
+    which add terms that are linear in one token. What is written is not read through the norm, so that outputs stay.
 
     Parameters
     ----------
-    left, right : (width,) or one row for every factor
-        A gain for each channel of the residual stream; None leaves a side as it is.
+    role
+        `query`, `key`, `value` or `output`.
+    factors : (n, r, width)
+        Of some heads, or of the keys or values that they share.
+    frame
+        What stands around the layer's projections.
+    heads
+        Which of the layer's factors these are, where norms of queries and keys have gains of their own for each.
     """
-    a, b = (_gained(*side) for side in ((heads.a, left), (heads.b, right)))
-    return heads.with_factors(a, b)
-
-
-def centred(heads: Heads, left: bool = False, right: bool = False) -> Heads:
-    """The forms of a stream whose mean is taken away first, as LayerNorm does: `C X C`, `C = I - 1 1^T / d`, in float64."""
-    a, b = (
-        factors.double() - factors.double().mean(-1, keepdim=True) if wanted else factors
-        for factors, wanted in ((heads.a, left), (heads.b, right))
-    )
-    return heads.with_factors(a, b)
-
-
-def folded(heads: Heads, norm: Norm, left: bool = True, right: bool = True) -> Heads:
-    """The forms of the stream that a norm is given: its gain and its centring folded into what reads, in float64.
-
-    Its bias adds terms that are linear in one token, which are no part of a form.
-
-    Parameters
-    ----------
-    left, right
-        Which sides read through the norm: of `qk` both, of `ov` the right one alone.
-    """
-    gained = scaled(heads, norm.gain if left else None, norm.gain if right else None)
-    return centred(gained, left and norm.centred, right and norm.centred)
+    result = factors.double()
+    if role == "output":
+        return result
+    if (norm := frame.norm) is not None:
+        result = result if norm.gain is None else result * norm.gain.to(result)
+        result = result - result.mean(-1, keepdim=True) if norm.centred else result
+    own = {"query": frame.query_norm, "key": frame.key_norm}.get(role)
+    if own is not None:
+        result = result - result.mean(-2, keepdim=True) if own.centred else result
+        result = result if own.gain is None else result * own.gain[heads, :, None].to(result)
+    return result
 
 
 def rotated(heads: Heads, rotary: Rotary, offset: int | float) -> Heads:
@@ -102,10 +97,6 @@ def difference(one: Heads, other: Heads) -> Heads:
     a = torch.cat([one.left().double(), other.left().double()], 1)
     b = torch.cat([one.right().double(), -other.right().double()], 1)
     return Heads(a, b, torch.arange(len(one)), torch.arange(len(one)))
-
-
-def _gained(factors: Float[Tensor, "n rank width"], gain: Tensor | None) -> Float[Tensor, "n rank width"]:
-    return factors if gain is None else factors.double() * (gain.double() if gain.ndim == 1 else gain.double()[:, None])
 
 
 def _triangles(factors: Float[Tensor, "n rank width"]) -> Float[Tensor, "n m rank"]:

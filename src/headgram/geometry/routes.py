@@ -22,6 +22,7 @@ import math
 from functools import cache
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -164,12 +165,26 @@ def by_strips(x: Heads, y: Heads) -> Inner:
 
 def _summed(x: Float[Tensor, "padded_x block"], y: Float[Tensor, "padded_y block"]) -> Float[Tensor, "padded_x padded_y"]:
     """`x y^T`; of `x` with itself, only what lies on and above the diagonal counts."""
-    rows = TRIANGLE_ROWS if x is y else len(x)
-    total = torch.zeros(len(x), len(y), dtype=torch.float64, device=x.device)
-    for start in range(0, len(x), rows):
-        own, other = x[start : start + rows], y[start if x is y else 0 :]
-        total[start : start + rows, len(y) - len(other) :] = _summed_whole(own, other)
+    if x is not y:
+        return _summed_whole(x, y)
+    if not at_once(x.device):
+        return _summed_triangle(x)
+    total = torch.zeros(len(x), len(x), dtype=torch.float64, device=x.device)
+    for start in range(0, len(x), TRIANGLE_ROWS):
+        total[start : start + TRIANGLE_ROWS, start:] = _summed_whole(x[start : start + TRIANGLE_ROWS], x[start:])
     return total
+
+
+def _summed_triangle(x: Float[Tensor, "padded block"]) -> Float[Tensor, "padded padded"]:
+    """The upper triangle of `x x^T`, by BLAS' routine for that: torch calls none. It adds up a few hundred terms at a time."""
+    from scipy.linalg.blas import dsyrk, ssyrk  # costs time where nothing is multiplied
+
+    syrk = ssyrk if x.dtype == torch.float32 else dsyrk
+    pieces = x.numpy().T  # BLAS' matrices are transposed
+    total = np.zeros((len(x), len(x)))
+    for start in range(0, x.shape[1], _LONGEST):
+        total += syrk(1.0, pieces[start : start + _LONGEST], trans=1)
+    return torch.from_numpy(total)
 
 
 def _summed_whole(x: Float[Tensor, "some block"], y: Float[Tensor, "more block"]) -> Float[Tensor, "some more"]:

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
 
 from headgram.report.columns import columns
 from headgram.report.matrix import Feeding, PairMatrix, read_feeding, read_matrix
@@ -88,11 +89,32 @@ class StackArrays:
 def read_model(paths: Mapping[str, Path]) -> dict[str, StackArrays]:
     """One model's tables, given by name, as arrays, by `{circuit}/{stack}` in the model's order; `composition` may be missing."""
     tables = {name: read_table(paths[name]) for name in TABLES if name != "pairs"}
-    places = dict.fromkeys(zip(*(tables["models"][name].to_pylist() for name in ("circuit", "stack")), strict=True))
     return {
         "/".join(place): _stack(place, {name: of_place(place, table).to_pandas() for name, table in tables.items()}, paths)
-        for place in places
+        for place in _places(tables["models"])
     }
+
+
+def read_summaries(paths: Mapping[str, Path]) -> dict[str, StackSummary]:
+    """What the tables `models` and `layers` of a model, given by name, say of it, by `{circuit}/{stack}` in the model's order."""
+    tables = {name: read_table(paths[name]) for name in ("models", "layers")}
+    return {
+        "/".join(place): _summary(*(of_place(place, table).to_pandas() for table in tables.values()))
+        for place in _places(tables["models"])
+    }
+
+
+def _places(models: pa.Table) -> list[Place]:
+    return list(dict.fromkeys(zip(*(models[name].to_pylist() for name in ("circuit", "stack")), strict=True)))
+
+
+def _summary(models: pd.DataFrame, layers: pd.DataFrame) -> StackSummary:
+    by_layer = layers.sort_values("layer")
+    return StackSummary(
+        facts=_plain(models.iloc[0]),
+        layers=by_layer["layer"].to_numpy(),
+        quartiles=np.stack([[by_layer[f"{column.name}_{each}"] for column in columns()] for each in QUARTILES]),
+    )
 
 
 def _stack(place: Place, tables: Mapping[str, pd.DataFrame], paths: Mapping[str, Path]) -> StackArrays:
@@ -100,18 +122,12 @@ def _stack(place: Place, tables: Mapping[str, pd.DataFrame], paths: Mapping[str,
     layers = np.unique(heads["layer"])
     shape = (len(layers), heads["head"].nunique(), -1)
     names = [column.name for column in columns()]
-    by_layer = tables["layers"].sort_values("layer")
     gram, overlap = (tables[name].sort_values(_PAIRS) for name in ("gram", "overlap"))
     spectra = tables["spectra"].sort_values(["layer", "head", "index"])
     singular, symmetric = (spectra[name].to_numpy().reshape(shape) for name in ("singular_value", "symmetric_eigenvalue"))
     itself = {"cosine": (heads["fro_sq"] > 0).to_numpy(float), "transposed": heads["symmetry_score"].to_numpy()}
-    summary = StackSummary(
-        facts=_plain(tables["models"].iloc[0]),
-        layers=layers,
-        quartiles=np.stack([[by_layer[f"{name}_{each}"] for name in names] for each in QUARTILES]),
-    )
     return StackArrays(
-        summary=summary,
+        summary=_summary(tables["models"], tables["layers"]),
         heads=np.stack([heads[name].to_numpy().reshape(shape[:2]) for name in names]),
         singular=singular[..., : int(heads["rank"].iloc[0])],
         eigenvalues=-np.sort(-symmetric, axis=-1),

@@ -1,6 +1,6 @@
-"""What a report reads, and what its figures are called. Imports nothing: the Snakefile reads it."""
+"""What is rendered of a model, and what the figures are called. Imports nothing: the Snakefile reads it."""
 
-#: The tables that a report reads.
+#: The tables that a rendering reads.
 TABLES = ("heads", "spectra", "gram", "overlap", "layers", "models", "neighbours", "pairs")
 
 #: Cells along a side of the matrix of all heads that a page holds at most. Of more heads, the rows of every layer lie beside it.

@@ -16,6 +16,11 @@ from typing import Any
 
 import numpy as np
 
+from headgram.report.arrays import StackArrays
+from headgram.report.names import DRAWN
+
+#: How the page is called, where a pack lies beside it.
+_RECEIVE, _END = "headgram.receive(", ");\n"
 _BITS = 13
 _DROPPED = np.uint32(23 - _BITS)
 
@@ -41,6 +46,47 @@ def unpack(text: str) -> tuple[Any, dict[str, np.ndarray]]:
         arrays[name] = numbers[start : start + size].reshape(shape)
         start += size
     return header["meta"], arrays
+
+
+def model_pack(stacks: Mapping[str, StackArrays]) -> str:
+    """All arrays of a model but the quartiles, which the page holds of every model."""
+    arrays: dict[str, np.ndarray] = {}
+    for name, stack in stacks.items():
+        parts = {"heads": stack.heads, "singular": stack.singular, "eigenvalues": stack.eigenvalues}
+        parts |= {f"pairs/{kind}": values for kind, values in stack.pairs.items()}
+        parts |= {f"neighbours/{measure}": values for measure, values in stack.neighbours.items()}
+        parts |= {f"matrix/{part}": values for part, values in (stack.matrix.arrays() if stack.matrix else {}).items()}
+        parts |= {f"feeding/{part}": values for part, values in (stack.feeding.arrays() if stack.feeding else {}).items()}
+        arrays |= {f"{name}/{part}": values for part, values in parts.items()}
+    return pack(None, arrays)
+
+
+def layer_packs(stacks: Mapping[str, StackArrays]) -> dict[str, str]:
+    """What the page asks for when it zooms into many heads: by `{circuit}-{stack}-{layer}`, that layer's heads with all heads."""
+    return {
+        f"{name.replace('/', '-')}-{layer}": pack(
+            None, stack.matrix.layer(position) | (stack.feeding.layer(position) if stack.feeding else {})
+        )
+        for name, stack in stacks.items()
+        if stack.matrix is not None and len(stack.matrix.order) > DRAWN
+        for position, layer in enumerate(stack.summary.layers)
+    }
+
+
+def beside(name: str, text: str) -> str:
+    """The script that holds a pack where the page does not: a model's, or of `{model}/{circuit}-{stack}-{layer}`."""
+    return f"{_RECEIVE}{script_json(name)}, {script_json(text)}{_END}"
+
+
+def from_beside(script: str) -> str:
+    """The pack in a script of `beside`."""
+    text: str = json.loads(f"[{script[len(_RECEIVE) : -len(_END)]}]")[1]
+    return text
+
+
+def script_json(value: Any) -> str:
+    """JSON that cannot end the script which holds it."""
+    return json.dumps(value, separators=(",", ":")).replace("<", "\\u003c")
 
 
 def _rounded(array: np.ndarray) -> np.ndarray:

@@ -3,52 +3,22 @@
 from __future__ import annotations
 
 import html
-import json
 import re
 from collections.abc import Mapping
 from dataclasses import asdict
 from importlib.resources import files
-from typing import Any
-
-import numpy as np
 
 from headgram.report import pictures
-from headgram.report.arrays import FORMS, StackArrays, StackSummary
+from headgram.report.arrays import FORMS, StackSummary
 from headgram.report.chance import PALE, for_page
 from headgram.report.columns import columns
-from headgram.report.names import DRAWN
-from headgram.report.pack import pack
+from headgram.report.pack import pack, script_json
 from headgram.version import __version__
 
 #: One script on the page, in this order: `app` starts it.
 SCRIPTS = ("data", "looks", "picking", "saving", "matrix", "pictures", "app")
 #: Characters of models' data that the page itself holds, in the manifest's order. What goes beyond lies beside the page.
 EMBEDDED = 24 * 2**20
-
-
-def model_pack(stacks: Mapping[str, StackArrays]) -> str:
-    """All arrays of a model but the quartiles, which `index_pack` holds."""
-    arrays: dict[str, np.ndarray] = {}
-    for name, stack in stacks.items():
-        parts = {"heads": stack.heads, "singular": stack.singular, "eigenvalues": stack.eigenvalues}
-        parts |= {f"pairs/{kind}": values for kind, values in stack.pairs.items()}
-        parts |= {f"neighbours/{measure}": values for measure, values in stack.neighbours.items()}
-        parts |= {f"matrix/{part}": values for part, values in (stack.matrix.arrays() if stack.matrix else {}).items()}
-        parts |= {f"feeding/{part}": values for part, values in (stack.feeding.arrays() if stack.feeding else {}).items()}
-        arrays |= {f"{name}/{part}": values for part, values in parts.items()}
-    return pack(None, arrays)
-
-
-def layer_packs(stacks: Mapping[str, StackArrays]) -> dict[str, str]:
-    """What the page asks for when it zooms into many heads: by `{circuit}-{stack}-{layer}`, that layer's heads with all heads."""
-    return {
-        f"{name.replace('/', '-')}-{layer}": pack(
-            None, stack.matrix.layer(position) | (stack.feeding.layer(position) if stack.feeding else {})
-        )
-        for name, stack in stacks.items()
-        if stack.matrix is not None and len(stack.matrix.order) > DRAWN
-        for position, layer in enumerate(stack.summary.layers)
-    }
 
 
 def index_pack(models: Mapping[str, Mapping[str, StackSummary]], origins: Mapping[str, Mapping[str, str]] | None = None) -> str:
@@ -71,11 +41,6 @@ def index_pack(models: Mapping[str, Mapping[str, StackSummary]], origins: Mappin
     return pack(meta, quartiles)
 
 
-def beside(name: str, text: str) -> str:
-    """The script that holds a pack where the page does not: a model's, or of `{model}/{circuit}-{stack}-{layer}`."""
-    return f"headgram.receive({_script_json(name)}, {_script_json(text)});\n"
-
-
 def page_shell() -> dict[str, str]:
     """The parts of the page that do not depend on the models: library, pictures, styles and script."""
     specs = {
@@ -87,7 +52,7 @@ def page_shell() -> dict[str, str]:
     return {
         "style": _asset("style.css"),
         "vega": pictures.vega_library(),
-        "pictures": _script_json({name: pictures.for_page(chart) for name, chart in specs.items()}),
+        "pictures": script_json({name: pictures.for_page(chart) for name, chart in specs.items()}),
         "app": "".join(_asset(f"{name}.js") for name in SCRIPTS),
     }
 
@@ -112,8 +77,3 @@ def page(shell: Mapping[str, str], index: str, packs: Mapping[str, str]) -> str:
 
 def _asset(name: str) -> str:
     return files("headgram.report").joinpath(name).read_text(encoding="utf-8")
-
-
-def _script_json(value: Any) -> str:
-    """JSON that cannot end the script which holds it."""
-    return json.dumps(value, separators=(",", ":")).replace("<", "\\u003c")

@@ -19,7 +19,7 @@ from typing import Any
 from headgram.errors import HeadgramError
 from headgram.foreign import read_bounded
 from headgram.results.files import checksum, link_on_the_way, refuse_links, remove_temporaries, write_text
-from headgram.results.record import read_record
+from headgram.results.record import FileSum, read_record
 
 #: In the results folder.
 NAME = ".claims.json"
@@ -76,7 +76,10 @@ def claimed(results: Path) -> set[str]:
 
 
 def settle(results: Path) -> None:
-    """Remove what earlier records named and those of the same artifacts no longer do, unless somebody changed it since."""
+    """Remove what earlier records named and those of the same artifacts no longer do, unless somebody changed it since.
+
+    A record that is removed, as of a model that the report no longer shows, takes the files with it that it names.
+    """
     claims = _read(results)
     kept: Claims = {}
     named: dict[str, set[str] | None] = {}
@@ -97,10 +100,24 @@ def settle(results: Path) -> None:
 
 
 def _remove(path: Path, results: Path, size: int, blake2b: str) -> None:
-    """Remove a file that still is what was written."""
-    ours = link_on_the_way(path, results) is None and path.is_file() and not path.is_symlink()
-    if ours and path.stat().st_size == size and checksum(path) == blake2b:
-        path.unlink()
+    """Remove a file that still is what was written; of a record, first the files that it names."""
+    inside = not _name(path, results).startswith(os.pardir)
+    if not inside or link_on_the_way(path, results) or path.is_symlink() or not path.is_file():
+        return
+    if path.stat().st_size != size or checksum(path) != blake2b:
+        return
+    for name, file in _files_of(path).items():
+        _remove(path.parent / name, results, file.bytes, file.blake2b)
+    path.unlink()
+
+
+def _files_of(path: Path) -> dict[str, FileSum]:
+    """The data files that a record names, by their paths from its folder; none if it is no record."""
+    try:
+        files = read_record(path).files if path.suffix == ".json" else {}
+    except HeadgramError:
+        return {}
+    return {name: file for name, file in files.items() if not name.endswith(".json")}
 
 
 def _known_by_record(results: Path, writing: Writing) -> Claims:

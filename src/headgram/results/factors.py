@@ -11,8 +11,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from headgram.errors import HeadgramError
 from headgram.forms.circuits import CIRCUITS, shared_head
 from headgram.forms.heads import Heads
+from headgram.forms.reading import Frames
+from headgram.forms.transforms import folded
+from headgram.forms.variants import FOLDED, Variant, needs
 from headgram.geometry.costs import Block, blocks
 from headgram.results.files import written_whole
 from headgram.results.record import check, record_of
@@ -25,13 +29,32 @@ def write_factors(path: Path, layers: Sequence[int], factors: Mapping[str, Float
 
 
 class FactorFiles:
-    """The factors of one circuit of some layers, in checked files.
+    """The factors of one form of some layers, in checked files.
 
     A file is mapped for as long as something is read of it, no longer: pages once read would count as memory of the job.
+
+    Parameters
+    ----------
+    paths, key
+        Files of extracted factors, and the key of that extraction.
+    form
+        `qk` or `ov`, as extracted; or one that is made of them as they are read, as `qk-folded` (`headgram.forms.variants`).
+    frames
+        What stands around the projections, which such forms follow from.
+
+    Raises
+    ------
+    HeadgramError
+        If a file is damaged or of another run, or what the form follows from is not known.
     """
 
-    def __init__(self, paths: Sequence[Path], key: str, circuit: str) -> None:
-        self._circuit = CIRCUITS[circuit]
+    def __init__(self, paths: Sequence[Path], key: str, form: str, frames: Frames | None = None) -> None:
+        self._variant = Variant.of(form)
+        self._circuit = CIRCUITS[self._variant.circuit]
+        self._frames = frames or Frames({}, dict.fromkeys(needs(self._variant), f"{form} needs what stands around heads"))
+        for role in needs(self._variant):
+            if role in self._frames.missing:
+                raise HeadgramError(f"the form {form} cannot be made: {self._frames.missing[role]}")
         self._home: dict[int, tuple[Path, int]] = {}
         for path in paths:
             check(record_of(path), key)
@@ -64,12 +87,25 @@ class FactorFiles:
         reads = shared_head(self.heads, self.kv_heads)[heads.start : heads.stop]
         first, last = int(reads[0]), int(reads[-1])
         own, shared = [], []
-        for path, places in itertools.groupby((self._home[layer] for layer in layers), key=lambda home: home[0]):
+        of_own, of_shared = slice(heads.start, heads.stop), slice(first, last + 1)
+        for path, of_path in itertools.groupby(layers, key=lambda layer: self._home[layer][0]):
             group = _mapped(path)
-            for _, i in places:
-                own.append(group[self._circuit.own][i, heads.start : heads.stop].clone())
-                shared.append(group[self._circuit.shared][i, first : last + 1].clone())
+            for layer in of_path:
+                _, i = self._home[layer]
+                own.append(self._made(self._circuit.own, group, i, layer, of_own))
+                shared.append(self._made(self._circuit.shared, group, i, layer, of_shared))
         return self._circuit.heads(torch.stack(own), torch.stack(shared), reads - first)
+
+    def _made(self, role: str, group: Mapping[str, Tensor], place: int, layer: int, heads: slice) -> Tensor:
+        """Some factors (n, r, width) of a layer, as the form has them: made in float64, and rounded once, to at least float32."""
+        stored = group[role][place, heads].clone()
+        if self._variant == self._variant.raw:
+            return stored
+        frame = self._frames.layers[layer]
+        factors = folded(role, stored, frame, heads) if self._variant.norm == FOLDED else stored
+        if role == "query" and self._variant.offset and frame.rotary is not None:
+            factors = frame.rotary.scaled(frame.rotary.turned(factors, self._variant.offset))
+        return factors.to(torch.promote_types(stored.dtype, torch.float32))
 
 
 def _mapped(path: Path) -> dict[str, Any]:

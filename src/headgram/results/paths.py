@@ -59,8 +59,10 @@ class Results:
                 "merge": f"provenance/{model}.json",
                 "derive": f"provenance/derived/{model}.json",
                 "lineage": f"provenance/lineage/{model}/{name}.json",
+                "around": f"provenance/around/{model}.json",
                 "composition": f"provenance/composition/{model}.json",
                 "tokens": f"provenance/tokens/{model}.json",
+                "render": f"report/data/{model}.json",
                 "report": "report/index.json",
             }[stage]
         )
@@ -72,6 +74,10 @@ class Results:
     def pair_table(self, table: str, model: str, other: str) -> str:
         """A table of the atlas about a model and an earlier one."""
         return f"{self.root}/atlas/{table}/model={model}/other={other}/{table}.parquet"
+
+    def around(self, model: str) -> str:
+        """What stands around the projections of a model's stacks."""
+        return f"{self.root}/models/{model}/around.pt"
 
     def directions(self, model: str) -> str:
         """The directions of a model."""

@@ -44,6 +44,7 @@ _LATER = (
         "headgram.stages.merge",
         "headgram.stages.derive",
         "headgram.stages.composition",
+        "headgram.stages.render",
         "headgram.stages.report",
     ),
 )

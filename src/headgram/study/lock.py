@@ -54,6 +54,7 @@ _Digest = Annotated[str, Field(min_length=1, max_length=100)]
 _Layer = Annotated[int, Field(ge=0, lt=10_000)]
 _ModelName = Annotated[str, Field(pattern=f"^{MODEL_NAME.pattern}$")]
 _Circuit = Annotated[str, Field(pattern="^(qk|ov)$")]
+_Role = Literal["norm", "query_norm", "key_norm", "query_bias", "key_bias", "rotary", "scale", "cap"]
 #: What all circuits of a stack have in common.
 _SHAPE = {"layers", "heads", "kv_heads", "hidden"}
 #: Raised when the lock's layout changes.
@@ -85,6 +86,17 @@ class LockedCircuit(_Entry):
     digests: tuple[_Digest, ...]
 
 
+class LockedAround(_Entry):
+    """What stands around a stack's projections: `Checkpoint.digest` of every layer's norms and biases, and what is not known.
+
+    What the configuration says of it, such as rotary encoding, the samples of files pin.
+    """
+
+    digests: tuple[_Digest, ...]
+    turns: bool  # whether positions turn the queries and keys of any layer
+    missing: dict[_Role, _Text] = {}
+
+
 class LockedStack(_Entry):
     """A stack, as `headgram.Stack`, with the circuits that can be measured, and why others cannot."""
 
@@ -95,6 +107,7 @@ class LockedStack(_Entry):
     hidden: _Count
     circuits: dict[_Circuit, LockedCircuit]
     missing: dict[_Circuit, _Text] = {}
+    around: LockedAround | None = None  # None: locked by a headgram that did not pin it
 
     @model_validator(mode="after")
     def _is_whole(self) -> Self:
@@ -102,7 +115,8 @@ class LockedStack(_Entry):
             raise ValueError("there are more key heads than heads")
         if self.circuits.keys() ^ self.missing.keys() != {"qk", "ov"}:
             raise ValueError("each circuit must be there, or missing for a reason")
-        if any(len(circuit.digests) != len(self.layers) for circuit in self.circuits.values()):
+        pinned = [each.digests for each in self.circuits.values()] + ([self.around.digests] if self.around else [])
+        if any(len(digests) != len(self.layers) for digests in pinned):
             raise ValueError("every layer needs a digest")
         return self
 
@@ -112,7 +126,7 @@ class LockedModel(_Entry):
 
     source: _Text
     revision: _Text | None
-    overrides: dict[Literal["model_type", "heads", "kv_heads", "head_dim", "base", "prefix"], _Text | _Count]
+    overrides: dict[Literal["model_type", "heads", "kv_heads", "head_dim", "base", "prefix", "twin"], _Text | _Count]
     commit: Annotated[str, Field(pattern="^[0-9A-Za-z]{1,64}$")] | None
     base: _Text | None = None  # of an adapter: the source of the checkpoint that it changes, with `@` and its commit at the hub
     format: _Text
@@ -137,6 +151,19 @@ class LockedModel(_Entry):
         }
         given = {"architecture": self.architecture, "overrides": self.overrides, "circuit": circuit}
         return digest(canonical({**given, **shown, "factors": factors}))
+
+    def around_fingerprint(self) -> str:
+        """A digest of what stands around the projections: norms and biases, and the files that say the rest."""
+        pinned = {stack.name: [stack.layers, stack.around and stack.around.digests] for stack in self.stacks}
+        files = [file.model_dump(mode="json") for file in self.files]
+        return digest(
+            canonical({"architecture": self.architecture, "overrides": self.overrides, "stacks": pinned, "files": files})
+        )
+
+    @property
+    def pins_around(self) -> bool:
+        """Whether what stands around the projections is pinned, of every stack."""
+        return all(stack.around is not None for stack in self.stacks)
 
     def how_to_open(self) -> dict[str, Any]:
         """The arguments of `open_checkpoint` that give what was locked."""

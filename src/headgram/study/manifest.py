@@ -13,14 +13,15 @@ from pathlib import Path
 
 from headgram.errors import HeadgramError
 from headgram.foreign import read_bounded
+from headgram.results.files import write_text
 
 #: Where it is unless something else is said.
 DEFAULT = Path("config/models.tsv")
 COLUMNS = ("name", "source", "revision")
-#: Columns that a manifest may add for a checkpoint that does not state these itself.
-OVERRIDE_COLUMNS = ("model_type", "heads", "kv_heads", "head_dim", "base", "prefix")
+#: Columns that a manifest may add for a checkpoint that does not state these itself, and `twin`, the number of a random twin.
+OVERRIDE_COLUMNS = ("model_type", "heads", "kv_heads", "head_dim", "base", "prefix", "twin")
 #: Those of them that are numbers.
-COUNTS = ("heads", "kv_heads", "head_dim")
+COUNTS = ("heads", "kv_heads", "head_dim", "twin")
 #: Columns that say which models share a residual basis, and in which order; all further columns are labels.
 LINEAGE_COLUMNS = ("lineage", "step")
 _KNOWN = COLUMNS + OVERRIDE_COLUMNS + LINEAGE_COLUMNS
@@ -46,7 +47,7 @@ class Labels:
     step
         Where in its lineage a model stands.
     others
-        The cells of all further columns, those that are not empty.
+        The cells of `twin` and of all further columns, those that are not empty.
     """
 
     lineage: str = ""
@@ -135,6 +136,39 @@ def read_manifest(path: Path) -> Manifest:
     return Manifest(path, tuple(rows), tuple(problems))
 
 
+def add_twin(path: Path, model: str, seed: int = 1) -> str:
+    """Add the random twin of a model to a manifest, as its last row; returns the twin's name.
+
+    Raises
+    ------
+    HeadgramError
+        If the manifest has no such model, or has this twin, or a row of it is wrong.
+    """
+    table = read_manifest(path)
+    table.check()
+    rows = {row.name: row for row in table.rows}
+    name = f"{model}-null" if seed == 1 else f"{model}-null-{seed}"
+    if model not in rows:
+        raise HeadgramError(f"The manifest {path} has no model '{model}'; there are: {', '.join(rows)}.")
+    if "twin" in rows[model].overrides:
+        raise HeadgramError(f"'{model}' is a random twin itself: name the model that it is of.")
+    if name in rows or not MODEL_NAME.fullmatch(name):
+        problem = "is in it already" if name in rows else "is too long a name"
+        raise HeadgramError(f"The manifest {path} cannot take a twin of '{model}': '{name}' {problem}.")
+    text = io.StringIO(read_bounded(path, _LARGEST).decode("utf-8-sig"), newline=None).read()
+    lines = text.removesuffix("\n").split("\n")
+    first = next(number for number, line in enumerate(lines) if line.strip() and not line.startswith("#"))
+    header = lines[first].split("\t")
+    if "twin" not in [column.strip() for column in header]:
+        header.append("twin")
+        lines[first] = "\t".join(header)
+    columns = [column.strip() for column in header]
+    cells = dict(zip(columns, lines[rows[model].line - 1].split("\t"), strict=False))
+    cells |= dict.fromkeys(LINEAGE_COLUMNS, "") | {"name": name, "twin": str(seed)}
+    write_text(path, "\n".join([*lines, "\t".join(cells.get(column, "") for column in columns)]) + "\n")
+    return name
+
+
 def _check_header(path: Path, header: list[str]) -> None:
     missing = [column for column in ("name", "source") if column not in header]
     if missing or len(set(header)) < len(header):
@@ -202,6 +236,6 @@ def _row(line: int, values: dict[str, str]) -> Row:
     for key in OVERRIDE_COLUMNS:
         if values.get(key):
             overrides[key] = int(values[key]) if key in COUNTS else values[key]
-    others = {key: value for key, value in values.items() if key not in _KNOWN and value}
+    others = {key: value for key, value in values.items() if (key not in _KNOWN or key == "twin") and value}
     labels = Labels(values.get("lineage", ""), _number(values.get("step", "")), others)
     return Row(line, values["name"], values["source"], values.get("revision") or None, overrides, labels)

@@ -104,7 +104,7 @@ class Plan:
     config: Config
     models: dict[str, ModelPlan]
     pairs: list[Pair]  # of models of one lineage
-    report: Identity  # of the page and the figures of all models
+    report: Identity  # of the page, and the figures of all models together
     pair_code: str  # the digest of the stage `lineage`
 
     def pair_places(self, pair: Pair) -> list[Place]:
@@ -161,7 +161,16 @@ def left_out(plan: Plan) -> list[str]:
         for stack in _in_both_circuits(model.heads)
         if plan.config.composition.enabled == "auto" and stack not in model.composed
     ]
-    return absent + costly + uncomposed
+    unknown = [unpinned(name) for name, model in plan.models.items() if not model.entry.pins_around]
+    return absent + costly + uncomposed + unknown
+
+
+def unpinned(model: str) -> str:
+    """The sentence about a model whose entry in the lock an earlier headgram wrote."""
+    return (
+        f"{model}: its lock does not pin the norms, biases and rotary encoding around its heads, so nothing is made of them; "
+        f"`headgram lock --upgrade {model}` pins them"
+    )
 
 
 def make_plan(
@@ -215,6 +224,7 @@ def stage_config(stage: str, config: Config, circuit: str = "qk") -> str:
         config = config.model_copy(update={"original": config.original.model_copy(update={"enabled": False})})
     sections: dict[str, dict[str, BaseModel]] = {
         "extract": {"weights": config.weights},
+        "around": {},
         "eigen": {"eigen": config.eigen, "original": config.original},
         "gram": {"gram": config.gram},
         "composition": {"composition": config.composition, "export": config.export},
@@ -228,11 +238,15 @@ def stage_config(stage: str, config: Config, circuit: str = "qk") -> str:
 def _identities(
     entry: LockedModel, labels: Labels, circuits: Sequence[str], composed: bool, config: Config, scripts: Path
 ) -> dict[tuple[str, str], Identity]:
-    stages = ("extract", "eigen", "gram", "merge", "derive", "composition", "tokens")
+    stages = ("extract", "around", "eigen", "gram", "merge", "derive", "composition", "tokens", "render")
     code = {stage: code_digest(stage, scripts / f"{stage}.py") for stage in stages}
     find = family_of_gguf if entry.format == "gguf" and "model_type" not in entry.overrides else family_of
-    reads_weights = digest(code["extract"], family_text(find(entry.architecture).name))
+    family = family_text(find(entry.architecture).name)
+    reads_weights = digest(code["extract"], family)
     found: dict[tuple[str, str], Identity] = {}
+    if entry.pins_around:
+        code_around = digest(code["around"], family)
+        found["around", ""] = Identity("around", stage_config("around", config), entry.around_fingerprint(), code_around)
     for circuit in circuits:
         fingerprint = entry.fingerprint_of(circuit)
         found["extract", circuit] = extract = Identity("extract", stage_config("extract", config), fingerprint, reads_weights)
@@ -253,18 +267,15 @@ def _identities(
         upstream = tuple(found["extract", circuit].key for circuit in ("qk", "ov"))
         options = stage_config("composition", config)
         found["composition", ""] = Identity("composition", options, entry.fingerprint, code["composition"], upstream)
+    drawn = tuple(found[stage, ""].key for stage in ("merge", "derive", "composition") if (stage, "") in found)
+    found["render", ""] = Identity("render", canonical({}), entry.fingerprint, code["render"], drawn)
     return found
 
 
 def _report_identity(models: Mapping[str, ModelPlan], scripts: Path) -> Identity:
-    """What a report follows from: the models' names, in order, and their tables."""
+    """What a report follows from: the models' names, in order, their tables, and what was rendered of them."""
     code = digest(code_digest("report", scripts / "report.py"), page_digest())
-    upstream = tuple(
-        model.identities[stage, ""].key
-        for model in models.values()
-        for stage in ("merge", "derive", "composition")
-        if (stage, "") in model.identities
-    )
+    upstream = tuple(model.identities[stage, ""].key for model in models.values() for stage in ("merge", "derive", "render"))
     return Identity("report", canonical({}), digest(*models), code, upstream)
 
 

@@ -11,17 +11,20 @@ import json
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 from pydantic import ValidationError
 
 from headgram.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from headgram.checkpoints.stack import Stack
 from headgram.errors import HeadgramError
+from headgram.families.around import AROUND
 from headgram.foreign import first_problem, plain
 from headgram.forms.circuits import CIRCUITS
 from headgram.proofs.adopt import open_or_derive
 from headgram.results.record import canonical, digest
 from headgram.study.lock import (
+    LockedAround,
     LockedCircuit,
     LockedModel,
     LockedStack,
@@ -70,6 +73,10 @@ def compare(name: str, entry: LockedModel, manifest: Path = DEFAULT) -> list[str
                     for layer, locked in zip(stack.layers, factors.digests, strict=True):
                         if not checkpoint.holds(stack.name, layer, locked, CIRCUITS[circuit].roles):
                             return [changed_message(name, f"stack '{stack.name}', layer {layer} of {entry.source}", manifest)]
+                for layer, locked in zip(stack.layers, stack.around.digests if stack.around else (), strict=False):
+                    if not checkpoint.holds(stack.name, layer, locked, AROUND):
+                        what = f"a norm or a bias of stack '{stack.name}', layer {layer} of {entry.source}"
+                        return [changed_message(name, what, manifest)]
     except HeadgramError as error:
         return [f"{name}: {error}"]
     return []
@@ -91,7 +98,7 @@ def resolve(row: Row) -> LockedModel:
         content = {
             "architecture": checkpoint.architecture,
             "overrides": row.overrides,
-            "stacks": [stack.model_dump(mode="json") for stack in stacks],
+            "stacks": [stack.model_dump(mode="json", exclude={"around"}) for stack in stacks],
         }
         return LockedModel(
             source=row.source,
@@ -121,7 +128,21 @@ def _locked_stack(checkpoint: Checkpoint, stack: Stack) -> LockedStack:
         if name not in missing
     }
     shape = {name: getattr(stack, name) for name in ("name", "layers", "heads", "kv_heads", "hidden")}
-    return LockedStack(**shape, circuits=circuits, missing=missing)
+    return LockedStack(**shape, circuits=circuits, missing=missing, around=_locked_around(checkpoint, stack))
+
+
+def _locked_around(checkpoint: Checkpoint, stack: Stack) -> LockedAround:
+    missing: dict[Any, str] = {}
+    layers = [checkpoint.around(stack.name, layer) for layer in stack.layers]
+    for role in AROUND:
+        try:
+            for layer in layers:
+                layer.check(role)
+        except HeadgramError as error:
+            missing[role] = str(error)
+    turns = "rotary" not in missing and any(layer.rotary() is not None for layer in layers)
+    digests = tuple(checkpoint.digest(stack.name, layer, AROUND) for layer in stack.layers)
+    return LockedAround(digests=digests, turns=turns, missing=missing)
 
 
 def _why_not(stack: Stack, circuit: str) -> str | None:

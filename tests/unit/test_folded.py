@@ -1,0 +1,187 @@
+"""Factors with norms folded in, at offsets, from files as a run writes them, against queries and keys of running models."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch.nn.functional import normalize
+
+from headgram import HeadgramError, open_checkpoint
+from headgram.proofs.around import without_epsilon
+from headgram.proofs.prove import _calls, _models, quiet
+from headgram.results.around import read_around
+from headgram.results.factors import FactorFiles
+from headgram.results.record import Identity, Provenance
+from headgram.stages.around import extract_around
+from headgram.stages.extract import extract
+from headgram.study.lock import LockedModel
+from headgram.study.manifest import read_manifest
+from headgram.study.resolve import compare, resolve
+from tiny import write_manifest
+
+#: Types, and switches of their configuration: each norm, pairing of rows, and width of what turns.
+ROTARY: dict[str, tuple[str, dict[str, Any]]] = {
+    **{name: (name, {}) for name in ("llama", "gemma2", "gemma3_text", "cohere", "cohere2", "qwen3", "olmo", "olmo2", "olmo3")},
+    **{
+        name: (name, {})
+        for name in ("gpt_neox", "gptj", "phi", "phi3", "glm4", "stablelm", "deepseek_v3", "modernbert", "falcon")
+    },
+    **{name: (name, {}) for name in ("qwen3_next", "smollm3", "exaone4", "persimmon", "codegen", "granite", "llama4_text")},
+    "linear": ("llama", {"rope_parameters": {"rope_theta": 1e4, "rope_type": "linear", "factor": 4.0}}),
+    "yarn": (
+        "llama",
+        {"rope_parameters": {"rope_theta": 1e4, "rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}},
+    ),
+}
+PLAIN = {name: (name, {}) for name in ("gpt2", "opt", "bert", "mpt", "bloom", "vit")}
+
+
+def tiny(model_type: str, changes: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """A model without biases, which are no part of a form, in float64."""
+    with quiet():
+        model, entry = next(_models(model_type, changes))
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if name.endswith("bias"):
+                weight.zero_()
+    return model, {"whole": False, "walked": False, **entry}
+
+
+def locked(model: Any, folder: Path) -> LockedModel:
+    """A saved model, and what a lock says of it."""
+    with quiet():
+        model.save_pretrained(folder / "m")
+    return resolve(read_manifest(write_manifest(folder / "models.tsv", {"m": folder / "m"})).rows[0])
+
+
+def files(folder: Path, entry: LockedModel) -> Callable[..., FactorFiles]:
+    """What a run extracts: a function from a form of a stack to its factors."""
+    around = Provenance(Identity("around", "{}", entry.around_fingerprint(), "c"), "m", None)
+    layers = {each.name: list(zip(each.layers, each.around.digests, strict=True)) for each in entry.stacks}
+    extract_around(folder / "around.pt", folder / "around.json", entry.how_to_open(), layers, around)
+    frames = read_around(folder / "around.pt", folder / "around.json", around.identity.key)
+
+    def of(form: str, stack: str = "self") -> FactorFiles:
+        circuit = form[:2]
+        place = next(each for each in entry.stacks if each.name == stack)
+        path = folder / f"{stack}-{circuit}.pt"
+        origin = Provenance(Identity("extract", "{}", entry.fingerprint_of(circuit), "c"), "m", stack, circuit)
+        if not path.exists():
+            extract(path, entry.how_to_open(), place.layers, place.circuits[circuit].digests, "stored", origin)
+        return FactorFiles([path], origin.identity.key, form, frames[stack])
+
+    return of
+
+
+@pytest.mark.parametrize("name", [*ROTARY, *PLAIN])
+def test_forms_of_the_stream_are_the_models_scores_at_every_offset(tmp_path: Path, name: str) -> None:
+    """Cosines of the model's queries and keys, after its norms and its rotary encoding; the stream is what the block is given."""
+    model, entry = tiny(*(ROTARY | PLAIN)[name])
+    of = files(tmp_path, locked(model, tmp_path))
+    model.double()
+    without_epsilon(model)
+    with quiet():
+        calls = [call for call in _calls(model, entry, placed=True) if call.block in call.outer]
+    offsets = range(-3, 4) if name in ROTARY else [0]
+    names = {offset: f"qk-folded@{offset}" if offset else "qk-folded" for offset in offsets}
+    sources = {offset: of(form) for offset, form in names.items()}
+    with open_checkpoint(tmp_path / "m") as checkpoint:
+        rotary = checkpoint.around("self", checkpoint.stack("self").layers[0]).rotary()
+    start = rotary.start if rotary else 0
+    compared = 0
+    for call in calls:
+        stream = call.outer[call.block].double().reshape(-1, call.x.shape[-1])
+        if call.layer not in sources[0].layers or call.query.shape[0] != sources[0].heads:
+            continue
+        for offset, source in sources.items():
+            heads = source.read([call.layer]).to(torch.float64)
+            query, key = ((side @ stream.T).mT for side in (heads.right(), heads.left()))
+            # Latent attention divides what turns and what does not by different norms: they are compared apart.
+            for part in (slice(start), slice(start, None)) if start else (slice(None),):
+                sides = [(query, key), (call.query, call.key)]
+                cosines = [normalize(q[..., part], dim=-1) @ normalize(k[..., part], dim=-1).mT for q, k in sides]
+                pairs = [each.diagonal(-offset, 1, 2) if name in ROTARY else each for each in cosines]
+                torch.testing.assert_close(*pairs, rtol=2e-5, atol=2e-6)
+                compared += pairs[0].numel()
+    assert compared > 0
+
+
+def test_values_are_read_through_the_norm_and_outputs_are_not(tmp_path: Path) -> None:
+    model, _ = tiny("gemma2", {})
+    of = files(tmp_path, locked(model, tmp_path))
+    stored, made = (of(form).read([1]) for form in ("ov", "ov-folded"))
+    gain = 1 + model.layers[1].input_layernorm.weight.detach()
+    torch.testing.assert_close(made.b, stored.b * gain)
+    torch.testing.assert_close(made.a, stored.a, rtol=0, atol=0)
+
+
+def test_heads_of_a_layer_read_apart_are_those_read_together(tmp_path: Path) -> None:
+    """Norms of queries and keys have a row of gains for each head, or for each key."""
+    model, _ = tiny("olmo2", {})
+    source = files(tmp_path, locked(model, tmp_path))("qk-folded@2")
+    whole = source.read([0, 1])
+    apart = [source.read([layer], range(head, head + 1)) for layer in (0, 1) for head in range(source.heads)]
+    for head, one in enumerate(apart):
+        torch.testing.assert_close(one.form(0), whole.form(head), rtol=1e-6, atol=1e-6)
+
+
+def test_a_form_that_is_not_proven_is_one_sentence(tmp_path: Path) -> None:
+    model, _ = tiny("bart", {})
+    of = files(tmp_path, locked(model, tmp_path))
+    assert of("qk-folded", "encoder").heads
+    with pytest.raises(HeadgramError, match="the form qk-folded cannot be made: the stack 'cross' has no role 'norm' to read: "):
+        of("qk-folded", "cross")
+
+
+def rewritten(path: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> None:
+    tensors = load_file(path)
+    change(tensors)
+    save_file(tensors, path, {"format": "pt"})
+
+
+def test_a_changed_gain_is_noticed_and_makes_no_raw_form_stale(tmp_path: Path) -> None:
+    model, _ = tiny("llama", {})
+    before = locked(model, tmp_path)
+    name = "layers.1.input_layernorm.weight"
+    rewritten(tmp_path / "m" / "model.safetensors", lambda tensors: tensors.update({name: tensors[name] + 1}))
+    (sentence,) = compare("m", before)
+    assert "a norm or a bias of stack 'self', layer 1 of" in sentence
+    words = "model m, stack self: a norm or a bias of layer 1 changed since it was locked; .* `headgram lock --upgrade m`"
+    with pytest.raises(HeadgramError, match=words):
+        files(tmp_path, before)
+    assert not (tmp_path / "around.pt").exists()
+    after = resolve(read_manifest(tmp_path / "models.tsv").rows[0])
+    assert after.around_fingerprint() != before.around_fingerprint()
+    assert after.fingerprint == before.fingerprint
+    assert all(after.fingerprint_of(circuit) == before.fingerprint_of(circuit) for circuit in ("qk", "ov"))
+
+
+def test_a_changed_base_of_rotary_encoding_changes_what_follows_from_it(tmp_path: Path) -> None:
+    model, _ = tiny("llama", {})
+    before = locked(model, tmp_path)
+    path = tmp_path / "m" / "config.json"
+    config = json.loads(path.read_text())
+    path.write_text(json.dumps(config | {"rope_parameters": {"rope_type": "default", "rope_theta": 500.0}}))
+    after = resolve(read_manifest(tmp_path / "models.tsv").rows[0])
+    assert after.around_fingerprint() != before.around_fingerprint()
+    assert after.fingerprint == before.fingerprint
+
+
+def test_what_cannot_be_read_is_missing_and_the_rest_is_there(tmp_path: Path) -> None:
+    model, _ = tiny("llama", {})
+    locked(model, tmp_path)
+    rewritten(tmp_path / "m" / "model.safetensors", lambda tensors: tensors.pop("layers.0.input_layernorm.weight"))
+    entry = resolve(read_manifest(tmp_path / "models.tsv").rows[0])
+    around = entry.stacks[0].around
+    assert around is not None
+    assert around.missing == {"norm": "layer 0: the checkpoint lacks tensor layers.0.input_layernorm.weight"}
+    of = files(tmp_path, entry)
+    assert of("qk@3").heads
+    with pytest.raises(HeadgramError, match=r"the checkpoint lacks tensor layers\.0\.input_layernorm\.weight"):
+        of("ov-folded")

@@ -1,0 +1,22 @@
+# Checkpoint -> what stands around the projections of every layer: norms, biases, rotary encoding, scale and bound of scores.
+rule around:
+    input:
+        around_input,
+    output:
+        around=PATHS.around("{model}"),
+        record=RECORDS["around"],
+    log:
+        PATHS.log("around", "{model}"),
+    conda:
+        ENVIRONMENT
+    threads: 1
+    resources:
+        mem_mb=memory_mb,
+    params:
+        identity=identity_of("around"),
+        order=order_of("around"),
+        entry=locked_entry,
+    message:
+        "Reading what stands around the projections of {wildcards.model}"
+    script:
+        "../scripts/around.py"

@@ -1,0 +1,16 @@
+"""Rendering job: see headgram.stages.render."""
+
+from pathlib import Path
+
+from headgram.run.job import running
+
+with running(snakemake) as (provenance, _):
+    from headgram.report.names import TABLES
+    from headgram.stages.render import Rendered, render
+
+    tables = {name: Path(snakemake.input[name]) for name in (*TABLES, "composition") if snakemake.input.get(name)}
+    data, record = (Path(snakemake.output[name]) for name in ("data", "record"))
+    for folder in (*snakemake.output.get("layers", []), *snakemake.output.get("figures", [])):
+        Path(folder).mkdir(parents=True, exist_ok=True)  # object storage wants folders that may stay empty
+    rendered = Rendered(data, figures=data.parents[1] / "figures", record=record)
+    render(snakemake.wildcards.model, tables, list(map(Path, snakemake.input.records)), rendered, provenance)
