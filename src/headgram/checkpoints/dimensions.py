@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any, Self
 
@@ -76,6 +76,12 @@ class Section:
                     f"{self.whose} has {name} = {value} and {other} = {self._stated[other]!r:.60}, two names of one count: "
                     "correct config.json"
                 )
+
+    def listed(self, names: Names | int) -> str | None:
+        """The first of the names under which the configuration states anything, if that is a list."""
+        known = (names,) if isinstance(names, str) else () if isinstance(names, int) else names
+        first = next((name for name in known if self.get(name) is not None), None)
+        return first if first and isinstance(self.get(first), list) else None
 
     def count_layers(self, names: Names) -> int | None:
         """How many layers the configuration states, as a number or as a list with an entry for each; None if it does not."""
@@ -166,7 +172,28 @@ def find_rules(store: TensorStore, family: Family, config: Mapping[str, Any], ar
         layer = (_candidates(required[0], Section.of(required[0], config, architecture)) or [0])[0]
         wanted = family.prefixes[0] + next(iter(required[0].tensors(QK).values()))
         raise HeadgramError(f"the checkpoint lacks tensor {wanted.format(layer=layer)}, under any known prefix")
-    return found
+    return [(one, prefix) for rule, prefix in found for one in _by_counts(rule, Section.of(rule, config, architecture))]
+
+
+def _by_counts(rule: StackRule, section: Section) -> list[StackRule]:
+    """The rule, or one for all layers of equal counts, where the configuration states counts of heads layer by layer."""
+    stated = {what: section.listed(names) for what in ("heads", "kv_heads") if (names := getattr(rule, what)) is not None}
+    lists = {what: name for what, name in stated.items() if name}
+    if not rule.by_layer or not lists:
+        return [rule]
+    layers: dict[tuple[int, ...], list[int]] = {}
+    for layer in range(section.count_layers(rule.layers) or 0):
+        layers.setdefault(tuple(section.need(f"{name}.{layer}") for name in lists.values()), []).append(layer)
+    return [
+        rule.model_copy(
+            update={
+                "name": f"{rule.name}_{'_'.join(map(str, counts))}" if len(layers) > 1 else rule.name,
+                "among": tuple(among),
+                **{what: f"{name}.{among[0]}" for what, name in lists.items()},
+            }
+        )
+        for counts, among in layers.items()
+    ]
 
 
 def gguf_rule(family: Family) -> tuple[StackRule, bool]:
@@ -245,7 +272,9 @@ def _candidates(rule: StackRule, section: Section) -> list[int] | None:
         if rule.sparse or rule.layer_types is not None:
             section.need(rule.layers)  # says what is missing
         return None
-    kept = range(count - (section.find(rule.borrowed, least=0) or 0 if rule.borrowed else 0))
+    kept: Iterable[int] = range(count - (section.find(rule.borrowed, least=0) or 0 if rule.borrowed else 0))
+    if rule.among is not None:
+        kept = [layer for layer in rule.among if layer in kept]
     if rule.layer_types is None:
         return list(kept)
     kinds = section.get("layer_types")
