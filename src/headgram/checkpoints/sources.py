@@ -32,7 +32,7 @@ from headgram.checkpoints.weight_files import (
     weights_of_file,
 )
 from headgram.errors import HeadgramError
-from headgram.foreign import read_bounded
+from headgram.foreign import parse_yaml, read_bounded
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _PACKAGE = re.compile(r"package:([A-Za-z_]\w*)/(.+)")
@@ -220,7 +220,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
         If it is large, or no table of plain values.
     """
     try:
-        value = yaml.safe_load(read_bounded(path, _LARGEST_YAML))
+        value = parse_yaml(read_bounded(path, _LARGEST_YAML))
     except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         raise HeadgramError(f"{path} is not valid YAML ({next(iter(str(error).splitlines()), '')})") from None
     if not isinstance(value, dict) or not all(isinstance(name, str) for name in value):

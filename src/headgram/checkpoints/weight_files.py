@@ -50,7 +50,7 @@ class WeightFiles:
     index
         By tensor, the file that it is read from; None where there is no index.
     passed_over
-        Other weight files beside them, which are not read.
+        Other weight files beside them, and other configurations, which are not read.
     sliced
         Whether each file holds a slice of every weight.
     adapter
@@ -93,7 +93,9 @@ def choose_weights(names: Collection[str], read_index: Callable[[str], dict[str,
         or _only(names, _TORCH, where)
     )
     if found:
+        described = () if format_of(found.files[0]) == "gguf" else described_by(found, names)
         others = {name for name in names if "/" not in name and PurePosixPath(name).suffix in FORMATS} - set(found.files)
+        others |= ({CONFIG, PARAMS, LITGPT_CONFIG} & set(names)) - set(described)
         return replace(found, passed_over=tuple(sorted(others)))
     raise HeadgramError(
         f"{where} holds no .safetensors, .gguf or torch file ({', '.join(_TORCH)}), and no distributed checkpoint"

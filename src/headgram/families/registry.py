@@ -63,6 +63,8 @@ class StackRule(Rule):
     sizes: dict[str, Names] = Field(default={})  # further sizes that the layout reads
     layer_types: tuple[str, ...] | None = None  # only the layers that the config's `layer_types` calls so
     borrowed: Names | None = None  # so many last layers read the keys of earlier ones, and are left out
+    by_layer: bool = False  # counts of heads may be lists with an entry for every layer: one stack for all layers of equal counts
+    among: tuple[int, ...] | None = None  # only these layers
     sparse: bool = False  # only some layers hold attention: those with all of the tensors
     optional: bool = False  # a checkpoint may hold another stack alone
     defaults: dict[str, dict[str, Any]] = Field(default={})  # model type -> what its published configs may leave unsaid
