@@ -80,6 +80,7 @@ class Stack(Described):
 
     @property
     def dimensions(self) -> Dimensions:
+        """Its numbers of heads, its ranks and widths, as layouts take them."""
         return Dimensions(self.heads, self.kv_heads, self.rank, self.hidden, self.value_rank, self.output_width, self._sizes)
 
     @property
