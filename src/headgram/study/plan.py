@@ -14,7 +14,7 @@ from pathlib import Path
 
 from pydantic import BaseModel
 
-from headgram.errors import HeadgramError
+from headgram.errors import HeadgramError, upgrade_command
 from headgram.families.registry import family_of, family_of_gguf, family_text
 from headgram.geometry.costs import Sizes, cheapest, flops, spectra_flops
 from headgram.results.paths import Place, Results
@@ -161,15 +161,15 @@ def left_out(plan: Plan) -> list[str]:
         for stack in _in_both_circuits(model.heads)
         if plan.config.composition.enabled == "auto" and stack not in model.composed
     ]
-    unknown = [unpinned(name) for name, model in plan.models.items() if not model.entry.pins_around]
+    unknown = [unpinned(name, Path(plan.config.manifest)) for name, model in plan.models.items() if not model.entry.pins_around]
     return absent + costly + uncomposed + unknown
 
 
-def unpinned(model: str) -> str:
+def unpinned(model: str, manifest: Path) -> str:
     """The sentence about a model whose entry in the lock an earlier headgram wrote."""
     return (
         f"{model}: its lock does not pin the norms, biases and rotary encoding around its heads, so nothing is made of them; "
-        f"`headgram lock --upgrade {model}` pins them"
+        f"`{upgrade_command(model, manifest)}` pins them"
     )
 
 
