@@ -25,7 +25,7 @@ from pydantic import (
 )
 
 from headgram.errors import HeadgramError
-from headgram.foreign import read_bounded
+from headgram.foreign import parse_yaml, read_bounded
 
 #: Says what a bad value is; a nested one may be far larger than its text, by aliases.
 _BRIEF = reprlib.Repr()
@@ -261,7 +261,7 @@ def read_options(path: Path | None, given: Mapping[str, Any]) -> dict[str, Any]:
         If the file is not plain YAML with keys at its top level.
     """
     try:
-        content = yaml.safe_load(read_bounded(path, _LARGEST)) if path else None
+        content = parse_yaml(read_bounded(path, _LARGEST)) if path else None
     except FileNotFoundError:
         content = None
     except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
