@@ -128,7 +128,9 @@ def test_missing_and_foreign_files_are_named(finished, tmp_path):
     assert "extra.parquet belongs to no finished artifact" in done.stderr
     results.rename(project.folder / "other results")
     said = project.headgram("verify", "other results").stderr
-    assert project.headgram(*shlex.split(re.search(r"`headgram (.*?)`", said)[1])).returncode == 0  # the hint, followed
+    followed = project.headgram(*shlex.split(re.search(r"`headgram (.*?)`", said)[1]))
+    assert "the next run does not mend all of it" in followed.stderr
+    assert "extra.parquet" in followed.stderr.splitlines()[-1]
 
 
 def test_tables_that_contradict_each_other_are_named(finished, tmp_path):

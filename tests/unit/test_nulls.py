@@ -66,7 +66,7 @@ def test_the_best_of_many_random_forms(count):
     for values, null in ((np.abs(cosine), cosine_null(width)), (symmetry, Null(*astuple(symmetry_null(width))[:2]))):
         best = values[: len(values) // count * count].reshape(-1, count).max(1)
         found, said = ((each - null.mean) / null.deviation for each in (best.mean(), null.best_of(count)))
-        assert found == pytest.approx(said, rel=0.04, abs=4 * best.std() / null.deviation / math.sqrt(len(best)))
+        assert found == pytest.approx(said, rel=0.04, abs=float(4 * best.std()) / null.deviation / math.sqrt(len(best)))
 
 
 def test_the_page_knows_the_best_of_all():
