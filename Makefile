@@ -9,7 +9,7 @@ SEED ?= 0
 NUMPY = $(shell sed -n 's/^numpy==//p' envs/requirements.txt)
 CORES ?= $(shell nproc 2>/dev/null || sysctl -n hw.ncpu)
 
-.PHONY: help run report test test-fast test-gpu peers test-peers lint format docs notebook pictures bench bench-gpu chaos lineage audit walk families bytes config-docs lock-requirements clean
+.PHONY: help run report test test-fast test-gpu peers test-peers lint format docs pictures bench bench-gpu chaos lineage audit walk families bytes config-docs lock-requirements clean
 
 help: ## What each command does
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-18s %s\n", $$1, $$2}'
@@ -48,11 +48,7 @@ docs: $(VENV)/installed-dev ## Build the site of the documentation: build/site/i
 	$(BIN)/python docs/gather.py
 	$(BIN)/zensical build --clean --strict
 
-notebook: $(VENV)/installed-dev ## Execute docs/questions.ipynb on results/
-	$(BIN)/jupyter nbconvert --to notebook --execute --inplace \
-		--ExecutePreprocessor.record_timing=False --ExecutePreprocessor.startup_timeout=300 docs/questions.ipynb
-
-pictures: $(VENV)/installed-dev ## Draw the pictures of README and docs from results/
+pictures: $(VENV)/installed-dev ## Draw the pictures of README, docs and gallery from results/
 	$(BIN)/python docs/pictures.py
 	$(BIN)/python docs/screenshot.py
 

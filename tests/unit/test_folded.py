@@ -22,7 +22,7 @@ from headgram.stages.around import extract_around
 from headgram.stages.extract import extract
 from headgram.study.lock import LockedModel
 from headgram.study.manifest import read_manifest
-from headgram.study.resolve import compare, resolve
+from headgram.study.resolve import resolve, unlike_its_lock
 from tiny import write_manifest
 
 #: Types, and switches of their configuration: each norm, pairing of rows, and width of what turns.
@@ -150,7 +150,7 @@ def test_a_changed_gain_is_noticed_and_makes_no_raw_form_stale(tmp_path: Path) -
     before = locked(model, tmp_path)
     name = "layers.1.input_layernorm.weight"
     rewritten(tmp_path / "m" / "model.safetensors", lambda tensors: tensors.update({name: tensors[name] + 1}))
-    (sentence,) = compare("m", before)
+    (sentence,) = unlike_its_lock("m", before)
     assert "a norm or a bias of stack 'self', layer 1 of" in sentence
     words = "model m, stack self: a norm or a bias of layer 1 changed since it was locked; .* `headgram lock --upgrade m`"
     with pytest.raises(HeadgramError, match=words):

@@ -196,7 +196,7 @@ def _by_counts(rule: StackRule, section: Section) -> list[StackRule]:
     ]
 
 
-def gguf_rule(family: Family) -> tuple[StackRule, bool]:
+def gguf_rule(family: Family, architecture: str) -> tuple[StackRule, bool]:
     """The rule of a family in llama.cpp's naming, and whether that permutes rows.
 
     Raises
@@ -217,7 +217,8 @@ def gguf_rule(family: Family) -> tuple[StackRule, bool]:
         hidden="embedding_length",
         head_dim="attention.key_length",
         remarks=family.stacks[0].remarks,
-        around=(left_out("it is not read from GGUF files"),),
+        around=tuple(rule for rule in family.gguf.around if architecture in rule.types or not rule.types)
+        or (left_out(f"it is not read from GGUF files of '{architecture}'"),),
     )
     return rule, family.gguf.permuted
 

@@ -127,7 +127,7 @@ def read_metadata(pickled: bytes) -> dict[str, Whole]:
     ValueError
         Says what it holds that such a table does not.
     """
-    top = _Walk().run(pickled)
+    top = _MetadataWalk().run(pickled)
     described, stored = top.fields["state_dict_metadata"], top.fields["storage_data"]
     places = {_place_of(index): place.fields for index, place in stored.others}
     tensors = {}
@@ -189,7 +189,7 @@ class _Entries(dict[str, Any]):
         self.others: list[tuple[_Record, Any]] = []
 
 
-class _Walk(Walk):
+class _MetadataWalk(Walk):
     """Describes the objects of a `.metadata`."""
 
     def known(self, name: str) -> Global:

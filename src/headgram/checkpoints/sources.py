@@ -22,7 +22,7 @@ from headgram.checkpoints.weight_files import (
     FORMATS,
     LITGPT_CONFIG,
     PARAMS,
-    Weights,
+    WeightFiles,
     choose_weights,
     config_of,
     described_by,
@@ -65,7 +65,7 @@ class Location:
     """
 
     folder: Path
-    choice: Weights
+    choice: WeightFiles
     commit: str | None
     boundary: Path
 
@@ -289,7 +289,7 @@ def _locate_in_cache(repo: str, revision: str | None) -> Location:
     return Location(folder, _weights_in(folder, boundary), folder.name, boundary)
 
 
-def _weights_in(folder: Path, boundary: Path) -> Weights:
+def _weights_in(folder: Path, boundary: Path) -> WeightFiles:
     names = {path.name for path in folder.iterdir()}
     choice = choose_weights(names, lambda name: read_json(_inside(boundary, folder, name)), str(folder))
     for name in choice.files:

@@ -10,17 +10,13 @@ from functools import cache
 from importlib.resources import files
 from typing import Annotated, Any, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
 from headgram.errors import HeadgramError, UnknownTypeError
-from headgram.families.around import AroundRule, left_out
+from headgram.families.around import AroundRule, Rule, left_out
 from headgram.families.layouts import LAYOUTS, QK, ROLES, reads_of, sizes_of
 
 _FOLDER = files("headgram.families")
-
-
-class _Entry(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
 
 #: A name in the checkpoint's configuration; of several, the first that it states.
@@ -29,7 +25,7 @@ Names = str | tuple[str, ...]
 _Place = Annotated[str, Field(pattern=r"^[^{}]*(\{layer\}[^{}]*)?$", max_length=500)]
 
 
-class Remark(_Entry):
+class Remark(Rule):
     """What a reader of some roles must know, or why they are not read at all."""
 
     roles: tuple[str, ...]
@@ -46,7 +42,7 @@ class Remark(_Entry):
         return self
 
 
-class StackRule(_Entry):
+class StackRule(Rule):
     """One run of attention layers: where its tensors are, and what the checkpoint's config calls its head counts.
 
     Rules with the same name are alternatives: the first whose `when` holds and whose tensors are there is taken.
@@ -96,16 +92,17 @@ class StackRule(_Entry):
         return {tensor: name if name.endswith("_weight") else f"{name}{self.leaf}" for tensor, name in names.items()}
 
 
-class GgufRule(_Entry):
+class GgufRule(Rule):
     """The family in llama.cpp's naming."""
 
     architectures: tuple[str, ...]
     layout: str = "separate"
     permuted: bool = False  # llama.cpp's converter reordered the rows of q and k
     modules: dict[str, str] = Field(default={"query": "attn_q", "key": "attn_k", "value": "attn_v", "output": "attn_output"})
+    around: tuple[AroundRule, ...] = ()  # in those names; its types are architectures
 
 
-class Tower(_Entry):
+class Tower(Rule):
     """A part of a multimodal model that is a model of another type, which its section of the configuration names."""
 
     name: str
@@ -113,7 +110,7 @@ class Tower(_Entry):
     places: tuple[str, ...]  # what its tensors' names begin with, before the prefixes of its own family
 
 
-class Family(_Entry):
+class Family(Rule):
     """One family of architectures.
 
     A family without stacks holds models whose text tower is of another type, which their config names in `text_config`.

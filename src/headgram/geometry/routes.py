@@ -36,8 +36,9 @@ from headgram.geometry.costs import TRIANGLE, TRIANGLE_ROWS
 PRODUCT_BYTES = {"cpu": 256 * 2**20, "cuda": 2 * 2**30}
 STRIP_BYTES = {"cpu": 12 * 2**20, "cuda": 512 * 2**20}
 
-#: Terms that are summed in the precision of the products.
-_TERMS = 1024
+#: Terms that one product sums in its own precision. BLAS on a CPU cuts sums into a few hundred terms itself: errors of 16,384
+#: terms are no larger than of 1,024.
+_TERMS = {"cpu": 2**14, "cuda": 2**10}
 #: Relative error of sums of positive terms that is borne, and the most terms that are tried.
 _BIAS = 1e-7
 _LONGEST = 2**14
@@ -176,21 +177,22 @@ def _summed(x: Float[Tensor, "padded_x block"], y: Float[Tensor, "padded_y block
 
 
 def _summed_triangle(x: Float[Tensor, "padded block"]) -> Float[Tensor, "padded padded"]:
-    """The upper triangle of `x x^T`, by BLAS' routine for that: torch calls none. It adds up a few hundred terms at a time."""
+    """The upper triangle of `x x^T`, by BLAS' routine for that: torch calls none."""
     from scipy.linalg.blas import dsyrk, ssyrk  # costs time where nothing is multiplied
 
     syrk = ssyrk if x.dtype == torch.float32 else dsyrk
     pieces = x.numpy().T  # BLAS' matrices are transposed
     total = np.zeros((len(x), len(x)))
-    for start in range(0, x.shape[1], _LONGEST):
-        total += syrk(1.0, pieces[start : start + _LONGEST], trans=1)
+    for start in range(0, x.shape[1], _TERMS["cpu"]):
+        total += syrk(1.0, pieces[start : start + _TERMS["cpu"]], trans=1)
     return torch.from_numpy(total)
 
 
 def _summed_whole(x: Float[Tensor, "some block"], y: Float[Tensor, "more block"]) -> Float[Tensor, "some more"]:
     """`x y^T`, long sums in float64: in float32 the rounding of 65,000 positive terms would show."""
-    whole = x.shape[1] - x.shape[1] % _TERMS
-    pieces_x, pieces_y = (side[:, :whole].unflatten(1, (-1, _TERMS)).transpose(0, 1) for side in (x, y))
+    terms = _TERMS[x.device.type]
+    whole = x.shape[1] - x.shape[1] % terms
+    pieces_x, pieces_y = (side[:, :whole].unflatten(1, (-1, terms)).transpose(0, 1) for side in (x, y))
     total: Tensor = (pieces_x @ pieces_y.mT).sum(0, dtype=torch.float64)
     return total + x[:, whole:] @ y[:, whole:].mT
 

@@ -11,6 +11,12 @@ let index; // columns, models, stacks; the quartiles of all models
 let quartiles;
 
 const stackOf = (model, stack) => index.models[model][stack] ?? Object.values(index.models[model])[0];
+/** The columns that have values in the chosen stack. */
+function offered() {
+  const place = Object.keys(index.models[state.model]).find((name) => currentStack() === index.models[state.model][name]);
+  const { shape: [, , layers], data } = quartiles[`${state.model}/${place}`];
+  return index.columns.filter((_, i) => !Number.isNaN(data[i * layers]));
+}
 const circuitOf = (stack) => (stack.includes("/") ? stack.split("/")[0] : ""); // stacks are called `{circuit}/{stack}`
 const currentStack = () => stackOf(state.model, state.stack);
 
@@ -26,7 +32,7 @@ function choose(wish) {
   const stack = currentStack();
   state.layer = among(stack.layer_indices, Number(state.layer));
   state.head = Math.min(Math.max(Math.trunc(Number(state.head)) || 0, 0), stack.heads - 1);
-  state.column = among(index.columns.map((column) => column.name), state.column);
+  state.column = among(offered().map((column) => column.name), state.column);
   state.form = among(Object.keys(index.forms), state.form);
   for (const id of SELECTS) {
     state[id] = among([...element(id).options].map((option) => option.value), state[id]);
@@ -82,7 +88,7 @@ function drawControls() {
   fill("stack", places.filter((name) => circuitOf(name) === state.circuit).map((name) => [name, name.split("/").at(-1)]));
   fill("layer", stack.layer_indices.map((layer) => [layer, layer]));
   fill("head", numbers(stack.heads));
-  fill("column", index.columns.map((column) => [column.name, column.label]));
+  fill("column", offered().map((column) => [column.name, column.label]));
   fill("form", Object.entries(index.forms));
   for (const id of SELECTS) element(id).value = state[id];
   element("theme").textContent = themeName() === "dark" ? "Light" : "Dark";
@@ -184,7 +190,7 @@ function fillTable(id, rows) {
 }
 
 function drawTables(data) {
-  fillTable("values", index.columns.map((column) => {
+  fillTable("values", offered().map((column) => {
     const value = data.headValue(column.name, state.layer, state.head);
     const line = row(pressed(column.label, () => set({ column: column.name })), show(value), bar(data.standing(column.name, value)));
     line.title = column.meaning;

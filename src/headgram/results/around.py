@@ -31,7 +31,7 @@ def read_around(path: Path, record: Path, key: str) -> dict[str, Frames]:
     check(record, key, [path])
     found: dict[str, dict[str, Any]] = torch.load(path, weights_only=True)
     return {
-        name: Frames({layer: _frame(each) for layer, each in stack["layers"].items()}, stack["missing"])
+        name: Frames({layer: _frame(each) for layer, each in stack["layers"].items()}, stack["missing"], stack["context"])
         for name, stack in found.items()
     }
 

@@ -11,6 +11,12 @@ from dataclasses import dataclass
 #: A circuit and a stack: whose heads something is about.
 Place = tuple[str, str]
 
+
+def between_streams(stack: str) -> bool:
+    """Whether a stack's heads read another stream than the one that they write to, as cross-attention does: its name says so."""
+    return "cross" in stack.split("_")
+
+
 #: Tables that a merge and a derivation write for a model.
 MERGED = ("heads", "spectra", "gram", "pairs")
 DERIVED = ("overlap", "neighbours", "layers", "models")

@@ -34,8 +34,11 @@ SCALARS = (
 #: The scores of `headgram.geometry.scores`: of heads, in `heads`, and with the prefix `layer_` of whole layers, in `layers`.
 SCORES = ("symmetry_score", "directionality")
 LAYER_SCORES = tuple(f"layer_{name}" for name in SCORES)
+#: Fields of `headgram.geometry.eigenvalues.Eigenvalues`. Empty but for heads of the circuit `ov` that write to the stream that
+#: they read: elsewhere a head moves nothing, or moves it to where nothing is like it.
+COPYING = ("copying", "positive", "departure", "trace_z")
 #: All that is measured of a head in numbers.
-HEAD_NUMBERS = (*SCALARS, *SCORES)
+HEAD_NUMBERS = (*SCALARS, *SCORES, *COPYING)
 #: Sides of a head's directions.
 SIDES = ("right", "left", "signed")
 #: What changed of a head from one model to another: fields of `headgram.geometry.drift.Drift`, and what chance gives.
@@ -66,19 +69,24 @@ def _schema(*columns: tuple[str, pa.DataType] | pa.Field) -> pa.Schema:
     return pa.schema([each if isinstance(each, pa.Field) else pa.field(*each, nullable=False) for each in columns])
 
 
+def _number(name: str, suffix: str = "") -> pa.Field:
+    return pa.field(f"{name}{suffix}", pa.float64(), nullable=name in COPYING)
+
+
 _PLACE = (("circuit", pa.string()), ("stack", pa.string()))
 
 # The column `model` is the partition of the atlas, so no file repeats it.
 HEADS = _schema(
     *_PLACE,
     *((name, pa.int32()) for name in ("layer", "head", "kv_head", "rank", "hidden")),
-    *((name, pa.float64()) for name in HEAD_NUMBERS),
+    *map(_number, HEAD_NUMBERS),
 )
 SPECTRA = _schema(
     *_PLACE,
     *((name, pa.int32()) for name in ("layer", "head", "index")),
     ("singular_value", pa.float64()),
     ("symmetric_eigenvalue", pa.float64()),
+    *(pa.field(name, pa.float64()) for name in ("eigenvalue_real", "eigenvalue_imaginary")),  # null where COPYING is
 )
 GRAM = _schema(
     *_PLACE,
@@ -99,7 +107,7 @@ OVERLAP = _schema(
 LAYERS = _schema(
     *_PLACE,
     ("layer", pa.int32()),
-    *((f"{name}_{label}", pa.float64()) for name in HEAD_NUMBERS for label in QUARTILES),
+    *(_number(name, f"_{label}") for name in HEAD_NUMBERS for label in QUARTILES),
     *((name, pa.float64()) for name in ("cosine_previous", "cosine_next", "cosine_all", *LAYER_SCORES)),
 )
 MODELS = _schema(
@@ -107,7 +115,7 @@ MODELS = _schema(
     pa.field("step", pa.float64()),  # null where the manifest gives none
     ("labels", pa.string()),
     *((name, pa.int32()) for name in ("layers", "heads", "kv_heads", "rank", "hidden", "directions")),
-    *((f"{name}_median", pa.float64()) for name in (*HEAD_NUMBERS, *LAYER_SCORES)),
+    *(_number(name, "_median") for name in (*HEAD_NUMBERS, *LAYER_SCORES)),
     *((name, pa.float64()) for name in ("cosine_adjacent", "cosine_all")),
     *((f"overlap_{name}", pa.float64()) for name in (*(f"{side}_adjacent" for side in SIDES), "expected")),
 )

@@ -267,7 +267,13 @@ def _models_table(stack: _Stack, facts: Mapping[str, Any]) -> pa.Table:
 
 
 def _table(stack: _Stack, columns: Mapping[str, Any], schema: pa.Schema) -> pa.Table:
-    return at_place(stack.place, pa.table(dict(columns)), schema)
+    columns = {name: _known(values) if schema.field(name).nullable else values for name, values in columns.items()}
+    return at_place(stack.place, pa.table(columns), schema)
+
+
+def _known(values: Any) -> pa.Array:
+    """Values of which NaN is none."""
+    return pa.array(values, from_pandas=True)
 
 
 def _expected_overlap(stack: _Stack) -> float:

@@ -34,7 +34,7 @@ class Parts:
 
 
 @dataclass(frozen=True)
-class Atlas:
+class MergedFiles:
     """The files that a merge writes."""
 
     heads: Path
@@ -46,7 +46,7 @@ class Atlas:
     record: Path
 
 
-def merge(parts: Mapping[Place, Parts], atlas: Atlas, options: Config, provenance: Provenance) -> None:
+def merge(parts: Mapping[Place, Parts], atlas: MergedFiles, options: Config, provenance: Provenance) -> None:
     """Merge one model.
 
     The record also says how long its parts took, and where.
@@ -110,10 +110,16 @@ def _heads_table(place: Place, shards: pa.Table) -> pa.Table:
 
 
 def _spectra_table(place: Place, shards: pa.Table) -> pa.Table:
-    """One row per head and index `0 … 2r-1`; a form of rank `r` has no more than `r` singular values, the rest are 0."""
+    """One row per head and index `0 … 2r-1`; of singular values and eigenvalues there are `r`, the rest are 0."""
     symmetric = _matrix(shards, "symmetric_eigenvalues")
     singular = np.zeros_like(symmetric)
     singular[:, : symmetric.shape[1] // 2] = _matrix(shards, "singular_values")
+    own = {}
+    for part in ("real", "imaginary"):
+        known = shards[f"eigenvalues_{part}"].null_count == 0
+        own[part] = np.zeros_like(symmetric) if known else np.full_like(symmetric, np.nan)
+        if known:
+            own[part][:, : symmetric.shape[1] // 2] = _matrix(shards, f"eigenvalues_{part}")
     count, length = symmetric.shape
     table = pa.table(
         {
@@ -122,6 +128,7 @@ def _spectra_table(place: Place, shards: pa.Table) -> pa.Table:
             "index": np.tile(np.arange(length, dtype=np.int32), count),
             "singular_value": singular.ravel(),
             "symmetric_eigenvalue": symmetric.ravel(),
+            **{f"eigenvalue_{part}": pa.array(values.ravel(), from_pandas=True) for part, values in own.items()},
         }
     )
     return at_place(place, table, SPECTRA)

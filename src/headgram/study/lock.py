@@ -30,7 +30,7 @@ from headgram.study.manifest import DEFAULT, MODEL_NAME, Row
 _LARGEST = 64 * 2**20
 
 
-class _Entry(BaseModel):
+class _Locked(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
@@ -62,7 +62,7 @@ _SHAPE = {"layers", "heads", "kv_heads", "hidden"}
 _VERSION = 2
 
 
-class LockedFile(_Entry):
+class LockedFile(_Locked):
     """A weight or configuration file: its name below the source's folder, its size, and a digest of a sample of it.
 
     For a file at the hub, the sample is `hub:` and the hub's own hash of the file.
@@ -78,7 +78,7 @@ class LockedFile(_Entry):
         return (self.name, self.bytes) == (other.name, other.bytes) and (self.sample == other.sample or not comparable)
 
 
-class LockedCircuit(_Entry):
+class LockedCircuit(_Locked):
     """The two factors of a circuit in one stack: their rows, how they are stored, and `Checkpoint.digest` of every layer."""
 
     rank: _Count
@@ -87,7 +87,7 @@ class LockedCircuit(_Entry):
     digests: tuple[_Digest, ...]
 
 
-class LockedAround(_Entry):
+class LockedAround(_Locked):
     """What stands around a stack's projections: `Checkpoint.digest` of every layer's norms and biases, and what is not known.
 
     What the configuration says of it, such as rotary encoding, the samples of files pin.
@@ -98,7 +98,7 @@ class LockedAround(_Entry):
     missing: dict[_Role, _Text] = {}
 
 
-class LockedStack(_Entry):
+class LockedStack(_Locked):
     """A stack, as `headgram.Stack`, with the circuits that can be measured, and why others cannot."""
 
     name: Annotated[str, Field(pattern="^[a-z][a-z0-9_-]{0,63}$")]
@@ -122,7 +122,7 @@ class LockedStack(_Entry):
         return self
 
 
-class LockedModel(_Entry):
+class LockedModel(_Locked):
     """What one manifest row resolved to."""
 
     source: _Text
@@ -181,7 +181,7 @@ class LockedModel(_Entry):
         return (self.source, self.revision, self.overrides) == (row.source, row.revision, row.overrides)
 
 
-class Lock(_Entry):
+class Lock(_Locked):
     """All entries, by model name."""
 
     schema_version: int = _VERSION
