@@ -241,7 +241,7 @@ def _identities(
     stages = ("extract", "around", "eigen", "gram", "merge", "derive", "composition", "tokens", "render")
     code = {stage: code_digest(stage, scripts / f"{stage}.py") for stage in stages}
     find = family_of_gguf if entry.format == "gguf" and "model_type" not in entry.overrides else family_of
-    family = family_text(find(entry.architecture).name)
+    family = entry.family.model_dump_json() if entry.family else family_text(find(entry.architecture).name)
     reads_weights = digest(code["extract"], family)
     found: dict[tuple[str, str], Identity] = {}
     if entry.pins_around:
