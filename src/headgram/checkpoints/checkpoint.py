@@ -122,7 +122,8 @@ class Checkpoint(Described):
             except HeadgramError as error:
                 missing[role] = str(error)
         found = [Frame(**{role: values[i] for role, values in known.items()}) for i in range(len(layers))]
-        return Frames(dict(zip(stack.layers, found, strict=True)), missing, stack.context)
+        latent = stack._layout.startswith("latent")
+        return Frames(dict(zip(stack.layers, found, strict=True)), missing, stack.context, latent)
 
     def embedding(self) -> Float[Tensor, "tokens width"]:
         """What every token is read as, in stored precision; a model may scale it, or add positions to it.
