@@ -121,8 +121,8 @@ function drawCompared() {
 
 /** Where the chosen model is from, when it was measured, and by what. */
 function originText() {
-  const { source, revision, commit, measured, version } = index.origins[state.model] ?? {};
-  return [source && `source ${source}`, revision && `revision ${revision}`, commit && commit !== revision && `commit ${commit.slice(0, 12)}`,
+  const { source, revision, commit, twin, measured, version } = index.origins[state.model] ?? {};
+  return [twin && `random twin ${twin}: heads turned at random, spectra kept`, source && `source ${source}`, revision && `revision ${revision}`, commit && commit !== revision && `commit ${commit.slice(0, 12)}`,
     `${measured ? `measured ${measured} by ` : ""}headgram ${version ?? index.version}`].filter(Boolean).join(" · ");
 }
 

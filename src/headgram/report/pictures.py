@@ -46,7 +46,9 @@ def heatmap(
     scale["scheme" if isinstance(colours, str) else "range"] = colours if isinstance(colours, str) else list(colours)
     if domain is not None:
         scale["domain"] = list(domain)
-    legend = alt.Legend(orient="bottom", direction="horizontal", title=note, tickCount=4, gradientThickness=9, format="~g")
+    legend = alt.Legend(
+        orient="bottom", direction="horizontal", title=note, tickCount=4, gradientThickness=9, gradientLength=240, format="~g"
+    )
     cells = alt.Chart(alt.NamedData("cells")).mark_rect()
     frame = {"y": place["y"]} if "_" in y else place
     chosen = alt.Chart(alt.NamedData("chosen")).encode(**frame)

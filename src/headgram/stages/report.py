@@ -74,9 +74,10 @@ def write_report(sources: Sequence[Source], report: ReportFiles, provenance: Pro
 
 
 def _origin(merged: Record) -> dict[str, str]:
-    """Where a model is from, its revision and commit, and when and by what version it was measured."""
+    """Where a model is from, its revision and commit, which random twin it is, and when and by what version it was measured."""
     said = merged.model_extra or {}
     lock = said["lock"]
     known = {"source": lock["source"], "revision": lock["revision"], "commit": lock["commit"]}
+    known |= {"twin": str(lock["overrides"].get("twin", ""))}
     known |= {"measured": said["started"][:10], "version": said["headgram"]}
     return {name: text for name, text in known.items() if text}

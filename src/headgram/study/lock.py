@@ -8,7 +8,6 @@ checking a lock needs no torch; only `headgram.study.resolve` opens checkpoints.
 from __future__ import annotations
 
 import json
-import shlex
 from collections.abc import Iterable
 from itertools import pairwise
 from pathlib import Path, PurePosixPath
@@ -19,7 +18,8 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 
 from headgram.checkpoints.bases import AnyLocation, locate_here
 from headgram.checkpoints.sources import HUB_DIGEST, parse_json
-from headgram.errors import HeadgramError
+from headgram.errors import HeadgramError, upgrading
+from headgram.families.registry import Family
 from headgram.foreign import first_problem, read_bounded
 from headgram.results.files import remove_temporaries, temporaries_in, write_text
 from headgram.results.record import canonical, digest
@@ -132,6 +132,9 @@ class LockedModel(_Locked):
     format: _Text
     architecture: _Text  # a known type; if `derived`, one whose layout was proven for the checkpoint's own type
     derived: bool = False
+    family: Family | None = Field(  # the layout that was derived and proven, where it is no known type's
+        default=None, exclude_if=lambda family: family is None
+    )
     files: tuple[LockedFile, ...]
     stacks: tuple[LockedStack, ...]
     fingerprint: _Digest
@@ -167,9 +170,10 @@ class LockedModel(_Locked):
 
     def how_to_open(self) -> dict[str, Any]:
         """The arguments of `open_checkpoint` that give what was locked."""
-        derived: dict[str, str | int] = {"model_type": self.architecture} if self.derived else {}
+        derived: dict[str, str | int] = {"model_type": self.architecture} if self.derived and not self.family else {}
         based: dict[str, str | int] = {"base": self.base} if self.base else {}
-        return {"source": self.source, "revision": self.commit, "overrides": self.overrides | derived | based}
+        how = {"source": self.source, "revision": self.commit, "overrides": self.overrides | derived | based}
+        return how | ({"family": self.family} if self.family else {})
 
     def asks_for(self, row: Row) -> bool:
         """Whether this entry resolves exactly what the row says."""
@@ -207,7 +211,7 @@ def read_lock(path: Path) -> Lock:
         return Lock()
     except (ValueError, OSError, RecursionError) as error:
         reason = first_problem(error) if isinstance(error, ValidationError) else str(error)
-        raise HeadgramError(f"The lock {path} cannot be read ({reason}): delete it, and `headgram lock` makes it anew.") from None
+        raise HeadgramError(f"The lock {path} cannot be read ({reason}): delete it, and the next run makes it anew.") from None
 
 
 def write_lock(path: Path, entries: dict[str, LockedModel]) -> None:
@@ -267,6 +271,4 @@ def file_times(entry: LockedModel) -> dict[str, tuple[int, int]]:
 
 def changed_message(name: str, what: str, manifest: Path) -> str:
     """The sentence about a source that changed under its lock."""
-    where = [] if manifest == DEFAULT else ["--manifest", str(manifest)]
-    command = shlex.join(["headgram", "lock", *where, "--upgrade", name])
-    return f"{name}: {what} changed since it was locked; if that is meant, run `{command}` and measure it anew, else restore it"
+    return f"{name}: {what} changed since it was locked; {upgrading(name, manifest)}"

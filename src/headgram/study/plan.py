@@ -14,7 +14,7 @@ from pathlib import Path
 
 from pydantic import BaseModel
 
-from headgram.errors import HeadgramError
+from headgram.errors import HeadgramError, upgrade_command
 from headgram.families.registry import family_of, family_of_gguf, family_text
 from headgram.forms.variants import Variant, needs
 from headgram.geometry.costs import Sizes, cheapest, flops, spectra_flops
@@ -170,7 +170,7 @@ def left_out(plan: Plan) -> list[str]:
         for stack in _in_both_circuits(model.extracted)
         if plan.config.composition.enabled == "auto" and stack not in model.composed
     ]
-    unknown = [unpinned(name) for name, model in plan.models.items() if not model.entry.pins_around]
+    unknown = [unpinned(name, Path(plan.config.manifest)) for name, model in plan.models.items() if not model.entry.pins_around]
     unmade = [
         f"{name}, stack {stack}: {sentence}"
         for name, model in plan.models.items()
@@ -180,11 +180,11 @@ def left_out(plan: Plan) -> list[str]:
     return absent + costly + uncomposed + unknown + unmade
 
 
-def unpinned(model: str) -> str:
+def unpinned(model: str, manifest: Path) -> str:
     """The sentence about a model whose entry in the lock an earlier headgram wrote."""
     return (
         f"{model}: its lock does not pin the norms, biases and rotary encoding around its heads, so nothing is made of them; "
-        f"`headgram lock --upgrade {model}` pins them"
+        f"`{upgrade_command(model, manifest)}` pins them"
     )
 
 
@@ -304,7 +304,7 @@ def _identities(
     stages = ("extract", "around", "eigen", "gram", "rotary", "merge", "derive", "composition", "tokens", "render")
     code = {stage: code_digest(stage, scripts / f"{stage}.py") for stage in stages}
     find = family_of_gguf if entry.format == "gguf" and "model_type" not in entry.overrides else family_of
-    family = family_text(find(entry.architecture).name)
+    family = entry.family.model_dump_json() if entry.family else family_text(find(entry.architecture).name)
     reads_weights = digest(code["extract"], family)
     found: dict[tuple[str, str], Identity] = {}
     if entry.pins_around:
