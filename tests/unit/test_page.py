@@ -147,11 +147,16 @@ def test_a_tap_selects(chrome, path):
 
 def test_a_line_is_hit_from_beside_it(chrome, path):
     with opened(chrome, path) as found:
-        rows = sorted((row for row in found.rows("singular", "others") if row["index"] == 0), key=lambda row: -row["value"])
-        x, y = place_of(found, "singular", index=0, head=rows[0]["head"])
-        found.page.mouse.click(x + 1, y - 6)
+        (chosen,) = (row for row in found.rows("singular", "chosen") if row["index"] == 0)
+        rows = [row for row in found.rows("singular", "others") if row["index"] == 0]
+        side = (
+            max if max(row["value"] for row in rows) > chosen["value"] * 1.05 else min
+        )  # where the chosen line is not beside it
+        outermost = side(rows, key=lambda row: row["value"])
+        x, y = place_of(found, "singular", index=0, head=outermost["head"])
+        found.page.mouse.click(x + 1, y - 6 if side is max else y + 6)
         found.settle()
-        assert found.state()["head"] == rows[0]["head"]
+        assert found.state()["head"] == outermost["head"]
         found.page.mouse.click(x + 200, y)  # nothing is near
         assert found.state()["head"] == rows[0]["head"]
 
