@@ -159,7 +159,7 @@ def inspect(
     from headgram.described import spans
     from headgram.proofs.adopt import open_or_derive
 
-    checkpoint, derived = open_or_derive(source, revision)
+    checkpoint, derived, _ = open_or_derive(source, revision)
     with checkpoint:
         location = checkpoint.location
         table = Table("stack", "layers", "heads", "key heads", "rank", "width", "stored as", "q/k bytes")

@@ -122,7 +122,8 @@ class Checkpoint(Described):
             except HeadgramError as error:
                 missing[role] = str(error)
         found = [Frame(**{role: values[i] for role, values in known.items()}) for i in range(len(layers))]
-        return Frames(dict(zip(stack.layers, found, strict=True)), missing, stack.context)
+        latent = stack._layout.startswith("latent")
+        return Frames(dict(zip(stack.layers, found, strict=True)), missing, stack.context, latent)
 
     def embedding(self) -> Float[Tensor, "tokens width"]:
         """What every token is read as, in stored precision; a model may scale it, or add positions to it.
@@ -267,7 +268,10 @@ class Checkpoint(Described):
 
 
 def open_checkpoint(
-    source: str | os.PathLike[str], revision: str | None = None, overrides: Mapping[str, Any] | None = None
+    source: str | os.PathLike[str],
+    revision: str | None = None,
+    overrides: Mapping[str, Any] | None = None,
+    family: Family | None = None,
 ) -> Checkpoint:
     """Open a checkpoint without reading its weights.
 
@@ -282,6 +286,8 @@ def open_checkpoint(
         Any of `model_type`, `heads`, `kv_heads`, `head_dim`, for a checkpoint that does not state them; `base`, the source of
         the checkpoint that an adapter changes; `prefix`, what stands before the model's names; `twin`, a positive number, for a
         random twin: every head turned at random, its spectrum kept. Each number gives another one, the same everywhere.
+    family
+        The layout of its type, where that is not the registry's.
 
     Raises
     ------
@@ -300,7 +306,7 @@ def open_checkpoint(
         tables = token_tables(store, ["token_embd"], ["output"], "", None)
     else:
         config = location.config()
-        architecture, family, config = declared_family(location, config, given)
+        architecture, family, config = declared_family(location, config, given, family)
         store, remarks = unwrapped(store, family, config, architecture, given)
         rules = find_rules(store, family, config, architecture)
         stacks = tuple(

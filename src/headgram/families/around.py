@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any, Literal, Protocol, Self
+from typing import Annotated, Any, Literal, Protocol, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -26,11 +26,15 @@ class Rule(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
+#: A module's name; nothing in braces but the head.
+_Place = Annotated[str, Field(pattern=r"^[^{}]*(\{head\}[^{}]*)?$", max_length=500)]
+
+
 class NormRule(Rule):
     """One norm: `none` where the block reads the stream as it is, which the norm of the block before may have left."""
 
     kind: Literal["rms", "layer", "none"]
-    module: str | None = None  # below `block`, `{head}` for one of each head; None: a norm without weights
+    module: _Place | None = None  # below `block`, `{head}` for one of each head; None: a norm without weights
     not_first: bool = False  # layer 0 reads the stream as it is
     plus: int = 0  # its gain is so much more than what is stored: 1 + w
 

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache
 from importlib.resources import files
-from typing import Any, Self
+from typing import Annotated, Any, Self
 
 from pydantic import Field, model_validator
 
@@ -21,6 +21,8 @@ _FOLDER = files("headgram.families")
 
 #: A name in the checkpoint's configuration; of several, the first that it states.
 Names = str | tuple[str, ...]
+#: What names of tensors begin with, or modules below that; nothing in braces but the layer.
+_Place = Annotated[str, Field(pattern=r"^[^{}]*(\{layer\}[^{}]*)?$", max_length=500)]
 
 
 class Remark(Rule):
@@ -48,9 +50,9 @@ class StackRule(Rule):
 
     name: str
     layout: str
-    block: str  # what the modules' names begin with, below the prefix; `{layer}` stands for the layer's index
-    modules: dict[str, str]  # what the layout reads -> the module below `block` that holds it as its weight, or `…_weight` itself
-    leaf: str = ".weight"  # what ends the name of a module's tensor
+    block: _Place  # what the modules' names begin with, below the prefix; `{layer}` stands for the layer's index
+    modules: dict[str, _Place]  # what the layout reads -> the module below `block` that holds it, or `…_weight` itself
+    leaf: Annotated[str, Field(pattern=r"^[^{}]*$")] = ".weight"  # what ends the name of a module's tensor
     config: str | None = None  # a section of the config, such as `text_config` or `a.b`, looked into before the config itself
     when: dict[str, bool | int | str] = Field(default={})  # what the config must state for this rule to apply
     layers: Names = "num_hidden_layers"  # no name at all: they are counted, or the block has no `{layer}` and is the only one
@@ -116,7 +118,7 @@ class Family(Rule):
 
     name: str
     model_types: tuple[str, ...]
-    prefixes: tuple[str, ...] = ()  # where the base model may sit inside the checkpoint
+    prefixes: tuple[_Place, ...] = ()  # where the base model may sit inside the checkpoint
     embedding: tuple[str, ...] = ()  # the module, below the prefix, with a row for every token; the first that is there
     unembedding: tuple[str, ...] = (
         "lm_head",

@@ -129,7 +129,7 @@ function originText() {
 function drawText(data) {
   const { meta } = data;
   const column = columnOf(state.column);
-  const facts = [meta.architecture, `${data.layers.length} layers × ${meta.heads} heads`, meta.kv_heads === meta.heads ? null : `${meta.kv_heads} ${state.circuit === "ov" ? "value" : "key"} heads`,
+  const facts = [meta.architecture, `${data.layers.length} layers × ${meta.heads} heads`, meta.kv_heads === meta.heads ? null : `${meta.kv_heads} ${state.circuit.startsWith("ov") ? "value" : "key"} heads`,
     `rank ${meta.rank}`, `width ${meta.hidden}`, meta.stored_dtype];
   element("facts").textContent = facts.filter((fact) => fact !== null && fact !== undefined).join(" · ");
   element("origin").textContent = originText();

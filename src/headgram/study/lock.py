@@ -19,6 +19,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 from headgram.checkpoints.bases import AnyLocation, locate_here
 from headgram.checkpoints.sources import HUB_DIGEST, parse_json
 from headgram.errors import HeadgramError, upgrading
+from headgram.families.registry import Family
 from headgram.foreign import first_problem, read_bounded
 from headgram.results.files import remove_temporaries, temporaries_in, write_text
 from headgram.results.record import canonical, digest
@@ -131,6 +132,9 @@ class LockedModel(_Locked):
     format: _Text
     architecture: _Text  # a known type; if `derived`, one whose layout was proven for the checkpoint's own type
     derived: bool = False
+    family: Family | None = Field(  # the layout that was derived and proven, where it is no known type's
+        default=None, exclude_if=lambda family: family is None
+    )
     files: tuple[LockedFile, ...]
     stacks: tuple[LockedStack, ...]
     fingerprint: _Digest
@@ -166,9 +170,10 @@ class LockedModel(_Locked):
 
     def how_to_open(self) -> dict[str, Any]:
         """The arguments of `open_checkpoint` that give what was locked."""
-        derived: dict[str, str | int] = {"model_type": self.architecture} if self.derived else {}
+        derived: dict[str, str | int] = {"model_type": self.architecture} if self.derived and not self.family else {}
         based: dict[str, str | int] = {"base": self.base} if self.base else {}
-        return {"source": self.source, "revision": self.commit, "overrides": self.overrides | derived | based}
+        how = {"source": self.source, "revision": self.commit, "overrides": self.overrides | derived | based}
+        return how | ({"family": self.family} if self.family else {})
 
     def asks_for(self, row: Row) -> bool:
         """Whether this entry resolves exactly what the row says."""

@@ -90,7 +90,7 @@ def resolve(row: Row) -> LockedModel:
     HeadgramError
         If the checkpoint cannot be opened.
     """
-    checkpoint, derived = open_or_derive(row.source, row.revision, row.overrides)
+    checkpoint, derived, family = open_or_derive(row.source, row.revision, row.overrides)
     with checkpoint:
         stacks = tuple(_locked_stack(checkpoint, stack) for stack in checkpoint.stacks)
         location = checkpoint.location
@@ -108,7 +108,8 @@ def resolve(row: Row) -> LockedModel:
             base=location.base,
             format=location.format,
             architecture=checkpoint.architecture,
-            derived=derived is not None,
+            derived=derived,
+            family=family,
             files=files,
             stacks=stacks,
             fingerprint=digest(canonical(content)),
