@@ -35,6 +35,9 @@ _TILE_SECONDS = 300.0
 MOST_PAIR_FLOPS = 2e14
 _STORED_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
 
+#: The stage that compares two models of a lineage, by what they share.
+PAIR_STAGES = {"residual": "lineage", "tokens": "token_space"}
+
 Layers = tuple[int, ...]
 
 
@@ -105,7 +108,7 @@ class Plan:
     models: dict[str, ModelPlan]
     pairs: list[Pair]  # of models of one lineage
     report: Identity  # of the page, and the figures of all models together
-    pair_code: str  # the digest of the stage `lineage`
+    pair_code: str  # the digest of the stage that compares two models
 
     def pair_places(self, pair: Pair) -> list[Place]:
         """The circuits and stacks that both models of a pair have."""
@@ -120,9 +123,17 @@ class Plan:
         upstream = [
             model.identities[stage, circuit].key for model in models for stage in ("extract", "eigen") for circuit in circuits
         ]
-        all_pairs = all(model.heads[place].all_pairs for model in models for place in places)
-        options = {"export": self.config.export.model_dump(mode="json"), "gram": {"pairs": "all" if all_pairs else "same"}}
-        return Identity("lineage", canonical(options), models[1].entry.fingerprint, self.pair_code, tuple(upstream))
+        options = {"export": self.config.export.model_dump(mode="json")}
+        code = self.pair_code
+        if (
+            self.config.lineage.basis == "tokens"
+        ):  # embeddings are in no fingerprint: that their files are the locked ones must do
+            options["lineage"] = {"basis": "tokens"}
+            code = digest(code, *(canonical([file.model_dump(mode="json") for file in model.entry.files]) for model in models))
+        else:
+            all_pairs = all(model.heads[place].all_pairs for model in models for place in places)
+            options["gram"] = {"pairs": "all" if all_pairs else "same"}
+        return Identity("lineage", canonical(options), models[1].entry.fingerprint, code, tuple(upstream))
 
     def records(self) -> dict[str, str]:
         """The key of every artifact, by its record's path below the results folder."""
@@ -185,7 +196,8 @@ def make_plan(
     """
     labels = {name: (labels or {}).get(name, Labels()) for name in entries}
     models = {name: _plan_model(name, entry, labels[name], config, scripts) for name, entry in entries.items()}
-    code = code_digest("lineage", scripts / "lineage.py")
+    stage = PAIR_STAGES[config.lineage.basis]
+    code = code_digest(stage, scripts / f"{stage}.py")
     return Plan(config, models, pairs(labels, config.lineage.pairs), _report_identity(models, scripts), code)
 
 
