@@ -17,6 +17,9 @@ import torch
 
 import headgram
 from headgram.atlas.verify import verify
+from headgram.report.columns import columns
+from headgram.report.pack import from_beside, unpack
+from headgram.report.steps import LAYER_COLUMNS
 from headgram.results.files import checksum
 from pipeline.conftest import Project, edit, new_project
 from pipeline.test_verify import resealed
@@ -243,6 +246,26 @@ def test_compare_reads_what_the_pipeline_wrote_and_else_computes_it(training, tm
     assert printed.stdout.count("Heads that were another head before") == 2
     shown = training.headgram("show", "--where", "step=0", "--where", "step=1000")
     assert ("step0" in shown.stdout, "step1" in shown.stdout, "step2" in shown.stdout) == (True, True, False), shown.stderr
+
+
+def test_the_page_draws_the_training(training, atlas, tmp_path):
+    project = training.copy(tmp_path / "project")
+    project.run("results/report/index.html")
+    text = (project.folder / "results" / "report" / "lineages" / "0.js").read_text()
+    _, arrays = unpack(from_beside(text))
+    for to in ("first", "previous"):
+        for circuit in ("qk", "ov"):
+            drawn = atlas.trajectory("cosine", "training", to=to, circuit=circuit)
+            np.testing.assert_allclose(arrays[f"{circuit}/self/{to}"][1:], drawn, rtol=2e-4, atol=1e-6)
+    names = [column.name for column in columns()]
+    drawn = arrays["qk/self/heads"][:, names.index("fro_sq")]
+    np.testing.assert_allclose(drawn, atlas.trajectory("fro_sq", "training"), rtol=2e-4, atol=1e-6)
+    drawn = arrays["qk/self/layers"][:, [*LAYER_COLUMNS].index("cosine_all")]
+    np.testing.assert_allclose(drawn, atlas.trajectory("cosine_all", "training"), rtol=2e-4, atol=1e-6)
+    assert project.headgram("verify").returncode == 0
+    edit(project.folder / "config" / "config.yaml", "pairs: [neighbours, first]", "pairs: [first]")
+    assert "Reporting on all models" in project.planned("results/report/index.html")
+    assert not any(job.startswith("Rendering") for job in project.planned("results/report/index.html"))
 
 
 def test_independent_models_are_matched_in_token_space(tmp_path):

@@ -12,6 +12,15 @@ from headgram.study.manifest import Labels, Row
 Pair = tuple[str, str]
 
 
+def by_step(labels: Mapping[str, Labels]) -> dict[str, list[str]]:
+    """The models of every lineage in the order of their steps."""
+    lineages: dict[str, list[str]] = {}
+    for name in sorted(labels, key=lambda name: labels[name].step or 0.0):
+        if labels[name].lineage:
+            lineages.setdefault(labels[name].lineage, []).append(name)
+    return lineages
+
+
 def pairs(labels: Mapping[str, Labels], wanted: Collection[str]) -> list[Pair]:
     """The pairs of models that the option `lineage.pairs` asks for, each with the earlier one last.
 
@@ -21,12 +30,8 @@ def pairs(labels: Mapping[str, Labels], wanted: Collection[str]) -> list[Pair]:
     >>> pairs(steps, ["neighbours", "first"])
     [('middle', 'start'), ('end', 'start'), ('end', 'middle')]
     """
-    lineages: dict[str, list[str]] = {}
-    for name in sorted(labels, key=lambda name: labels[name].step or 0.0):
-        if labels[name].lineage:
-            lineages.setdefault(labels[name].lineage, []).append(name)
     found: list[Pair] = []
-    for names in lineages.values():
+    for names in by_step(labels).values():
         for (i, earlier), (j, later) in itertools.combinations(enumerate(names), 2):
             kinds = {"all", *(["neighbours"] * (j == i + 1)), *(["first"] * (i == 0)), *(["last"] * (j == len(names) - 1))}
             if kinds & set(wanted):
