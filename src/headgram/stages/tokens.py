@@ -10,9 +10,7 @@ from typing import TYPE_CHECKING, Any
 import pyarrow as pa
 import torch
 
-from headgram.checkpoints.bases import AdaptedLocation
 from headgram.checkpoints.checkpoint import open_checkpoint
-from headgram.checkpoints.sources import Location
 from headgram.checkpoints.vocabulary import token_texts
 from headgram.errors import HeadgramError
 from headgram.forms.variants import Variant
@@ -71,9 +69,7 @@ def find_tokens(merged: Directions, written: Written, source: Mapping[str, Any],
     check(merged.record, provenance.identity.upstream[0], [merged.directions])
     try:
         with open_checkpoint(**source) as checkpoint:
-            location = checkpoint.location
-            location = location.underneath if isinstance(location, AdaptedLocation) else location
-            texts = token_texts(location) if isinstance(location, Location) else {}
+            texts = token_texts(checkpoint.location)
             if not texts:
                 print("no tokenizer that headgram reads lies beside the weights: tokens have their numbers alone", flush=True)
             parts = [TOKENS.empty_table()]
