@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import headgram
+from headgram.results.tables import TABLES, TURNS
 from script_loops import assert_same_as_script, original_script
 
 SMOLLM2, MINILM = "smollm2-135m-instruct", "all-minilm-l6-v2"
