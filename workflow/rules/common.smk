@@ -344,7 +344,15 @@ def composition_input(wildcards):
     return {
         "weights": [file for place in places for file in PATHS.data("extract", *place)],
         "records": [PATHS.record("extract", *place) for place in places],
+        "around": around_files(wildcards),
     }
+
+
+def around_files(wildcards):
+    """What stands around a model's heads, and its record, if the lock pins it."""
+    pins = ("around", "") in model_of(wildcards).identities
+    model = wildcards.model
+    return [PATHS.around(model), PATHS.record("around", model)] if pins else []
 
 
 def tokens_input(wildcards):

@@ -286,7 +286,7 @@ class Atlas(Described):
         heads, table = (self.of_heads(name, model, stack, circuit) for name in ("heads", "pairs"))
         attributes = {"model": model, "circuit": circuit, "stack": stack, "chance": 1 / int(heads["hidden"].iloc[0])}
         itself = (heads["fro_sq"] > 0).astype(float) if value == "cosine" else heads["symmetry_score"]
-        return symmetric(by_heads(heads, table, value, attributes), itself)
+        return symmetric(by_heads(heads, heads, table, value, attributes), itself)
 
     def composition(self, model: str, kind: Kind, stack: str = "self", value: ComposedColumn = "score") -> xr.DataArray:
         """How much of what each head writes each head of a later layer reads.
@@ -301,8 +301,9 @@ class Atlas(Described):
         Returns
         -------
         xarray.DataArray, (L, H, L, H) float32
-            Dimensions `layer_a`, `head_a`, `layer_b`, `head_b`, with the true layer indices; NaN unless `layer_a < layer_b`. The
-            attribute `chance` is `1/√d`, the root mean square of the score if one head is turned by a random rotation.
+            Dimensions `layer_a`, `head_a`, `layer_b`, `head_b`, with the true layer indices; NaN unless `layer_a < layer_b`, or
+            the attribute `writer`, the stack of head a, is the encoder that cross-attention reads. The attribute `chance` is
+            `1/√d`, the root mean square of the score if one head is turned by a random rotation.
 
         Raises
         ------
@@ -317,13 +318,16 @@ class Atlas(Described):
         for asked, known in ((kind, get_args(Kind)), (value, get_args(ComposedColumn))):
             if asked not in known:
                 raise HeadgramError(f"compositions have no '{asked}'; there are: {', '.join(known)}")
-        heads, table = self.of_heads("heads", model, stack, "ov"), self.table("composition", model)
+        table = self.table("composition", model)
         table = table[(table["stack"] == stack) & (table["kind"] == kind)]
         if table.empty:
             needs = "both circuits, two layers, and the option composition.enabled"
             raise HeadgramError(f"'{model}' has no compositions of the stack '{stack}' and the kind '{kind}': they need {needs}")
-        attributes = {"model": model, "stack": stack, "kind": kind, "chance": int(heads["hidden"].iloc[0]) ** -0.5}
-        return by_heads(heads, table, value, attributes)
+        writer = str(table["writer"].iloc[0])
+        writers, readers = (self.of_heads("heads", model, each, "ov") for each in (writer, stack))
+        chance = int(readers["hidden"].iloc[0]) ** -0.5
+        attributes = {"model": model, "stack": stack, "kind": kind, "writer": writer, "chance": chance}
+        return by_heads(writers, readers, table, value, attributes)
 
     def overlap(
         self, model: str, stack: str = "self", side: Literal["right", "left", "signed"] = "right", circuit: str = "qk"
