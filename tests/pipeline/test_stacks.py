@@ -109,7 +109,7 @@ def test_tokens_are_of_the_stacks_that_read_embeddings(measured):
     assert set(table["place"]) == {0, 1, 2}
     assert table["text"].eq("").all()  # these checkpoints have no tokenizer
     with headgram.open_checkpoint(measured.folder / "models" / "jamba") as checkpoint:
-        embedding = torch.cat(list(checkpoint.embeddings(checkpoint.stacks[0].hidden)["input"].slices(100))).double()
+        embedding = checkpoint.embedding().double()
     embedding -= embedding.mean(0)
     found = atlas.directions("jamba", "qk")["self"]
     rows = table.query("model == 'jamba' and circuit == 'qk' and sign == 1 and place == 0 and direction == 0")

@@ -1,4 +1,4 @@
-"""Report job: see headgram.stages.report."""
+"""ReportFiles job: see headgram.stages.report."""
 
 import json
 from pathlib import Path
@@ -6,7 +6,7 @@ from pathlib import Path
 from headgram.run.job import running
 
 with running(snakemake) as (provenance, _):
-    from headgram.stages.report import Report, Source, write_report
+    from headgram.stages.report import ReportFiles, Source, write_report
 
     names = ("models", "layers", "data", "merged", "derived", "rendered")
     files = zip(*(map(Path, snakemake.input[name]) for name in names), strict=True)
@@ -15,4 +15,4 @@ with running(snakemake) as (provenance, _):
         for model, (models, layers, *others) in zip(json.loads(snakemake.params.models), files, strict=True)
     ]
     page, record = (Path(snakemake.output[name]) for name in ("page", "record"))
-    write_report(sources, Report(page, figures=page.with_name("figures"), record=record), provenance)
+    write_report(sources, ReportFiles(page, figures=page.with_name("figures"), record=record), provenance)

@@ -208,12 +208,12 @@ def _show_matches(found: pd.DataFrame, top: int, out: Console) -> None:
 
 def _show_facts(model: str, facts: pd.Series, out: Console) -> None:
     circuit, stack, architecture, dtype = (_text(facts[name]) for name in ("circuit", "stack", "architecture", "stored_dtype"))
+    shared = "" if facts["kv_heads"] == facts["heads"] else f", which share {facts['kv_heads']} factors"
     out.print(
         f"[bold]{_text(model)}[/bold], circuit {circuit}, stack {stack}: {architecture}, "
-        f"{facts['layers']} layers of {facts['heads']} heads ({facts['kv_heads']} factors shared by heads), "
+        f"{facts['layers']} layers of {facts['heads']} heads{shared}, "
         f"rank {facts['rank']}, width {facts['hidden']}, stored as {dtype}",
         highlight=False,
-        soft_wrap=True,
     )
 
 

@@ -313,7 +313,7 @@ class Atlas(Described):
         Examples
         --------
         >>> atlas.composition("smollm2-135m-instruct", "k").max().item()  # doctest: +SKIP
-        0.218
+        0.18
         """
         for asked, known in ((kind, get_args(Kind)), (value, get_args(ComposedColumn))):
             if asked not in known:

@@ -15,7 +15,6 @@ from headgram.checkpoints.around import Around
 from headgram.checkpoints.bases import AnyLocation
 from headgram.checkpoints.declared import LONGEST_NAME, checked, declared_family
 from headgram.checkpoints.dimensions import Section, find_layers, find_rules, gguf_rule
-from headgram.checkpoints.embeddings import Embedding, embedding_names
 from headgram.checkpoints.gguf_store import GgufStore
 from headgram.checkpoints.opening import locate, open_store
 from headgram.checkpoints.prefixes import unwrapped
@@ -44,6 +43,8 @@ class Checkpoint(Described):
         A tuple of `Stack`.
     location
         Where the files are.
+    tables
+        What every token is read as, and what the last stream is held against for it: `TokenTables`.
     remarks
         How it is read, where that is not plain: sentences.
     """
@@ -64,7 +65,7 @@ class Checkpoint(Described):
         self.architecture = architecture
         self.stacks = stacks
         self._store = store
-        self._tables = tables
+        self.tables = tables
 
     def _described(self) -> tuple[str, list[dict[str, object]]]:
         line = f"Checkpoint of {self.architecture} ({self.location.format}) in {self.location.where}"
@@ -122,7 +123,8 @@ class Checkpoint(Described):
             except HeadgramError as error:
                 missing[role] = str(error)
         found = [Frame(**{role: values[i] for role, values in known.items()}) for i in range(len(layers))]
-        return Frames(dict(zip(stack.layers, found, strict=True)), missing)
+        latent = stack._layout.startswith("latent")
+        return Frames(dict(zip(stack.layers, found, strict=True)), missing, stack.context, latent)
 
     def embedding(self) -> Float[Tensor, "tokens width"]:
         """What every token is read as, in stored precision; a model may scale it, or add positions to it.
@@ -132,7 +134,7 @@ class Checkpoint(Described):
         HeadgramError
             If the checkpoint has no such table, or the family's data name none.
         """
-        return self._tables.read("embedding")
+        return self.tables.read("embedding")
 
     def unembedding(self) -> Float[Tensor, "tokens width"]:
         """What the last stream is held against for every token, in stored precision; the embedding where both are one.
@@ -142,7 +144,7 @@ class Checkpoint(Described):
         HeadgramError
             If the checkpoint has no such table, or the family's data name none.
         """
-        return self._tables.read("unembedding")
+        return self.tables.read("unembedding")
 
     def qk(self, stack_name: str, layer: int) -> tuple[Float[Tensor, "heads rank hidden"], Float[Tensor, "kv_heads rank hidden"]]:
         """`W_Q (H, r, d)` and `W_K (K, r, d)` of one layer, as `factors` reads them."""
@@ -201,10 +203,6 @@ class Checkpoint(Described):
         if self._twin is not None:
             return {role: turned(factors[role], self._twin, stack.name, layer, role) for role in wanted}
         return {role: factors[role] for role in wanted}
-
-    def embeddings(self, width: int) -> dict[str, Embedding]:
-        """What tokens are read as and written by, `input` and `output`, if their rows have this width; nothing is read yet."""
-        return {use: Embedding(self._store, name) for use, name in embedding_names(self._store, width).items()}
 
     def prefetch(self, stack_name: str, layers: Iterable[int], roles: Iterable[str] = QK) -> None:
         """Fetch the weights of some layers together, where that is quicker than one by one; they stay in memory until read."""
@@ -267,7 +265,10 @@ class Checkpoint(Described):
 
 
 def open_checkpoint(
-    source: str | os.PathLike[str], revision: str | None = None, overrides: Mapping[str, Any] | None = None
+    source: str | os.PathLike[str],
+    revision: str | None = None,
+    overrides: Mapping[str, Any] | None = None,
+    family: Family | None = None,
 ) -> Checkpoint:
     """Open a checkpoint without reading its weights.
 
@@ -282,6 +283,8 @@ def open_checkpoint(
         Any of `model_type`, `heads`, `kv_heads`, `head_dim`, for a checkpoint that does not state them; `base`, the source of
         the checkpoint that an adapter changes; `prefix`, what stands before the model's names; `twin`, a positive number, for a
         random twin: every head turned at random, its spectrum kept. Each number gives another one, the same everywhere.
+    family
+        The layout of its type, where that is not the registry's.
 
     Raises
     ------
@@ -300,7 +303,7 @@ def open_checkpoint(
         tables = token_tables(store, ["token_embd"], ["output"], "", None)
     else:
         config = location.config()
-        architecture, family, config = declared_family(location, config, given)
+        architecture, family, config = declared_family(location, config, given, family)
         store, remarks = unwrapped(store, family, config, architecture, given)
         rules = find_rules(store, family, config, architecture)
         stacks = tuple(
@@ -336,8 +339,17 @@ def _token_tables(
 def _read_gguf(store: GgufStore, given: dict[str, Any]) -> tuple[str, Family, tuple[Stack, ...]]:
     architecture = str(store.metadata.get("general.architecture"))[:LONGEST_NAME]
     family = family_of(given["model_type"]) if "model_type" in given else family_of_gguf(architecture)
-    rule, permuted = gguf_rule(family)
+    rule, permuted = gguf_rule(family, architecture)
     meta = {key.removeprefix(f"{architecture}."): value for key, value in store.metadata.items()}
     found = find_layers(store, rule, "", meta, architecture, given)
-    stack = stack_of(store, rule, *found, architecture, "", Section(meta, architecture), permuted=permuted)
+    section = Section(meta | _rotary_scaling(store, meta), architecture)
+    stack = stack_of(store, rule, *found, architecture, "", section, permuted=permuted)
     return given.get("model_type") or architecture, family, (stack,)
+
+
+def _rotary_scaling(store: GgufStore, meta: Mapping[str, Any]) -> dict[str, Any]:
+    """What scales the rotary encoding of a GGUF file, as transformers would state it: if anything, by an unknown name."""
+    kind = meta.get("rope.scaling.type") or ("linear" if meta.get("rope.scale_linear") else "none")
+    factors = [name for name in ("rope_freqs.weight", "rope_factors_short.weight") if name in store]
+    scaled = f"the tensor {factors[0]}" if factors else f"{kind}, of a GGUF file" if kind != "none" else "default"
+    return {"rope_scaling": {"rope_type": scaled}}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
 from jaxtyping import Float
@@ -31,14 +31,28 @@ class TokenTables:
         HeadgramError
             If the checkpoint has none, or it is no table of finite numbers.
         """
+        return self._finite(table, self._store.read(self._name(table)))
+
+    def width(self, table: str) -> int:
+        """The width of a table's rows; no row is read. Raises as `read`."""
+        return self._store.shape(self._name(table))[1]
+
+    def slices(self, table: str, rows: int) -> Iterator[Float[Tensor, "_ width"]]:
+        """A table, so many rows at a time, in stored precision or float32. Raises as `read`."""
+        for part in self._store.slices(self._name(table), rows):
+            yield self._finite(table, part)
+
+    def _name(self, table: str) -> str:
         if table in self.missing:
             raise HeadgramError(f"this checkpoint has no {table} to read: {self.missing[table]}")
         name = self.names[table]
         if len(self._store.shape(name)) != 2:
             raise HeadgramError(f"tensor {name} has shape {self._store.shape(name)}, which should be (tokens, width)")
-        rows = self._store.read(name)
+        return name
+
+    def _finite(self, table: str, rows: Tensor) -> Tensor:
         if not is_finite(rows):
-            raise HeadgramError(f"tensor {name} holds a NaN or an infinity: the checkpoint is damaged")
+            raise HeadgramError(f"tensor {self.names[table]} holds a NaN or an infinity: the checkpoint is damaged")
         return rows
 
 

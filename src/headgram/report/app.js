@@ -121,15 +121,15 @@ function drawCompared() {
 
 /** Where the chosen model is from, when it was measured, and by what. */
 function originText() {
-  const { source, revision, commit, measured, version } = index.origins[state.model] ?? {};
-  return [source && `source ${source}`, revision && `revision ${revision}`, commit && commit !== revision && `commit ${commit.slice(0, 12)}`,
+  const { source, revision, commit, twin, measured, version } = index.origins[state.model] ?? {};
+  return [twin && `random twin ${twin}: heads turned at random, spectra kept`, source && `source ${source}`, revision && `revision ${revision}`, commit && commit !== revision && `commit ${commit.slice(0, 12)}`,
     `${measured ? `measured ${measured} by ` : ""}headgram ${version ?? index.version}`].filter(Boolean).join(" · ");
 }
 
 function drawText(data) {
   const { meta } = data;
   const column = columnOf(state.column);
-  const facts = [meta.architecture, `${data.layers.length} layers × ${meta.heads} heads`, meta.kv_heads === meta.heads ? null : `${meta.kv_heads} ${state.circuit === "ov" ? "value" : "key"} heads`,
+  const facts = [meta.architecture, `${data.layers.length} layers × ${meta.heads} heads`, meta.kv_heads === meta.heads ? null : `${meta.kv_heads} ${state.circuit.startsWith("ov") ? "value" : "key"} heads`,
     `rank ${meta.rank}`, `width ${meta.hidden}`, meta.stored_dtype];
   element("facts").textContent = facts.filter((fact) => fact !== null && fact !== undefined).join(" · ");
   element("origin").textContent = originText();

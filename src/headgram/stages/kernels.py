@@ -51,8 +51,10 @@ def _tables(stack: str, roles: tuple[str, ...], sources: Sources, device: str) -
             (x, of_x), (y, of_y) = found(i), found(j)
             kernel, z = (each.numpy() for each in kernels(x, y))
             a, b = np.triu_indices(len(kernel), 1) if i == j else (each.ravel() for each in np.indices(kernel.shape))
-            places = {f"{name}_a": values[a] for name, values in of_x.items()}
-            places |= {f"{name}_b": values[b] for name, values in of_y.items()}
+            turned = of_x["role"][a] > of_y["role"][b]  # roles stand in their order, whichever layer is first
+            both = {name: (of_x[name][a], of_y[name][b]) for name in of_x}
+            places = {f"{name}_a": np.where(turned, two, one) for name, (one, two) in both.items()}
+            places |= {f"{name}_b": np.where(turned, one, two) for name, (one, two) in both.items()}
             columns = places | {
                 **{name: pa.array(roles).take(pa.array(places[name])) for name in ("role_a", "role_b")},
                 "kernel": kernel[a, b],

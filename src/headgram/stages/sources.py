@@ -34,7 +34,11 @@ class Sources:
 
     @classmethod
     def read(
-        cls, weights: Mapping[tuple[str, ...], Path], keys: Mapping[str, str], around: Sequence[str], around_key: Sequence[str]
+        cls,
+        weights: Mapping[tuple[str, ...], Path],
+        keys: Mapping[str, str],
+        around: tuple[Path, Path] | None,
+        around_key: str = "",
     ) -> Sources:
         """The sources of a job.
 
@@ -43,12 +47,12 @@ class Sources:
         weights
             By stack, circuit, stage and name.
         around, around_key
-            The file with what stands around heads, and its record; and its key. Empty where that is not pinned.
+            The file with what stands around heads, and its record; and its key. None where the lock does not pin that.
         """
         by_stack: dict[str, dict[str, list[Path]]] = {}
         for (stack, circuit, *_), path in weights.items():
             by_stack.setdefault(stack, {}).setdefault(circuit, []).append(path)
-        return cls(by_stack, keys, read_around(Path(around[0]), Path(around[1]), around_key[0]) if around_key else {})
+        return cls(by_stack, keys, read_around(*around, around_key) if around else {})
 
     @property
     def stacks(self) -> list[str]:
