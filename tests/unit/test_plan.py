@@ -18,6 +18,7 @@ from headgram.forms.variants import Variant
 from headgram.study import plan as study_plan
 from headgram.study.keys import modules_of
 from headgram.study.lineages import misfits
+from headgram.study.lock import LockedFile
 from headgram.study.manifest import Labels, Row
 from headgram.study.options import Config, load_config
 from headgram.study.plan import make_plan
@@ -238,6 +239,7 @@ def test_pairs_of_a_lineage_are_those_asked_for(wanted, pairs):
         ({"gram": {"pairs": "all"}}, False),  # as `auto` has it
         ({"gram": {"precision": "float64"}}, False),
         ({"lineage": {"pairs": ["all"]}}, False),
+        ({"lineage": {"basis": "tokens"}}, True),
         ({"original": {"enabled": False}}, True),  # as spectra are
         ({"device": "cpu", "memory_budget": "1 GiB"}, False),
     ],
@@ -271,7 +273,28 @@ def test_a_lineage_of_several_shapes_is_refused(shape, words):
     entries = {"a": locked_llama(), "b": locked_llama(**shape), "c": locked_llama()}
     (sentence,) = misfits(rows, entries)
     assert sentence.startswith(words)
+    assert "basis: tokens" in sentence
     assert misfits([replace(rows[1], labels=Labels("other", 1.0)), rows[0], rows[2]], entries) == []
+    assert misfits(rows, entries, "tokens") == []
+
+
+def test_models_without_a_stack_in_common_are_in_no_token_space():
+    rows = [Row(i, name, "", None, {}, Labels("training", i)) for i, name in ((2, "a"), (3, "b"))]
+    other = locked_llama()
+    other = other.model_copy(update={"stacks": tuple(each.model_copy(update={"name": "vision"}) for each in other.stacks)})
+    (sentence,) = misfits(rows, {"a": locked_llama(), "b": other}, "tokens")
+    assert sentence.startswith("line 3 (b): it has stacks vision, but a has self, of the lineage 'training'")
+
+
+def test_pairs_in_token_space_follow_the_files_of_both():
+    def key(*files):
+        entries = {f"m{i}": locked_llama().model_copy(update={"files": each}) for i, each in enumerate(files)}
+        labels = {name: Labels("training", float(i)) for i, name in enumerate(entries)}
+        plan = make_plan(entries, load_config({"lineage": {"basis": "tokens"}}), SCRIPTS, labels)
+        return plan.pair_identity(("m1", "m0")).key
+
+    ours, changed = ((LockedFile(name="model.safetensors", bytes=9, sample=sample),) for sample in ("a", "b"))
+    assert len({key(ours, ours), key(changed, ours), key(ours, changed)}) == 3
 
 
 def test_a_report_follows_from_all_models_and_their_order():

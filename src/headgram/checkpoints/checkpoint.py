@@ -43,8 +43,8 @@ class Checkpoint(Described):
         A tuple of `Stack`.
     location
         Where the files are.
-    tables
-        What every token is read as, and what the last stream is held against for it: `TokenTables`.
+    token_tables
+        Where its embedding and unembedding are, to be read whole or in slices.
     remarks
         How it is read, where that is not plain: sentences.
     """
@@ -65,7 +65,7 @@ class Checkpoint(Described):
         self.architecture = architecture
         self.stacks = stacks
         self._store = store
-        self.tables = tables
+        self.token_tables = tables
 
     def _described(self) -> tuple[str, list[dict[str, object]]]:
         line = f"Checkpoint of {self.architecture} ({self.location.format}) in {self.location.where}"
@@ -134,7 +134,7 @@ class Checkpoint(Described):
         HeadgramError
             If the checkpoint has no such table, or the family's data name none.
         """
-        return self.tables.read("embedding")
+        return self.token_tables.read("embedding")
 
     def unembedding(self) -> Float[Tensor, "tokens width"]:
         """What the last stream is held against for every token, in stored precision; the embedding where both are one.
@@ -144,7 +144,7 @@ class Checkpoint(Described):
         HeadgramError
             If the checkpoint has no such table, or the family's data name none.
         """
-        return self.tables.read("unembedding")
+        return self.token_tables.read("unembedding")
 
     def qk(self, stack_name: str, layer: int) -> tuple[Float[Tensor, "heads rank hidden"], Float[Tensor, "kv_heads rank hidden"]]:
         """`W_Q (H, r, d)` and `W_K (K, r, d)` of one layer, as `factors` reads them."""

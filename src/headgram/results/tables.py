@@ -269,12 +269,19 @@ def of_place(place: Place, table: pa.Table) -> pa.Table:
 def write_table(path: Path, parts: Iterable[pa.Table], provenance: Provenance, compression: str = "zstd") -> None:
     """Write the parts of a table below one another, each as row groups of its own; equal parts and provenance give equal bytes.
 
-    A part is written before the next one is asked for, so that a table may be larger than memory.
+    A part is written before the next one is asked for, so that a table may be larger than memory. Columns of float32, as of the
+    largest tables, hold hardly two equal values: their bytes are stored in planes, which takes two thirds of the room.
     """
     rest = iter(parts)
     part = next(rest)
     schema = part.schema.with_metadata(parquet_metadata(provenance))
-    options = {"compression": compression, "write_page_checksum": True}
+    split = [field.name for field in schema if field.type == "float"]
+    options = {
+        "compression": compression,
+        "write_page_checksum": True,
+        "use_dictionary": [name for name in schema.names if name not in split],
+        "use_byte_stream_split": split,
+    }
     with written_whole(path) as file, pq.ParquetWriter(file, schema, **options) as writer:
         for each in itertools.chain([part], rest):
             writer.write_table(each.cast(schema))

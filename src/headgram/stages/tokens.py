@@ -11,9 +11,7 @@ from typing import TYPE_CHECKING, Any
 import pyarrow as pa
 import torch
 
-from headgram.checkpoints.bases import AdaptedLocation
 from headgram.checkpoints.checkpoint import open_checkpoint
-from headgram.checkpoints.sources import Location
 from headgram.checkpoints.vocabulary import token_texts
 from headgram.errors import HeadgramError
 from headgram.forms.variants import Variant
@@ -77,9 +75,7 @@ def find_tokens(merged: Directions, written: Written, source: Mapping[str, Any],
     check(merged.record, provenance.identity.upstream[0], [merged.directions])
     try:
         with open_checkpoint(**source) as checkpoint:
-            location = checkpoint.location
-            location = location.underneath if isinstance(location, AdaptedLocation) else location
-            texts = token_texts(location) if isinstance(location, Location) else {}
+            texts = token_texts(checkpoint.location)
             if not texts:
                 print("no tokenizer that headgram reads lies beside the weights: tokens have their numbers alone", flush=True)
             parts = [TOKENS.empty_table()]
@@ -87,11 +83,11 @@ def find_tokens(merged: Directions, written: Written, source: Mapping[str, Any],
                 for stack, found in stacks.items():
                     for side in ("right", "left"):
                         table = _USES[Variant.of(circuit).circuit, side]
-                        if why := _unread(checkpoint.tables, table, stack, found[side].shape[-1]):
+                        if why := _unread(checkpoint.token_tables, table, stack, found[side].shape[-1]):
                             print(f"{circuit}, {stack}, {side}: without tokens: {why}", flush=True)
                             continue
                         for layers, part in _chunks(found, side):
-                            slices = partial(checkpoint.tables.slices, table)
+                            slices = partial(checkpoint.token_tables.slices, table)
                             columns = _columns(layers, part, slices, texts, options.tokens.count, provenance.device)
                             parts.append(_table((circuit, stack), side, columns))
     except HeadgramError as error:
@@ -108,7 +104,7 @@ def _unread(tables: TokenTables, table: str, stack: str, width: int) -> str | No
         return "its stream holds no tokens as the model embeds them"
     if stack == "encoder" and "decoder" in tables.names[table].split("."):
         return f"{tables.names[table]} is the decoder's"
-    rows = tables.width(table)
+    rows = tables.shape(table)[1]
     return None if rows == width else f"the rows of {tables.names[table]} have width {rows}, and its stream {width}"
 
 

@@ -191,12 +191,18 @@ class RotaryOffsets(_Section):
 
 
 class Lineage(_Section):
-    """Models that share a residual basis, compared head by head."""
+    """Models that belong together, compared two by two."""
 
     pairs: Pairs = Field(
         ("neighbours", "first"),
         description="Which models of a lineage are compared, in the order of their steps: each with its predecessor "
         "(`neighbours`), all with the `first`, all with the `last`, or `all` with all; a list of these, which may be empty.",
+    )
+    basis: Literal["residual", "tokens"] = Field(
+        "residual",
+        description="What the models of a lineage share. `residual`: their residual stream, as checkpoints of one training do. "
+        "`tokens`: tokens of the same text, as independent models do, also of other widths, layers and heads; embeddings and "
+        "tokenizers are read for that, and heads are matched by what they do with the tokens that both models have.",
     )
 
 

@@ -21,7 +21,7 @@ from headgram.geometry.costs import Sizes, cheapest, flops, spectra_flops
 from headgram.results.paths import Place, Results
 from headgram.results.record import Identity, canonical, digest
 from headgram.study.keys import code_digest, page_digest
-from headgram.study.lineages import Pair, pairs
+from headgram.study.lineages import Pair, by_step, pairs
 from headgram.study.lock import LockedCircuit, LockedModel, LockedStack
 from headgram.study.manifest import Labels
 from headgram.study.options import Config
@@ -35,6 +35,9 @@ _TILE_SECONDS = 300.0
 #: Operations up to which all heads are multiplied with all heads where the options leave it open.
 MOST_PAIR_FLOPS = 2e14
 _STORED_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
+
+#: The stage that compares two models of a lineage, by what they share.
+PAIR_STAGES = {"residual": "lineage", "tokens": "token_space"}
 
 Layers = tuple[int, ...]
 Keys = tuple[str, ...]
@@ -111,8 +114,35 @@ class Plan:
     config: Config
     models: dict[str, ModelPlan]
     pairs: list[Pair]  # of models of one lineage
-    report: Identity  # of the page, and the figures of all models together
-    pair_code: str  # the digest of the stage `lineage`
+    report_code: str  # the digest of the stage that makes the page
+    pair_code: str  # the digest of the stage that compares two models
+
+    @property
+    def lineages(self) -> dict[str, list[str]]:
+        """The models of every lineage of several that share a residual basis, in the order of their steps."""
+        if self.config.lineage.basis != "residual":
+            return {}
+        found = by_step({name: model.labels for name, model in self.models.items()})
+        return {lineage: names for lineage, names in found.items() if len(names) > 1}
+
+    @property
+    def drawn_pairs(self) -> list[Pair]:
+        """The pairs whose drift the page draws over the steps: of a model with its predecessor or with the first one."""
+        drawn = {
+            (names[i], other)
+            for names in self.lineages.values()
+            for i in range(1, len(names))
+            for other in (names[0], names[i - 1])
+        }
+        return [pair for pair in self.pairs if pair in drawn]
+
+    @property
+    def report(self) -> Identity:
+        """What the page follows from: the models' names, in order, their tables, what was rendered of them, and their drift."""
+        stages = ("merge", "derive", "render")
+        upstream = [model.identities[stage, ""].key for model in self.models.values() for stage in stages]
+        upstream += [self.pair_identity(pair).key for pair in self.drawn_pairs]
+        return Identity("report", canonical({}), digest(*self.models), self.report_code, tuple(upstream))
 
     def pair_places(self, pair: Pair) -> list[Place]:
         """The circuits and stacks that both models of a pair have, in forms as they are stored."""
@@ -127,9 +157,17 @@ class Plan:
         upstream = [
             model.identities[stage, circuit].key for model in models for stage in ("extract", "eigen") for circuit in circuits
         ]
-        all_pairs = all(model.heads[place].all_pairs for model in models for place in places)
-        options = {"export": self.config.export.model_dump(mode="json"), "gram": {"pairs": "all" if all_pairs else "same"}}
-        return Identity("lineage", canonical(options), models[1].entry.fingerprint, self.pair_code, tuple(upstream))
+        options = {"export": self.config.export.model_dump(mode="json")}
+        code = self.pair_code
+        if (
+            self.config.lineage.basis == "tokens"
+        ):  # embeddings are in no fingerprint: that their files are the locked ones must do
+            options["lineage"] = {"basis": "tokens"}
+            code = digest(code, *(canonical([file.model_dump(mode="json") for file in model.entry.files]) for model in models))
+        else:
+            all_pairs = all(model.heads[place].all_pairs for model in models for place in places)
+            options["gram"] = {"pairs": "all" if all_pairs else "same"}
+        return Identity("lineage", canonical(options), models[1].entry.fingerprint, code, tuple(upstream))
 
     def records(self) -> dict[str, str]:
         """The key of every artifact, by its record's path below the results folder."""
@@ -200,8 +238,10 @@ def make_plan(
     """
     labels = {name: (labels or {}).get(name, Labels()) for name in entries}
     models = {name: _plan_model(name, entry, labels[name], config, scripts) for name, entry in entries.items()}
-    code = code_digest("lineage", scripts / "lineage.py")
-    plan = Plan(config, models, pairs(labels, config.lineage.pairs), _report_identity(models, scripts), code)
+    stage = PAIR_STAGES[config.lineage.basis]
+    code = code_digest(stage, scripts / f"{stage}.py")
+    report_code = digest(code_digest("report", scripts / "report.py"), page_digest())
+    plan = Plan(config, models, pairs(labels, config.lineage.pairs), report_code, code)
     return replace(plan, pairs=[pair for pair in plan.pairs if plan.pair_places(pair)])
 
 
@@ -345,13 +385,6 @@ def _identities(
     drawn = tuple(found[stage, ""].key for stage in ("merge", "derive", "composition") if (stage, "") in found)
     found["render", ""] = Identity("render", canonical({}), entry.fingerprint, code["render"], drawn)
     return found
-
-
-def _report_identity(models: Mapping[str, ModelPlan], scripts: Path) -> Identity:
-    """What a report follows from: the models' names, in order, their tables, and what was rendered of them."""
-    code = digest(code_digest("report", scripts / "report.py"), page_digest())
-    upstream = tuple(model.identities[stage, ""].key for model in models.values() for stage in ("merge", "derive", "render"))
-    return Identity("report", canonical({}), digest(*models), code, upstream)
 
 
 def _plan_heads(stack: LockedStack, circuit: str, config: Config) -> HeadsPlan:
