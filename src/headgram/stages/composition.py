@@ -141,7 +141,8 @@ def _parts(stream: _Stream, written: Callable[[FactorFiles, int], Ends], device:
             of_layers = [(heads.take(layer == each), stream.rotaries[each]) for each in block[0]]
             readers.append(joined([reads(stream.kind, some, rotary) for some, rotary in of_layers]))
         ends = [written(writing, i) for i in range(len(blocks))]
-        score, *turned = (torch.cat([scores(each, some) for some in ends], 1).cpu() for each in readers)
+        both = torch.cat([scores(joined(readers), some) for some in ends], 1).cpu()  # what is written is formed once for both
+        score, *turned = both.split(len(heads))
         z = deviations(score, readers[0].purity.cpu(), torch.cat([some.purity for some in ends]).cpu(), reading.width)
         share, later = acausal(score, layer, seen)
         print(f"{stream.stack}, {stream.kind}: layers {block[0][0]}-{block[0][-1]} read what all others write", flush=True)
