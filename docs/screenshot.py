@@ -1,4 +1,4 @@
-"""Photograph the page `results/report/index.html` of the default models, for docs/report.md and the gallery: python docs/screenshot.py
+"""Photograph the page of the default models, `results/report/index.html`, for docs and gallery: python docs/screenshot.py
 
 Needs a Chromium, as the tests of the page do.
 """
