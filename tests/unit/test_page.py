@@ -303,7 +303,7 @@ def test_paper_is_white_and_has_no_buttons(chrome, path):
 
 def test_what_is_read_aloud_is_right_at_once(chrome, path):
     def spoken(found):
-        pictures = "[...document.querySelectorAll('.picture')]"
+        pictures = "[...document.querySelectorAll('.card:not([hidden]) .picture')]"
         return found.page.evaluate(
             f"{pictures}.map(each => [each.id, each.getAttribute('role'), each.getAttribute('aria-label')])"
         )
