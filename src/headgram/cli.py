@@ -301,7 +301,10 @@ def verify(
     if not findings:
         print(f"{plain(results)}: {files} files, all as they were written")
     elif not repair:
-        raise HeadgramError(f"{wrong}: `headgram verify --repair`, and the next run makes it anew")
+        there = [] if results == Path("results") else [str(results)]
+        listed = [] if manifest == _MANIFEST else ["--manifest", str(manifest)]
+        command = shlex.join(["headgram", "verify", *there, *listed, "--repair"])
+        raise HeadgramError(f"{wrong}: `{command}`, and the next run makes it anew")
     elif left := prepare(results, findings, keys):
         raise HeadgramError(f"{wrong}, and the next run does not mend all of it:", *(finding.sentence for finding in left))
     else:

@@ -6,6 +6,7 @@
 import dataclasses
 import json
 import os
+import re
 
 import numpy as np
 import pandas as pd
@@ -16,6 +17,9 @@ import torch
 
 import headgram
 from headgram.atlas.verify import verify
+from headgram.report.columns import columns
+from headgram.report.pack import from_beside, unpack
+from headgram.report.steps import LAYER_COLUMNS
 from headgram.results.files import checksum
 from pipeline.conftest import Project, edit, new_project
 from pipeline.test_verify import resealed
@@ -122,6 +126,19 @@ def test_trajectories_tell_who_rotates_dies_and_grows(atlas):
         assert ((first.sel(layer=layer, head=head) < 0.5) == swapped).all()
     turned = atlas.trajectory("cosine", "training", to="previous", circuit="ov").sel(layer=1, head=3)
     np.testing.assert_allclose(turned, [1] * (COUNT - 1) + [-1], atol=1e-6)
+
+
+def test_a_chart_of_a_trajectory_holds_its_numbers(atlas):
+    values = atlas.trajectory("fro_sq", "training")
+    rows = pd.DataFrame(headgram.plot.trajectory(atlas, "fro_sq", "training").to_dict()["datasets"]["profile"])
+    for name, share in (("q25", 0.25), ("median", 0.5), ("q75", 0.75)):
+        drawn = rows.pivot(index="x", columns="series", values=name)
+        np.testing.assert_allclose(drawn, values.quantile(share, "head"))
+    rows = pd.DataFrame(headgram.plot.trajectory(atlas, "fro_sq", "training", layer=1).to_dict()["datasets"]["profile"])
+    np.testing.assert_array_equal(rows.pivot(index="x", columns="series", values="median"), values.sel(layer=1))
+    for arguments in (("none", "training"), ("fro_sq", "none"), ("fro_sq", "training", 9), ("symmetry_median", "training", 1)):
+        with pytest.raises(headgram.HeadgramError):
+            headgram.plot.trajectory(atlas, *arguments)
 
 
 def test_the_change_of_a_rotating_head_is_new_on_the_side_that_rotates(atlas):
@@ -242,6 +259,75 @@ def test_compare_reads_what_the_pipeline_wrote_and_else_computes_it(training, tm
     assert printed.stdout.count("Heads that were another head before") == 2
     shown = training.headgram("show", "--where", "step=0", "--where", "step=1000")
     assert ("step0" in shown.stdout, "step1" in shown.stdout, "step2" in shown.stdout) == (True, True, False), shown.stderr
+
+
+def test_the_page_draws_the_training(training, atlas, tmp_path):
+    project = training.copy(tmp_path / "project")
+    project.run("results/report/index.html")
+    text = (project.folder / "results" / "report" / "lineages" / "0.js").read_text()
+    _, arrays = unpack(from_beside(text))
+    for to in ("first", "previous"):
+        for circuit in ("qk", "ov"):
+            drawn = atlas.trajectory("cosine", "training", to=to, circuit=circuit)
+            np.testing.assert_allclose(arrays[f"{circuit}/self/{to}"][1:], drawn, rtol=2e-4, atol=1e-6)
+    names = [column.name for column in columns()]
+    drawn = arrays["qk/self/heads"][:, names.index("fro_sq")]
+    np.testing.assert_allclose(drawn, atlas.trajectory("fro_sq", "training"), rtol=2e-4, atol=1e-6)
+    drawn = arrays["qk/self/layers"][:, [*LAYER_COLUMNS].index("cosine_all")]
+    np.testing.assert_allclose(drawn, atlas.trajectory("cosine_all", "training"), rtol=2e-4, atol=1e-6)
+    assert project.headgram("verify").returncode == 0
+    edit(project.folder / "config" / "config.yaml", "pairs: [neighbours, first]", "pairs: [first]")
+    assert "Reporting on all models" in project.planned("results/report/index.html")
+    assert not any(job.startswith("Rendering") for job in project.planned("results/report/index.html"))
+
+
+def test_independent_models_are_matched_in_token_space(tmp_path):
+    """Of other widths; the tokens of the second have other numbers, and its heads are those of the first in another order."""
+    project = new_project(tmp_path / "project")
+    config = project.folder / "config"
+    (config / "models.tsv").write_text("name\tsource\tlineage\tstep\nnarrow\tnarrow\tall\t0\nwide\twide\tall\t1\n")
+    for option in ("report:\n  enabled: true", "original:\n  enabled: true", "enabled: auto"):
+        edit(config / "config.yaml", option, option.rpartition(" ")[0] + " false")
+    with (config / "config.yaml").open("a") as file:
+        file.write("\ncircuits: [qk]\n")
+    generator = torch.Generator().manual_seed(0)
+    turned, order = torch.linalg.qr(torch.randn(36, 24, generator=generator))[0].mT, torch.randperm(90, generator=generator)
+    narrow = {
+        name: torch.randn(shape, generator=generator)
+        for name, shape in (
+            ("embed_tokens", (90, 24)),
+            ("layers.0.self_attn.q_proj", (16, 24)),
+            ("layers.0.self_attn.k_proj", (16, 24)),
+        )
+    }
+    heads = [3, 0, 2, 1]
+    wide = {
+        name: (rows[order] if name == "embed_tokens" else rows.view(4, 4, 24)[heads].reshape(16, 24)) @ turned
+        for name, rows in narrow.items()
+    }
+    for name, tensors, texts in (("narrow", narrow, range(90)), ("wide", wide, order.tolist())):
+        width = tensors["embed_tokens"].shape[1]
+        named = {f"model.{name}.weight": tensor for name, tensor in tensors.items()}
+        named["model.layers.0.self_attn.v_proj.weight"] = torch.zeros(16, width)
+        write_llama(project.folder / name, 1, 4, kv_heads=4, rank=4, hidden=width, tensors=named)
+        vocabulary = {f"t{text}": number for number, text in enumerate(texts)}
+        (project.folder / name / "tokenizer.json").write_text(json.dumps({"model": {"vocab": vocabulary}}))
+
+    refused = project.snakemake("-n")
+    assert refused.returncode != 0
+    assert "(wide): it has width 36 in stack self, but narrow has 24" in refused.stderr
+    hint = re.search(r"--config '(lineage=.*?)'", refused.stderr)[1]
+    project.run("--config", hint)
+    found = headgram.compare("narrow", "wide", project.folder / "results")
+    assert found.matches["other_head"].tolist() == heads
+    np.testing.assert_allclose(found.matches["cosine"], 1, atol=1e-6)
+    np.testing.assert_allclose(found.heads["symmetry_a"], found.heads["symmetry_b"], atol=1e-6)
+    printed = project.headgram("compare", "narrow", "wide")
+    assert "Heads that are alike in token space" in printed.stdout, printed.stderr
+    assert project.headgram("verify").returncode == 0
+    with pytest.raises(headgram.HeadgramError, match="wide was compared with narrow in token space"):
+        headgram.open_atlas(project.folder / "results").trajectory("cosine", "all", to="first")
+    assert "tokens have the same text" in (project.folder / "results" / "logs" / "lineage" / "wide" / "narrow.log").read_text()
 
 
 def pair(atlas, name: str, model: str, other: str) -> pd.DataFrame:

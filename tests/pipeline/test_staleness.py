@@ -20,6 +20,10 @@ def jobs(*stages: str, models=("tiny-llama", "tiny-bert")) -> set[str]:
         of = f"{model}, stack self, circuit qk"
         if "extract" in stages:
             found.add(f"Extracting {of}, layers-000-{last:03d}")
+        if "around" in stages:
+            found.add(f"Reading what stands around the projections of {model}")
+        if "rotary" in stages:
+            found.add(f"Scores of {model} by offset and frequency")
         if "eigen" in stages:
             found |= {f"Spectra of {of}, {span}" for span in spans}
         if "gram" in stages:
@@ -31,15 +35,17 @@ def jobs(*stages: str, models=("tiny-llama", "tiny-bert")) -> set[str]:
     return found
 
 
-ALL = ("extract", "eigen", "gram", "merge", "derive")
+#: Of what is extracted of queries and keys.
+FACTORS = ("extract", "eigen", "gram", "rotary", "merge", "derive")
+ALL = (*FACTORS, "around")
 
 CHANGES = [
     ("topk: 8", "topk: 4", ("eigen", "merge", "derive")),
     ("tolerance: 1.0e-9", "tolerance: 1.0e-8", ("eigen", "merge", "derive")),
     ("pairs: auto", "pairs: same", ("gram", "merge", "derive")),
     ("enabled: true", "enabled: false", ("eigen", "merge", "derive")),
-    ("dtype: stored", "dtype: bfloat16", ALL),
-    ("compression: zstd", "compression: none", ("merge", "derive")),
+    ("dtype: stored", "dtype: bfloat16", FACTORS),
+    ("compression: zstd", "compression: none", ("rotary", "merge", "derive")),
     ("device: auto", "device: cpu", ()),
     ("manifest: config/models.tsv\nresults: results", "results: results\nmanifest: config/models.tsv", ()),
     ("results: results", "results: results # a comment", ()),
@@ -99,14 +105,16 @@ def test_jobs_of_an_earlier_cut_are_not_made_again(finished, tmp_path):
 @pytest.mark.parametrize(
     ("module", "stages"),
     [
-        ("forms/heads.py", ALL),
+        ("forms/heads.py", FACTORS),
         ("geometry/spectra.py", ("eigen", "merge", "derive")),
         ("geometry/residuals.py", ("eigen", "merge", "derive")),
         ("geometry/inner.py", ("gram", "merge", "derive")),
         ("geometry/scores.py", ("eigen", "merge", "derive")),
         ("geometry/overlaps.py", ("derive",)),
         ("geometry/original.py", ("eigen", "merge", "derive")),
-        ("stages/extract.py", ALL),
+        ("stages/extract.py", FACTORS),
+        ("stages/around.py", ("around", "rotary", "merge", "derive")),
+        ("stages/rotary.py", ("rotary", "merge", "derive")),
         ("stages/eigen.py", ("eigen", "merge", "derive")),
         ("stages/gram.py", ("gram", "merge", "derive")),
         ("stages/merge.py", ("merge", "derive")),
@@ -163,6 +171,8 @@ def test_a_new_model_runs_alone(finished, tmp_path):
         "Extracting new, stack self, circuit qk, layers-000-000",
         "Spectra of new, stack self, circuit qk, layers-000-000",
         "Gram matrix of new, stack self, circuit qk, row-000",
+        "Reading what stands around the projections of new",
+        "Scores of new by offset and frequency",
         "Merging new",
         "Deriving the tables of new",
     }
@@ -234,19 +244,19 @@ def test_going_back_after_losing_the_memory(finished, tmp_path):
     assert project.tables() == before
 
 
-@pytest.mark.parametrize("garbage", [b"\xff\xfe", b"[1]", b'{"input": 3}', None])
-def test_garbage_in_snakemakes_memory_is_one_sentence_that_helps(finished, tmp_path, garbage):
+def test_garbage_in_snakemakes_memory_is_one_sentence_that_helps(finished, tmp_path):
     project = finished.copy(tmp_path / "project")
     memory = project.folder / ".snakemake" / "metadata"
     path = next(path for path in memory.rglob("*") if path.is_file())
-    path.unlink()
-    if garbage is None:
-        path.symlink_to("/dev/zero")
-    else:
-        path.write_bytes(garbage)
-    done = project.snakemake("-n")
-    assert done.returncode != 0
-    assert "Traceback" not in done.stderr
-    assert f"headgram: {path.relative_to(project.folder)}, where Snakemake remembers" in done.stderr
+    for garbage in (b"\xff\xfe", b'{"input": 3}', None):
+        path.unlink()
+        if garbage is None:
+            path.symlink_to("/dev/zero")
+        else:
+            path.write_bytes(garbage)
+        done = project.snakemake("-n")
+        assert done.returncode != 0
+        assert "Traceback" not in done.stderr
+        assert f"headgram: {path.relative_to(project.folder)}, where Snakemake remembers" in done.stderr
     shutil.rmtree(memory)
     assert project.planned() == set()

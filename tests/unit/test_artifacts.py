@@ -6,6 +6,7 @@ import json
 import platform
 from datetime import datetime
 
+import numpy as np
 import pyarrow as pa
 import pytest
 import torch
@@ -23,7 +24,7 @@ from headgram.results.record import (
     record_of,
     seal,
 )
-from headgram.results.tables import read_parts, read_table, write_table
+from headgram.results.tables import PAIRS, at_place, read_parts, read_table, write_table
 
 IDENTITY = Identity("eigen", '{"eigen":{"topk":8}}', "fingerprint", "code", ("upstream",))
 
@@ -189,6 +190,25 @@ def test_equal_tables_give_equal_bytes(tmp_path):
         write_table(tmp_path / name, [table], Provenance(IDENTITY, "m", "self"))
     assert (tmp_path / "a.parquet").read_bytes() == (tmp_path / "b.parquet").read_bytes()
     assert read_table(tmp_path / "a.parquet").equals(table)
+
+
+def test_all_pairs_of_5120_heads_take_less_than_150_mb(tmp_path):
+    """A 70B model's, whose rows of tiles hold 256 heads with 256; random cosines are what no compression makes smaller."""
+    random = np.random.default_rng(0)
+    own = {"layer": np.repeat(np.arange(4, dtype=np.int32), 64), "head": np.tile(np.arange(64, dtype=np.int32), 4)}
+    first, second = np.indices((256, 256)).reshape(2, -1)
+    place = {f"{name}_{side}": values[at] for name, values in own.items() for side, at in (("a", first), ("b", second))}
+    rows = pa.table(
+        {
+            **place,
+            "shared": place["head_a"] // 8 == place["head_b"] // 8,
+            **{name: (random.standard_normal(65536) / 80).astype(np.float32) for name in ("cosine", "transposed")},
+        }
+    )
+    path = tmp_path / "pairs.parquet"
+    write_table(path, [at_place(("qk", "self"), rows, PAIRS)] * 8, Provenance(IDENTITY, "m", "self"))
+    assert path.stat().st_size / (8 * 65536) * (5120 * 5119 / 2) < 150e6 * 0.7
+    assert read_table(path)["cosine"].to_pylist()[:65536] == rows["cosine"].to_pylist()
 
 
 @pytest.mark.parametrize("labels", [{}, {"stack": "self"}, {"stack": "self", "kind": "q"}, {"stack": "none"}])

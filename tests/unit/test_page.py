@@ -3,16 +3,23 @@
 import csv
 import dataclasses
 import io
+import math
 import struct
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from test_report import stack
 
 from browser import SCREENSHOTS, browser, opened
 from headgram.report.chance import nulls
-from headgram.report.pack import model_pack
+from headgram.report.columns import columns
+from headgram.report.matrix import Feeding, PairMatrix
+from headgram.report.pack import beside, model_pack, unpack
 from headgram.report.page import index_pack, page, page_shell
+from headgram.report.steps import steps_pack
+from headgram.results.tables import DRIFT, HEADS, LAYERS
 from headgram.version import __version__
 
 NAMES = [
@@ -20,7 +27,14 @@ NAMES = [
     "a-rather-long-name-of-a-model-from-somewhere-2",
     *map("m{}".format, range(9)),
 ]
-ORIGIN = {"source": "org/model", "revision": "main", "commit": "0123456789abcdef", "measured": "2026-11-26", "version": "0.9.9"}
+ORIGIN = {
+    "source": "org/model",
+    "revision": "main",
+    "commit": "0123456789abcdef",
+    "twin": "7",
+    "measured": "2026-11-26",
+    "version": "0.9.9",
+}
 
 
 def noise(layers: int, heads: int, seed: int):
@@ -32,7 +46,19 @@ def noise(layers: int, heads: int, seed: int):
     pairs = {name: null[name].mean + null[name].deviation * random.standard_normal(size) for name in made.pairs}
     values = made.heads.copy()
     values[0] = null["symmetry"].mean + null["symmetry"].deviation * random.standard_normal(values[0].shape)
-    return dataclasses.replace(made, pairs=pairs, heads=values, singular=made.singular * 3e-4)
+    square = random.standard_normal((layers * heads,) * 2).astype(np.float32)
+    cosine = (square + square.T) / math.sqrt(2) * null["cosine"].deviation
+    matrix = PairMatrix(dict.fromkeys(("cosine", "transposed"), cosine), np.arange(layers * heads), heads)
+    earlier = np.arange(layers * heads)[:, None] // heads < np.arange(layers * heads) // heads
+    feeding = Feeding({kind: np.where(earlier, 1 + square / 20, 0).astype(np.float32) for kind in "qkv"}, heads)
+    return dataclasses.replace(made, pairs=pairs, heads=values, singular=made.singular * 3e-4, matrix=matrix, feeding=feeding)
+
+
+#: What the matrix of all heads is drawn as.
+_PIXELS = """() => {
+    const canvas = document.querySelector("#matrix canvas");
+    return [...canvas.getContext("2d").getImageData(0, 0, canvas.width, canvas.height).data];
+}"""
 
 
 @pytest.fixture(scope="module")
@@ -126,13 +152,19 @@ def test_a_tap_selects(chrome, path):
 
 def test_a_line_is_hit_from_beside_it(chrome, path):
     with opened(chrome, path) as found:
-        rows = sorted((row for row in found.rows("singular", "others") if row["index"] == 0), key=lambda row: -row["value"])
-        x, y = place_of(found, "singular", index=0, head=rows[0]["head"])
-        found.page.mouse.click(x + 1, y - 6)
+        (chosen,) = (row for row in found.rows("singular", "chosen") if row["index"] == 0)
+        rows = [row for row in found.rows("singular", "others") if row["index"] == 0]
+        # Where the chosen line is not beside it.
+        side = max if max(row["value"] for row in rows) > chosen["value"] * 1.05 else min
+        outermost = side(rows, key=lambda row: row["value"])
+        x, y = place_of(found, "singular", index=0, head=outermost["head"])
+        found.page.mouse.click(x + 1, y - 6 if side is max else y + 6)
         found.settle()
-        assert found.state()["head"] == rows[0]["head"]
-        found.page.mouse.click(x + 200, y)  # nothing is near
-        assert found.state()["head"] == rows[0]["head"]
+        assert found.state()["head"] == outermost["head"]
+        _, top = place_of(found, "singular", index=0, head=max(rows, key=lambda row: row["value"])["head"])
+        found.page.mouse.click(x + 200, top)  # nothing is near
+        found.settle()
+        assert found.state()["head"] == outermost["head"]
 
 
 def test_back_undoes_and_the_keyboard_is_enough(chrome, path):
@@ -211,6 +243,12 @@ def test_noise_looks_like_noise(chrome, path):
             values = [row["value"] for row in found.rows(picture, "cells")]
             assert low == 0
             assert max(values) < high / 2
+        for kind in ("cosine", "k"):
+            found.set(pairs=kind)
+            colours = np.array(found.page.evaluate(_PIXELS)).reshape(-1, 4)[:, :3]
+            middle, ends = colours[np.argmin(np.abs(colours - 244).sum(1))], np.array([[31, 78, 156], [143, 74, 6]])
+            vivid = np.linalg.norm(colours[:, None] - ends, axis=-1).min(1) < np.linalg.norm(ends - middle, axis=-1).min() / 2
+            assert vivid.mean() < (0.02 if kind == "cosine" else 0.01)  # the diagonal is no noise
 
 
 def test_a_models_colour_is_its_own(chrome, path):
@@ -265,7 +303,7 @@ def test_paper_is_white_and_has_no_buttons(chrome, path):
 
 def test_what_is_read_aloud_is_right_at_once(chrome, path):
     def spoken(found):
-        pictures = "[...document.querySelectorAll('.picture')]"
+        pictures = "[...document.querySelectorAll('.card:not([hidden]) .picture')]"
         return found.page.evaluate(
             f"{pictures}.map(each => [each.id, each.getAttribute('role'), each.getAttribute('aria-label')])"
         )
@@ -278,7 +316,110 @@ def test_what_is_read_aloud_is_right_at_once(chrome, path):
         assert {role for _, role, _ in first} == {"application"}
         assert ["form-head", "application", "g (cosine) between layers, head 0"] in first
         assert found.page.inner_text("#origin") == (
+            "random twin 7: heads turned at random, spectra kept · "
             "source org/model · revision main · commit 0123456789ab · measured 2026-11-26 by headgram 0.9.9"
         )
         found.set(model=NAMES[1])
         assert found.page.inner_text("#origin") == f"headgram {__version__}"
+
+
+# ---- Lineages ----------------------------------------------------------------------------------------------------------
+
+STEPS = [0, *(2**i for i in range(9)), *(1000 * i for i in range(1, 146))]
+ROTATING = (1, 2)
+
+
+def table_of(schema, rows: dict, path):
+    """A table of some rows, with random numbers in all other columns."""
+    random = np.random.default_rng(len(str(path)))
+    count = len(rows["layer"])
+    texts = {"circuit": "qk", "stack": "self"}
+    made = {
+        field.name: np.full(count, texts[field.name]) if field.name in texts else random.random(count).round() for field in schema
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pq.write_table(pa.table(made | rows).cast(schema), path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def training(tmp_path_factory):
+    """The page of a training of 155 checkpoints, of which one head of two layers of four turns by degrees; and an alien."""
+    folder = tmp_path_factory.mktemp("training")
+    names = [f"step{step}" for step in STEPS]
+    layer, head = np.repeat(np.arange(2), 4), np.tile(np.arange(4), 2)
+    turns = (layer == ROTATING[0]) & (head == ROTATING[1])
+    tables, drift = {}, {}
+    for i, name in enumerate(names):
+        place = {"layer": layer, "head": head}
+        heads = table_of(HEADS, place | {"symmetry": np.where(turns, i / 200, 0.5)}, folder / name / "heads.parquet")
+        layers = table_of(LAYERS, {"layer": np.arange(2), "cosine_next": np.full(2, i / 300)}, folder / name / "layers.parquet")
+        tables[name] = {"heads": heads, "layers": layers}
+        if i:
+            moved = np.where(turns, np.cos(i / 100), 0.99)
+            drift[name, names[0]] = table_of(DRIFT, place | {"cosine": moved}, folder / name / "drift.parquet")
+    text = steps_pack(names, ["qk/self"], tables, drift)
+    arrays = unpack(text)[1]
+    assert arrays["qk/self/heads"].shape == (155, len(columns()), 2, 4)
+    assert np.isnan(arrays["qk/self/previous"][2:]).all()
+    assert np.isnan(arrays["qk/self/first"][0]).all()
+    facts = {
+        name: {"lineage": "training", "step": float(step), "labels": '[["data", "pile"]]'}
+        for name, step in zip(names, STEPS, strict=True)
+    }
+    facts["alien"] = {"lineage": "", "labels": "[]"}
+    mixed = [*np.random.default_rng(0).permutation(names).tolist(), "alien"]
+    models = {name: {"qk/self": stack(2, 4, 8, seed, facts[name])} for seed, name in enumerate(mixed)}
+    index = index_pack({name: {"qk/self": each["qk/self"].summary} for name, each in models.items()}, {}, {"training": names})
+    path = folder / "index.html"
+    path.write_text(page(page_shell(), index, {name: model_pack(each) for name, each in models.items()}))
+    (folder / "lineages").mkdir()
+    (folder / "lineages" / "0.js").write_text(beside("lineages/0", text))
+    return path
+
+
+@pytest.mark.parametrize("size", [(390, 844), (1280, 900)], ids=lambda size: size[0])
+def test_a_training_is_drawn_over_its_steps(chrome, training, size):
+    with opened(chrome, training, "#model=step64&layer=1&head=2&column=symmetry&along=log", size=size) as found:
+        assert found.page.evaluate("document.documentElement.scrollWidth <= innerWidth")
+        rows = found.rows("course", "chosen")
+        assert [row["step"] for row in rows] == STEPS
+        np.testing.assert_allclose([row["value"] for row in rows], np.arange(155) / 200, rtol=2e-4, atol=1e-6)
+        assert {(row["head"], row["value"]) for row in found.rows("course", "others")} == {(head, 0.5) for head in (0, 1, 3)}
+        found.screenshot(f"steps-{size[0]}")
+        found.select("steps", "first")
+        rows = found.rows("course", "chosen")
+        assert [row["step"] for row in rows] == STEPS[1:]
+        np.testing.assert_allclose([row["value"] for row in rows], np.cos(np.arange(1, 155) / 100), rtol=2e-4, atol=2e-4)
+        found.select("steps", "cosine_next")
+        np.testing.assert_allclose(
+            [row["value"] for row in found.rows("course", "chosen")], np.arange(155) / 300, rtol=2e-4, atol=1e-6
+        )
+        found.select("steps", "median")
+        assert {row["layer"] for row in found.rows("course", "others")} == {0}
+        found.select("steps", "previous")
+        assert [row["step"] for row in found.rows("course", "chosen")] == [1]  # whose predecessor is the first
+        assert found.page.inner_text("#steps-note").startswith("1 of 154 models were compared so: the option lineage.pairs")
+        found.select("steps", "heads")
+        found.select("along", "order")
+        assert [row["x"] for row in found.rows("course", "chosen")] == list(range(155))
+        found.page.mouse.click(*place_of(found, "course", line=2, x=60))
+        found.settle()
+        assert (found.state()["model"], found.state()["head"]) == (f"step{STEPS[60]}", 2)
+        assert found.rows("course", "now") == [{"x": 60}]
+        found.set(model="alien")
+        assert found.page.is_hidden("#card-steps")
+        assert found.complaints == []
+
+
+def test_hundreds_of_models_are_filtered_in_natural_order(chrome, training):
+    with opened(chrome, training, "#model=step0") as found:
+        shown = "[...document.querySelectorAll('#model option')].map(option => option.value)"
+        assert found.page.evaluate(shown) == ["alien", *(f"step{step}" for step in STEPS)]
+        found.page.fill("#filter", "pile step14")
+        assert found.page.evaluate(shown) == ["step0", *(f"step{step}" for step in STEPS if str(step).startswith("14"))]
+        found.page.click("#compare summary")
+        drawn = found.state()["with"]
+        boxes = "[...document.querySelectorAll('#with label:not([hidden]) input:not(:checked)')].map(box => box.value)"
+        others = [f"step{step}" for step in STEPS if str(step).startswith("14") and f"step{step}" not in drawn]
+        assert found.page.evaluate(boxes) == others

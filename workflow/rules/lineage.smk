@@ -1,4 +1,4 @@
-# Two models of one lineage -> what changed from the earlier to the later one, and which head became which.
+# Two models of one lineage -> what changed from the earlier to the later one, and which head became, or is like, which.
 rule lineage:
     input:
         unpack(lineage_input),
@@ -21,7 +21,8 @@ rule lineage:
         ),
         order=order_of("lineage"),
         parts=lambda wildcards: canonical(pair_parts(wildcards)),
+        entries=pair_entries,
     message:
         "Comparing {wildcards.model} with {wildcards.other}"
     script:
-        "../scripts/lineage.py"
+        f"../scripts/{PAIR_STAGES[PLAN.config.lineage.basis]}.py"

@@ -1,5 +1,6 @@
 # What is read and written about two models of one lineage, as functions of a rule's wildcards.
 from headgram.results.paths import LINEAGE
+from headgram.study.plan import PAIR_STAGES
 
 RECORDS["lineage"] = PATHS.record("lineage", "{model}", name="{other}")
 
@@ -30,6 +31,11 @@ def pair_parts(wildcards):
         ]
         for name in reversed(pair)
     ]
+
+
+def pair_entries(wildcards):
+    """A param of a rule: the lock's entries of the earlier model and of the later one, as in `locked_entry`."""
+    return [PLAN.models[name].entry for name in reversed(pair_of(wildcards))]
 
 
 def lineage_input(wildcards):

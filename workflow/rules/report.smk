@@ -13,6 +13,10 @@ rule report:
             )
             for figure, label in PROFILE_FIGURES.items()
         ],
+        # As in `render`.
+        lineages=(
+            directory(PATHS.report("lineages")) if STORAGE and PLAN.lineages else []
+        ),
         record=RECORDS["report"],
     log:
         PATHS.log("report"),
@@ -25,6 +29,7 @@ rule report:
         identity=canonical(PLAN.report.described()),
         order=order_of("report"),
         models=canonical(list(PLAN.models)),
+        lineages=canonical([PLAN.lineages, PLAN.drawn_pairs]),
     message:
         "Reporting on all models"
     script:

@@ -20,7 +20,10 @@ def stack_figures():
 
 
 def beside_outputs(job):
-    """What a job writes besides the outputs that Snakemake knows: a rendering, as much as the model has stacks and layers."""
+    """What a job writes besides the outputs that Snakemake knows: a rendering, as much as the model has stacks and layers; the
+    page, a file for every lineage."""
+    if RECORDS["report"] in job.output and not STORAGE:
+        return [PATHS.report(f"lineages/{i}.js") for i in range(len(PLAN.lineages))]
     model = job.wildcards_dict.get("model", "")
     if RECORDS["render"].format(model=model) not in job.output or STORAGE:
         return []
@@ -76,10 +79,15 @@ def report_input(_):
     return {
         **{
             table: [PATHS.table(table, model) for model in models]
-            for table in ("models", "layers")
+            for table in ("models", "layers", "heads")
         },
         "data": [PATHS.report(f"data/{model}.js") for model in models],
         "merged": [PATHS.record("merge", model) for model in models],
         "derived": [PATHS.record("derive", model) for model in models],
         "rendered": [PATHS.record("render", model) for model in models],
+        "drift": [PATHS.pair_table("drift", *pair) for pair in PLAN.drawn_pairs],
+        "compared": [
+            PATHS.record("lineage", model, name=other)
+            for model, other in PLAN.drawn_pairs
+        ],
     }

@@ -21,4 +21,5 @@ with running(snakemake) as (provenance, options):
         seed=record.parents[1] / "seed" / record.name,
         record=record,
     )
-    merge(parts, atlas, options, provenance)
+    turning = tuple(map(Path, snakemake.input.turning))
+    merge(parts, atlas, options, provenance, turning or None)

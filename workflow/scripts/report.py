@@ -1,4 +1,4 @@
-"""ReportFiles job: see headgram.stages.report."""
+"""Report job: see headgram.stages.report."""
 
 import json
 from pathlib import Path
@@ -6,13 +6,18 @@ from pathlib import Path
 from headgram.run.job import running
 
 with running(snakemake) as (provenance, _):
-    from headgram.stages.report import ReportFiles, Source, write_report
+    from headgram.stages.report import Lineages, ReportFiles, Source, write_report
 
-    names = ("models", "layers", "data", "merged", "derived", "rendered")
+    names = ("models", "layers", "heads", "data", "merged", "derived", "rendered")
     files = zip(*(map(Path, snakemake.input[name]) for name in names), strict=True)
     sources = [
-        Source(model, {"models": models, "layers": layers}, *others)
-        for model, (models, layers, *others) in zip(json.loads(snakemake.params.models), files, strict=True)
+        Source(model, dict(zip(names, found[:3], strict=False)), *found[3:])
+        for model, found in zip(json.loads(snakemake.params.models), files, strict=True)
     ]
+    members, pairs = json.loads(snakemake.params.lineages)
+    drift, compared = (
+        dict(zip(map(tuple, pairs), map(Path, snakemake.input[name]), strict=True)) for name in ("drift", "compared")
+    )
     page, record = (Path(snakemake.output[name]) for name in ("page", "record"))
-    write_report(sources, ReportFiles(page, figures=page.with_name("figures"), record=record), provenance)
+    report = ReportFiles(page, figures=page.with_name("figures"), lineages=page.with_name("lineages"), record=record)
+    write_report(sources, Lineages(members, drift, compared), report, provenance)

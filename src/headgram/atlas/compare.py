@@ -14,7 +14,7 @@ from headgram.atlas.reader import Atlas, open_atlas
 from headgram.errors import HeadgramError, require
 from headgram.geometry.overlaps import paired_overlaps
 from headgram.results.factors import FactorFiles
-from headgram.results.paths import Place
+from headgram.results.paths import LINEAGE, Place
 from headgram.results.record import has_key, read_record
 from headgram.results.tables import HEAD_NUMBERS, SIDES
 from headgram.stages.lineage import Measured, measure
@@ -37,7 +37,8 @@ class Comparison:
     heads
         A row per circuit, stack, layer and head: all columns of the table `drift`, and every number of the table `heads` as
         `{number}_a` and `{number}_b`. Without what `why_no_drift` says; then still with `right`, `left`, `signed`, the overlaps
-        of the two heads' directions, and `expected`, that of random subspaces, if both have one width.
+        of the two heads' directions, and `expected`, that of random subspaces, if both have one width. Of models that were
+        compared in token space, a row per head of `b` that was matched, and `{number}_a` of the head of `a` that it was given.
     changes, matches
         The tables `changes` and `matches`; empty where there is no drift.
     why_no_drift
@@ -105,17 +106,40 @@ def _compared(atlas: Atlas, a: str, b: str, place: Place) -> tuple[pd.DataFrame,
     """Of one circuit of a stack: heads, changes, matches, and why there are only numbers."""
     circuit, stack = place
     numbers = [atlas.of_heads("heads", model, stack, circuit).set_index(_HEAD).sort_index() for model in (a, b)]
+    if a in atlas.others(b) and _planned(atlas, a, b, place, "drift").empty:
+        return _in_tokens(_planned(atlas, a, b, place, "matches"), numbers)
     if not numbers[0].index.equals(numbers[1].index):
         sizes = [f"{model} has {_size(table)}" for model, table in zip((a, b), numbers, strict=True)]
-        raise HeadgramError(f"only models with the same layers and heads can be compared head by head: {', '.join(sizes)}")
+        raise HeadgramError(
+            f"only models with the same layers and heads can be compared head by head: {', '.join(sizes)}; "
+            "others in token space, where a run did that (lineage.basis)"
+        )
     joined = pd.concat([table[[*HEAD_NUMBERS]].add_suffix(f"_{name}") for table, name in zip(numbers, "ab", strict=True)], axis=1)
-    tables, why_not = {name: pd.DataFrame() for name in ("drift", "changes", "matches")}, None
+    tables, why_not = {name: pd.DataFrame() for name in LINEAGE}, None
     try:
         tables = dict(_tables(atlas, a, b, place, [_shape(table) for table in numbers]))
         found = tables["drift"].set_index(_HEAD)
     except HeadgramError as error:
         why_not, found = str(error), _overlaps(atlas, a, b, place, numbers[0])
     return found.join(joined, how="right").reset_index(), tables["changes"], tables["matches"], why_not
+
+
+def _planned(atlas: Atlas, a: str, b: str, place: Place, name: str) -> pd.DataFrame:
+    """A table about two models as the pipeline wrote it."""
+    table = atlas.of_heads(name, b, place[1], place[0])
+    return table[table["other"] == a].drop(columns=["model", "other"])
+
+
+def _in_tokens(matches: pd.DataFrame, numbers: list[pd.DataFrame]) -> tuple[pd.DataFrame, pd.DataFrame, pd.DataFrame, str]:
+    """Of heads that were matched in token space: numbers of both, no changes, the matches, and why there is no drift."""
+    place = matches[_HEAD]
+    there = place.assign(layer=matches["other_layer"], head=matches["other_head"])
+    columns = [
+        table.loc[pd.MultiIndex.from_frame(where), [*HEAD_NUMBERS]].add_suffix(f"_{name}").set_axis(matches.index)
+        for table, where, name in zip(numbers, (there, place), "ab", strict=True)
+    ]
+    why_not = "the models were compared in token space, where no head of one is the same head of the other: see the matches"
+    return pd.concat([place, *columns], axis=1), pd.DataFrame(), matches, why_not
 
 
 def _size(table: pd.DataFrame) -> str:
@@ -130,11 +154,8 @@ def _shape(table: pd.DataFrame) -> Mapping[str, int]:
 
 def _tables(atlas: Atlas, a: str, b: str, place: Place, shapes: list[Mapping[str, int]]) -> Iterator[tuple[str, pd.DataFrame]]:
     """The three tables as the pipeline wrote them, or else computed."""
-    circuit, stack = place
     if a in atlas.others(b):
-        for name in ("drift", "changes", "matches"):
-            table = atlas.of_heads(name, b, stack, circuit)
-            yield name, table[table["other"] == a].drop(columns=["model", "other"])
+        yield from ((name, _planned(atlas, a, b, place, name)) for name in LINEAGE)
         return
     ours, theirs = shapes
     different = [f"{words} {ours[name]} and {theirs[name]}" for name, words in _SHAPE.items() if ours[name] != theirs[name]]

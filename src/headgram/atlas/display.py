@@ -172,6 +172,7 @@ def show_comparison(comparison: Comparison, top: int, out: Console) -> None:
     """What moved between two models: the numbers' medians, the layers, the heads that moved most, and those that swapped."""
     all_heads = comparison.heads
     ratios = _ratios(all_heads["fro_sq_b"] ** 0.5, all_heads["fro_sq_a"] ** 0.5)
+    in_tokens = bool(comparison.why_no_drift) and len(comparison.matches) > 0
     if comparison.why_no_drift:
         out.print(f"No cosines: {_text(comparison.why_no_drift)}.", highlight=False, soft_wrap=True)
     after, before = map(_text, (comparison.b, comparison.a))
@@ -190,30 +191,34 @@ def show_comparison(comparison: Comparison, top: int, out: Console) -> None:
         changes = ["change", "floor"] if "cosine" in measures else []
         moved = heads.nsmallest(top, measures[0] if measures else "norm_ratio")
         columns = ["layer", "head", *measures, *changes, "symmetry_a", "symmetry_b", "norm_ratio"]
-        _print(out, "Heads that moved most", moved, columns)
-        if "cosine" in measures:
-            found = comparison.matches
+        if not in_tokens:
+            _print(out, "Heads that moved most", moved, columns)
+        if len(found := comparison.matches):
             mine = found[(found["circuit"] == circuit) & (found["stack"] == stack)]
-            _show_matches(mine[mine["among"] == ("stack" if "stack" in set(mine["among"]) else "layer")], top, out)
+            mine = mine[mine["among"] == ("stack" if "stack" in set(mine["among"]) else "layer")]
+            if not in_tokens:
+                moved = mine[(mine["layer"] != mine["other_layer"]) | (mine["head"] != mine["other_head"])]
+                _show_matches("Heads that were another head before", moved, top, out)
+            else:
+                _show_matches("Heads that are alike in token space", mine, top, out)
 
 
-def _show_matches(found: pd.DataFrame, top: int, out: Console) -> None:
-    """The heads that are more like another head of the earlier model than like their own, by how sure that is."""
-    moved = found[(found["layer"] != found["other_layer"]) | (found["head"] != found["other_head"])]
-    likely = moved[moved["mutual"] & (moved["cosine"].abs() > moved["chance"])]
+def _show_matches(title: str, found: pd.DataFrame, top: int, out: Console) -> None:
+    """The matches that are mutual and beyond chance, by how sure they are."""
+    likely = found[found["mutual"] & (found["cosine"].abs() > found["chance"])]
     if len(likely):
         columns = ["layer", "head", "other_layer", "other_head", "cosine", "margin"]
-        _print(out, "Heads that were another head before", likely.nlargest(top, "margin"), columns)
+        _print(out, title, likely.nlargest(top, "margin"), columns)
 
 
 def _show_facts(model: str, facts: pd.Series, out: Console) -> None:
     circuit, stack, architecture, dtype = (_text(facts[name]) for name in ("circuit", "stack", "architecture", "stored_dtype"))
+    shared = "" if facts["kv_heads"] == facts["heads"] else f", which share {facts['kv_heads']} factors"
     out.print(
         f"[bold]{_text(model)}[/bold], circuit {circuit}, stack {stack}: {architecture}, "
-        f"{facts['layers']} layers of {facts['heads']} heads ({facts['kv_heads']} factors shared by heads), "
+        f"{facts['layers']} layers of {facts['heads']} heads{shared}, "
         f"rank {facts['rank']}, width {facts['hidden']}, stored as {dtype}",
         highlight=False,
-        soft_wrap=True,
     )
 
 

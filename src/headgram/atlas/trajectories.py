@@ -36,6 +36,8 @@ def trajectory(
             raise HeadgramError(f"{model} was not compared with {other}: run again with '{_OPTION[to]}' in lineage.pairs")
         table = atlas.of_heads(name, model, stack, circuit)
         rows = table[table["other"] == other] if to else table
+        if rows.empty:
+            raise HeadgramError(f"{model} was compared with {other} in token space (lineage.basis), where heads have no {column}")
         arrays.append(rows.set_index(keys)[column].to_xarray())
     joined: xr.DataArray = xr.concat(arrays, dim="step", join="exact").transpose("step", *keys)
     attributes = {"lineage": lineage, "stack": stack, "circuit": circuit} | ({"to": to} if to else {})

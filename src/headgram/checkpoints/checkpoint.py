@@ -44,6 +44,8 @@ class Checkpoint(Described):
         A tuple of `Stack`.
     location
         Where the files are.
+    token_tables
+        Where its embedding and unembedding are, to be read whole or in slices.
     remarks
         How it is read, where that is not plain: sentences.
     """
@@ -64,7 +66,7 @@ class Checkpoint(Described):
         self.architecture = architecture
         self.stacks = stacks
         self._store = store
-        self._tables = tables
+        self.token_tables = tables
 
     def _described(self) -> tuple[str, list[dict[str, object]]]:
         line = f"Checkpoint of {self.architecture} ({self.location.format}) in {self.location.where}"
@@ -122,7 +124,8 @@ class Checkpoint(Described):
             except HeadgramError as error:
                 missing[role] = str(error)
         found = [Frame(**{role: values[i] for role, values in known.items()}) for i in range(len(layers))]
-        return Frames(dict(zip(stack.layers, found, strict=True)), missing, stack.context)
+        latent = stack._layout.startswith("latent")
+        return Frames(dict(zip(stack.layers, found, strict=True)), missing, stack.context, latent)
 
     def embedding(self) -> Float[Tensor, "tokens width"]:
         """What every token is read as, in stored precision; a model may scale it, or add positions to it.
@@ -132,7 +135,7 @@ class Checkpoint(Described):
         HeadgramError
             If the checkpoint has no such table, or the family's data name none.
         """
-        return self._tables.read("embedding")
+        return self.token_tables.read("embedding")
 
     def unembedding(self) -> Float[Tensor, "tokens width"]:
         """What the last stream is held against for every token, in stored precision; the embedding where both are one.
@@ -142,7 +145,7 @@ class Checkpoint(Described):
         HeadgramError
             If the checkpoint has no such table, or the family's data name none.
         """
-        return self._tables.read("unembedding")
+        return self.token_tables.read("unembedding")
 
     def qk(self, stack_name: str, layer: int) -> tuple[Float[Tensor, "heads rank hidden"], Float[Tensor, "kv_heads rank hidden"]]:
         """`W_Q (H, r, d)` and `W_K (K, r, d)` of one layer, as `factors` reads them."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
 from jaxtyping import Float
@@ -31,15 +31,29 @@ class TokenTables:
         HeadgramError
             If the checkpoint has none, or it is no table of finite numbers.
         """
-        if table in self.missing:
-            raise HeadgramError(f"this checkpoint has no {table} to read: {self.missing[table]}")
-        name = self.names[table]
-        if len(self._store.shape(name)) != 2:
-            raise HeadgramError(f"tensor {name} has shape {self._store.shape(name)}, which should be (tokens, width)")
+        name, _ = self._found(table)
         rows = self._store.read(name)
         if not is_finite(rows):
             raise HeadgramError(f"tensor {name} holds a NaN or an infinity: the checkpoint is damaged")
         return rows
+
+    def shape(self, table: str) -> tuple[int, int]:
+        """Tokens and width of one of the tables, without reading it; errors as of `read`."""
+        return self._found(table)[1]
+
+    def slices(self, table: str, rows: int) -> Iterator[Float[Tensor, "_ width"]]:
+        """One of the tables from its first row to its last, so many at a time; whether they are finite is not looked at."""
+        return self._store.slices(self._found(table)[0], rows)
+
+    def _found(self, table: str) -> tuple[str, tuple[int, int]]:
+        """The tensor and its shape."""
+        if table in self.missing:
+            raise HeadgramError(f"this checkpoint has no {table} to read: {self.missing[table]}")
+        name = self.names[table]
+        shape = self._store.shape(name)
+        if len(shape) != 2:
+            raise HeadgramError(f"tensor {name} has shape {shape}, which should be (tokens, width)")
+        return name, (shape[0], shape[1])
 
 
 def token_tables(

@@ -6,10 +6,12 @@ Nothing of a tokenizer is run. Where none of its files is there, tokens have the
 from __future__ import annotations
 
 import struct
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from functools import cache
 from typing import Any
 
+from headgram.checkpoints.bases import AdaptedLocation, AnyLocation
 from headgram.checkpoints.gguf_store import strings_of
 from headgram.checkpoints.sources import Location, parse_json
 from headgram.errors import HeadgramError
@@ -23,14 +25,18 @@ _MOST = 2**21
 _BLANK = "\u2581"
 
 
-def token_texts(location: Location) -> dict[int, str]:
-    """The text of every token, by its number; empty if the checkpoint has no tokenizer beside it.
+def token_texts(location: AnyLocation) -> dict[int, str]:
+    """The text of every token, by its number; of an adapter, those of its base. Empty if no tokenizer lies beside the weights.
 
     Raises
     ------
     HeadgramError
         If a tokenizer's file is damaged.
     """
+    if isinstance(location, AdaptedLocation):
+        location = location.underneath
+    if not isinstance(location, Location):
+        return {}
     if location.format == "gguf":
         found = strings_of(location.path(location.weights[0]), "tokenizer.ggml.tokens")
         return _decoded(dict(enumerate(found)))
@@ -44,6 +50,22 @@ def token_texts(location: Location) -> dict[int, str]:
                     f"{path} is no tokenizer's file that headgram reads ({error}): fetch it again, or remove it"
                 ) from None
     return {}
+
+
+def common_tokens(a: Mapping[int, str], b: Mapping[int, str]) -> list[tuple[int, int]]:
+    """The numbers in two vocabularies of every token that both write alike; texts that one of them holds twice are left out.
+
+    Examples
+    --------
+    >>> common_tokens({0: " the", 1: "cat", 2: "cat"}, {0: "cat", 7: " the"})
+    [(0, 7)]
+    """
+    places = [{text: number for number, text in each.items() if text and counts[text] == 1} for each, counts in _counted(a, b)]
+    return [(number, places[1][text]) for text, number in places[0].items() if text in places[1]]
+
+
+def _counted(*vocabularies: Mapping[int, str]) -> Iterator[tuple[Mapping[int, str], Counter[str]]]:
+    return ((each, Counter(each.values())) for each in vocabularies)
 
 
 def _tokenizer_json(content: bytes) -> dict[int, str]:

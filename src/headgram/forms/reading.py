@@ -135,8 +135,11 @@ class Frames:
         The roles that are not known, each with a sentence that says why.
     context
         The most tokens that the model was made for; None if its configuration does not say.
+    latent
+        Whether weights are products of two, between which latent vectors are divided by norms.
     """
 
     layers: Mapping[int, Frame]
     missing: Mapping[str, str] = field(default_factory=dict)
     context: int | None = None
+    latent: bool = False

@@ -15,10 +15,12 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Matches:
-    """One head of the other model for each of `n` heads.
+    """One head of the other model for each of `n` heads: of all, or of as many as the other model has.
 
     Attributes
     ----------
+    row : (n,) int64
+        Which heads, in their order.
     place : (n,) int64
         Which head of the other model.
     value : (n,)
@@ -30,18 +32,19 @@ class Matches:
         Whether each of the two is the other's nearest.
     """
 
+    row: Int[Tensor, " n"]
     place: Int[Tensor, " n"]
     value: Float[Tensor, " n"]
     margin: Float[Tensor, " n"]
     mutual: Bool[Tensor, " n"]
 
 
-def matches(cosines: Float[Tensor, "n n"]) -> Matches:
-    """Assign each row one column.
+def matches(cosines: Float[Tensor, "rows columns"]) -> Matches:
+    """Assign each row one column, or each column one row where there are fewer.
 
     Parameters
     ----------
-    cosines : (n, n)
+    cosines : (n_x, n_y)
         Of the heads of one model with those of the other, on the CPU.
 
     Examples
@@ -55,10 +58,9 @@ def matches(cosines: Float[Tensor, "n n"]) -> Matches:
     from scipy.optimize import linear_sum_assignment  # costs time where nothing is matched
 
     likeness = cosines.abs()
-    place = torch.from_numpy(linear_sum_assignment(likeness.numpy(), maximize=True)[1])
-    rows = torch.arange(len(cosines))
+    rows, place = map(torch.from_numpy, linear_sum_assignment(likeness.numpy(), maximize=True))
     own = likeness[rows, place]
     others = likeness.clone()
     others[rows, place] = 0
-    mutual = (own >= likeness.amax(1)) & (own >= likeness.amax(0)[place])
-    return Matches(place, cosines[rows, place], own - others.amax(1), mutual)
+    mutual = (own >= likeness.amax(1)[rows]) & (own >= likeness.amax(0)[place])
+    return Matches(rows, place, cosines[rows, place], own - others.amax(1)[rows], mutual)

@@ -4,7 +4,7 @@ const element = (id) => document.getElementById(id);
 
 // ---- The state ---------------------------------------------------------------------------------------------------------
 
-const SELECTS = ["side", "measure", "scale", "depth", "pairs", "order", "kind"]; // whose options do not depend on the model
+const SELECTS = ["side", "measure", "scale", "depth", "pairs", "order", "kind", "along"]; // whose options do not depend on the model
 const COMPARED = 8; // as many models as there are colours
 const state = {};
 let index; // columns, models, stacks; the quartiles of all models
@@ -34,6 +34,7 @@ function choose(wish) {
   state.head = Math.min(Math.max(Math.trunc(Number(state.head)) || 0, 0), stack.heads - 1);
   state.column = among(offered().map((column) => column.name), state.column);
   state.form = among(Object.keys(index.forms), state.form);
+  state.steps = among(["heads", "median", "first", "previous", ...Object.keys(index.layer_columns)], state.steps);
   for (const id of SELECTS) {
     state[id] = among([...element(id).options].map((option) => option.value), state[id]);
   }
@@ -72,15 +73,19 @@ function fill(id, entries) {
   select.value = state[id];
 }
 
-/** Whether a model's name holds every word of the filter. */
-const isWanted = (name) => element("filter").value.toLowerCase().split(/\s+/).every((word) => name.toLowerCase().includes(word));
+/** Whether what is known of a model, its name, lineage and labels, holds every word of the filter. */
+function isWanted(name) {
+  const { lineage, labels } = Object.values(index.models[name])[0];
+  const known = `${name} ${lineage ?? ""} ${labels ?? ""}`.toLowerCase();
+  return element("filter").value.toLowerCase().split(/\s+/).every((word) => known.includes(word));
+}
 
 function drawControls() {
   const stack = currentStack();
   const numbers = (count) => [...Array(count).keys()].map((i) => [i, i]);
   const names = Object.keys(index.models);
   element("filter").hidden = names.length <= COMPARED;
-  fill("model", names.filter((name) => name === state.model || isWanted(name)).map((name) => [name, name]));
+  fill("model", inOrder(names).filter((name) => name === state.model || isWanted(name)).map((name) => [name, name]));
   const places = Object.keys(index.models[state.model]);
   const circuits = [...new Set(places.map(circuitOf))];
   fill("circuit", circuits.map((name) => [name, { qk: "qk: looks for", ov: "ov: moves" }[name] ?? name]));
@@ -101,7 +106,7 @@ function drawCompared() {
   const place = element("with");
   const names = Object.keys(index.models);
   if (!place.querySelector("input")) {
-    for (const name of names) {
+    for (const name of inOrder(names)) {
       const box = Object.assign(document.createElement("input"), { type: "checkbox", value: name });
       box.addEventListener("change", () => set({ with: box.checked ? [...state.with, name] : state.with.filter((each) => each !== name) }));
       const label = document.createElement("label");
@@ -121,15 +126,15 @@ function drawCompared() {
 
 /** Where the chosen model is from, when it was measured, and by what. */
 function originText() {
-  const { source, revision, commit, measured, version } = index.origins[state.model] ?? {};
-  return [source && `source ${source}`, revision && `revision ${revision}`, commit && commit !== revision && `commit ${commit.slice(0, 12)}`,
+  const { source, revision, commit, twin, measured, version } = index.origins[state.model] ?? {};
+  return [twin && `random twin ${twin}: heads turned at random, spectra kept`, source && `source ${source}`, revision && `revision ${revision}`, commit && commit !== revision && `commit ${commit.slice(0, 12)}`,
     `${measured ? `measured ${measured} by ` : ""}headgram ${version ?? index.version}`].filter(Boolean).join(" · ");
 }
 
 function drawText(data) {
   const { meta } = data;
   const column = columnOf(state.column);
-  const facts = [meta.architecture, `${data.layers.length} layers × ${meta.heads} heads`, meta.kv_heads === meta.heads ? null : `${meta.kv_heads} ${state.circuit === "ov" ? "value" : "key"} heads`,
+  const facts = [meta.architecture, `${data.layers.length} layers × ${meta.heads} heads`, meta.kv_heads === meta.heads ? null : `${meta.kv_heads} ${state.circuit.startsWith("ov") ? "value" : "key"} heads`,
     `rank ${meta.rank}`, `width ${meta.hidden}`, meta.stored_dtype];
   element("facts").textContent = facts.filter((fact) => fact !== null && fact !== undefined).join(" · ");
   element("origin").textContent = originText();
@@ -265,6 +270,7 @@ async function drawOnce() {
     await picture.draw(data);
     if (!performance.getEntriesByName("first-picture").length) performance.mark("first-picture");
   }
+  if (!outdated) await drawSteps(data);
 }
 
 function set(wish) {
@@ -277,7 +283,8 @@ async function start() {
   index = unpacked.meta;
   quartiles = unpacked.arrays;
   makePictures();
-  for (const id of ["model", "circuit", "stack", "layer", "head", "column", "form", ...SELECTS]) {
+  stepsPictureDrawn = new Picture("course", "steps", stepsPicture);
+  for (const id of ["model", "circuit", "stack", "layer", "head", "column", "form", "steps", ...SELECTS]) {
     element(id).addEventListener("change", (event) => set({ [id]: event.target.value }));
   }
   element("filter").addEventListener("input", drawControls);
@@ -290,18 +297,20 @@ async function start() {
   return set(readAddress());
 }
 
+const pictureOf = (id) => [...pictures, stepsPictureDrawn].find((picture) => picture.id === id);
+
 // What a script beside the page calls, and what a test or a console may ask.
 globalThis.headgram = {
   receive: (name, text) => awaited.get(name)(text),
   state,
   set,
   settled: async () => { while (drawing) await drawing; },
-  rows: (id, set) => pictures.find((picture) => picture.id === id).view.data(set),
+  rows: (id, set) => pictureOf(id).view.data(set),
   matrix: () => {
     const { rows, columns, value } = pictures.find((picture) => picture.id === "matrix").shown;
     return { rows, columns, values: rows.map((_, i) => columns.map((_, j) => value(i, j))) };
   },
-  view: (id) => pictures.find((picture) => picture.id === id).view,
+  view: (id) => pictureOf(id).view,
 };
 
 headgram.started = start();

@@ -40,12 +40,12 @@ function loadModel(name) {
   return models.get(name);
 }
 
-function loadBeside(name) {
+function loadBeside(name, path = `data/${name}.js`) {
   return new Promise((resolve, reject) => {
     awaited.set(name, resolve);
     const script = document.createElement("script");
-    script.src = `data/${name.split("/").map(encodeURIComponent).join("/")}.js`;
-    script.onerror = () => reject(new Error(`The data of ${name} are not there: they lie beside this page, in data/${name}.js.`));
+    script.src = path.split("/").map(encodeURIComponent).join("/");
+    script.onerror = () => reject(new Error(`The data of ${name} are not there: they lie beside this page, in ${path}.`));
     document.head.append(script);
   });
 }

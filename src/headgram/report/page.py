@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import html
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from importlib.resources import files
 
@@ -13,22 +13,37 @@ from headgram.report.arrays import FORMS, StackSummary
 from headgram.report.chance import PALE, for_page
 from headgram.report.columns import columns
 from headgram.report.pack import pack, script_json
+from headgram.report.steps import LAYER_COLUMNS
 from headgram.version import __version__
 
 #: One script on the page, in this order: `app` starts it.
-SCRIPTS = ("data", "looks", "picking", "saving", "matrix", "pictures", "app")
+SCRIPTS = ("data", "looks", "picking", "saving", "matrix", "pictures", "steps", "app")
 #: Characters of models' data that the page itself holds, in the manifest's order. What goes beyond lies beside the page.
 EMBEDDED = 24 * 2**20
 
 
-def index_pack(models: Mapping[str, Mapping[str, StackSummary]], origins: Mapping[str, Mapping[str, str]] | None = None) -> str:
-    """What the page knows of every model before its own data are asked for; `origins` says where from, when and by what."""
+def index_pack(
+    models: Mapping[str, Mapping[str, StackSummary]],
+    origins: Mapping[str, Mapping[str, str]] | None = None,
+    lineages: Mapping[str, Sequence[str]] | None = None,
+) -> str:
+    """What the page knows of every model before its own data are asked for.
+
+    Parameters
+    ----------
+    origins
+        Where each model is from, when it was measured and by what.
+    lineages
+        The models of each lineage, in the order of their steps; `steps_pack` of the one in place `i` lies in `lineages/{i}.js`.
+    """
     meta = {
         "version": __version__,
         "origins": dict(origins or {}),
         "pale": PALE,
         "forms": FORMS,
         "columns": [asdict(column) for column in columns()],
+        "layer_columns": LAYER_COLUMNS,
+        "lineages": {name: list(members) for name, members in (lineages or {}).items()},
         "models": {
             model: {
                 name: {**stack.facts, "layer_indices": stack.layers.tolist(), "chance": for_page(stack.facts)}
@@ -48,6 +63,7 @@ def page_shell() -> dict[str, str]:
         "square": pictures.heatmap("layer_b", "layer_a"),
         "spectrum": pictures.spectrum(),
         "profile": pictures.profile(),
+        "steps": pictures.steps(),
     }
     return {
         "style": _asset("style.css"),

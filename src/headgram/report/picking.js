@@ -33,12 +33,12 @@ const DISTANCES = {
     for (const item of items) consider(Math.hypot(item.x - x, item.y - y), item.datum);
   },
   line(items, x, y, consider) {
-    if (items[0]?.datum.head === undefined) return; // along the depth, points are chosen
+    if (items[0]?.datum.series !== undefined) return; // along the depth, points are chosen
     items.forEach((end, i) => {
       const start = items[Math.max(0, i - 1)];
       const [dx, dy] = [end.x - start.x, end.y - start.y];
       const along = Math.min(1, Math.max(0, ((x - start.x) * dx + (y - start.y) * dy) / (dx * dx + dy * dy || 1)));
-      consider(Math.hypot(start.x + along * dx - x, start.y + along * dy - y), end.datum);
+      consider(Math.hypot(start.x + along * dx - x, start.y + along * dy - y), (along < 0.5 ? start : end).datum);
     });
   },
 };

@@ -46,7 +46,9 @@ def heatmap(
     scale["scheme" if isinstance(colours, str) else "range"] = colours if isinstance(colours, str) else list(colours)
     if domain is not None:
         scale["domain"] = list(domain)
-    legend = alt.Legend(orient="bottom", direction="horizontal", title=note, tickCount=4, gradientThickness=9, format="~g")
+    legend = alt.Legend(
+        orient="bottom", direction="horizontal", title=note, tickCount=4, gradientThickness=9, gradientLength=240, format="~g"
+    )
     cells = alt.Chart(alt.NamedData("cells")).mark_rect()
     frame = {"y": place["y"]} if "_" in y else place
     chosen = alt.Chart(alt.NamedData("chosen")).encode(**frame)
@@ -91,6 +93,22 @@ def profile(depth: str = "depth") -> Chart:
     points = base.mark_point(filled=True, size=50, opacity=1).encode(y="median:Q")
     chosen = alt.Chart(alt.NamedData("chosen")).mark_rule(strokeDash=[4, 3], strokeWidth=1.2, color=_INK).encode(x="x:Q")
     return _layers(band, chosen, line, points)
+
+
+def steps() -> Chart:
+    """A number of every head of a layer, or of every layer, over the steps of a lineage, the chosen one in front.
+
+    Datasets: `others` and `chosen` (line, x, value), and `now` (x).
+    """
+    place: dict[str, Any] = {
+        "x": alt.X("x:Q", title="step", axis=alt.Axis(grid=False, format=_NUMBER), scale=alt.Scale(nice=False, zero=False)),
+        "y": alt.Y("value:Q", title=None, axis=alt.Axis(format=_NUMBER), scale=alt.Scale(zero=False)),
+        "detail": "line:N",
+    }
+    others = alt.Chart(alt.NamedData("others")).mark_line(strokeWidth=1.2, opacity=0.5, color=_QUIET)
+    now = alt.Chart(alt.NamedData("now")).mark_rule(strokeDash=[4, 3], strokeWidth=1.2, color=_INK).encode(x="x:Q")
+    chosen = alt.Chart(alt.NamedData("chosen")).mark_line(strokeWidth=2.8, color=_ACCENT, point={"size": 22, "color": _ACCENT})
+    return _layers(others.encode(**place), now, chosen.encode(**place))
 
 
 def _layers(*charts: alt.Chart) -> Chart:

@@ -13,6 +13,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from headgram.errors import HeadgramError
+from headgram.forms.variants import Variant
 from headgram.results.files import written_whole
 from headgram.results.paths import Place
 from headgram.results.record import Provenance, parquet_metadata
@@ -57,6 +58,15 @@ DRIFT_NUMBERS = (
     "floor",
     "equal",
 )
+#: Of heads of `qk`, how much of a form turns with the offset, and how fast: fields of `headgram.geometry.frequencies.Turning`.
+#: Empty where positions turn nothing; each but the first has a column `…_expected` beside it.
+TURNS = tuple(f"rotary_{name}" for name in ("norm", "still", "wavelength", "sine", "speed", "beyond", "positional"))
+#: Norms of the terms of a score that are linear in the query's token, or in the key's, over the form's; empty without biases.
+LINEAR = ("linear_query", "linear_key")
+#: Columns of `heads` that may be empty.
+AT_TIMES = (*TURNS, *(f"{name}_expected" for name in TURNS[1:]), *LINEAR)
+#: What `models` says of what stands around heads; empty where that is not known.
+AROUND_MODELS = {"norm_kind": pa.string(), "score_scale": pa.float64(), "score_cap": pa.float64(), "not_folded": pa.string()}
 #: What `layers` says of each number of its heads.
 QUARTILES = {"q25": 0.25, "median": 0.5, "q75": 0.75}
 
@@ -74,15 +84,22 @@ def _number(name: str, suffix: str = "") -> pa.Field:
 
 
 _PLACE = (("circuit", pa.string()), ("stack", pa.string()))
+#: What a form's factors are, `raw` or `folded`, and at which offset of query and key, as the name in `circuit` says it too.
+_FORM = (("norms", pa.string()), ("offset", pa.int32()))
+#: The columns that say which heads a row is about, in which form.
+WHERE = ("circuit", "stack", "norms", "offset")
 
 # The column `model` is the partition of the atlas, so no file repeats it.
 HEADS = _schema(
     *_PLACE,
+    *_FORM,
     *((name, pa.int32()) for name in ("layer", "head", "kv_head", "rank", "hidden")),
     *map(_number, HEAD_NUMBERS),
+    *(pa.field(name, pa.float64()) for name in AT_TIMES),
 )
 SPECTRA = _schema(
     *_PLACE,
+    *_FORM,
     *((name, pa.int32()) for name in ("layer", "head", "index")),
     ("singular_value", pa.float64()),
     ("symmetric_eigenvalue", pa.float64()),
@@ -90,37 +107,45 @@ SPECTRA = _schema(
 )
 GRAM = _schema(
     *_PLACE,
+    *_FORM,
     *((name, pa.int32()) for name in ("layer_a", "layer_b", "head")),
     *((name, pa.float64()) for name in ("gram", "cosine", "transposed", "symmetric", "antisymmetric", "z")),
 )
 PAIRS = _schema(
     *_PLACE,
+    *_FORM,
     *((name, pa.int32()) for name in ("layer_a", "head_a", "layer_b", "head_b")),
     ("shared", pa.bool_()),
     *((name, pa.float32()) for name in ("cosine", "transposed")),
 )
 OVERLAP = _schema(
     *_PLACE,
+    *_FORM,
     *((name, pa.int32()) for name in ("layer_a", "layer_b", "head")),
     *((name, pa.float64()) for name in (*SIDES, "expected")),
 )
 LAYERS = _schema(
     *_PLACE,
+    *_FORM,
     ("layer", pa.int32()),
     *(_number(name, f"_{label}") for name in HEAD_NUMBERS for label in QUARTILES),
     *((name, pa.float64()) for name in ("cosine_previous", "cosine_next", "cosine_all", *LAYER_SCORES)),
 )
 MODELS = _schema(
-    *((name, pa.string()) for name in ("circuit", "stack", "architecture", "stored_dtype", "lineage")),
+    *_PLACE,
+    *_FORM,
+    *((name, pa.string()) for name in ("architecture", "stored_dtype", "lineage")),
     pa.field("step", pa.float64()),  # null where the manifest gives none
     ("labels", pa.string()),
     *((name, pa.int32()) for name in ("layers", "heads", "kv_heads", "rank", "hidden", "directions")),
     *(_number(name, "_median") for name in (*HEAD_NUMBERS, *LAYER_SCORES)),
     *((name, pa.float64()) for name in ("cosine_adjacent", "cosine_all")),
     *((f"overlap_{name}", pa.float64()) for name in (*(f"{side}_adjacent" for side in SIDES), "expected")),
+    *(pa.field(name, kind) for name, kind in AROUND_MODELS.items()),
 )
 NEIGHBOURS = _schema(
     *_PLACE,
+    *_FORM,
     *((name, pa.int32()) for name in ("layer", "head")),
     ("measure", pa.string()),
     *((name, pa.int32()) for name in ("place", "other_layer", "other_head")),
@@ -144,6 +169,25 @@ MATCHES = _schema(
     *((name, pa.int32()) for name in ("layer", "head", "other_layer", "other_head")),
     *((name, pa.float64()) for name in ("cosine", "margin", "chance")),
     ("mutual", pa.bool_()),
+)
+ROTARY = _schema(
+    *_PLACE,
+    *((name, pa.int32()) for name in ("layer", "head", "offset")),
+    *((name, pa.float64()) for name in ("norm", "cosine", "transposed", "symmetry", "trace", "expected")),
+)
+FREQUENCIES = _schema(
+    *_PLACE,
+    *((name, pa.int32()) for name in ("layer", "head")),
+    pa.field("plane", pa.int32()),  # null, as what follows, of the rows that no rotation touches
+    pa.field("wavelength", pa.float64()),
+    *((name, pa.float64()) for name in ("energy", "share", "expected")),
+    *(pa.field(name, pa.float64()) for name in ("cosine_norm", "sine_norm")),
+)
+#: What `heads` takes from the stage `rotary`.
+TURNING = _schema(
+    *_PLACE,
+    *((name, pa.int32()) for name in ("layer", "head")),
+    *(pa.field(name, pa.float64()) for name in AT_TIMES),
 )
 _COMPOSED = (
     *((name, pa.string()) for name in ("stack", "kind")),
@@ -184,11 +228,13 @@ TABLES = {
     "composition": COMPOSITION,
     "channels": CHANNELS,
     "tokens": TOKENS,
+    "rotary": ROTARY,
+    "frequencies": FREQUENCIES,
 }
 
 
-def labelled(table: pa.Table, schema: pa.Schema, **labels: str) -> pa.Table:
-    """Rows that have some texts in common, with a column for each, as a schema has them."""
+def labelled(table: pa.Table, schema: pa.Schema, **labels: str | int) -> pa.Table:
+    """Rows that have some texts or numbers in common, with a column for each, as a schema has them."""
     rows = pa.array(np.zeros(len(table), dtype=np.int32))
     for name, value in labels.items():
         table = table.append_column(name, pa.array([value]).take(rows))
@@ -198,7 +244,8 @@ def labelled(table: pa.Table, schema: pa.Schema, **labels: str) -> pa.Table:
 def at_place(place: Place, table: pa.Table, schema: pa.Schema) -> pa.Table:
     """Rows about the heads of one place, with the columns that say so, as a schema has it."""
     circuit, stack = place
-    return labelled(table, schema, circuit=circuit, stack=stack)
+    form = Variant.of(circuit)
+    return labelled(table, schema, circuit=circuit, stack=stack, norms=form.norm, offset=form.offset)
 
 
 def of_place(place: Place, table: pa.Table) -> pa.Table:
@@ -209,12 +256,19 @@ def of_place(place: Place, table: pa.Table) -> pa.Table:
 def write_table(path: Path, parts: Iterable[pa.Table], provenance: Provenance, compression: str = "zstd") -> None:
     """Write the parts of a table below one another, each as row groups of its own; equal parts and provenance give equal bytes.
 
-    A part is written before the next one is asked for, so that a table may be larger than memory.
+    A part is written before the next one is asked for, so that a table may be larger than memory. Columns of float32, as of the
+    largest tables, hold hardly two equal values: their bytes are stored in planes, which takes two thirds of the room.
     """
     rest = iter(parts)
     part = next(rest)
     schema = part.schema.with_metadata(parquet_metadata(provenance))
-    options = {"compression": compression, "write_page_checksum": True}
+    split = [field.name for field in schema if field.type == "float"]
+    options = {
+        "compression": compression,
+        "write_page_checksum": True,
+        "use_dictionary": [name for name in schema.names if name not in split],
+        "use_byte_stream_split": split,
+    }
     with written_whole(path) as file, pq.ParquetWriter(file, schema, **options) as writer:
         for each in itertools.chain([part], rest):
             writer.write_table(each.cast(schema))

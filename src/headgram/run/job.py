@@ -20,7 +20,9 @@ from headgram.results.files import open_new, refuse_links
 from headgram.run.forkserver import hand_over
 
 if TYPE_CHECKING:
+    from headgram.results.paths import Place
     from headgram.results.record import Identity, Provenance
+    from headgram.stages.lineage import FactorsAndDirections
     from headgram.study.options import Config
 
 
@@ -71,6 +73,11 @@ def by_place(paths: Iterable[str]) -> dict[tuple[str, ...], Path]:
     return {(*path.parts[-4:-1], path.stem): path for path in map(Path, paths)}
 
 
+def around_of(inputs: Any) -> tuple[Path, Path] | None:
+    """What stands around a model's projections, and its record, if that is among a job's inputs."""
+    return (Path(inputs.around), Path(inputs.around_record)) if "around" in inputs.keys() else None  # noqa: SIM118
+
+
 @contextlib.contextmanager
 def _output_to(log: Path) -> Iterator[None]:
     refuse_links(log)
@@ -114,3 +121,22 @@ def _limit_threads(threads: int) -> None:
     import torch
 
     torch.set_num_threads(threads)
+
+
+def both_sides(snakemake: Any) -> list[dict[Place, FactorsAndDirections]]:
+    """Of the earlier model and of the later one, the input files of a job about two models."""
+    from headgram.stages.lineage import FactorsAndDirections
+
+    sides = []
+    for side, places in zip(("before", "after"), json.loads(snakemake.params.parts), strict=True):
+        files = by_place(snakemake.input[side])
+        sides.append(
+            {
+                (circuit, stack): FactorsAndDirections(
+                    [files[stack, circuit, "weights", name] for name in groups],
+                    [files[stack, circuit, "eigen", name] for name in shards],
+                )
+                for circuit, stack, groups, shards in places
+            }
+        )
+    return sides

@@ -73,10 +73,10 @@ class Run:
         self._progress: ProgressHandler | None = None
         os.environ[RESULTS] = os.path.normpath(self._results.absolute())  # for the jobs of this run
         manifest = read_manifest(self._manifest)
-        entries = _locked(manifest) if is_job else self._checked(manifest)
+        entries = _locked(manifest) if is_job else self._checked(manifest, config.lineage.basis)
         self.plan: Plan = make_plan(entries, config, scripts, manifest.labels)
 
-    def _checked(self, manifest: Manifest) -> dict[str, LockedModel]:
+    def _checked(self, manifest: Manifest, basis: str) -> dict[str, LockedModel]:
         """The entries of the manifest's models, new ones resolved, old ones compared with their sources."""
         if self._results.is_symlink() and not self._results.exists():
             raise HeadgramError(
@@ -93,7 +93,7 @@ class Run:
         doubtful = self._doubtful(known)
         self._new, problems = _resolve_elsewhere(self._manifest, doubtful) if missing or doubtful else ({}, [])
         entries = {**known, **self._new}
-        manifest.check(*changed, *problems, *misfits(manifest.rows, entries))
+        manifest.check(*changed, *problems, *misfits(manifest.rows, entries, basis))
         return entries
 
     def _doubtful(self, known: Mapping[str, LockedModel]) -> list[str]:

@@ -14,16 +14,17 @@ import torch
 from headgram.errors import HeadgramError
 from headgram.forms.circuits import shared_head
 from headgram.forms.heads import Heads
+from headgram.forms.variants import Variant
 from headgram.geometry.batches import at_once
 from headgram.geometry.eigenvalues import Eigenvalues, eigenvalues
 from headgram.geometry.original import original_quantities
 from headgram.geometry.scores import LayerScores, layer_scores, symmetry_score
 from headgram.geometry.spectra import Spectrum, spectra
-from headgram.results.factors import FactorFiles
+from headgram.results.factors import factors_of
 from headgram.results.files import written_whole
 from headgram.results.paths import between_streams
 from headgram.results.record import Provenance, record_of, seal
-from headgram.results.tables import COPYING, HEADS, LAYER_SCORES, SCALARS, write_table
+from headgram.results.tables import AT_TIMES, COPYING, HEADS, LAYER_SCORES, SCALARS, WHERE, write_table
 
 if TYPE_CHECKING:
     from headgram.study.options import Config
@@ -32,7 +33,7 @@ if TYPE_CHECKING:
 _BATCH_BYTES = 512 * 2**20
 
 _SHARD = pa.schema(
-    [field for field in HEADS if field.name not in ("circuit", "stack")]
+    [field for field in HEADS if field.name not in (*WHERE, *AT_TIMES)]
     + [(name, pa.float64()) for name in LAYER_SCORES]  # the same for every head of a layer
     + [("singular_values", pa.list_(pa.float64())), ("symmetric_eigenvalues", pa.list_(pa.float64()))]
     + [(name, pa.list_(pa.float64())) for name in ("eigenvalues_real", "eigenvalues_imaginary")]  # null where COPYING is
@@ -40,7 +41,13 @@ _SHARD = pa.schema(
 
 
 def measure_shard(
-    table: Path, tensors: Path, weights: Sequence[Path], layers: Sequence[int], options: Config, provenance: Provenance
+    table: Path,
+    tensors: Path,
+    weights: Sequence[Path],
+    layers: Sequence[int],
+    options: Config,
+    provenance: Provenance,
+    around: tuple[Path, Path] | None = None,
 ) -> None:
     """Measure a shard and write its table and its directions.
 
@@ -52,14 +59,15 @@ def measure_shard(
         Extracted weights that hold all the layers.
     options
         Sections `eigen` and `original` are read.
+    around
+        As in `factors_of`.
 
     Raises
     ------
     HeadgramError
         If a residual exceeds the tolerance: names model, stack, layer and head.
     """
-    assert provenance.circuit is not None
-    source = FactorFiles(weights, provenance.identity.upstream[0], provenance.circuit)
+    source = factors_of(weights, around, provenance)
     device, topk = provenance.device, options.eigen.topk
     place = f"model {provenance.model}, stack {provenance.stack}, circuit {provenance.circuit}"
     together = max(1, _BATCH_BYTES // source.layer_bytes) if at_once(torch.device(device)) else 1
@@ -67,7 +75,7 @@ def measure_shard(
     rows: list[dict[str, Any]] = []
     kept: dict[str, list[torch.Tensor]] = {}
     worst = 0.0
-    copies = provenance.circuit == "ov" and not between_streams(str(provenance.stack))
+    copies = Variant.of(str(provenance.circuit)).circuit == "ov" and not between_streams(str(provenance.stack))
     for start in range(0, len(layers), together):
         run = layers[start : start + together]
         heads = source.read(run).to(device)

@@ -44,8 +44,7 @@ class Measured:
 
 
 def write_pair(
-    before: Mapping[Place, FactorsAndDirections],
-    after: Mapping[Place, FactorsAndDirections],
+    sides: Sequence[Mapping[Place, FactorsAndDirections]],
     tables: Mapping[str, Path],
     record: Path,
     options: Config,
@@ -55,8 +54,8 @@ def write_pair(
 
     Parameters
     ----------
-    before, after
-        By circuit and stack, the same ones of both.
+    sides
+        Of the earlier model and of the later one, by circuit and stack, the same ones of both.
     tables
         The files of `drift`, `changes` and `matches`.
     options
@@ -67,15 +66,26 @@ def write_pair(
     HeadgramError
         If an artifact is damaged or belongs to another run.
     """
-    circuits = list(dict.fromkeys(circuit for circuit, _ in after))
-    keys = iter(provenance.identity.upstream)
-    sides = [_checked(parts, *({circuit: next(keys) for circuit in circuits} for _ in range(2))) for parts in (before, after)]
+    before, after = checked(sides, provenance)
     over_layers = options.gram.pairs == "all"
-    found = [measure(place, sides[0][place], sides[1][place], over_layers, provenance.device) for place in after]
+    found = [measure(place, before[place], after[place], over_layers, provenance.device) for place in after]
     provenance = replace(provenance, precision="float64; of matches, float32 where accurate")
     for name, path in tables.items():
         write_table(path, [each[name] for each in found], provenance, options.export.compression)
     seal(record, provenance, list(tables.values()))
+
+
+def checked(sides: Sequence[Mapping[Place, FactorsAndDirections]], provenance: Provenance) -> list[dict[Place, Measured]]:
+    """What the files of both models hold; they are of the artifacts whose keys a pair's key follows from.
+
+    Raises
+    ------
+    HeadgramError
+        If an artifact is damaged or belongs to another run.
+    """
+    circuits = list(dict.fromkeys(circuit for circuit, _ in sides[0]))
+    keys = iter(provenance.identity.upstream)
+    return [_checked(parts, *({circuit: next(keys) for circuit in circuits} for _ in range(2))) for parts in sides]
 
 
 def _checked(
@@ -154,11 +164,11 @@ def _matches(old: FactorFiles, new: FactorFiles, found: Drift, over_layers: bool
     norms = found.norm_after, found.norm_before
     if over_layers:
         cosines = _cosines(new, old, layers, norms, device)
-        yield _matched("stack", layers, heads, cosines, new.width)
+        yield matched("stack", (layers, heads), (layers, heads), cosines, _chance(cosines, new.width))
     for i, layer in enumerate(layers):
         rows = slice(i * heads, (i + 1) * heads)
         own = cosines[rows, rows] if over_layers else _cosines(new, old, [layer], (norms[0][rows], norms[1][rows]), device)
-        yield _matched("layer", [layer], heads, own, new.width)
+        yield matched("layer", ([layer], heads), ([layer], heads), own, _chance(own, new.width))
 
 
 def _cosines(new: FactorFiles, old: FactorFiles, layers: Sequence[int], norms: tuple[Tensor, Tensor], device: str) -> Tensor:
@@ -174,19 +184,26 @@ def _cosines(new: FactorFiles, old: FactorFiles, layers: Sequence[int], norms: t
     return found
 
 
-def _matched(among: str, layers: Sequence[int], heads: int, cosines: Tensor, width: int) -> pa.Table:
-    """A row per head, with the head of the other model that it was given."""
-    found, own = matches(cosines), np.arange(len(cosines))
-    place, numbers = found.place.numpy(), np.asarray(layers)
+def _chance(cosines: Tensor, width: int) -> Tensor:
+    """What the best of as many random forms reaches, for each row."""
+    return torch.full((len(cosines),), cosine_null(width).best_of(cosines.shape[1]), dtype=torch.float64)
+
+
+def matched(
+    among: str, own: tuple[Sequence[int], int], other: tuple[Sequence[int], int], cosines: Tensor, chance: Tensor
+) -> pa.Table:
+    """A row per head, with the head of the other model that it was given; of both, the layers and the heads of each."""
+    found = matches(cosines)
+    places = [
+        (f"{side}layer", np.asarray(layers)[place.numpy() // heads], f"{side}head", place.numpy() % heads)
+        for side, (layers, heads), place in (("", own, found.row), ("other_", other, found.place))
+    ]
     columns = {
-        "among": [among] * len(own),
-        "layer": numbers[own // heads],
-        "head": own % heads,
-        "other_layer": numbers[place // heads],
-        "other_head": place % heads,
+        "among": [among] * len(found.row),
+        **{name: values for place in places for name, values in zip(place[::2], place[1::2], strict=True)},
         "cosine": found.value.double().numpy(),
         "margin": found.margin.double().numpy(),
-        "chance": np.full(len(own), cosine_null(width).best_of(len(own))),
+        "chance": chance[found.row].numpy(),
         "mutual": found.mutual.numpy(),
     }
     return pa.table(columns)

@@ -1,4 +1,4 @@
-"""ReportFiles: the page, and the figures of all models together. It draws none of a single model."""
+"""Report: the page, and the figures of all models together. It draws none of a single model."""
 
 from __future__ import annotations
 
@@ -6,10 +6,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from headgram.report.arrays import read_summaries
+from headgram.report.arrays import StackSummary, read_summaries
 from headgram.report.figures import profile_figures
-from headgram.report.pack import from_beside
+from headgram.report.pack import beside, from_beside
 from headgram.report.page import EMBEDDED, index_pack, page, page_shell
+from headgram.report.steps import steps_pack
 from headgram.results.files import write_text
 from headgram.results.record import Provenance, Record, check, seal
 
@@ -21,7 +22,7 @@ class Source:
     Attributes
     ----------
     tables
-        `models` and `layers`.
+        `models`, `layers` and `heads`; the last is read of models of a lineage alone.
     data
         The script that was rendered.
     merged, derived, rendered
@@ -37,15 +38,33 @@ class Source:
 
 
 @dataclass(frozen=True)
+class Lineages:
+    """Models whose numbers are drawn over their steps.
+
+    Attributes
+    ----------
+    models
+        The models of every lineage, in the order of their steps.
+    drift, records
+        By the later model and the earlier one, the table `drift` and its record, in the order of the report's inputs.
+    """
+
+    models: Mapping[str, Sequence[str]]
+    drift: Mapping[tuple[str, str], Path]
+    records: Mapping[tuple[str, str], Path]
+
+
+@dataclass(frozen=True)
 class ReportFiles:
     """The files that a report writes."""
 
     page: Path
     figures: Path  # a folder
+    lineages: Path  # a folder: {number}.js
     record: Path
 
 
-def write_report(sources: Sequence[Source], report: ReportFiles, provenance: Provenance) -> None:
+def write_report(sources: Sequence[Source], lineages: Lineages, report: ReportFiles, provenance: Provenance) -> None:
     """Write the page and the figures of all models; the record names the rendered models' records, too.
 
     Raises
@@ -57,26 +76,43 @@ def write_report(sources: Sequence[Source], report: ReportFiles, provenance: Pro
     origins, summaries, packs = {}, {}, {}
     held = 0
     for source in sources:
-        origins[source.model] = _origin(check(source.merged, next(keys), reads=()))
-        check(source.derived, next(keys), reads=source.tables.values())
+        derived = [source.tables[name] for name in ("models", "layers")]
+        drawn = any(source.model in models for models in lineages.models.values())
+        origins[source.model] = _origin(check(source.merged, next(keys), reads=[source.tables["heads"]] if drawn else ()))
+        check(source.derived, next(keys), reads=derived)
         check(source.rendered, next(keys), reads=[source.data])
         summaries[source.model] = read_summaries(source.tables)
         text = from_beside(source.data.read_text(encoding="utf-8"))
         if held + len(text) <= EMBEDDED:
             packs[source.model] = text
             held += len(text)
+    for pair, table in lineages.drift.items():
+        check(lineages.records[pair], next(keys), reads=[table])
     first = {model: next(iter(stacks.values())) for model, stacks in summaries.items()}
     texts = {report.figures / f"{name}.svg": drawn for name, drawn in profile_figures(first).items()}
-    texts[report.page] = page(page_shell(), index_pack(summaries, origins), packs)
+    for i, names in enumerate(lineages.models.values()):
+        texts[report.lineages / f"{i}.js"] = beside(f"lineages/{i}", _steps(names, sources, summaries, lineages))
+    texts[report.page] = page(page_shell(), index_pack(summaries, origins, lineages.models), packs)
     for path, text in texts.items():
         write_text(path, text)
     seal(report.record, provenance, [*texts, *(source.rendered for source in sources)])
 
 
+def _steps(
+    names: Sequence[str], sources: Sequence[Source], summaries: Mapping[str, Mapping[str, StackSummary]], lineages: Lineages
+) -> str:
+    """What the page draws of one lineage, of the stacks that all of its models have."""
+    places = [place for place in summaries[names[0]] if all(place in summaries[name] for name in names)]
+    tables = {source.model: source.tables for source in sources if source.model in names}
+    drift = {pair: path for pair, path in lineages.drift.items() if set(pair) <= set(names)}
+    return steps_pack(names, places, tables, drift)
+
+
 def _origin(merged: Record) -> dict[str, str]:
-    """Where a model is from, its revision and commit, and when and by what version it was measured."""
+    """Where a model is from, its revision and commit, which random twin it is, and when and by what version it was measured."""
     said = merged.model_extra or {}
     lock = said["lock"]
     known = {"source": lock["source"], "revision": lock["revision"], "commit": lock["commit"]}
+    known |= {"twin": str(lock["overrides"].get("twin", ""))}
     known |= {"measured": said["started"][:10], "version": said["headgram"]}
     return {name: text for name, text in known.items() if text}

@@ -10,11 +10,10 @@ from typing import TYPE_CHECKING, Any
 import pyarrow as pa
 import torch
 
-from headgram.checkpoints.bases import AdaptedLocation
 from headgram.checkpoints.checkpoint import open_checkpoint
-from headgram.checkpoints.sources import Location
 from headgram.checkpoints.vocabulary import token_texts
 from headgram.errors import HeadgramError
+from headgram.forms.variants import Variant
 from headgram.geometry.nulls import Null
 from headgram.geometry.projections import projections
 from headgram.results.paths import Place
@@ -70,9 +69,7 @@ def find_tokens(merged: Directions, written: Written, source: Mapping[str, Any],
     check(merged.record, provenance.identity.upstream[0], [merged.directions])
     try:
         with open_checkpoint(**source) as checkpoint:
-            location = checkpoint.location
-            location = location.underneath if isinstance(location, AdaptedLocation) else location
-            texts = token_texts(location) if isinstance(location, Location) else {}
+            texts = token_texts(checkpoint.location)
             if not texts:
                 print("no tokenizer that headgram reads lies beside the weights: tokens have their numbers alone", flush=True)
             parts = [TOKENS.empty_table()]
@@ -83,7 +80,7 @@ def find_tokens(merged: Directions, written: Written, source: Mapping[str, Any],
                         print(f"{circuit}, {stack}: no embedding of tokens has the width of this stream", flush=True)
                         continue
                     for side in ("right", "left"):
-                        embedding = embeddings[_USES[circuit, side]]
+                        embedding = embeddings[_USES[Variant.of(circuit).circuit, side]]
                         for layers, part in _chunks(found, side):
                             columns = _columns(layers, part, embedding, texts, options.tokens.count, provenance.device)
                             parts.append(_table((circuit, stack), side, columns))

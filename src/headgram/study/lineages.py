@@ -1,4 +1,4 @@
-"""Lineages: models that share a residual basis, and which two of them are compared."""
+"""Lineages: models that share a basis, and which two of them are compared."""
 
 from __future__ import annotations
 
@@ -12,6 +12,15 @@ from headgram.study.manifest import Labels, Row
 Pair = tuple[str, str]
 
 
+def by_step(labels: Mapping[str, Labels]) -> dict[str, list[str]]:
+    """The models of every lineage in the order of their steps."""
+    lineages: dict[str, list[str]] = {}
+    for name in sorted(labels, key=lambda name: labels[name].step or 0.0):
+        if labels[name].lineage:
+            lineages.setdefault(labels[name].lineage, []).append(name)
+    return lineages
+
+
 def pairs(labels: Mapping[str, Labels], wanted: Collection[str]) -> list[Pair]:
     """The pairs of models that the option `lineage.pairs` asks for, each with the earlier one last.
 
@@ -21,12 +30,8 @@ def pairs(labels: Mapping[str, Labels], wanted: Collection[str]) -> list[Pair]:
     >>> pairs(steps, ["neighbours", "first"])
     [('middle', 'start'), ('end', 'start'), ('end', 'middle')]
     """
-    lineages: dict[str, list[str]] = {}
-    for name in sorted(labels, key=lambda name: labels[name].step or 0.0):
-        if labels[name].lineage:
-            lineages.setdefault(labels[name].lineage, []).append(name)
     found: list[Pair] = []
-    for names in lineages.values():
+    for names in by_step(labels).values():
         for (i, earlier), (j, later) in itertools.combinations(enumerate(names), 2):
             kinds = {"all", *(["neighbours"] * (j == i + 1)), *(["first"] * (i == 0)), *(["last"] * (j == len(names) - 1))}
             if kinds & set(wanted):
@@ -34,8 +39,11 @@ def pairs(labels: Mapping[str, Labels], wanted: Collection[str]) -> list[Pair]:
     return found
 
 
-def misfits(rows: Iterable[Row], entries: Mapping[str, LockedModel]) -> list[str]:
-    """A sentence about every model of another shape than the first one of its lineage: such models share no residual basis."""
+def misfits(rows: Iterable[Row], entries: Mapping[str, LockedModel], basis: str = "residual") -> list[str]:
+    """A sentence about every model that the first one of its lineage cannot be compared with.
+
+    Models of other shapes share no residual basis; in token space, it is enough that they have a stack in common.
+    """
     first: dict[str, Row] = {}
     problems = []
     for row in rows:
@@ -43,7 +51,10 @@ def misfits(rows: Iterable[Row], entries: Mapping[str, LockedModel]) -> list[str
             continue
         model = first.setdefault(row.labels.lineage, row)
         shapes = [_shape(entries[each.name]) for each in (model, row)]
-        if shapes[0].keys() != shapes[1].keys():
+        if basis == "tokens":
+            common = shapes[0].keys() & shapes[1].keys()
+            what = "" if common else f"has stacks {', '.join(shapes[1])}, but {model.name} has {', '.join(shapes[0])}"
+        elif shapes[0].keys() != shapes[1].keys():
             what = f"has stacks {', '.join(shapes[1])}, but {model.name} has {', '.join(shapes[0])}"
         else:
             differences = (
@@ -56,6 +67,8 @@ def misfits(rows: Iterable[Row], entries: Mapping[str, LockedModel]) -> list[str
             what = next(differences, "")
         if what:
             lineage = f"of the lineage '{row.labels.lineage}': name another lineage, or remove the line"
+            if basis == "residual":
+                lineage += "; independent models are compared with --config 'lineage={basis: tokens}'"
             problems.append(f"line {row.line} ({row.name}): it {what}, {lineage}")
     return problems
 

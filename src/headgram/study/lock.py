@@ -8,7 +8,6 @@ checking a lock needs no torch; only `headgram.study.resolve` opens checkpoints.
 from __future__ import annotations
 
 import json
-import shlex
 from collections.abc import Iterable
 from itertools import pairwise
 from pathlib import Path, PurePosixPath
@@ -19,7 +18,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 
 from headgram.checkpoints.bases import AnyLocation, locate_here
 from headgram.checkpoints.sources import HUB_DIGEST, parse_json
-from headgram.errors import HeadgramError
+from headgram.errors import HeadgramError, upgrading
 from headgram.families.registry import Family
 from headgram.foreign import first_problem, read_bounded
 from headgram.results.files import remove_temporaries, temporaries_in, write_text
@@ -212,7 +211,7 @@ def read_lock(path: Path) -> Lock:
         return Lock()
     except (ValueError, OSError, RecursionError) as error:
         reason = first_problem(error) if isinstance(error, ValidationError) else str(error)
-        raise HeadgramError(f"The lock {path} cannot be read ({reason}): delete it, and `headgram lock` makes it anew.") from None
+        raise HeadgramError(f"The lock {path} cannot be read ({reason}): delete it, and the next run makes it anew.") from None
 
 
 def write_lock(path: Path, entries: dict[str, LockedModel]) -> None:
@@ -272,6 +271,4 @@ def file_times(entry: LockedModel) -> dict[str, tuple[int, int]]:
 
 def changed_message(name: str, what: str, manifest: Path) -> str:
     """The sentence about a source that changed under its lock."""
-    where = [] if manifest == DEFAULT else ["--manifest", str(manifest)]
-    command = shlex.join(["headgram", "lock", *where, "--upgrade", name])
-    return f"{name}: {what} changed since it was locked; if that is meant, run `{command}` and measure it anew, else restore it"
+    return f"{name}: {what} changed since it was locked; {upgrading(name, manifest)}"

@@ -80,13 +80,13 @@ def _plain_path(value: str) -> str:
     return str(path)
 
 
-def _each_once(value: tuple[str, ...]) -> tuple[str, ...]:
+def _each_once(value: tuple[Any, ...]) -> tuple[Any, ...]:
     if len(set(value)) < len(value):
-        raise ValueError("a list is needed that holds each word once")
+        raise ValueError("a list is needed that holds each entry once")
     return value
 
 
-def _at_least_one(value: tuple[str, ...]) -> tuple[str, ...]:
+def _at_least_one(value: tuple[Any, ...]) -> tuple[Any, ...]:
     if not value:
         raise ValueError("at least one is needed")
     return value
@@ -104,6 +104,23 @@ class _Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=False)
 
 
+def _as_list(value: Any) -> Any:
+    return [value] if isinstance(value, str) else value
+
+
+_NORM = {"type": "string", "enum": ["raw", "folded"]}
+Norms = Annotated[
+    tuple[Literal["raw", "folded"], ...],
+    BeforeValidator(_as_list),
+    AfterValidator(_each_once),
+    AfterValidator(_at_least_one),
+    WithJsonSchema({"anyOf": [_NORM, {"type": "array", "items": _NORM}]}),
+]
+#: No context is longer.
+_Offset = Annotated[int, _NUMBER, Field(ge=-(2**30), le=2**30)]
+Offsets = Annotated[tuple[_Offset, ...], AfterValidator(_each_once), AfterValidator(_at_least_one)]
+
+
 class Weights(_Section):
     """How weights are kept after extraction."""
 
@@ -111,6 +128,12 @@ class Weights(_Section):
         "stored",
         description="What extraction rounds the weights to. `stored` keeps the checkpoint's own precision "
         "(quantised tensors are dequantised to float32).",
+    )
+    norm: Norms = Field(
+        ("raw",),
+        description="What is measured: weights as they are stored (`raw`), or with the gains of norms folded in (`folded`), as "
+        "further forms `qk-folded` and `ov-folded` of the same tables; one word, or a list of both. Where folding is not proven, "
+        "the run says so.",
     )
 
 
@@ -157,13 +180,29 @@ class Gram(_Section):
     )
 
 
+class RotaryOffsets(_Section):
+    """Forms at offsets of query and key."""
+
+    offsets: Offsets = Field(
+        (0,),
+        description="The offsets at which forms of `qk` are measured, in tokens of the query after the key; others than 0 are "
+        "further forms of the same tables, such as `qk@8`. The tables `rotary` and `frequencies` are written in any case.",
+    )
+
+
 class Lineage(_Section):
-    """Models that share a residual basis, compared head by head."""
+    """Models that belong together, compared two by two."""
 
     pairs: Pairs = Field(
         ("neighbours", "first"),
         description="Which models of a lineage are compared, in the order of their steps: each with its predecessor "
         "(`neighbours`), all with the `first`, all with the `last`, or `all` with all; a list of these, which may be empty.",
+    )
+    basis: Literal["residual", "tokens"] = Field(
+        "residual",
+        description="What the models of a lineage share. `residual`: their residual stream, as checkpoints of one training do. "
+        "`tokens`: tokens of the same text, as independent models do, also of other widths, layers and heads; embeddings and "
+        "tokenizers are read for that, and heads are matched by what they do with the tokens that both models have.",
     )
 
 
@@ -242,6 +281,7 @@ class Config(_Section):
     weights: Weights = Field(default_factory=Weights, description=Weights.__doc__)
     eigen: Eigen = Field(default_factory=Eigen, description=Eigen.__doc__)
     gram: Gram = Field(default_factory=Gram, description=Gram.__doc__)
+    rotary: RotaryOffsets = Field(default_factory=RotaryOffsets, description=RotaryOffsets.__doc__)
     lineage: Lineage = Field(default_factory=Lineage, description=Lineage.__doc__)
     composition: Composition = Field(default_factory=Composition, description=Composition.__doc__)
     tokens: Tokens = Field(default_factory=Tokens, description=Tokens.__doc__)
