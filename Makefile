@@ -9,7 +9,7 @@ SEED ?= 0
 NUMPY = $(shell sed -n 's/^numpy==//p' envs/requirements.txt)
 CORES ?= $(shell nproc 2>/dev/null || sysctl -n hw.ncpu)
 
-.PHONY: help run report test test-fast test-gpu peers test-peers lint format docs notebook pictures bench bench-gpu chaos lineage audit walk families bytes config-docs lock-requirements clean
+.PHONY: help run report test test-fast test-gpu peers test-peers lint format docs pictures bench bench-gpu chaos stress lineage audit walk families bytes config-docs lock-requirements clean
 
 help: ## What each command does
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-18s %s\n", $$1, $$2}'
@@ -48,16 +48,15 @@ docs: $(VENV)/installed-dev ## Build the site of the documentation: build/site/i
 	$(BIN)/python docs/gather.py
 	$(BIN)/zensical build --clean --strict
 
-notebook: $(VENV)/installed-dev ## Execute docs/questions.ipynb on results/
-	$(BIN)/jupyter nbconvert --to notebook --execute --inplace \
-		--ExecutePreprocessor.record_timing=False --ExecutePreprocessor.startup_timeout=300 docs/questions.ipynb
-
-pictures: $(VENV)/installed-dev ## Draw the pictures of README and docs from results/
+pictures: $(VENV)/installed-dev ## Draw the pictures of README, docs and gallery from results/
 	$(BIN)/python docs/pictures.py
 	$(BIN)/python docs/screenshot.py
 
 chaos: $(VENV)/installed-dev ## Faults in real runs, with at least fifty kills; prints what was survived (KILLS=51 SEED=0)
 	PYTHONPATH=src:tests $(BIN)/python -m pipeline.chaos --kills $(KILLS) --seed $(SEED)
+
+stress: $(VENV)/installed-dev ## Every door that reads tables of results/, in 180 processes under load: none may abort
+	$(BIN)/python tests/stress.py results 30
 
 lineage: $(VENV)/installed-dev ## 155 tiny checkpoints of one training through the pipeline, and its story read off the tables
 	HEADGRAM_CHECKPOINTS=154 $(BIN)/python -m pytest tests/pipeline/test_lineage.py

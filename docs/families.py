@@ -7,7 +7,7 @@ from pathlib import Path
 
 import headgram
 from headgram.families.around import rule_of
-from headgram.families.registry import families, family_of
+from headgram.families.registry import families, family_of, others
 from headgram.proofs.prove import Proof, known_types, markdown, prove
 from headgram.study.options_docs import renewed
 
@@ -100,7 +100,8 @@ def main() -> None:
         sys.exit("\n".join(problems))
     by = ", ".join(f"{name} {version(name)}" for name in ("transformers", "torch"))
     summary = f"{len(proofs)} model types, proven by headgram {headgram.__version__} with {by}:"
-    opened = [(*row, "yes" if row[-1] in known_types() else "no") for row in PAPER]
+    known = {*known_types(), *(name for family in others() for name in family.model_types)}
+    opened = [(*row, "yes" if row[-1] in known else "no") for row in PAPER]
     rows = [("kind", "models", "model type", "opened"), ("---",) * 4, *((a, b, f"`{c}`", d) for a, b, c, d in opened)]
     norms = Counter(norm_kind(proof.model_type) for proof in proofs)
     kinds = ", ".join(f"{count} {kind}" for kind, count in norms.most_common())

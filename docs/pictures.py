@@ -1,5 +1,7 @@
-"""Draw the pictures of README and docs from `results/`: python docs/pictures.py"""
+"""Draw the pictures of README, docs and gallery from `results/`: python docs/pictures.py"""
 
+import contextlib
+import re
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -75,6 +77,15 @@ def kinds(atlas: headgram.Atlas) -> plt.Figure:
     return figure
 
 
+def draw_gallery(docs: Path) -> None:
+    """Run the lines of the gallery's page where its pictures lie."""
+    lines = re.findall(r"^>>> (.*)$", (docs / "gallery.md").read_text(), re.MULTILINE)
+    results = Path("results").resolve()
+    (docs / "gallery").mkdir(exist_ok=True)
+    with contextlib.chdir(docs / "gallery"):
+        exec("\n".join(lines).replace('"results"', repr(str(results))), {})
+
+
 PICTURES = {"smollm2.png": model, "kinds.png": kinds}
 
 
@@ -82,6 +93,7 @@ def main() -> None:
     """Write the pictures beside this file."""
     plt.rcParams |= {"font.size": 9, "axes.titlesize": 10, "font.family": "DejaVu Sans"}
     atlas = headgram.open_atlas("results")
+    draw_gallery(Path(__file__).resolve().parent)
     for name, draw in PICTURES.items():
         draw(atlas).savefig(
             Path(__file__).with_name(name), dpi=160 if name == "smollm2.png" else 130, metadata={"Software": None}

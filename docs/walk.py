@@ -25,9 +25,9 @@ import torch
 import transformers
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from headgram.families.registry import Family, adopting, families
-from headgram.proofs.derive import derive_family
-from headgram.proofs.prove import prove
+from headgram.errors import HeadgramError
+from headgram.families.registry import Family, families
+from headgram.proofs.candidates import proven_family
 from headgram.proofs.shrink import model_classes
 from headgram.study.options_docs import renewed
 
@@ -41,19 +41,10 @@ _SECONDS, _BYTES = 120, 8 << 30
 def outcome(model_type: str) -> dict[str, Any]:
     """What the walk makes of one type: a family's data if it is proven, or what stands in the way."""
     try:
-        family, problems = derive_family(model_type)
-    except Exception as error:
-        return {"problems": [f"cannot be built small: {type(error).__name__}: {error!s:.200}".splitlines()[0]]}
-    if family is None or problems:
-        return {
-            "problems": problems or ["no attention module was found"],
-            "stacks": [rule.name for rule in family.stacks] if family else [],
-        }
-    with adopting(model_type, family):
-        proof = prove(model_type)
-    if not proof.ok:
-        return {"problems": [f"not proven: {proof.problem}"], "stacks": [rule.name for rule in family.stacks]}
-    return {"family": family.model_dump(mode="json", exclude_defaults=True), "residual": proof.residual}
+        family = proven_family(model_type)
+    except HeadgramError as error:
+        return {"problems": [str(error)]}
+    return {"family": family.model_dump(mode="json", exclude_defaults=True)}
 
 
 def apart(model_type: str) -> dict[str, Any]:

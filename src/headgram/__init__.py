@@ -17,10 +17,10 @@ if TYPE_CHECKING:
     from headgram.atlas.reader import Atlas as Atlas
     from headgram.atlas.reader import open_atlas as open_atlas
     from headgram.checkpoints.checkpoint import Checkpoint as Checkpoint
-    from headgram.checkpoints.checkpoint import open_checkpoint as open_checkpoint
     from headgram.checkpoints.stack import Stack as Stack
     from headgram.errors import HeadgramError as HeadgramError
     from headgram.geometry.spectra import Spectrum as Spectrum
+    from headgram.proofs.adopt import open_checkpoint as open_checkpoint
     from headgram.run.project import SNAKEFILE as SNAKEFILE
     from headgram.tensors import gram as gram
     from headgram.tensors import spectrum as spectrum
@@ -32,7 +32,7 @@ _HOMES = {
     "open_atlas": "headgram.atlas.reader",
     "Checkpoint": "headgram.checkpoints.checkpoint",
     "Stack": "headgram.checkpoints.stack",
-    "open_checkpoint": "headgram.checkpoints.checkpoint",
+    "open_checkpoint": "headgram.proofs.adopt",
     "HeadgramError": "headgram.errors",
     "Spectrum": "headgram.geometry.spectra",
     "SNAKEFILE": "headgram.run.project",

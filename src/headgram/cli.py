@@ -159,7 +159,7 @@ def inspect(
     from headgram.described import spans
     from headgram.proofs.adopt import open_or_derive
 
-    checkpoint, derived = open_or_derive(source, revision)
+    checkpoint, derived, _ = open_or_derive(source, revision)
     with checkpoint:
         location = checkpoint.location
         table = Table("stack", "layers", "heads", "key heads", "rank", "width", "stored as", "q/k bytes")
@@ -301,7 +301,10 @@ def verify(
     if not findings:
         print(f"{plain(results)}: {files} files, all as they were written")
     elif not repair:
-        raise HeadgramError(f"{wrong}: `headgram verify --repair`, and the next run makes it anew")
+        there = [] if results == Path("results") else [str(results)]
+        listed = [] if manifest == _MANIFEST else ["--manifest", str(manifest)]
+        command = shlex.join(["headgram", "verify", *there, *listed, "--repair"])
+        raise HeadgramError(f"{wrong}: `{command}`, and the next run makes it anew")
     elif left := prepare(results, findings, keys):
         raise HeadgramError(f"{wrong}, and the next run does not mend all of it:", *(finding.sentence for finding in left))
     else:

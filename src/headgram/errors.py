@@ -1,6 +1,12 @@
-"""The one exception that headgram raises on purpose."""
+"""The one exception that headgram raises on purpose, and what such sentences have in common."""
+
+import shlex
+from pathlib import Path
 
 from headgram.foreign import plain
+
+#: Where the table of models is unless something else is said.
+MANIFEST = Path("config/models.tsv")
 
 
 class HeadgramError(Exception):
@@ -34,3 +40,14 @@ def require(value: object, kind: type | tuple[type, ...], what: str) -> None:
     """
     if not isinstance(value, kind) or isinstance(value, bool):
         raise HeadgramError(f"{what}, not {type(value).__name__}")
+
+
+def upgrade_command(model: str, manifest: Path) -> str:
+    """The command that locks a model of a manifest anew."""
+    where = [] if manifest == MANIFEST else ["--manifest", str(manifest)]
+    return shlex.join(["headgram", "lock", *where, "--upgrade", model])
+
+
+def upgrading(model: str, manifest: Path) -> str:
+    """How to go on if a checkpoint is not what was locked."""
+    return f"if that is meant, run `{upgrade_command(model, manifest)}` and measure it anew, else restore it"

@@ -5,7 +5,9 @@ from __future__ import annotations
 import os
 import stat
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+import yaml
 
 if TYPE_CHECKING:
     from pydantic import ValidationError
@@ -65,6 +67,32 @@ def read_bounded(path: Path, most: int) -> bytes:
     if len(content) > most:
         raise ValueError(f"it is larger than {most >> 20} MiB, which no real one is")
     return content
+
+
+class _Loader(yaml.SafeLoader):
+    """Plain data, in which no table has a key twice: a reader would have to choose between the two values."""
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+        keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+        if len(set(keys)) < len(keys):
+            twice = max(keys, key=keys.count)
+            raise yaml.MarkedYAMLError(problem=f"the key {twice!r:.200} stands there twice", problem_mark=node.start_mark)
+        return super().construct_mapping(node, deep)
+
+
+def parse_yaml(content: bytes) -> Any:
+    """Plain data, without tags, in which no table has a key twice.
+
+    Raises
+    ------
+    yaml.YAMLError, ValueError, RecursionError
+        If it is anything else.
+    """
+    loader = _Loader(content)
+    try:
+        return loader.get_single_data()
+    finally:
+        loader.dispose()
 
 
 def first_problem(error: ValidationError) -> str:

@@ -11,7 +11,7 @@ from headgram.forms.circuits import qk
 from headgram.geometry.original import original_quantities
 from headgram.geometry.same_index import same_index_products
 from headgram.geometry.spectra import spectra
-from headgram.proofs.adopt import open_or_derive
+from headgram.proofs.adopt import open_checkpoint
 from headgram.results.original import directions_path, write_seed_files
 from headgram.run.devices import leased_device, require_device, usable
 from headgram.stages.extract import read_layers
@@ -26,8 +26,7 @@ def measure_model(model: str, out: Path, topk: int, revision: str | None, stack:
         If the checkpoint cannot be read, or `out` does not end in `.json`.
     """
     directions_path(out)  # refuse a bad name before the work, not after it
-    checkpoint, _ = open_or_derive(model, revision)
-    with checkpoint, leased_device(require_device(device)) as leased:
+    with open_checkpoint(model, revision, derive=True) as checkpoint, leased_device(require_device(device)) as leased:
         where = usable(leased)
         chosen = checkpoint.stack(stack) if stack else checkpoint.stacks[0]
         factors = read_layers(checkpoint, chosen.name, chosen.layers, QK, dtype)

@@ -7,7 +7,7 @@ looks.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import altair as alt
 import numpy as np
@@ -15,10 +15,17 @@ import pandas as pd
 
 from headgram.atlas.reader import Atlas
 from headgram.errors import HeadgramError, require
+from headgram.geometry.nulls import Null, cosine_null
 from headgram.report import pictures
 from headgram.report.chance import PALE, nulls
 from headgram.report.columns import columns
 
+if TYPE_CHECKING:
+    import xarray as xr
+
+    from headgram.atlas.reader import Kind
+
+_WHAT = "pictures are drawn of what `open_atlas` gives"
 _PAIRS = {
     "cosine": "Cosine of forms",
     "right": "Overlap on the query side",
@@ -54,7 +61,7 @@ def heads(atlas: Atlas, model: str, column: str = "symmetry", stack: str = "self
     else:
         best = PALE * (null.best_of(len(rows)) - null.mean) if null else 0.0
         reach = max(float(np.quantile(np.abs(rows["value"] - centre), 0.99)), best) or 1.0
-        chart = pictures.heatmap("head", "layer", (centre - reach, centre + reach), pictures.DIVERGING)
+        chart = pictures.heatmap("head", "layer", (centre - reach, centre + reach), pictures.DIVERGING, _chance(null))
     return _with(chart, f"{label}: {model}, {stack}, {circuit}", {"cells": rows, "chosen": []})
 
 
@@ -88,11 +95,94 @@ def layers(
     best = min(1.0, PALE * null.best_of(max(1, len(lower))))
     reach = max(float(lower["value"].abs().max()) if len(lower) else 0.0, best)
     if value == "cosine":
-        chart = pictures.heatmap("layer_b", "layer_a", (-reach, reach), pictures.DIVERGING)
+        chart = pictures.heatmap("layer_b", "layer_a", (-reach, reach), pictures.DIVERGING, _chance(null))
     else:
-        chart = pictures.heatmap("layer_b", "layer_a", (0.0, reach))
+        chart = pictures.heatmap("layer_b", "layer_a", (0.0, reach), note=_chance(null))
     of = "mean over heads" if head is None else f"head {head}"
     return _with(chart, f"{_PAIRS[value]}, {of}: {model}, {stack}, {circuit}", {"cells": pd.concat([upper, lower]), "chosen": []})
+
+
+def matrix(
+    atlas: Atlas, model: str, value: Literal["cosine", "transposed"] = "cosine", stack: str = "self", circuit: str = "qk"
+) -> alt.LayerChart:
+    """All heads with all heads, layer by layer: the cosine of every two forms, or of one with the other's transpose.
+
+    Colours reach at least three times as far as the best pair by chance.
+
+    Raises
+    ------
+    HeadgramError
+        If the model, the stack or the circuit was not measured, or there is no such value, or not all pairs were measured.
+    """
+    require(atlas, Atlas, _WHAT)
+    square = _square(atlas.pairs(model, stack, value, circuit))
+    if np.isnan(square).any():
+        raise HeadgramError(f"not all pairs of heads of {model} were measured: the option gram.pairs asks for that")
+    off = np.abs(square[np.triu_indices(len(square), 1)])
+    null = cosine_null(int(_facts(atlas, model, stack, circuit)["hidden"]))
+    reach = min(1.0, max(float(np.quantile(off, 0.995)) if len(off) else 0.0, PALE * null.best_of(max(1, len(off)))))
+    title = f"{'Cosine' if value == 'cosine' else 'Cosine with the transpose'} of all heads: {model}, {stack}, {circuit}"
+    chart = pictures.heatmap("heads_b", "heads_a", (-reach, reach), pictures.DIVERGING, _chance(null))
+    return _with(chart, title, _cells(square))
+
+
+def composition(atlas: Atlas, model: str, kind: Kind = "k", stack: str = "self") -> alt.LayerChart:
+    """How much of what every head writes (rows) every head of a later layer reads (columns), in times chance.
+
+    Parameters
+    ----------
+    kind
+        What the later head does with it: `q`, `k` or `v`.
+
+    Raises
+    ------
+    HeadgramError
+        If the model's compositions were not measured, or there is no such kind.
+    """
+    require(atlas, Atlas, _WHAT)
+    square = _square(atlas.composition(model, kind, stack, "times_chance"))
+    reach = max(float(np.nanquantile(square, 0.998)), float(PALE))
+    chart = pictures.heatmap("heads_b", "heads_a", (1.0, reach), pictures.DIVERGING[3:], "1 is chance")
+    return _with(chart, f"Composition by {kind}, in times chance: {model}, {stack}", _cells(square))
+
+
+def trajectory(
+    atlas: Atlas,
+    column: str,
+    lineage: str,
+    layer: int | None = None,
+    stack: str = "self",
+    circuit: str = "qk",
+    to: Literal["first", "previous"] | None = None,
+) -> alt.LayerChart:
+    """A number over the steps of a lineage: of each layer the median and quartiles over heads, or of one layer every head.
+
+    Parameters
+    ----------
+    column, to
+        As of `Atlas.trajectory`.
+
+    Raises
+    ------
+    HeadgramError
+        If there is no such lineage, column or layer.
+    """
+    require(atlas, Atlas, _WHAT)
+    found = atlas.trajectory(column, lineage, stack, circuit, to)
+    if layer is not None and layer not in found["layer"]:
+        raise HeadgramError(f"the stack '{stack}' of the lineage '{lineage}' has no layer {layer!r:.60}")
+    name = "layer" if layer is None else "head"
+    if name not in found.dims:
+        raise HeadgramError(f"'{column}' is a number of layers, not of heads: leave out `layer`")
+    found = found if layer is None else found.sel(layer=layer)
+    values = found.quantile([0.25, 0.5, 0.75], "head") if layer is None and "head" in found.dims else [found] * 3
+    rows = [
+        {"series": f"{name} {int(which)}", "x": float(step), "q25": float(low), "median": float(middle), "q75": float(high)}
+        for which in found[name]
+        for step, low, middle, high in zip(found["step"], *(each.sel({name: which}) for each in values), strict=True)
+    ]
+    title = f"{_label(column)}: {lineage}, {stack}, {circuit}" + ("" if layer is None else f", layer {layer}")
+    return _with(pictures.profile("step"), title, {"profile": rows, "chosen": []})
 
 
 def spectrum(
@@ -138,8 +228,25 @@ def depth(atlas: Atlas, models: str | Sequence[str], column: str = "symmetry", c
     )
 
 
+def _chance(null: Null | None) -> str | None:
+    """What the legend says of chance."""
+    return f"by chance {null.mean:.4g} ± {null.deviation:.2g}" if null else None
+
+
+def _square(values: xr.DataArray) -> np.ndarray:
+    """Rows and columns are all heads, layer by layer."""
+    array: np.ndarray = values.to_numpy()
+    return array.reshape(array.shape[0] * array.shape[1], -1)
+
+
+def _cells(square: np.ndarray) -> dict[str, pd.DataFrame | list[Any]]:
+    """The known cells of a square of heads, which are numbered layer by layer."""
+    a, b = np.nonzero(~np.isnan(square))
+    return {"cells": pd.DataFrame({"heads_a": a, "heads_b": b, "value": square[a, b]}), "chosen": []}
+
+
 def _rows(atlas: Atlas, table: str, model: str, stack: str, circuit: str) -> pd.DataFrame:
-    require(atlas, Atlas, "pictures are drawn of what `open_atlas` gives")
+    require(atlas, Atlas, _WHAT)
     return atlas.of_heads(table, model, stack, circuit)
 
 

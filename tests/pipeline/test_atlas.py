@@ -100,7 +100,14 @@ def test_charts_hold_the_numbers_of_the_tables(finished, tmp_path):
     np.testing.assert_array_equal(rows(chart, "profile", ["series", "x"], "median")["tiny-bert"], layers["stable_rank_median"])
     chart.save(tmp_path / "depth.svg")
     assert "Stable rank along the depth" in (tmp_path / "depth.svg").read_text()
+    pairs = atlas.pairs("tiny-llama", value="transposed").to_numpy().reshape(16, 16)
+    chart = headgram.plot.matrix(atlas, "tiny-llama", "transposed")
+    np.testing.assert_array_equal(rows(chart, "cells", ["heads_a", "heads_b"]).to_numpy().reshape(16, 16), pairs)
     for name, *arguments in [
+        ("matrix", "tiny-llama", "none"),
+        ("composition", "tiny-llama"),
+        ("composition", "tiny-llama", "x"),
+        ("trajectory", "symmetry", "none"),
         ("heads", "none"),
         ("heads", "tiny-llama", "none"),
         ("layers", "tiny-llama", "none"),

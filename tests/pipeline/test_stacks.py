@@ -52,6 +52,33 @@ def test_every_stack_is_measured(measured, name, circuit):
         assert [stack.name for stack in checkpoint.stacks] == ["encoder", "decoder", "cross"]
 
 
+def test_eigenvalues_are_of_heads_that_write_to_the_stream_they_read(measured):
+    atlas = headgram.open_atlas(measured.folder / "out")
+    for name in ("t5", "jamba"):
+        checkpoint = headgram.open_checkpoint(measured.folder / "models" / name)
+        for stack in checkpoint.stacks:
+            data = {circuit: atlas.dataset(name, stack.name, circuit) for circuit in ("qk", "ov")}
+            assert np.isnan(data["qk"]["copying"]).all()
+            assert np.isnan(data["qk"]["eigenvalue_real"]).all()
+            if stack.name == "cross":
+                assert np.isnan(data["ov"]["copying"]).all()
+                assert "copying_median" not in data["ov"].attrs or np.isnan(data["ov"].attrs["copying_median"])
+                continue
+            for layer in stack.layers:
+                w = checkpoint.factors(stack.name, layer, ["value", "output"])
+                shared = torch.arange(stack.heads) * stack.kv_heads // stack.heads
+                o = w["output"].double().mT @ w["value"].double()[shared]
+                found = data["ov"].sel(layer=layer)
+                values = torch.linalg.eigvals(o)
+                exact = (values.real.sum(-1) / values.abs().sum(-1)).numpy()
+                np.testing.assert_allclose(found["copying"], exact, atol=1e-6)
+                trace = o.diagonal(dim1=1, dim2=2).sum(-1).numpy()
+                np.testing.assert_allclose(found["eigenvalue_real"].sum("index"), trace, atol=1e-9)
+            medians = data["ov"]["copying"].median("head")
+            np.testing.assert_allclose(data["ov"]["copying_median"], medians, atol=1e-12)
+    assert "all as they were written" in measured.headgram("verify", "out").stdout
+
+
 def test_compositions_are_of_the_stacks_that_share_a_stream(measured):
     table = headgram.open_atlas(measured.folder / "out").table("composition")
     kinds = {(model, stack): set(rows["kind"]) for (model, stack), rows in table.groupby(["model", "stack"])}

@@ -3,6 +3,8 @@
 import json
 import os
 import random
+import re
+import shlex
 from importlib.metadata import version
 from pathlib import Path
 
@@ -124,6 +126,11 @@ def test_missing_and_foreign_files_are_named(finished, tmp_path):
     assert done.returncode == 1
     assert "tiny-bert.json cannot be read" in done.stderr
     assert "extra.parquet belongs to no finished artifact" in done.stderr
+    results.rename(project.folder / "other results")
+    said = project.headgram("verify", "other results").stderr
+    followed = project.headgram(*shlex.split(re.search(r"`headgram (.*?)`", said)[1]))
+    assert "the next run does not mend all of it" in followed.stderr
+    assert "extra.parquet" in followed.stderr.splitlines()[-1]
 
 
 def test_tables_that_contradict_each_other_are_named(finished, tmp_path):

@@ -105,17 +105,35 @@ def sized(table: Metadata, *sizes: int) -> None:
     query(table).size = torch.Size(sizes)
 
 
+def same_place(table: Metadata) -> None:
+    """A few bytes that would make up a tensor of any size."""
+    first, *others = (entry for index, entry in table.storage_data.items() if index.fqn == QUERY)
+    for other in others:
+        for name in ("relative_path", "offset", "length"):
+            object.__setattr__(other, name, getattr(first, name))
+
+
+def overlapping(table: Metadata) -> None:
+    """The second piece begins in the middle of the first."""
+    chunk, offsets = query(table).chunks[1], torch.Size((0, 8))
+    table.storage_data[MetadataIndex(QUERY, offsets)] = table.storage_data.pop(MetadataIndex(QUERY, chunk.offsets))
+    chunk.offsets = offsets
+
+
 DAMAGE = {
     "a piece is missing": (lambda t: query(t).chunks.pop(), "do not make up the whole|too small"),
-    "a piece is there twice": (lambda t: query(t).chunks.append(query(t).chunks[0]), "the same of"),
+    "a piece is there twice": (lambda t: query(t).chunks.append(query(t).chunks[0]), "are the same bytes of"),
+    "two pieces overlap": (overlapping, "hold the same of its numbers"),
     "a piece is elsewhere": (lambda t: place(t, "relative_path", "other.distcp"), "is missing: fetch all files"),
     "a piece is outside the folder": (lambda t: place(t, "relative_path", "../../etc/passwd"), "is missing: fetch all files"),
     "a piece is beyond its file": (lambda t: place(t, "offset", 2**40), "is missing: fetch all files"),
-    "a piece is no file": (lambda t: place(t, "offset", 1), "not a whole torch file"),
+    "a piece is no file": (lambda t: place(t, "offset", 1), "not a whole torch file|are the same bytes of"),
     "a piece is compressed": (lambda t: place(t, "transform_descriptors", ["zstd"]), "stored compressed"),
     "a piece leaves the tensor": (lambda t: sized(t, 32, 31), "not inside of it"),
     "a huge tensor": (lambda t: sized(t, 2**30, 2**30), "disagree|too small"),
     "another type": (lambda t: setattr(query(t).properties, "dtype", torch.float32), "another type or shape|too small"),
+    "a piece claims more bytes than its file has": (lambda t: place(t, "length", 2**44), "is missing: fetch all files"),
+    "all pieces are one place": (same_place, "are the same bytes of"),
     "no places": (lambda t: setattr(t, "storage_data", None), "no table of a distributed checkpoint"),
 }
 
@@ -148,3 +166,21 @@ def test_a_table_runs_nothing(tmp_path, monkeypatch, content):
 def test_a_part_alone_is_no_source(tmp_path):
     in_pieces(tmp_path, PLAIN, {})
     assert_refused(tmp_path / "__0_0.distcp", "name the folder")
+
+
+@pytest.mark.parametrize("field", ["fqn", "offset"])
+def test_a_table_that_takes_for_ever_to_hash_is_refused(tmp_path, field):
+    """Pairs of pairs: a hundred of them are hashed 2^100 times."""
+
+    def text(value: str) -> bytes:
+        return b"X" + len(value).to_bytes(4, "little") + value.encode()
+
+    pairs = b")" + b"q\x01h\x01\x86" * 100
+    fields = text("fqn") + (text("a") + text("offset") if field == "offset" else b"") + pairs
+    index = b"ctorch.distributed.checkpoint.metadata\nMetadataIndex\n)\x81}(" + fields + b"ub"
+    place = b"ctorch.distributed.checkpoint.filesystem\n_StorageInfo\n)\x81}b"
+    tables = text("state_dict_metadata") + b"}" + text("storage_data") + b"}" + index + place + b"s"
+    in_pieces(tmp_path, PLAIN, {})
+    metadata = b"\x80\x02ctorch.distributed.checkpoint.metadata\nMetadata\n)\x81}(" + tables + b"ub."
+    write(tmp_path, {".metadata": metadata})
+    assert_refused(tmp_path, r"\.metadata is no table")

@@ -1,5 +1,6 @@
 """What a caller may hand to the public functions: numbers of every kind are taken, all else is refused in one sentence."""
 
+import re
 import warnings
 from pathlib import Path
 
@@ -76,6 +77,12 @@ def test_other_counts_of_directions_are_refused(topk):
 def test_other_precisions_are_refused(precision):
     with pytest.raises(headgram.HeadgramError, match="auto, float64"):
         headgram.gram(QUERY[None], KEY[None], QUERY[None], KEY[None], precision=precision)
+
+
+def test_tables_are_read_in_the_one_way_that_does_not_abort():
+    """`pq.read_table` of an open file ends some processes under load; `make stress` tries all doors (tests/stress.py)."""
+    for path in Path(headgram.__file__).parent.rglob("*.py"):
+        assert not re.search(r"\bpq\.read_table|read_parquet\(", path.read_text()), path
 
 
 NO_PATHS = [None, 3, b"bytes", [], {}, "", "\0", "not there", "n" * 5000, Path("not there")]

@@ -3,27 +3,21 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from extracted import extracted, locked, tiny
 from safetensors.torch import load_file, save_file
 from torch.nn.functional import normalize
 
 from headgram import HeadgramError, open_checkpoint
 from headgram.proofs.around import without_epsilon
-from headgram.proofs.prove import _calls, _models, quiet
-from headgram.results.around import read_around
-from headgram.results.factors import FactorFiles
-from headgram.results.record import Identity, Provenance
-from headgram.stages.around import extract_around
-from headgram.stages.extract import extract
-from headgram.study.lock import LockedModel
+from headgram.proofs.prove import _calls, quiet
 from headgram.study.manifest import read_manifest
-from headgram.study.resolve import compare, resolve
-from tiny import write_manifest
+from headgram.study.resolve import resolve, unlike_its_lock
 
 #: Types, and switches of their configuration: each norm, pairing of rows, and width of what turns.
 ROTARY: dict[str, tuple[str, dict[str, Any]]] = {
@@ -42,48 +36,11 @@ ROTARY: dict[str, tuple[str, dict[str, Any]]] = {
 PLAIN = {name: (name, {}) for name in ("gpt2", "opt", "bert", "mpt", "bloom", "vit")}
 
 
-def tiny(model_type: str, changes: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
-    """A model without biases, which are no part of a form, in float64."""
-    with quiet():
-        model, entry = next(_models(model_type, changes))
-    with torch.no_grad():
-        for name, weight in model.named_parameters():
-            if name.endswith("bias"):
-                weight.zero_()
-    return model, {"whole": False, "walked": False, **entry}
-
-
-def locked(model: Any, folder: Path) -> LockedModel:
-    """A saved model, and what a lock says of it."""
-    with quiet():
-        model.save_pretrained(folder / "m")
-    return resolve(read_manifest(write_manifest(folder / "models.tsv", {"m": folder / "m"})).rows[0])
-
-
-def files(folder: Path, entry: LockedModel) -> Callable[..., FactorFiles]:
-    """What a run extracts: a function from a form of a stack to its factors."""
-    around = Provenance(Identity("around", "{}", entry.around_fingerprint(), "c"), "m", None)
-    layers = {each.name: list(zip(each.layers, each.around.digests, strict=True)) for each in entry.stacks}
-    extract_around(folder / "around.pt", folder / "around.json", entry.how_to_open(), layers, around)
-    frames = read_around(folder / "around.pt", folder / "around.json", around.identity.key)
-
-    def of(form: str, stack: str = "self") -> FactorFiles:
-        circuit = form[:2]
-        place = next(each for each in entry.stacks if each.name == stack)
-        path = folder / f"{stack}-{circuit}.pt"
-        origin = Provenance(Identity("extract", "{}", entry.fingerprint_of(circuit), "c"), "m", stack, circuit)
-        if not path.exists():
-            extract(path, entry.how_to_open(), place.layers, place.circuits[circuit].digests, "stored", origin)
-        return FactorFiles([path], origin.identity.key, form, frames[stack])
-
-    return of
-
-
 @pytest.mark.parametrize("name", [*ROTARY, *PLAIN])
 def test_forms_of_the_stream_are_the_models_scores_at_every_offset(tmp_path: Path, name: str) -> None:
     """Cosines of the model's queries and keys, after its norms and its rotary encoding; the stream is what the block is given."""
     model, entry = tiny(*(ROTARY | PLAIN)[name])
-    of = files(tmp_path, locked(model, tmp_path))
+    of = extracted(tmp_path, locked(model, tmp_path)).form
     model.double()
     without_epsilon(model)
     with quiet():
@@ -114,7 +71,7 @@ def test_forms_of_the_stream_are_the_models_scores_at_every_offset(tmp_path: Pat
 
 def test_values_are_read_through_the_norm_and_outputs_are_not(tmp_path: Path) -> None:
     model, _ = tiny("gemma2", {})
-    of = files(tmp_path, locked(model, tmp_path))
+    of = extracted(tmp_path, locked(model, tmp_path)).form
     stored, made = (of(form).read([1]) for form in ("ov", "ov-folded"))
     gain = 1 + model.layers[1].input_layernorm.weight.detach()
     torch.testing.assert_close(made.b, stored.b * gain)
@@ -124,7 +81,7 @@ def test_values_are_read_through_the_norm_and_outputs_are_not(tmp_path: Path) ->
 def test_heads_of_a_layer_read_apart_are_those_read_together(tmp_path: Path) -> None:
     """Norms of queries and keys have a row of gains for each head, or for each key."""
     model, _ = tiny("olmo2", {})
-    source = files(tmp_path, locked(model, tmp_path))("qk-folded@2")
+    source = extracted(tmp_path, locked(model, tmp_path)).form("qk-folded@2")
     whole = source.read([0, 1])
     apart = [source.read([layer], range(head, head + 1)) for layer in (0, 1) for head in range(source.heads)]
     for head, one in enumerate(apart):
@@ -133,7 +90,7 @@ def test_heads_of_a_layer_read_apart_are_those_read_together(tmp_path: Path) -> 
 
 def test_a_form_that_is_not_proven_is_one_sentence(tmp_path: Path) -> None:
     model, _ = tiny("bart", {})
-    of = files(tmp_path, locked(model, tmp_path))
+    of = extracted(tmp_path, locked(model, tmp_path)).form
     assert of("qk-folded", "encoder").heads
     with pytest.raises(HeadgramError, match="the form qk-folded cannot be made: the stack 'cross' has no role 'norm' to read: "):
         of("qk-folded", "cross")
@@ -150,11 +107,11 @@ def test_a_changed_gain_is_noticed_and_makes_no_raw_form_stale(tmp_path: Path) -
     before = locked(model, tmp_path)
     name = "layers.1.input_layernorm.weight"
     rewritten(tmp_path / "m" / "model.safetensors", lambda tensors: tensors.update({name: tensors[name] + 1}))
-    (sentence,) = compare("m", before)
+    (sentence,) = unlike_its_lock("m", before)
     assert "a norm or a bias of stack 'self', layer 1 of" in sentence
     words = "model m, stack self: a norm or a bias of layer 1 changed since it was locked; .* `headgram lock --upgrade m`"
     with pytest.raises(HeadgramError, match=words):
-        files(tmp_path, before)
+        extracted(tmp_path, before)
     assert not (tmp_path / "around.pt").exists()
     after = resolve(read_manifest(tmp_path / "models.tsv").rows[0])
     assert after.around_fingerprint() != before.around_fingerprint()
@@ -181,7 +138,7 @@ def test_what_cannot_be_read_is_missing_and_the_rest_is_there(tmp_path: Path) ->
     around = entry.stacks[0].around
     assert around is not None
     assert around.missing == {"norm": "layer 0: the checkpoint lacks tensor layers.0.input_layernorm.weight"}
-    of = files(tmp_path, entry)
+    of = extracted(tmp_path, entry).form
     assert of("qk@3").heads
     with pytest.raises(HeadgramError, match=r"the checkpoint lacks tensor layers\.0\.input_layernorm\.weight"):
         of("ov-folded")

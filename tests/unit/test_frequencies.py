@@ -12,7 +12,7 @@ from headgram.forms.circuits import qk
 from headgram.forms.heads import Heads
 from headgram.forms.reading import Rotary
 from headgram.forms.transforms import rotated
-from headgram.geometry.frequencies import energies, energies_by_chance
+from headgram.geometry.frequencies import at_offsets, by_chance, energies, offsets_up_to, turning
 
 RANK, WIDTH = 8, 11
 ROTARIES = {
@@ -93,19 +93,83 @@ def test_energies_are_what_a_form_has_on_average_over_offsets(name: str) -> None
     torch.testing.assert_close(energies(both, rotary).total[0], mean, rtol=0.02, atol=0)
 
 
-@pytest.mark.parametrize("name", ["halves", "partial halves", "last rows, scaled"])
-def test_energies_by_chance_are_the_mean_over_random_bases(name: str) -> None:
-    both, rotary = heads(1, 1), ROTARIES[name]
-    plain = Rotary(rotary.frequencies, rotary.interleaved, rotary.start)  # the factor belongs to rows, not to a basis
-    expected = energies_by_chance(both, plain)
-    generator = torch.Generator().manual_seed(1)
-    bases, upper = torch.linalg.qr(torch.randn(20_000, RANK, RANK, generator=generator, dtype=torch.float64))
-    bases = bases * upper.diagonal(dim1=1, dim2=2).sign()[:, None]
-    drawn = energies(qk((bases @ both.right()).unsqueeze(1).flatten(0, 1), bases @ both.left()), plain)
-    for values, mean in zip(
-        (drawn.planes, drawn.cosine, drawn.sine, drawn.still),
-        (expected.planes[0], expected.cosine[0], expected.sine[0], expected.still[0]),
-        strict=True,
-    ):
-        error = values.std(0) / len(values) ** 0.5
-        assert bool(((values.mean(0) - mean).abs() <= 4.5 * error + 1e-9 * mean.abs()).all())
+OFFSETS = (0, 1, -3, 64)
+
+
+@pytest.mark.parametrize("name", ROTARIES)
+def test_forms_at_offsets_are_those_held_whole(name: str) -> None:
+    both, rotary = heads(), ROTARIES[name]
+    found = at_offsets(both, rotary, OFFSETS)
+    for head in range(len(both)):
+        home = at(both, rotary, head, 0)
+        for place, offset in enumerate(OFFSETS):
+            form = at(both, rotary, head, offset)
+            size = form.norm() * home.norm()
+            symmetric = (form + form.mT) / 2
+            truth = {
+                "norm": form.norm(),
+                "cosine": (form * home).sum() / size,
+                "transposed": (form * home.mT).sum() / size,
+                "symmetry": symmetric.square().sum() / form.square().sum(),
+                "trace": form.trace(),
+            }
+            for column, value in truth.items():
+                torch.testing.assert_close(getattr(found, column)[head, place], value, rtol=1e-11, atol=1e-12, msg=column)
+
+
+@pytest.mark.parametrize("name", ROTARIES)
+@pytest.mark.parametrize("context", [1, 7, 100])
+def test_what_turns_within_a_context_is_what_forms_held_whole_say(name: str, context: int) -> None:
+    both, rotary = heads(), ROTARIES[name]
+    found, shares = turning(both, rotary, context), energies(both, rotary)
+    lengths = 2 * math.pi / rotary.frequencies
+    for head in range(len(both)):
+        forms = torch.stack([at(both, rotary, head, offset) for offset in range(context)])
+        planes = shares.planes[head]
+        truth = {
+            "positional": 1 - forms.mean(0).square().sum() / forms.square().sum((1, 2)).mean(),
+            "speed": (at(both, rotary, head, 1) - at(both, rotary, head, 0)).norm() / at(both, rotary, head, 0).norm(),
+            "beyond": planes[lengths > context].sum() / shares.total[head],
+            "wavelength": (planes * lengths).sum() / planes.sum(),
+            "sine": shares.sine[head].sum() / (shares.sine[head] + shares.cosine[head]).sum(),
+            "still": shares.still[head] / shares.total[head],
+            "norm": shares.total[head].sqrt(),
+        }
+        for column, value in truth.items():
+            torch.testing.assert_close(getattr(found, column)[head], value, rtol=1e-9, atol=1e-12, msg=column)
+
+
+def test_planes_that_do_not_turn_are_still() -> None:
+    both, still = heads(), [1, 3, 4, 5, 6, 7]
+    rotary = Rotary(torch.tensor([1.0, 0.0], dtype=torch.float64), interleaved=False)
+    found = energies(both, rotary)
+    assert bool((found.planes[:, 1] == 0).all())
+    assert turning(both, rotary, None).wavelength.tolist() == pytest.approx([2 * math.pi] * 4)
+    forms = both.left()[:, still].mT @ both.right()[:, still]
+    torch.testing.assert_close(found.still, forms.square().sum((1, 2)))
+
+
+def test_zero_forms_have_no_ratios_that_are_not_numbers() -> None:
+    none = qk(torch.zeros(1, RANK, WIDTH), torch.ones(1, RANK, WIDTH))
+    found = at_offsets(none, ROTARIES["halves"], OFFSETS), turning(none, ROTARIES["halves"], 10)
+    assert all(bool((value == 0).all()) for each in found for value in vars(each).values())
+
+
+@pytest.mark.parametrize("name", ROTARIES)
+def test_chance_is_what_random_weights_of_a_large_width_give(name: str) -> None:
+    rotary = ROTARIES[name]
+    generator = torch.Generator().manual_seed(2)
+    drawn = qk(*(torch.randn(40, RANK, 20_000, generator=generator) for _ in range(2)))
+    chance = by_chance(rotary, RANK)
+    for column in ("cosine", "norm"):
+        mean = getattr(at_offsets(drawn, rotary, OFFSETS), column).mean(0) / (20_000 if column == "norm" else 1)
+        torch.testing.assert_close(mean, getattr(at_offsets(chance, rotary, OFFSETS), column)[0], rtol=0.02, atol=0.02)
+    for column in ("still", "wavelength", "sine", "speed", "beyond", "positional"):
+        mean = getattr(turning(drawn, rotary, 50), column).mean(0)
+        torch.testing.assert_close(mean, getattr(turning(chance, rotary, 50), column)[0], rtol=0.02, atol=0.01, msg=column)
+
+
+def test_offsets_stay_within_the_context() -> None:
+    assert offsets_up_to(9) == [-3, -2, -1, 0, 1, 2, 3, 4, 8]
+    assert offsets_up_to(2) == [-2, -1, 0, 1, 2]
+    assert offsets_up_to(None)[-1] == 1024

@@ -1,11 +1,12 @@
 """What chance gives, against random weights."""
 
 import math
+from dataclasses import astuple
 
 import numpy as np
 import pytest
 
-from headgram.geometry.nulls import cosine_null, part_cosine_null, symmetry_null, symmetry_score_null
+from headgram.geometry.nulls import Null, cosine_null, overlap_null, part_cosine_null, symmetry_null, symmetry_score_null
 from headgram.report.chance import for_page
 
 COUNT = 4000
@@ -37,6 +38,35 @@ def test_random_forms(rank, width):
     ):
         assert values.mean() == pytest.approx(null.mean, abs=5 * null.deviation / math.sqrt(len(values)))
         assert values.std() == pytest.approx(null.deviation, rel=0.12)  # of a low rank, a little less
+
+
+@pytest.mark.parametrize(("kept", "width"), [(1, 12), (4, 24), (20, 24)])
+def test_random_subspaces(kept, width):
+    random = np.random.default_rng(2)
+    a, b = (np.linalg.qr(random.standard_normal((COUNT, width, kept)))[0] for _ in range(2))
+    values = np.square(np.einsum("nwi,nwj->nij", a, b)).sum((1, 2)) / kept
+    null = overlap_null(kept, width)
+    assert values.mean() == pytest.approx(null.mean, abs=5 * null.deviation / math.sqrt(COUNT))
+    assert values.std() == pytest.approx(null.deviation, rel=0.12)
+
+
+@pytest.mark.parametrize("count", [10, 100, 1000])
+def test_the_best_of_many_random_forms(count):
+    """Symmetries and cosines of forms are normal enough that the expected extreme of normal values tells their best."""
+    rank, width = 16, 96
+    q_a, k_a, q_b, k_b = np.random.default_rng(3).standard_normal((4, 5 * COUNT, rank, width), dtype=np.float32)
+
+    def products(q, k, q_other, k_other):
+        """`<k^T q, k_other^T q_other>`, without the forms."""
+        return ((k @ k_other.mT) * (q @ q_other.mT)).sum((1, 2))
+
+    norms_sq = products(q_a, k_a, q_a, k_a)
+    cosine = products(q_a, k_a, q_b, k_b) / np.sqrt(norms_sq * products(q_b, k_b, q_b, k_b))
+    symmetry = 0.5 + 0.5 * products(q_a, k_a, k_a, q_a) / norms_sq
+    for values, null in ((np.abs(cosine), cosine_null(width)), (symmetry, Null(*astuple(symmetry_null(width))[:2]))):
+        best = values[: len(values) // count * count].reshape(-1, count).max(1)
+        found, said = ((each - null.mean) / null.deviation for each in (best.mean(), null.best_of(count)))
+        assert found == pytest.approx(said, rel=0.04, abs=float(4 * best.std()) / null.deviation / math.sqrt(len(best)))
 
 
 def test_the_page_knows_the_best_of_all():

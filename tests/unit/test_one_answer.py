@@ -19,6 +19,7 @@ from headgram.checkpoints.safetensors_header import parse_header
 from headgram.cli import app
 from headgram.errors import HeadgramError
 from headgram.study.lock import lock_path, read_lock
+from headgram.study.options import read_options
 from tiny import write_bert, write_llama, write_llama_gguf, write_manifest
 
 FORMATS = {"safetensors": "model.safetensors", "bin": "pytorch_model.bin"}
@@ -162,3 +163,69 @@ def test_one_bad_row_keeps_no_other_from_being_locked(tmp_path, monkeypatch):
     assert isinstance(done.exception, HeadgramError)
     assert all(words in str(done.exception) for words in ("3 bad entries", "(../x)", "(bad)", "(gone)"))
     assert list(read_lock(lock_path(manifest)).models) == ["one", "two"]
+
+
+def packed(tensors: dict) -> dict:
+    """The first query a second time, as GPTQ stores it."""
+    stem = QUERY.removesuffix("weight")
+    return tensors | {
+        f"{stem}qweight": torch.zeros(4, 32, dtype=torch.int32),
+        f"{stem}qzeros": torch.zeros(1, 4, dtype=torch.int32),
+        f"{stem}scales": torch.ones(1, 32, dtype=torch.float16),
+    }
+
+
+GPTQ = {"quant_method": "gptq", "bits": 4}
+HALF = {"num_attention_heads": 2, "num_key_value_heads": 1, "hidden_size": 32, "num_hidden_layers": 2}
+TWICE = {
+    "a count under two names": (lambda t: t, {"n_head": 2}, {}, "num_attention_heads = 4 and n_head = 2, two names of one count"),
+    "heads of the whole and of its text": (lambda t: t, {"text_config": HALF}, {}, "states 4 heads, and 2 in its text_config"),
+    "a weight plain and quantised": (packed, {"quantization_config": GPTQ}, {}, "is there plain and quantised"),
+    "under two prefixes of the family": (
+        lambda t: t | {name.removeprefix("model."): torch.zeros_like(tensor) for name, tensor in t.items()},
+        {},
+        {},
+        "holds the stack 'self' more than once, as layers.* and model.layers.*: save one without the others, or set `prefix`",
+    ),
+    "two methods of quantisation": (
+        lambda t: t,
+        {"quantization_config": {"quant_method": "fp8"}},
+        {"hf_quant_config.json": b'{"quantization": {"quant_algo": "NVFP4"}}'},
+        "states quant_method = 'fp8', and hf_quant_config.json 'modelopt'",
+    ),
+    "two algorithms": (
+        lambda t: t,
+        {"quantization_config": {"quant_method": "modelopt", "quant_algo": "FP8"}},
+        {"hf_quant_config.json": b'{"quantization": {"quant_algo": "NVFP4"}}'},
+        "states quant_algo = 'FP8', and hf_quant_config.json 'NVFP4'",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", TWICE)
+def test_what_is_said_twice_and_differently_is_refused(tmp_path, kind):
+    changed, settings, files, words = TWICE[kind]
+    tensors = {name: tensor.contiguous() for name, tensor in changed(llama_tensors()).items()}
+    write(tmp_path, {"model.safetensors": save(tensors), "config.json": config_bytes(**settings), **files})
+    assert_refused(tmp_path, words)
+
+
+def test_a_prefix_in_the_manifest_chooses_between_two_of_the_family(tmp_path):
+    tensors = llama_tensors()
+    other = {name.removeprefix("model."): torch.zeros_like(tensor) for name, tensor in tensors.items()}
+    write(tmp_path, {"model.safetensors": save({**other, **tensors}), "config.json": config_bytes()})
+    with open_checkpoint(tmp_path, overrides={"prefix": "model"}) as checkpoint:
+        assert torch.equal(checkpoint.qk("self", 0)[0].flatten(0, 1), tensors[QUERY])
+
+
+def test_a_key_twice_in_yaml_is_refused(tmp_path):
+    write(tmp_path, {"lit_model.pth": written(llama_tensors(), "bin", tmp_path), "model_config.yaml": b"n_head: 4\nn_head: 2\n"})
+    assert_refused(tmp_path, "'n_head' stands there twice")
+    (tmp_path / "config.yaml").write_text("eigen:\n  topk: 8\n  topk: 4\n")
+    with pytest.raises(HeadgramError, match="'topk' stands there twice"):
+        read_options(tmp_path / "config.yaml", {})
+
+
+def test_inspect_names_configurations_that_are_not_read(tmp_path):
+    write(tmp_path, {**single(llama_tensors()), "params.json": b'{"n_heads": 2}', "model_config.yaml": b"n_head: 2"})
+    assert "not read, since these were found first: model_config.yaml, params.json" in inspect(tmp_path)

@@ -3,6 +3,7 @@
 import csv
 import dataclasses
 import io
+import math
 import struct
 
 import numpy as np
@@ -14,6 +15,7 @@ from test_report import stack
 from browser import SCREENSHOTS, browser, opened
 from headgram.report.chance import nulls
 from headgram.report.columns import columns
+from headgram.report.matrix import Feeding, PairMatrix
 from headgram.report.pack import beside, model_pack, unpack
 from headgram.report.page import index_pack, page, page_shell
 from headgram.report.steps import steps_pack
@@ -25,7 +27,14 @@ NAMES = [
     "a-rather-long-name-of-a-model-from-somewhere-2",
     *map("m{}".format, range(9)),
 ]
-ORIGIN = {"source": "org/model", "revision": "main", "commit": "0123456789abcdef", "measured": "2026-11-26", "version": "0.9.9"}
+ORIGIN = {
+    "source": "org/model",
+    "revision": "main",
+    "commit": "0123456789abcdef",
+    "twin": "7",
+    "measured": "2026-11-26",
+    "version": "0.9.9",
+}
 
 
 def noise(layers: int, heads: int, seed: int):
@@ -37,7 +46,19 @@ def noise(layers: int, heads: int, seed: int):
     pairs = {name: null[name].mean + null[name].deviation * random.standard_normal(size) for name in made.pairs}
     values = made.heads.copy()
     values[0] = null["symmetry"].mean + null["symmetry"].deviation * random.standard_normal(values[0].shape)
-    return dataclasses.replace(made, pairs=pairs, heads=values, singular=made.singular * 3e-4)
+    square = random.standard_normal((layers * heads,) * 2).astype(np.float32)
+    cosine = (square + square.T) / math.sqrt(2) * null["cosine"].deviation
+    matrix = PairMatrix(dict.fromkeys(("cosine", "transposed"), cosine), np.arange(layers * heads), heads)
+    earlier = np.arange(layers * heads)[:, None] // heads < np.arange(layers * heads) // heads
+    feeding = Feeding({kind: np.where(earlier, 1 + square / 20, 0).astype(np.float32) for kind in "qkv"}, heads)
+    return dataclasses.replace(made, pairs=pairs, heads=values, singular=made.singular * 3e-4, matrix=matrix, feeding=feeding)
+
+
+#: What the matrix of all heads is drawn as.
+_PIXELS = """() => {
+    const canvas = document.querySelector("#matrix canvas");
+    return [...canvas.getContext("2d").getImageData(0, 0, canvas.width, canvas.height).data];
+}"""
 
 
 @pytest.fixture(scope="module")
@@ -216,6 +237,12 @@ def test_noise_looks_like_noise(chrome, path):
             values = [row["value"] for row in found.rows(picture, "cells")]
             assert low == 0
             assert max(values) < high / 2
+        for kind in ("cosine", "k"):
+            found.set(pairs=kind)
+            colours = np.array(found.page.evaluate(_PIXELS)).reshape(-1, 4)[:, :3]
+            middle, ends = colours[np.argmin(np.abs(colours - 244).sum(1))], np.array([[31, 78, 156], [143, 74, 6]])
+            vivid = np.linalg.norm(colours[:, None] - ends, axis=-1).min(1) < np.linalg.norm(ends - middle, axis=-1).min() / 2
+            assert vivid.mean() < (0.02 if kind == "cosine" else 0.01)  # the diagonal is no noise
 
 
 def test_a_models_colour_is_its_own(chrome, path):
@@ -283,6 +310,7 @@ def test_what_is_read_aloud_is_right_at_once(chrome, path):
         assert {role for _, role, _ in first} == {"application"}
         assert ["form-head", "application", "g (cosine) between layers, head 0"] in first
         assert found.page.inner_text("#origin") == (
+            "random twin 7: heads turned at random, spectra kept · "
             "source org/model · revision main · commit 0123456789ab · measured 2026-11-26 by headgram 0.9.9"
         )
         found.set(model=NAMES[1])

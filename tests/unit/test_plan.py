@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -13,6 +14,7 @@ from hypothesis import strategies as st
 from locked import locked_llama
 
 from headgram.errors import HeadgramError
+from headgram.forms.variants import Variant
 from headgram.study import plan as study_plan
 from headgram.study.keys import modules_of
 from headgram.study.lineages import misfits
@@ -73,9 +75,9 @@ def test_given_sizes_are_kept():
         ({"gram": {"layers_per_tile": 4}}, {"gram", "merge", "derive", "render"}),
         ({"gram": {"precision": "float64"}}, {"gram", "merge", "derive", "render"}),
         ({"original": {"enabled": False}}, {"eigen", "merge", "derive", "render"}),
-        ({"weights": {"dtype": "float32"}}, {"extract", "eigen", "gram", "merge", "derive", "render", "composition"}),
+        ({"weights": {"dtype": "float32"}}, {"extract", "eigen", "gram", "merge", "derive", "render", "composition", "rotary"}),
         ({"composition": {"strongest": 8}}, {"composition", "render"}),
-        ({"export": {"compression": "none"}}, {"merge", "derive", "render", "composition"}),
+        ({"export": {"compression": "none"}}, {"merge", "derive", "render", "composition", "rotary"}),
         ({"device": "cpu", "memory_budget": "1 GiB", "results": "r", "manifest": "m.tsv"}, set()),
     ],
 )
@@ -115,6 +117,79 @@ def test_compositions_need_both_circuits_and_are_left_out_where_they_cost_too_mu
     assert costly.models["m"].composed == ()
     (sentence,) = study_plan.left_out(costly)
     assert sentence.startswith("m, stack self: without composition, which would cost more than 1e+00 operations")
+
+
+def test_folded_forms_and_offsets_are_further_forms_and_make_no_other_stale():
+    asked = {"weights": {"norm": ["raw", "folded"]}, "rotary": {"offsets": [0, -1, 64]}}
+    before, after = (make_plan({"m": locked_llama()}, load_config(raw), SCRIPTS) for raw in ({}, asked))
+    names = ["qk", "qk@-1", "qk@64", "qk-folded", "qk-folded@-1", "qk-folded@64", "ov", "ov-folded"]
+    assert after.models["m"].circuits == names
+    assert before.models["m"].circuits == ["qk", "ov"]
+    assert before.models["m"].extracted.keys() == after.models["m"].extracted.keys() == {("qk", "self"), ("ov", "self")}
+    kept = {record: key for record, key in before.records().items() if "provenance" not in record and "report" not in record}
+    assert kept.items() <= after.records().items()
+    keys = [after.models["m"].identities["eigen", name].key for name in names]
+    assert len(set(keys)) == len(names)
+    assert study_plan.left_out(after) == []
+    assert [Variant.of(name).name for name in names] == names
+
+
+@pytest.mark.parametrize(
+    ("around", "config", "forms", "sentences"),
+    [
+        (
+            None,
+            {"weights": {"norm": "folded"}},
+            ["qk", "ov"],
+            ["does not pin", "without qk-folded: its", "without ov-folded: its"],
+        ),
+        (None, {}, ["qk", "ov"], ["m: its lock does not pin the norms, .* `headgram lock --upgrade m` pins them"]),
+        (
+            {"turns": False},
+            {"rotary": {"offsets": [0, 8, 9]}},
+            ["qk", "ov"],
+            ["m, stack self: without qk@8, qk@9: no rotary encoding turns its queries and keys$"],
+        ),
+        (
+            {"turns": False},
+            {"rotary": {"offsets": [8]}},
+            ["qk", "ov"],
+            ["m, stack self: without qk@8: no rotary encoding turns its queries and keys; qk is measured instead"],
+        ),
+        (
+            {"missing": {"query_norm": "it is not proven"}},
+            {"weights": {"norm": ["raw", "folded"]}},
+            ["qk", "ov", "ov-folded"],
+            ["m, stack self: without qk-folded: it is not proven$"],
+        ),
+    ],
+)
+def test_forms_that_cannot_be_made_are_one_sentence_and_the_rest_goes_on(around, config, forms, sentences):
+    entry = locked_llama()
+    (stack,) = entry.stacks
+    known = None if around is None else stack.around.model_copy(update=around)
+    poor = entry.model_copy(update={"stacks": (stack.model_copy(update={"around": known}),)})
+    plan = make_plan({"m": poor, "other": locked_llama("other")}, load_config(config), SCRIPTS)
+    assert plan.models["m"].circuits == forms
+    found = study_plan.left_out(plan)
+    assert len(found) == len(sentences)
+    assert all(re.search(words, sentence) for words, sentence in zip(sentences, found, strict=True))
+    assert (("rotary", "") in plan.models["m"].identities) == (around is not None)
+
+
+def test_the_original_files_are_of_raw_forms_at_offset_0():
+    def originals(raw):
+        return [
+            json.loads(study_plan.stage_config(stage, load_config(raw)))["original"]["enabled"] for stage in ("eigen", "merge")
+        ]
+
+    assert originals({"weights": {"norm": ["folded", "raw"]}}) == [True, True]
+    assert originals({"weights": {"norm": "folded"}}) == originals({"rotary": {"offsets": [1]}}) == [False, False]
+
+
+def test_pairs_of_a_lineage_are_compared_in_raw_forms():
+    assert training({"weights": {"norm": ["raw", "folded"]}}).pair_places(("m10", "m9")) == [("qk", "self"), ("ov", "self")]
+    assert training({"weights": {"norm": "folded"}}).pairs == []
 
 
 def test_a_circuit_that_cannot_be_read_is_left_out_with_its_reason():

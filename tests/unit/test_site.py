@@ -11,8 +11,11 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
+from typer.main import get_command
 
+import headgram
 from browser import LOCAL, browser
+from headgram.cli import app
 
 ROOT = Path(__file__).parents[2]
 LOADS = {"script": "src", "img": "src", "link": "href", "iframe": "src", "source": "src", "video": "src", "object": "data"}
@@ -60,6 +63,20 @@ def test_every_page_can_be_found(site, pages):
     assert len(pages) == len(in_menu)
     searched = {item["location"].split("#")[0] for item in json.loads((site / "search.json").read_text())["items"]}
     assert searched == {str(path.relative_to(site)) for path in pages}
+
+
+def test_the_reference_holds_all_that_is_public(site):
+    page = (site / ".." / "pages" / "docs" / "reference.md").read_text()
+    sections = dict(re.findall(r"^#{3,4} `([\w. ]+)`\n(.*?)(?=^#|\Z)", page, re.MULTILINE | re.DOTALL))
+    assert {f"headgram.{name}" for name in headgram.__all__ if name != "SNAKEFILE"} <= set(sections)
+    assert {f"Atlas.{name}" for name in vars(headgram.Atlas) if not name.startswith("_")} <= set(sections)
+    assert {f"headgram {name}" for name in get_command(app).commands} <= set(sections)
+    assert {"headgram.plot.heads", "headgram.plot.composition", "Checkpoint.factors", "Stack.nbytes"} <= set(sections)
+    for name, text in sections.items():
+        words = re.sub(r"```.*?```", "", text, flags=re.DOTALL).strip()
+        assert len(words) > 15, name
+    assert "earlier model and the later one" in sections["headgram.compare"]
+    assert "'" not in re.search(r"-> .*", sections["Atlas.table"])[0]
 
 
 def test_nothing_is_loaded_from_elsewhere(site, pages):
@@ -110,7 +127,7 @@ def test_links_lead_somewhere(pages):
 
 def test_links_lead_somewhere_on_github():
     """Relative links of the pages as they lie in the repository; headings are checked by the strict build."""
-    for page in [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("config/*.md")]:
+    for page in [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("config/*.md")]:
         for address in re.findall(r"\]\(([^)#\s]+)[^)]*\)", page.read_text()):
             assert re.match(r"https?://", address) or (page.parent / address).exists(), f"{page.name} links to {address}"
 

@@ -9,11 +9,13 @@ from snakemake.exceptions import WorkflowError
 
 from headgram.results.record import canonical, has_key, is_fresh
 from headgram.results.asked import check_asked_for
-from headgram.results.paths import COMPOSED, DERIVED, MERGED, Results
+from headgram.results.paths import COMPOSED, DERIVED, MERGED, TURNED, Results
 from headgram.run.devices import require_device, wants_gpu
 from headgram.errors import HeadgramError
 from headgram.run.startup import OPTIONS, Run, add_handlers
-from headgram.study.plan import unpinned
+from headgram.forms.variants import NAME as FORM
+from headgram.forms.variants import Variant
+from headgram.study.plan import asked_forms, unpinned
 
 
 @contextlib.contextmanager
@@ -45,7 +47,7 @@ RESULTS = PLAN.config.results
 STORAGE = workflow.storage_registry.default_storage_provider
 PATHS = Results(RESULTS)
 # The original script's two files, which are about queries and keys.
-ORIGINAL = PLAN.config.original.enabled and "qk" in PLAN.config.circuits
+ORIGINAL = PLAN.config.original.enabled and Variant("qk") in asked_forms(PLAN.config)
 TABLES = (*MERGED, *DERIVED)
 RECORDS = {
     stage: PATHS.record(
@@ -60,6 +62,7 @@ RECORDS = {
         "around",
         "eigen",
         "gram",
+        "rotary",
         "merge",
         "derive",
         "composition",
@@ -74,7 +77,7 @@ ENVIRONMENT = "../../envs/cuda.yaml" if GPUS else "../../envs/cpu.yaml"
 wildcard_constraints:
     model=r"[A-Za-z0-9][A-Za-z0-9._-]*",
     stack=r"[a-z][a-z0-9_-]*",
-    circuit=r"[a-z]+",
+    circuit=FORM,
     layers=r"layers-\d+-\d+",
     row=r"row-\d+",
 
@@ -93,8 +96,9 @@ def model_of(wildcards):
 
 
 def heads_of(wildcards):
-    """The heads of a circuit of a stack."""
-    heads = model_of(wildcards).heads
+    """The heads of a form of a stack, or of a circuit of which forms are made."""
+    plan = model_of(wildcards)
+    heads = {**plan.extracted, **plan.heads}
     place = wildcards.circuit, wildcards.stack
     if place not in heads:
         known = ", ".join(f"{circuit} of {stack}" for circuit, stack in heads)
@@ -193,14 +197,17 @@ def in_storage(path):
 
 
 def weights_of(wildcards, layers, fresh):
-    """The weight files, with their records, that hold these layers.
+    """The weight files, with their records, that hold these layers; and what stands around them, if the form follows from it.
 
     Where what is made of them is fresh, their dates mean nothing: weights that are extracted anew are the same then.
     """
     groups = heads_of(wildcards).groups_of(layers)
-    place = wildcards.model, wildcards.stack, wildcards.circuit
+    circuit = Variant.of(wildcards.circuit).circuit
+    place = wildcards.model, wildcards.stack, circuit
     dated = ancient if fresh else str
+    around = wildcards.circuit != circuit
     return {
+        **(around_files(wildcards.model, dated) if around else {}),
         "weights": [
             dated(file)
             for group in groups
@@ -218,6 +225,9 @@ def final_files(model):
     if PLAN.models[model].composed:
         files += [PATHS.table(table, model) for table in COMPOSED]
         files += [PATHS.channel_directions(model), PATHS.record("composition", model)]
+    if is_turned(model):
+        files += [PATHS.table(table, model) for table in TURNED]
+        files += [PATHS.record("rotary", model)]
     if PLAN.config.tokens.enabled:
         files += [PATHS.table("tokens", model), PATHS.record("tokens", model)]
     return files + (PATHS.original(model) if ORIGINAL else [])
@@ -282,9 +292,46 @@ def part_files(wildcards, stage, suffix):
     ]
 
 
+def is_turned(model):
+    """Whether the stage `rotary` has something to measure of a model."""
+    return ("rotary", "") in PLAN.models[model].identities
+
+
+def around_files(model, dated=str):
+    """What stands around the projections of a model, and its record; nothing where the lock does not pin it."""
+    if not PLAN.models[model].entry.pins_around:
+        return {}
+    return {
+        "around": dated(PATHS.around(model)),
+        "around_record": dated(PATHS.record("around", model)),
+    }
+
+
+def rotary_input(wildcards):
+    plan = model_of(wildcards)
+    if not is_turned(wildcards.model):
+        raise WorkflowError(
+            f"The tables rotary and frequencies need the circuit qk; {unpinned(wildcards.model)}."
+        )
+    run_if_stale("rotary", wildcards)
+    places = [
+        (wildcards.model, stack, "qk", group)
+        for stack in plan.stacks_of("qk")
+        for group in plan.extracted["qk", stack].groups
+    ]
+    return {
+        "weights": [file for place in places for file in PATHS.data("extract", *place)],
+        "records": [PATHS.record("extract", *place) for place in places],
+        **around_files(wildcards.model),
+    }
+
+
 def merge_input(wildcards):
     run_if_stale("merge", wildcards)
+    model = wildcards.model
+    turning = [PATHS.turning(model), PATHS.record("rotary", model)]
     return {
+        "turning": turning if is_turned(model) else [],
         "tables": part_files(wildcards, "eigen", ".parquet")
         + part_files(wildcards, "gram", ".parquet"),
         "directions": part_files(wildcards, "eigen", ".pt"),
@@ -324,6 +371,7 @@ def derive_input(wildcards):
         "shards": part_files(wildcards, "eigen", ".parquet"),
         "shard_files": part_files(wildcards, "eigen", ".pt")
         + part_files(wildcards, "eigen", ".json"),
+        **around_files(model),
     }
 
 
@@ -339,7 +387,7 @@ def composition_input(wildcards):
         (wildcards.model, stack, circuit, group)
         for stack in plan.composed
         for circuit in ("qk", "ov")
-        for group in plan.heads[circuit, stack].groups
+        for group in plan.extracted[circuit, stack].groups
     ]
     return {
         "weights": [file for place in places for file in PATHS.data("extract", *place)],

@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-from headgram.run.job import running
+from headgram.run.job import around_of, running
 
 with running(snakemake) as (provenance, options):
     from headgram.stages.eigen import measure_shard
@@ -15,4 +15,5 @@ with running(snakemake) as (provenance, options):
         layers=json.loads(snakemake.params.layers),
         options=options,
         provenance=provenance,
+        around=around_of(snakemake.input),
     )

@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-from headgram.run.job import running
+from headgram.run.job import around_of, running
 
 with running(snakemake) as (provenance, options):
     from headgram.stages.gram import measure_row
@@ -14,4 +14,5 @@ with running(snakemake) as (provenance, options):
         **json.loads(snakemake.params.tiles),
         options=options.gram,
         provenance=provenance,
+        around=around_of(snakemake.input),
     )

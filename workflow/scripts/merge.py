@@ -6,7 +6,7 @@ from pathlib import Path
 from headgram.run.job import by_place, running
 
 with running(snakemake) as (provenance, options):
-    from headgram.stages.merge import Atlas, Parts, merge
+    from headgram.stages.merge import MergedFiles, Parts, merge
 
     tables = by_place(snakemake.input.tables)
     parts = {
@@ -16,9 +16,10 @@ with running(snakemake) as (provenance, options):
         for circuit, stack, shards, rows in json.loads(snakemake.params.parts)
     }
     record = Path(snakemake.output.record)
-    atlas = Atlas(
+    atlas = MergedFiles(
         *(Path(snakemake.output[name]) for name in ("heads", "spectra", "gram", "pairs", "directions")),
         seed=record.parents[1] / "seed" / record.name,
         record=record,
     )
-    merge(parts, atlas, options, provenance)
+    turning = tuple(map(Path, snakemake.input.turning))
+    merge(parts, atlas, options, provenance, turning or None)

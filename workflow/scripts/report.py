@@ -1,4 +1,4 @@
-"""Report job: see headgram.stages.report."""
+"""ReportFiles job: see headgram.stages.report."""
 
 import json
 from pathlib import Path
@@ -6,7 +6,7 @@ from pathlib import Path
 from headgram.run.job import running
 
 with running(snakemake) as (provenance, _):
-    from headgram.stages.report import Lineages, Report, Source, write_report
+    from headgram.stages.report import Lineages, ReportFiles, Source, write_report
 
     names = ("models", "layers", "heads", "data", "merged", "derived", "rendered")
     files = zip(*(map(Path, snakemake.input[name]) for name in names), strict=True)
@@ -19,5 +19,5 @@ with running(snakemake) as (provenance, _):
         dict(zip(map(tuple, pairs), map(Path, snakemake.input[name]), strict=True)) for name in ("drift", "compared")
     )
     page, record = (Path(snakemake.output[name]) for name in ("page", "record"))
-    report = Report(page, figures=page.with_name("figures"), lineages=page.with_name("lineages"), record=record)
+    report = ReportFiles(page, figures=page.with_name("figures"), lineages=page.with_name("lineages"), record=record)
     write_report(sources, Lineages(members, drift, compared), report, provenance)

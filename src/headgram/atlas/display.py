@@ -83,6 +83,10 @@ _COLUMNS: Mapping[str, tuple[str, Callable[[Any], str]]] = {
     "effective_rank": ("eff.\nrank", _number),
     "effective_rank_median": ("eff.\nrank", _number),
     "norm": ("norm", _number),
+    "copying": ("copying", _with_bar),
+    "positive": ("positive\nshare", _plain),
+    "departure": ("from\nnormal", _plain),
+    "trace_z": ("trace\nz", lambda value: f"{value:+.1f}"),
     "cosine": ("cosine", _with_bar),
     "cosine_next": ("to the\nnext", _with_bar),
     "cosine_all": ("to\nall", _signed),
@@ -154,6 +158,9 @@ def show_model(atlas: Atlas, model: str, stack: str | None, circuit: str, top: i
         columns = ["layer", "head", "symmetry", "positive_energy", "directionality", "stable_rank", "effective_rank", "norm"]
         _print(out, "Most symmetric heads", heads.nlargest(top, "symmetry"), columns)
         _print(out, "Least symmetric heads", heads.nsmallest(top, "symmetry"), columns)
+        if heads["copying"].notna().any():
+            columns = ["layer", "head", "copying", "positive", "departure", "trace_z", "norm"]
+            _print(out, "Heads that copy most: what they read, they write again", heads.nlargest(top, "copying"), columns)
         if len(couplings):
             strongest = couplings.loc[couplings["cosine"].abs().nlargest(top).index]
             columns = ["layer_a", "layer_b", "head", "cosine", "z", "right", "left", "signed"]
@@ -206,12 +213,12 @@ def _show_matches(title: str, found: pd.DataFrame, top: int, out: Console) -> No
 
 def _show_facts(model: str, facts: pd.Series, out: Console) -> None:
     circuit, stack, architecture, dtype = (_text(facts[name]) for name in ("circuit", "stack", "architecture", "stored_dtype"))
+    shared = "" if facts["kv_heads"] == facts["heads"] else f", which share {facts['kv_heads']} factors"
     out.print(
         f"[bold]{_text(model)}[/bold], circuit {circuit}, stack {stack}: {architecture}, "
-        f"{facts['layers']} layers of {facts['heads']} heads ({facts['kv_heads']} factors shared by heads), "
+        f"{facts['layers']} layers of {facts['heads']} heads{shared}, "
         f"rank {facts['rank']}, width {facts['hidden']}, stored as {dtype}",
         highlight=False,
-        soft_wrap=True,
     )
 
 
@@ -234,7 +241,7 @@ def _numbers(heads: pd.DataFrame) -> Table:
     table.add_column("number")
     for heading in ("before", "after", "median change"):
         table.add_column(heading, justify="right")
-    for name in HEAD_NUMBERS:
+    for name in (name for name in HEAD_NUMBERS if heads[f"{name}_a"].notna().any()):
         before, after = heads[f"{name}_a"], heads[f"{name}_b"]
         values = (before.median(), after.median(), (after - before).median())
         table.add_row(name, *map(_number, values))

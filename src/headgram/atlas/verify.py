@@ -19,7 +19,7 @@ from headgram.results.asked import asked_for
 from headgram.results.files import link_message
 from headgram.results.paths import FOLDERS, RECORDS
 from headgram.results.record import DescribedIdentity, Record, damages, read_record, record_of
-from headgram.results.tables import HEAD_NUMBERS, QUARTILES, SIDES, TABLES, read_parts, read_table
+from headgram.results.tables import COPYING, HEAD_NUMBERS, QUARTILES, SIDES, TABLES, read_parts, read_table
 from headgram.study.lock import Lock
 
 #: Snakemake's, in folders that are a job's output; empty.
@@ -175,7 +175,7 @@ def _identity_problems(files: dict[str, Path]) -> Iterator[str]:
     squares = spectra.assign(
         energy=spectra["singular_value"] ** 2, power=spectra["symmetric_eigenvalue"] ** 2, trace=spectra["symmetric_eigenvalue"]
     )
-    sums = squares.groupby(place)[["energy", "power", "trace"]].sum()
+    sums = squares.groupby(place)[["energy", "power", "trace", "eigenvalue_real", "eigenvalue_imaginary"]].sum()
     table = heads.set_index(place).sort_index()
     diagonal = gram[gram["layer_a"] == gram["layer_b"]].rename(columns={"layer_a": "layer"}).set_index(place)
     size = table["fro_sq"].clip(lower=np.finfo(float).tiny)
@@ -186,6 +186,9 @@ def _identity_problems(files: dict[str, Path]) -> Iterator[str]:
         "gram[a, a] = fro_sq": (diagonal["gram"] - table["fro_sq"]) / size,
         "transposed[a, a] = self_overlap": (diagonal["transposed"] - table["self_overlap"]) / size,
     }
+    copies = table["copying"].notna()  # which of all have eigenvalues of their own
+    own = (sums["eigenvalue_real"] - table["trace"])[copies] / (table["rank"] * np.sqrt(size))[copies]
+    differences["sum(eigenvalues) = trace"] = own + sums["eigenvalue_imaginary"].abs()[copies] / np.sqrt(size)[copies]
     for name, difference in differences.items():
         yield from _exceptions(name, difference)
     if not gram["cosine"].between(-1, 1).all():
@@ -215,6 +218,11 @@ def _derived_problems(files: dict[str, Path]) -> Iterator[str]:
         heads = read_table(files["layers"].parents[2] / "heads" / model / "heads.parquet").to_pandas()
     except (OSError, pa.ArrowException):
         return  # its own record says so
+    empty = dict.fromkeys(COPYING, 0.0)
+    heads = heads.fillna(empty)
+    layers, models = (
+        table.fillna({column: 0.0 for column in table if column.rpartition("_")[0] in empty}) for table in (layers, models)
+    )
     summaries = layers.set_index(["circuit", "stack", "layer"]).sort_index()
     for name in HEAD_NUMBERS:
         size = heads[name].abs().max() or 1.0

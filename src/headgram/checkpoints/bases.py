@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 from headgram.checkpoints import sources
 from headgram.checkpoints.sources import Location, is_hub_id
-from headgram.checkpoints.weight_files import ADAPTER_CONFIG, CONFIG, Weights
+from headgram.checkpoints.weight_files import ADAPTER_CONFIG, CONFIG, WeightFiles
 from headgram.errors import HeadgramError
 from headgram.foreign import plain
 
@@ -36,10 +36,10 @@ class AdaptedLocation:
     base: str
 
     @property
-    def choice(self) -> Weights:
+    def choice(self) -> WeightFiles:
         """Files of both; those of the base begin with `base:`."""
         own, other = self.adapter.choice, self.underneath.choice
-        return Weights((*own.files, *(_BASE + name for name in other.files)), other.index, own.passed_over, adapter=True)
+        return WeightFiles((*own.files, *(_BASE + name for name in other.files)), other.index, own.passed_over, adapter=True)
 
     @property
     def weights(self) -> tuple[str, ...]:

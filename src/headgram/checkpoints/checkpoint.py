@@ -124,7 +124,8 @@ class Checkpoint(Described):
             except HeadgramError as error:
                 missing[role] = str(error)
         found = [Frame(**{role: values[i] for role, values in known.items()}) for i in range(len(layers))]
-        return Frames(dict(zip(stack.layers, found, strict=True)), missing)
+        latent = stack._layout.startswith("latent")
+        return Frames(dict(zip(stack.layers, found, strict=True)), missing, stack.context, latent)
 
     def embedding(self) -> Float[Tensor, "tokens width"]:
         """What every token is read as, in stored precision; a model may scale it, or add positions to it.
@@ -269,7 +270,10 @@ class Checkpoint(Described):
 
 
 def open_checkpoint(
-    source: str | os.PathLike[str], revision: str | None = None, overrides: Mapping[str, Any] | None = None
+    source: str | os.PathLike[str],
+    revision: str | None = None,
+    overrides: Mapping[str, Any] | None = None,
+    family: Family | None = None,
 ) -> Checkpoint:
     """Open a checkpoint without reading its weights.
 
@@ -284,6 +288,8 @@ def open_checkpoint(
         Any of `model_type`, `heads`, `kv_heads`, `head_dim`, for a checkpoint that does not state them; `base`, the source of
         the checkpoint that an adapter changes; `prefix`, what stands before the model's names; `twin`, a positive number, for a
         random twin: every head turned at random, its spectrum kept. Each number gives another one, the same everywhere.
+    family
+        The layout of its type, where that is not the registry's.
 
     Raises
     ------
@@ -302,7 +308,7 @@ def open_checkpoint(
         tables = token_tables(store, ["token_embd"], ["output"], "", None)
     else:
         config = location.config()
-        architecture, family, config = declared_family(location, config, given)
+        architecture, family, config = declared_family(location, config, given, family)
         store, remarks = unwrapped(store, family, config, architecture, given)
         rules = find_rules(store, family, config, architecture)
         stacks = tuple(
@@ -338,8 +344,17 @@ def _token_tables(
 def _read_gguf(store: GgufStore, given: dict[str, Any]) -> tuple[str, Family, tuple[Stack, ...]]:
     architecture = str(store.metadata.get("general.architecture"))[:LONGEST_NAME]
     family = family_of(given["model_type"]) if "model_type" in given else family_of_gguf(architecture)
-    rule, permuted = gguf_rule(family)
+    rule, permuted = gguf_rule(family, architecture)
     meta = {key.removeprefix(f"{architecture}."): value for key, value in store.metadata.items()}
     found = find_layers(store, rule, "", meta, architecture, given)
-    stack = stack_of(store, rule, *found, architecture, "", Section(meta, architecture), permuted=permuted)
+    section = Section(meta | _rotary_scaling(store, meta), architecture)
+    stack = stack_of(store, rule, *found, architecture, "", section, permuted=permuted)
     return given.get("model_type") or architecture, family, (stack,)
+
+
+def _rotary_scaling(store: GgufStore, meta: Mapping[str, Any]) -> dict[str, Any]:
+    """What scales the rotary encoding of a GGUF file, as transformers would state it: if anything, by an unknown name."""
+    kind = meta.get("rope.scaling.type") or ("linear" if meta.get("rope.scale_linear") else "none")
+    factors = [name for name in ("rope_freqs.weight", "rope_factors_short.weight") if name in store]
+    scaled = f"the tensor {factors[0]}" if factors else f"{kind}, of a GGUF file" if kind != "none" else "default"
+    return {"rope_scaling": {"rope_type": scaled}}

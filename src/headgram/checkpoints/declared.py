@@ -33,9 +33,9 @@ def checked(overrides: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def declared_family(
-    location: AnyLocation, config: dict[str, Any] | None, given: Mapping[str, Any]
+    location: AnyLocation, config: dict[str, Any] | None, given: Mapping[str, Any], derived: Family | None = None
 ) -> tuple[str, Family, dict[str, Any]]:
-    """The type that a configuration names, its family, and the configuration.
+    """The type that a configuration names, its family (the derived one, if there is one), and the configuration.
 
     Raises
     ------
@@ -48,7 +48,7 @@ def declared_family(
     architecture = given.get("model_type") or config.get("model_type")
     if not isinstance(architecture, str) or len(architecture) > LONGEST_NAME:
         raise HeadgramError(f"the config.json of {location.where} names no model_type: set `model_type` in the manifest")
-    family = family_of(architecture)
+    family = derived or family_of(architecture)
     if not family.stacks:
         towers, architecture = family.towers, _text_type(config, architecture)
         family = with_towers(family_of(architecture), towers, config, architecture)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any, Self
 
@@ -13,6 +13,8 @@ from headgram.families.around import left_out
 from headgram.families.layouts import LAYOUTS, QK, Dimensions, Part
 from headgram.families.registry import Family, Names, StackRule
 
+#: What configurations call the same count: two of them may not state different ones.
+_SAME = (("n_head", "num_attention_heads"), ("n_layer", "num_hidden_layers"), ("n_embd", "n_embed", "hidden_size"))
 #: Far more than any model has; a configuration that declares more is damaged or hostile.
 _MOST_LAYERS = 10_000
 
@@ -20,8 +22,9 @@ _MOST_LAYERS = 10_000
 class Section:
     """A checkpoint's configuration as a rule reads it: the rule's section, or the whole if there is none, then the defaults."""
 
-    def __init__(self, values: Mapping[str, Any], architecture: str) -> None:
-        self._values = values
+    def __init__(self, values: Mapping[str, Any], architecture: str, defaults: Mapping[str, Any] | None = None) -> None:
+        self._stated = values
+        self._values = {**defaults, **values} if defaults else values
         self._architecture = architecture
 
     @classmethod
@@ -32,8 +35,8 @@ class Section:
         for name in rule.config.split(".") if rule.config else ():
             inner = inner.get(name) if isinstance(inner, Mapping) else None
         if not rule.config or not isinstance(inner, Mapping):
-            return cls({**defaults, **config}, architecture)
-        return cls({**defaults, **inner}, architecture)  # what a section leaves unsaid, no other tower's count says
+            return cls(config, architecture, defaults)
+        return cls(inner, architecture, defaults)  # what a section leaves unsaid, no other tower's count says
 
     def get(self, name: str) -> Any:
         """What the configuration states under a name, under `name.N` as the Nth of a list, or `a.b` in a section; or None."""
@@ -60,8 +63,25 @@ class Section:
                     raise HeadgramError(
                         f"{self.whose} has {name} = {value!r:.60}, which should be a whole number of at least {least}"
                     )
+                self._check_other_names(name, value)
                 return value
         return None
+
+    def _check_other_names(self, name: str, value: int) -> None:
+        """Refuse a count that is stated under two names, and differently."""
+        others = next((group for group in _SAME if name in group), ())
+        for other in others if name in self._stated else ():
+            if self._stated.get(other) not in (None, value):
+                raise HeadgramError(
+                    f"{self.whose} has {name} = {value} and {other} = {self._stated[other]!r:.60}, two names of one count: "
+                    "correct config.json"
+                )
+
+    def listed(self, names: Names | int) -> str | None:
+        """The first of the names under which the configuration states anything, if that is a list."""
+        known = (names,) if isinstance(names, str) else () if isinstance(names, int) else names
+        first = next((name for name in known if self.get(name) is not None), None)
+        return first if first and isinstance(self.get(first), list) else None
 
     def count_layers(self, names: Names) -> int | None:
         """How many layers the configuration states, as a number or as a list with an entry for each; None if it does not."""
@@ -137,6 +157,12 @@ def find_rules(store: TensorStore, family: Family, config: Mapping[str, Any], ar
             raise HeadgramError(f"this '{architecture}' checkpoint has {stated}, a variant whose layout is not known")
         section = Section.of(fitting[0], config, architecture)
         places = [(rule, prefix) for rule in fitting for prefix in family.prefixes if _holds_any(store, rule, prefix, section)]
+        keys = {prefix + next(iter(rule.tensors(QK).values())) for rule, prefix in places}
+        if len(keys) > 1:
+            raise HeadgramError(
+                f"the checkpoint holds the stack '{name}' more than once, as {' and '.join(sorted(keys)[:4])}: save one without "
+                "the others, or set `prefix` in the manifest to what stands before the one that is meant"
+            )
         if places:
             found.append(places[0])
         elif not fitting[0].layer_types or _candidates(fitting[0], section):
@@ -146,10 +172,31 @@ def find_rules(store: TensorStore, family: Family, config: Mapping[str, Any], ar
         layer = (_candidates(required[0], Section.of(required[0], config, architecture)) or [0])[0]
         wanted = family.prefixes[0] + next(iter(required[0].tensors(QK).values()))
         raise HeadgramError(f"the checkpoint lacks tensor {wanted.format(layer=layer)}, under any known prefix")
-    return found
+    return [(one, prefix) for rule, prefix in found for one in _by_counts(rule, Section.of(rule, config, architecture))]
 
 
-def gguf_rule(family: Family) -> tuple[StackRule, bool]:
+def _by_counts(rule: StackRule, section: Section) -> list[StackRule]:
+    """The rule, or one for all layers of equal counts, where the configuration states counts of heads layer by layer."""
+    stated = {what: section.listed(names) for what in ("heads", "kv_heads") if (names := getattr(rule, what)) is not None}
+    lists = {what: name for what, name in stated.items() if name}
+    if not rule.by_layer or not lists:
+        return [rule]
+    layers: dict[tuple[int, ...], list[int]] = {}
+    for layer in range(section.count_layers(rule.layers) or 0):
+        layers.setdefault(tuple(section.need(f"{name}.{layer}") for name in lists.values()), []).append(layer)
+    return [
+        rule.model_copy(
+            update={
+                "name": f"{rule.name}_{'_'.join(map(str, counts))}" if len(layers) > 1 else rule.name,
+                "among": tuple(among),
+                **{what: f"{name}.{among[0]}" for what, name in lists.items()},
+            }
+        )
+        for counts, among in layers.items()
+    ]
+
+
+def gguf_rule(family: Family, architecture: str) -> tuple[StackRule, bool]:
     """The rule of a family in llama.cpp's naming, and whether that permutes rows.
 
     Raises
@@ -170,7 +217,8 @@ def gguf_rule(family: Family) -> tuple[StackRule, bool]:
         hidden="embedding_length",
         head_dim="attention.key_length",
         remarks=family.stacks[0].remarks,
-        around=(left_out("it is not read from GGUF files"),),
+        around=tuple(rule for rule in family.gguf.around if architecture in rule.types or not rule.types)
+        or (left_out(f"it is not read from GGUF files of '{architecture}'"),),
     )
     return rule, family.gguf.permuted
 
@@ -198,6 +246,11 @@ def find_layers(
     section = section.at(layers)
     sizes = {role: section.need(names) for role, names in rule.sizes.items()}
     heads = given.get("heads") or section.need(rule.heads)
+    whole = Section(config, architecture).find(rule.heads) if rule.config == "text_config" else None
+    if whole not in (None, heads) and "heads" not in given:
+        raise HeadgramError(
+            f"{section.whose} states {whole} heads, and {heads} in its text_config: set `heads` in the manifest to what is meant"
+        )
     stated = rule.kv_heads if isinstance(rule.kv_heads, int) else rule.kv_heads and section.find(rule.kv_heads)
     kv_heads = given.get("kv_heads") or stated or heads
     hidden = section.find(rule.hidden) or _width_of(store, rule, needed, layers, Dimensions(heads, kv_heads, 1, 0, 1, 0, sizes))
@@ -220,7 +273,9 @@ def _candidates(rule: StackRule, section: Section) -> list[int] | None:
         if rule.sparse or rule.layer_types is not None:
             section.need(rule.layers)  # says what is missing
         return None
-    kept = range(count - (section.find(rule.borrowed, least=0) or 0 if rule.borrowed else 0))
+    kept: Iterable[int] = range(count - (section.find(rule.borrowed, least=0) or 0 if rule.borrowed else 0))
+    if rule.among is not None:
+        kept = [layer for layer in rule.among if layer in kept]
     if rule.layer_types is None:
         return list(kept)
     kinds = section.get("layer_types")

@@ -78,6 +78,7 @@ class DistcpStore(TensorStore):
 
     def part(self, name: str) -> Tensor:
         whole = self._tensors[name]
+        self._check_places(name, whole)
         if sum(piece.length for piece in whole.pieces) < self.nbytes(name):
             raise HeadgramError(f"{self._where}: the pieces of tensor {name!r:.200} are too small for its shape {whole.shape}")
         result = torch.empty(whole.shape, dtype=whole.dtype)
@@ -92,12 +93,21 @@ class DistcpStore(TensorStore):
             raise HeadgramError(f"{self._where}: the pieces of tensor {name!r:.200} do not make up the whole: fetch all files")
         return result
 
+    def _check_places(self, name: str, whole: Whole) -> None:
+        """Refuse pieces that their files do not hold, each in a place of its own, before any memory is taken for them."""
+        file, end = "", 0
+        for piece in sorted(whole.pieces, key=lambda piece: (piece.file, piece.start)):
+            if piece.start + piece.length > len(self._files.get(piece.file, b"")):
+                raise HeadgramError(
+                    f"{self._where}: the piece of tensor {name!r:.200} in {piece.file!r:.200} is missing: fetch all files"
+                )
+            if piece.file == file and piece.start < end:
+                raise HeadgramError(f"{self._where}: two pieces of tensor {name!r:.200} are the same bytes of {file!r:.200}")
+            file, end = piece.file, piece.start + piece.length
+
     def _read_piece(self, name: str, whole: Whole, piece: Piece) -> Tensor:
         where = f"the piece of tensor {name!r:.200} in {piece.file!r:.200}"
-        data = self._files.get(piece.file)
-        if data is None or piece.start + piece.length > len(data):
-            raise HeadgramError(f"{self._where}: {where} is missing: fetch all files")
-        stored = Archive(data[piece.start : piece.start + piece.length], where).only()
+        stored = Archive(self._files[piece.file][piece.start : piece.start + piece.length], where).only()
         if stored.dtype != whole.dtype or tuple(stored.shape) != piece.sizes:
             raise HeadgramError(f"{self._where}: {where} has another type or shape than the table says")
         return stored
@@ -117,9 +127,9 @@ def read_metadata(pickled: bytes) -> dict[str, Whole]:
     ValueError
         Says what it holds that such a table does not.
     """
-    top = _Walk().run(pickled)
+    top = _MetadataWalk().run(pickled)
     described, stored = top.fields["state_dict_metadata"], top.fields["storage_data"]
-    places = {(index.fields["fqn"], index.fields.get("offset")): place.fields for index, place in stored.others}
+    places = {_place_of(index): place.fields for index, place in stored.others}
     tensors = {}
     for name, entry in described.items():
         if entry.name.endswith(" TensorStorageMetadata"):
@@ -149,6 +159,14 @@ def _whole(name: str, fields: Mapping[str, Any], places: Mapping[Any, Mapping[st
     return Whole(kind, shape, tuple(pieces))
 
 
+def _place_of(index: _Record) -> tuple[str, tuple[int, ...] | None]:
+    """The name and the offsets of a piece: nothing else is ever hashed."""
+    name, offsets = index.fields["fqn"], index.fields.get("offset")
+    if not isinstance(name, str):
+        raise ValueError("a piece of a tensor without a name")
+    return name, offsets if offsets is None else _sizes(offsets)
+
+
 def _sizes(values: Any) -> tuple[int, ...]:
     if not isinstance(values, tuple) or not all(type(value) is int and 0 <= value < 2**48 for value in values):
         raise ValueError("sizes that are no whole numbers")
@@ -171,7 +189,7 @@ class _Entries(dict[str, Any]):
         self.others: list[tuple[_Record, Any]] = []
 
 
-class _Walk(Walk):
+class _MetadataWalk(Walk):
     """Describes the objects of a `.metadata`."""
 
     def known(self, name: str) -> Global:

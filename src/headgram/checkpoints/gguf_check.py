@@ -33,7 +33,7 @@ _MOST_TENSORS = 2**14
 _MOST_VALUES_PER_BYTE = 8
 
 
-class _Walk:
+class _Cursor:
     """A position in the file that cannot leave it."""
 
     def __init__(self, data: mmap.mmap | memoryview, at: int = 0, order: str = "<") -> None:
@@ -124,7 +124,7 @@ class _Walk:
 
 def array_bytes(data: memoryview, at: int, swapped: bool) -> int:
     """How many bytes the array takes that begins at a place of a header that was checked."""
-    walk = _Walk(data, at, ">" if swapped else "<")
+    walk = _Cursor(data, at, ">" if swapped else "<")
     walk.value(_ARRAY)
     return walk.at - at
 
@@ -139,6 +139,6 @@ def check_header(path: Path) -> None:
     """
     try:
         with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-            _Walk(data).run()
+            _Cursor(data).run()
     except (ValueError, OSError) as error:
         raise HeadgramError(f"{path} is not a whole GGUF file ({error}): fetch it again") from None

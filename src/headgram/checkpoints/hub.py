@@ -28,7 +28,7 @@ from pydantic import BaseModel, Field, ValidationError
 
 from headgram.checkpoints.answers import ATTEMPTS, answer, chunks, fetch, pause
 from headgram.checkpoints.sources import HUB_DIGEST, json_object, largest_json, parse_json
-from headgram.checkpoints.weight_files import CONFIG, PARAMS, Weights, choose_weights, config_of, described_by, format_of
+from headgram.checkpoints.weight_files import CONFIG, PARAMS, WeightFiles, choose_weights, config_of, described_by, format_of
 from headgram.errors import HeadgramError
 from headgram.foreign import first_problem
 
@@ -120,7 +120,7 @@ class RemoteLocation:
         return self.choice.files
 
     @cached_property
-    def choice(self) -> Weights:
+    def choice(self) -> WeightFiles:
         """Which files are the weights."""
         choice = choose_weights(self.files, self._json, self.where)
         for name in choice.files:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 from headgram.checkpoints.adapters import merged, with_adapters_merged
 from headgram.checkpoints.bases import AdaptedLocation, AnyLocation, with_base
@@ -70,9 +71,21 @@ def open_store(location: AnyLocation) -> TensorStore:
     config = location.config()
     modelopt = (location.config(MODELOPT_CONFIG) or {}).get("quantization")
     if isinstance(modelopt, dict):
+        _check_agreement(location.where, (config or {}).get("quantization_config"), modelopt)
         config = {"quantization_config": {"quant_method": "modelopt", **modelopt}, **(config or {})}
     weights = with_plain_weights(in_transformers_names(store, config, location.where), config)
     return with_adapters_merged(weights, location.config(ADAPTER_CONFIG), location.where)
+
+
+def _check_agreement(where: str, stated: Any, modelopt: Mapping[str, Any]) -> None:
+    """Refuse two files that say differently how the weights are quantised."""
+    for key, default in (("quant_method", "modelopt"), ("quant_algo", None)) if isinstance(stated, Mapping) else ():
+        other = modelopt.get(key, default)
+        if key in stated and other is not None and not str(stated[key]).startswith(str(other)):
+            raise HeadgramError(
+                f"config.json of {where} states {key} = {stated[key]!r:.60}, and {MODELOPT_CONFIG} {other!r:.60}: remove the one "
+                "that is wrong"
+            )
 
 
 def _plain_store(location: Location | RemoteLocation) -> TensorStore:

@@ -101,7 +101,7 @@ def read_table(pickled: bytes) -> dict[str, StoredTensor]:
     ValueError
         Says what the pickle holds that is no stored tensor.
     """
-    table = _Walk().run(pickled)
+    table = _Descriptions().run(pickled)
     if not isinstance(table, Mapping):
         raise ValueError("no table of tensors")
     tensors: dict[str, StoredTensor] = {}
@@ -127,13 +127,13 @@ def read_tensor(pickled: bytes) -> StoredTensor:
     ValueError
         If it is another thing.
     """
-    tensor = _Walk().run(pickled)
+    tensor = _Descriptions().run(pickled)
     if not isinstance(tensor, StoredTensor):
         raise ValueError("no single tensor")
     return tensor
 
 
-class _Walk(Walk):
+class _Descriptions(Walk):
     """Describes tensors and storages."""
 
     def known(self, name: str) -> Global:

@@ -82,6 +82,10 @@ class QuantisedStore(View):
                 f"tensor {name} has two kinds of scales, {' and '.join(markers)}, and nothing says which is meant"
             )
         scheme, parts = self._scheme(name), self._parts(name)
+        if scheme and name in self._store and ("weight" not in parts or "weight_packed" in parts):
+            raise HeadgramError(
+                f"tensor {name} is there plain and quantised, and nothing says which is meant: remove one of them"
+            )
         if lacking := [part for part in (scheme.needs if scheme else ()) if part not in parts]:
             raise HeadgramError(f"tensor {name} is quantised, and its part {lacking[0]} is missing: fetch the checkpoint again")
         if not scheme and name.endswith(".weight") and name in self._store and self._store.stored(name) not in FLOATS:

@@ -22,7 +22,7 @@ from headgram.checkpoints.weight_files import (
     FORMATS,
     LITGPT_CONFIG,
     PARAMS,
-    Weights,
+    WeightFiles,
     choose_weights,
     config_of,
     described_by,
@@ -32,7 +32,7 @@ from headgram.checkpoints.weight_files import (
     weights_of_file,
 )
 from headgram.errors import HeadgramError
-from headgram.foreign import read_bounded
+from headgram.foreign import parse_yaml, read_bounded
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _PACKAGE = re.compile(r"package:([A-Za-z_]\w*)/(.+)")
@@ -65,7 +65,7 @@ class Location:
     """
 
     folder: Path
-    choice: Weights
+    choice: WeightFiles
     commit: str | None
     boundary: Path
 
@@ -220,7 +220,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
         If it is large, or no table of plain values.
     """
     try:
-        value = yaml.safe_load(read_bounded(path, _LARGEST_YAML))
+        value = parse_yaml(read_bounded(path, _LARGEST_YAML))
     except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         raise HeadgramError(f"{path} is not valid YAML ({next(iter(str(error).splitlines()), '')})") from None
     if not isinstance(value, dict) or not all(isinstance(name, str) for name in value):
@@ -289,7 +289,7 @@ def _locate_in_cache(repo: str, revision: str | None) -> Location:
     return Location(folder, _weights_in(folder, boundary), folder.name, boundary)
 
 
-def _weights_in(folder: Path, boundary: Path) -> Weights:
+def _weights_in(folder: Path, boundary: Path) -> WeightFiles:
     names = {path.name for path in folder.iterdir()}
     choice = choose_weights(names, lambda name: read_json(_inside(boundary, folder, name)), str(folder))
     for name in choice.files:

@@ -14,6 +14,17 @@ from headgram.families.around import rule_of
 from headgram.families.layouts import LAYOUTS, QK, ROLES, Dimensions, Part, check_shapes, reads_of
 from headgram.families.registry import StackRule
 
+#: What configurations call the length of the context, in tokens; of several names, the first that one states.
+CONTEXTS = (
+    "max_position_embeddings",
+    "n_positions",
+    "context_length",
+    "max_sequence_length",
+    "seq_length",
+    "max_seq_len",
+    "n_ctx",
+)
+
 
 @dataclass(frozen=True, repr=False)
 class Stack(Described):
@@ -69,7 +80,14 @@ class Stack(Described):
 
     @property
     def dimensions(self) -> Dimensions:
+        """Its numbers of heads, its ranks and widths, as layouts take them."""
         return Dimensions(self.heads, self.kv_heads, self.rank, self.hidden, self.value_rank, self.output_width, self._sizes)
+
+    @property
+    def context(self) -> int | None:
+        """The most tokens that its model was made for; None if the configuration does not say."""
+        stated = (self._around.section.get(name) for name in CONTEXTS)
+        return next((value for value in stated if type(value) is int and 0 < value < 2**31), None)
 
     def _described(self) -> tuple[str, list[dict[str, object]]]:
         facts = {"stack": self.name, "layers": spans(self.layers), "heads": self.heads, "key heads": self.kv_heads}

@@ -40,7 +40,7 @@ _MOST_SHARDS = 10_000
 
 
 @dataclass(frozen=True)
-class Weights:
+class WeightFiles:
     """Which of a checkpoint's files are its weights.
 
     Attributes
@@ -50,7 +50,7 @@ class Weights:
     index
         By tensor, the file that it is read from; None where there is no index.
     passed_over
-        Other weight files beside them, which are not read.
+        Other weight files beside them, and other configurations, which are not read.
     sliced
         Whether each file holds a slice of every weight.
     adapter
@@ -64,7 +64,7 @@ class Weights:
     adapter: bool = False
 
 
-def choose_weights(names: Collection[str], read_index: Callable[[str], dict[str, Any]], where: str) -> Weights:
+def choose_weights(names: Collection[str], read_index: Callable[[str], dict[str, Any]], where: str) -> WeightFiles:
     """The weight files among a checkpoint's files: safetensors or torch's own, with an index or alone, or GGUF.
 
     Parameters
@@ -93,14 +93,16 @@ def choose_weights(names: Collection[str], read_index: Callable[[str], dict[str,
         or _only(names, _TORCH, where)
     )
     if found:
+        described = () if format_of(found.files[0]) == "gguf" else described_by(found, names)
         others = {name for name in names if "/" not in name and PurePosixPath(name).suffix in FORMATS} - set(found.files)
+        others |= ({CONFIG, PARAMS, LITGPT_CONFIG} & set(names)) - set(described)
         return replace(found, passed_over=tuple(sorted(others)))
     raise HeadgramError(
         f"{where} holds no .safetensors, .gguf or torch file ({', '.join(_TORCH)}), and no distributed checkpoint"
     )
 
 
-def weights_of_file(name: str, names: Collection[str], source: str) -> Weights:
+def weights_of_file(name: str, names: Collection[str], source: str) -> WeightFiles:
     """The weights that one file names: itself, with what belongs to it among the files beside it.
 
     Raises
@@ -113,43 +115,43 @@ def weights_of_file(name: str, names: Collection[str], source: str) -> Weights:
     original = _original(names)
     if PurePosixPath(name).suffix == ".distcp" or (original and original.sliced and name in original.files):
         raise HeadgramError(f"'{source}' is a part of a checkpoint, and means nothing alone: name the folder that it is in")
-    return Weights(parts_of(name), adapter=name in _ADAPTERS and ADAPTER_CONFIG in names)
+    return WeightFiles(parts_of(name), adapter=name in _ADAPTERS and ADAPTER_CONFIG in names)
 
 
-def _usual(names: Collection[str], whole: str, read_index: Callable[[str], dict[str, Any]], where: str) -> Weights | None:
+def _usual(names: Collection[str], whole: str, read_index: Callable[[str], dict[str, Any]], where: str) -> WeightFiles | None:
     if f"{whole}.index.json" in names:
         return _shards(read_index(f"{whole}.index.json"), whole, where)
-    return Weights((whole,)) if whole in names else None
+    return WeightFiles((whole,)) if whole in names else None
 
 
-def _adapter(names: Collection[str], read_index: Callable[[str], dict[str, Any]], where: str) -> Weights | None:
+def _adapter(names: Collection[str], read_index: Callable[[str], dict[str, Any]], where: str) -> WeightFiles | None:
     choices = (_usual(names, whole, read_index, where) for whole in _ADAPTERS if ADAPTER_CONFIG in names)
     found = next((choice for choice in choices if choice), None)
     return replace(found, adapter=True) if found else None
 
 
-def _only(names: Collection[str], suffixes: tuple[str, ...], where: str) -> Weights | None:
+def _only(names: Collection[str], suffixes: tuple[str, ...], where: str) -> WeightFiles | None:
     """The one model among the files with some suffixes; a model in parts is one."""
     found = sorted(name for name in names if name.endswith(suffixes) and "/" not in name and not _NO_WEIGHTS.fullmatch(name))
     if len({_PART.sub(r"\1\4", name) for name in found}) > 1:
         raise HeadgramError(f"{where} holds several {' and '.join(f'*{s}' for s in suffixes)} files: name the one that is meant")
-    return Weights(parts_of(found[0])) if found else None
+    return WeightFiles(parts_of(found[0])) if found else None
 
 
-def _original(names: Collection[str]) -> Weights | None:
+def _original(names: Collection[str]) -> WeightFiles | None:
     """The slices of a llama as it was published: `consolidated.00.pth` and so on, all of them."""
     found = [part for name in names if (part := _ORIGINAL.fullmatch(name))]
     last = max((int(part[1]) for part in found), default=-1)
-    return Weights(tuple(f"consolidated.{i:02}.pth" for i in range(last + 1)), sliced=last > 0) if found else None
+    return WeightFiles(tuple(f"consolidated.{i:02}.pth" for i in range(last + 1)), sliced=last > 0) if found else None
 
 
-def _distributed(names: Collection[str]) -> Weights | None:
+def _distributed(names: Collection[str]) -> WeightFiles | None:
     """The files of a distributed checkpoint, and its table."""
     files = sorted(name for name in names if name.endswith(".distcp") and "/" not in name)
-    return Weights((*files, DISTRIBUTED_TABLE)) if files and DISTRIBUTED_TABLE in names else None
+    return WeightFiles((*files, DISTRIBUTED_TABLE)) if files and DISTRIBUTED_TABLE in names else None
 
 
-def _shards(index: dict[str, Any], whole: str, where: str) -> Weights:
+def _shards(index: dict[str, Any], whole: str, where: str) -> WeightFiles:
     """The files that an index names. They may only be weight files of the same format."""
     named = index.get("weight_map")
     if not isinstance(named, dict) or not named or not all(isinstance(name, str) for name in named.values()):
@@ -164,7 +166,7 @@ def _shards(index: dict[str, Any], whole: str, where: str) -> Weights:
             raise HeadgramError(
                 f"{where}: {whole}.index.json names {name!r:.200}, which is no {PurePosixPath(whole).suffix} file"
             )
-    return Weights(files, named)
+    return WeightFiles(files, named)
 
 
 def parts_of(name: str) -> tuple[str, ...]:
@@ -180,13 +182,13 @@ def format_of(name: str) -> str:
     return FORMATS[PurePosixPath(name).suffix]
 
 
-def described_by(choice: Weights, names: Collection[str]) -> tuple[str, ...]:
+def described_by(choice: WeightFiles, names: Collection[str]) -> tuple[str, ...]:
     """Which of a checkpoint's files, beside the weights, say how they are read."""
     first = [name for name in ((LITGPT_CONFIG,) if is_litgpt(choice, names) else (CONFIG, PARAMS)) if name in names][:1]
     return (*first, *(name for name in (MODELOPT_CONFIG, ADAPTER_CONFIG) if name in names))
 
 
-def is_litgpt(choice: Weights, names: Collection[str]) -> bool:
+def is_litgpt(choice: WeightFiles, names: Collection[str]) -> bool:
     """Whether the weights are litgpt's, which may lie beside the `config.json` of the model that they were converted from."""
     return choice.files == (_LITGPT,) and LITGPT_CONFIG in names
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any, Literal, Protocol, Self
+from typing import Annotated, Any, Literal, Protocol, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -20,20 +20,26 @@ class _Stated(Protocol):
         """What it states under a name, or None."""
 
 
-class _Entry(BaseModel):
+class Rule(BaseModel):
+    """A part of a family's data file: what it does not know is refused."""
+
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
-class NormRule(_Entry):
+#: A module's name; nothing in braces but the head.
+_Place = Annotated[str, Field(pattern=r"^[^{}]*(\{head\}[^{}]*)?$", max_length=500)]
+
+
+class NormRule(Rule):
     """One norm: `none` where the block reads the stream as it is, which the norm of the block before may have left."""
 
     kind: Literal["rms", "layer", "none"]
-    module: str | None = None  # below `block`, `{head}` for one of each head; None: a norm without weights
+    module: _Place | None = None  # below `block`, `{head}` for one of each head; None: a norm without weights
     not_first: bool = False  # layer 0 reads the stream as it is
     plus: int = 0  # its gain is so much more than what is stored: 1 + w
 
 
-class RotaryRule(_Entry):
+class RotaryRule(Rule):
     """How positions turn queries and keys: pairs of rows as `halves` or `interleaved`, or `none`.
 
     Bases, shares and scalings are read as transformers reads them, from `rope_parameters` or from older names.
@@ -53,7 +59,7 @@ class RotaryRule(_Entry):
     when: dict[str, str | bool] = Field(default={})  # what they must state for anything to turn
 
 
-class ScaleRule(_Entry):
+class ScaleRule(Rule):
     """What scores are multiplied by: `value * x ** power`, `x` as the configuration states it under a name, or the rank."""
 
     value: float = 1
@@ -65,7 +71,7 @@ class ScaleRule(_Entry):
     refused: str | None = None  # what would change the scale in a way that is not known
 
 
-class AroundRule(_Entry):
+class AroundRule(Rule):
     """What stands around the projections, for some types, in configurations that state `when`.
 
     Of several, a later one says anew what it names and leaves the rest. Without any, nothing is proven. What a rule does not name

@@ -8,26 +8,24 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache
 from importlib.resources import files
-from typing import Any, Self
+from typing import Annotated, Any, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
 from headgram.errors import HeadgramError, UnknownTypeError
-from headgram.families.around import AroundRule, left_out
+from headgram.families.around import AroundRule, Rule, left_out
 from headgram.families.layouts import LAYOUTS, QK, ROLES, reads_of, sizes_of
 
 _FOLDER = files("headgram.families")
 
 
-class _Entry(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
 #: A name in the checkpoint's configuration; of several, the first that it states.
 Names = str | tuple[str, ...]
+#: What names of tensors begin with, or modules below that; nothing in braces but the layer.
+_Place = Annotated[str, Field(pattern=r"^[^{}]*(\{layer\}[^{}]*)?$", max_length=500)]
 
 
-class Remark(_Entry):
+class Remark(Rule):
     """What a reader of some roles must know, or why they are not read at all."""
 
     roles: tuple[str, ...]
@@ -44,7 +42,7 @@ class Remark(_Entry):
         return self
 
 
-class StackRule(_Entry):
+class StackRule(Rule):
     """One run of attention layers: where its tensors are, and what the checkpoint's config calls its head counts.
 
     Rules with the same name are alternatives: the first whose `when` holds and whose tensors are there is taken.
@@ -52,9 +50,9 @@ class StackRule(_Entry):
 
     name: str
     layout: str
-    block: str  # what the modules' names begin with, below the prefix; `{layer}` stands for the layer's index
-    modules: dict[str, str]  # what the layout reads -> the module below `block` that holds it as its weight, or `…_weight` itself
-    leaf: str = ".weight"  # what ends the name of a module's tensor
+    block: _Place  # what the modules' names begin with, below the prefix; `{layer}` stands for the layer's index
+    modules: dict[str, _Place]  # what the layout reads -> the module below `block` that holds it, or `…_weight` itself
+    leaf: Annotated[str, Field(pattern=r"^[^{}]*$")] = ".weight"  # what ends the name of a module's tensor
     config: str | None = None  # a section of the config, such as `text_config` or `a.b`, looked into before the config itself
     when: dict[str, bool | int | str] = Field(default={})  # what the config must state for this rule to apply
     layers: Names = "num_hidden_layers"  # no name at all: they are counted, or the block has no `{layer}` and is the only one
@@ -67,6 +65,8 @@ class StackRule(_Entry):
     sizes: dict[str, Names] = Field(default={})  # further sizes that the layout reads
     layer_types: tuple[str, ...] | None = None  # only the layers that the config's `layer_types` calls so
     borrowed: Names | None = None  # so many last layers read the keys of earlier ones, and are left out
+    by_layer: bool = False  # counts of heads may be lists with an entry for every layer: one stack for all layers of equal counts
+    among: tuple[int, ...] | None = None  # only these layers
     sparse: bool = False  # only some layers hold attention: those with all of the tensors
     optional: bool = False  # a checkpoint may hold another stack alone
     defaults: dict[str, dict[str, Any]] = Field(default={})  # model type -> what its published configs may leave unsaid
@@ -92,16 +92,17 @@ class StackRule(_Entry):
         return {tensor: name if name.endswith("_weight") else f"{name}{self.leaf}" for tensor, name in names.items()}
 
 
-class GgufRule(_Entry):
+class GgufRule(Rule):
     """The family in llama.cpp's naming."""
 
     architectures: tuple[str, ...]
     layout: str = "separate"
     permuted: bool = False  # llama.cpp's converter reordered the rows of q and k
     modules: dict[str, str] = Field(default={"query": "attn_q", "key": "attn_k", "value": "attn_v", "output": "attn_output"})
+    around: tuple[AroundRule, ...] = ()  # in those names; its types are architectures
 
 
-class Tower(_Entry):
+class Tower(Rule):
     """A part of a multimodal model that is a model of another type, which its section of the configuration names."""
 
     name: str
@@ -109,7 +110,7 @@ class Tower(_Entry):
     places: tuple[str, ...]  # what its tensors' names begin with, before the prefixes of its own family
 
 
-class Family(_Entry):
+class Family(Rule):
     """One family of architectures.
 
     A family without stacks holds models whose text tower is of another type, which their config names in `text_config`.
@@ -117,7 +118,7 @@ class Family(_Entry):
 
     name: str
     model_types: tuple[str, ...]
-    prefixes: tuple[str, ...] = ()  # where the base model may sit inside the checkpoint
+    prefixes: tuple[_Place, ...] = ()  # where the base model may sit inside the checkpoint
     embedding: tuple[str, ...] = ()  # the module, below the prefix, with a row for every token; the first that is there
     unembedding: tuple[str, ...] = (
         "lm_head",

@@ -127,7 +127,19 @@ class Frame:
 
 @dataclass(frozen=True)
 class Frames:
-    """The frames of a stack's layers, by index, and the roles that are not known, each with a sentence that says why."""
+    """The frames of a stack's layers, by index.
+
+    Attributes
+    ----------
+    missing
+        The roles that are not known, each with a sentence that says why.
+    context
+        The most tokens that the model was made for; None if its configuration does not say.
+    latent
+        Whether weights are products of two, between which latent vectors are divided by norms.
+    """
 
     layers: Mapping[int, Frame]
     missing: Mapping[str, str] = field(default_factory=dict)
+    context: int | None = None
+    latent: bool = False

@@ -87,6 +87,29 @@ def folded(
     return result
 
 
+def constant(
+    role: str,
+    factors: Float[Tensor, "n rank width"],
+    bias: Float[Tensor, "n rank"] | None,
+    frame: Frame,
+    heads: slice = slice(None),
+) -> Float[Tensor, "n rank"] | None:
+    """What queries or keys are beside `folded` factors times the stream, in float64: `diag(γ_q) C_q (b + W β)`; None if nothing.
+
+    Parameters
+    ----------
+    bias
+        What is added to `W x`.
+    """
+    beta = None if frame.norm is None else frame.norm.bias
+    if bias is None and beta is None:
+        return None
+    added = torch.zeros(factors.shape[:-1], dtype=torch.float64) if bias is None else bias.double()
+    added = added if beta is None else added + factors.double() @ beta.double()
+    own = Frame(query_norm=frame.query_norm, key_norm=frame.key_norm)
+    return folded(role, added[..., None], own, heads)[..., 0]
+
+
 def rotated(heads: Heads, rotary: Rotary, offset: int | float) -> Heads:
     """The forms `g(offset) = W_K^T R(offset) W_Q` of `qk`, in float64: scores of a query so many tokens after the key."""
     return heads.with_factors(heads.a.double(), rotary.scaled(rotary.turned(heads.b, offset)))

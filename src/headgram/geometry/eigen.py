@@ -54,7 +54,7 @@ def largest_magnitude(
     """
     n = matrices.shape[-1]
     if not at_once(matrices.device) and count <= _FEW * n:
-        found = [_few(matrix, count) for matrix in matrices]
+        found = [_solved_in_part(matrix, count) for matrix in matrices]
         return torch.stack([values for values, _ in found]), torch.stack([vectors for _, vectors in found])
     return _all(matrices, count)
 
@@ -107,7 +107,7 @@ def _decomposed(matrices: Float[Tensor, "heads n n"]) -> tuple[Float[Tensor, "he
         values, vectors = _batched_eigh(matrices)
     except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
         values, vectors = matrices.new_zeros(matrices.shape[:-1]), torch.zeros_like(matrices)
-    wrong = ~_hold(matrices, values, vectors)
+    wrong = ~_are_eigenvectors(matrices, values, vectors)
     if bool(wrong.any()):
         _log.warning(
             "headgram: %d of %d eigenproblems did not hold on the GPU, and are solved on the CPU", wrong.sum(), len(wrong)
@@ -137,7 +137,7 @@ def _cupy() -> Any:
     return cupy
 
 
-def _few(matrix: Float[Tensor, "n n"], count: int) -> tuple[Float[Tensor, " n"], Float[Tensor, "count n"]]:
+def _solved_in_part(matrix: Float[Tensor, "n n"], count: int) -> tuple[Float[Tensor, " n"], Float[Tensor, "count n"]]:
     """Of one matrix, on a CPU."""
     from scipy.linalg.lapack import dormqr, dstein, dsterf, dsytrd  # costs time where no spectrum is measured
 
@@ -151,14 +151,18 @@ def _few(matrix: Float[Tensor, "n n"], count: int) -> tuple[Float[Tensor, " n"],
     blocks, ends = np.ones(n, dtype=np.int32), np.full(n, n, dtype=np.int32)
     columns, not_converged = dstein(diagonal, beside, values[wanted], blocks, ends)
     columns[1:], _, _ = dormqr("L", "N", reflectors[1:, :-1], scales, columns[1:], lwork=_BLOCK * n)
-    if failed or not_converged or not _hold(matrix[None], *(torch.from_numpy(each)[None] for each in (values[wanted], columns))):
+    if (
+        failed
+        or not_converged
+        or not _are_eigenvectors(matrix[None], *(torch.from_numpy(each)[None] for each in (values[wanted], columns)))
+    ):
         ascending, vectors = _all(matrix[None], count)
         return ascending[0], vectors[0]
     rows = columns[:, np.searchsorted(wanted, order[:count])].T
     return torch.from_numpy(values[order]), torch.from_numpy(np.ascontiguousarray(rows))
 
 
-def _hold(
+def _are_eigenvectors(
     matrices: Float[Tensor, "heads n n"], values: Float[Tensor, "heads k"], columns: Float[Tensor, "heads n k"]
 ) -> Bool[Tensor, " heads"]:
     """Whether columns are orthonormal eigenvectors, as far as rounding lets them; not where one is not a number."""

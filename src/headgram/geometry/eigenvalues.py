@@ -11,7 +11,9 @@ The non-zero eigenvalues of `X = A^T B` are those of `B A^T`, an `r × r` proble
 Elhage et al., "A mathematical framework for transformer circuits" (2021), take eigenvalues of a whole path from token to token;
 here they are of the form in the residual stream. Henrici, "Bounds for iterates, inverses, spectral variation and fields of values
 of non-normal matrices", Numerische Mathematik 4 (1962). By chance, if `X` is turned by one Haar-random rotation `U`, `X U` and
-`-X U` are equally likely: the mean of `copying` is 0, of `positive` 1/2, and `trace_z` has mean 0 and variance 1.
+`-X U` are equally likely: the mean of `copying` is exactly 0 and of `positive` 1/2, and `trace_z` has mean 0 and variance 1. The
+mean of `departure²` is at least `1 - (Σ s)² / (d ‖X‖_F²)`, `s` the singular values: by Schur's inequality `Σ |λ|²` is at most
+`‖√S V^T U W √S‖_F²`, where `X = W S V^T`, and the mean of that is `(Σ s)² / d`.
 
 Of `qk` the same numbers say whether a head looks for tokens like its own; of a K-composition `o_a^T g_b`, whether it looks for
 tokens that follow one like its own, as an induction head does.
@@ -31,6 +33,9 @@ from headgram.forms.heads import Heads
 from headgram.forms.transforms import with_orthonormal_left
 from headgram.geometry.ratios import ratio
 
+#: A form is zero if it is so much smaller than its weights.
+_ZERO = 16 * torch.finfo(torch.float64).eps
+
 
 @dataclass(frozen=True)
 class Eigenvalues:
@@ -48,6 +53,8 @@ class Eigenvalues:
         Departure from normality over the norm, in `[0, 1]`. Below about 1e-7 it cannot be told from 0.
     trace_z : (n,)
         `tr X · √d / ‖X‖_F`.
+    residual : (n,)
+        `|Σ λ - tr X| / Σ ‖a_i‖ ‖b_i‖` over the rows of the factors: rounding, near 1e-15.
     """
 
     values: Complex[Tensor, "n rank"]
@@ -55,6 +62,7 @@ class Eigenvalues:
     positive: Float[Tensor, " n"]
     departure: Float[Tensor, " n"]
     trace_z: Float[Tensor, " n"]
+    residual: Float[Tensor, " n"]
 
 
 @torch.no_grad()
@@ -79,8 +87,11 @@ def eigenvalues(heads: Heads) -> Eigenvalues:
     if rows != columns:
         raise HeadgramError(f"Eigenvalues are those of square forms, not of ({rows}, {columns}).")
     exact = with_orthonormal_left(heads)
-    small = (exact.right() @ exact.left().mT).cpu()
+    left, right = heads.left().double(), heads.right().double()
+    unit = (left.norm(dim=-1) * right.norm(dim=-1)).sum(-1).cpu()
     fro_sq = exact.right().square().sum((-1, -2)).cpu()
+    fro_sq = fro_sq.where(fro_sq.sqrt() > _ZERO * unit, 0)
+    small = (exact.right() @ exact.left().mT).cpu() * (fro_sq > 0)[:, None, None]
     values = torch.linalg.eigvals(small)
     values = values.gather(-1, values.abs().argsort(dim=-1, descending=True, stable=True))
     magnitude = values.abs()
@@ -91,4 +102,5 @@ def eigenvalues(heads: Heads) -> Eigenvalues:
         positive=ratio(magnitude.square().where(values.real > 0, 0).sum(-1), energy).clamp(0, 1),
         departure=ratio((fro_sq - energy).clamp_min(0).sqrt(), fro_sq.sqrt()),
         trace_z=ratio(small.diagonal(dim1=1, dim2=2).sum(-1) * math.sqrt(rows), fro_sq.sqrt()),
+        residual=ratio((values.sum(-1).real - (left * right).sum((-1, -2)).cpu()).abs(), unit),
     )

@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from headgram.geometry.triangles import Products, once
+from headgram.geometry.triangles import Products, unbatched
 
 
 class Residuals(NamedTuple):
@@ -60,7 +60,7 @@ def direction_residuals(
     """How far the directions are from orthonormal, and from what `X` does to them."""
     kept = right.shape[1]
     orthogonality = torch.stack([off_identity(rows) for rows in (right, left, signed)]).amax(0)
-    left_factor = once(a)
+    left_factor = unbatched(a)
     both = torch.cat([right, signed], 1) @ b.mT @ left_factor
     of_right, of_signed = both[:, :kept], (both[:, kept:] + signed @ left_factor.mT @ b) / 2
     singular = (of_right - s[:, :kept, None] * left).norm(dim=-1).amax(-1) / unit

@@ -58,7 +58,7 @@ class Triangles:
 
 def products(b: Float[Tensor, "heads rank hidden"], a: Float[Tensor, "#heads rank hidden"]) -> Products:
     """The products that both spectra and their checks need."""
-    return Products(_with_itself(b), b @ once(a).mT, _with_itself(a))
+    return Products(_with_itself(b), b @ unbatched(a).mT, _with_itself(a))
 
 
 def _with_itself(weights: Float[Tensor, "heads rank hidden"]) -> Float[Tensor, "heads rank rank"]:
@@ -88,7 +88,7 @@ def column_norms(
     return norms
 
 
-def once(a: Float[Tensor, "#heads rank hidden"]) -> Float[Tensor, "*heads rank hidden"]:
+def unbatched(a: Float[Tensor, "#heads rank hidden"]) -> Float[Tensor, "*heads rank hidden"]:
     """A factor that all heads read, as one matrix: products with it are then one product of all heads' rows."""
     return a[0] if len(a) == 1 else a
 
@@ -138,7 +138,7 @@ def by_cholesky(
         signed = _solved(upper, signed) / lengths[:, None]
         kept = right.shape[1]
         on_b = torch.cat([right, signed[..., :rank]], 1) @ b
-        on_a = torch.cat([left, signed[..., rank:]], 1) @ once(a)
+        on_a = torch.cat([left, signed[..., rank:]], 1) @ unbatched(a)
         return on_b[:, :kept], on_a[:, :kept], on_b[:, kept:] + on_a[:, kept:]
 
     return Triangles(r_a @ r_b.mT, (symmetric + symmetric.mT) / 2, triangle_b=r_b, triangle_a=r_a, lift=lift), trusted

@@ -32,7 +32,7 @@ _VALUE_INPUTS = ("value", "value_states", "value_tensor")
 
 
 @dataclass
-class Reading:
+class Attended:
     """One product of attention weights and values, `(H, t, s)` and `(H, s, r_v)`, and what is made of it.
 
     `project` is the module that writes, and `given` what it is given, `(t, H·r_v)`; None until it runs.
@@ -74,7 +74,7 @@ class Call:
     x: Float[Tensor, "t hidden"]
     y: Float[Tensor, "s hidden"]
     z: Float[Tensor, "s hidden"]  # what values come from: `y` but in few modules
-    reading: Reading | None = None
+    reading: Attended | None = None
     logits: Float[Tensor, "heads t scores"] | None = None
     outer: dict[str, Tensor] = field(default_factory=dict)
     between: set[str] = field(default_factory=set)
@@ -275,7 +275,7 @@ class Watch(TorchFunctionMode):
             self.calls.append(running.call)
             self._unwritten = running.call
         elif running.call is not None and running.call.reading is None and tuple(left.shape[-2:]) == scores and heads:
-            running.call.reading = Reading(_per_head(left, heads), _per_head(right, heads))
+            running.call.reading = Attended(_per_head(left, heads), _per_head(right, heads))
 
     def _writes(self, module: nn.Module, args: tuple[Any, ...]) -> None:
         call, weight = self._unwritten, getattr(module, "weight", None)

@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import math
 import tempfile
-import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, fields, replace
@@ -38,7 +37,7 @@ from headgram.families.registry import Family, adopting, families, family_of
 from headgram.proofs.around import Matched, around_residuals, forms_of, relative, table_residuals, without_epsilon
 from headgram.proofs.inputs import attention_only, every_call, inputs_of
 from headgram.proofs.probe import Call, neutralise, scores_of
-from headgram.proofs.shrink import tiny_data, walked_models
+from headgram.proofs.shrink import quiet, tiny_data, walked_models
 
 #: The columns of a table of proofs, and what `Proof.cells` holds.
 COLUMNS = ("model type", "family", "layout", "stacks", "heads/key heads×rank", "roles", "around them", "residual", "ok")
@@ -189,14 +188,7 @@ def adopt(model_type: str, flags: Mapping[str, bool] = NO_FLAGS) -> list[Proof]:
         If transformers does not know the type either, cannot build a tiny model of it, or is not installed; code from a
         checkpoint is never run.
     """
-    _need_transformers()
-    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
-
-    if model_type not in CONFIG_MAPPING:
-        raise HeadgramError(
-            f"the installed transformers does not know the model type '{model_type}', so that nothing can be proven about it: "
-            "describe its layout in src/headgram/families/, with a test that compares it with the model's own scores"
-        )
+    check_known_to_transformers(model_type)
     proofs = []
     for family in _openers(model_type, flags):
         with adopting(model_type, family):
@@ -207,16 +199,22 @@ def adopt(model_type: str, flags: Mapping[str, bool] = NO_FLAGS) -> list[Proof]:
     return proofs
 
 
-@contextmanager
-def quiet() -> Iterator[None]:
-    """Without transformers' progress bars and advice, which are about models that one wants to use."""
-    from transformers.utils import logging
+def check_known_to_transformers(model_type: str) -> None:
+    """Refuse a type of which no tiny model can be built.
 
-    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-    logging.set_verbosity_error()  # type: ignore[no-untyped-call]
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
+    Raises
+    ------
+    HeadgramError
+        If transformers is not installed, or does not know it.
+    """
+    _need_transformers()
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    if model_type not in CONFIG_MAPPING:
+        raise HeadgramError(
+            f"the installed transformers does not know the model type '{model_type}', so that nothing can be proven about it: "
+            "describe its layout in src/headgram/families/, with a test that compares it with the model's own scores"
+        )
 
 
 def _need_transformers() -> None:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import re
 import tomllib
+import warnings
 from collections.abc import Iterator, Mapping
-from dataclasses import MISSING, dataclass, fields
+from contextlib import contextmanager
+from dataclasses import MISSING, dataclass, fields, is_dataclass
 from functools import cache
 from importlib.resources import files
 from typing import Any
@@ -26,12 +28,15 @@ SHAPES: tuple[dict[str, int], ...] = (
 _RULES: tuple[tuple[str, str | int], ...] = (
     (r"(linear|mamba|ssm|gdn|index|lightning)_.*|n_mamba_heads", "keep"),
     (r"(num_)?hash_.*|num_labels|num_channels|in_channels|in_chans|num_codebooks|num_stages", "keep"),
+    (r"kv_lora_rank", 20),
+    (r"q_lora_rank", 24),
+    (r"(qk_nope|v)_head_dim", 8),
+    (r"qk_rope_head_dim", 4),
     (r".*(decoder|cross).*(num_)?(attention_)?heads", "other_heads"),
     (r".*(key_value|kv)_heads|kv_heads|num_kv_heads|multi_query_group_num", "kv"),
     (r"(.*_)?(n|num|attention|self_attention|encoder_attention)_(attention_)?heads?|heads|attention_heads|n_heads?", "heads"),
     (r".*attention_heads|.*num_heads|.*_heads", "heads"),
     (r"(attention_)?head_dim|d_kv|.*_head_dim|dim_head|attention_head_size|head_size|kv_channels", "rank"),
-    (r"(qk_nope|v)_head_dim", 8),
     (r"decoder.*layers|num_decoder_layers|.*decoder_num_(hidden_)?layers|n_decoder.*layers", "other_layers"),
     (r"(num_)?(hidden_|encoder_)?layers?|n_layers?|depth|num_blocks|.*encoder_layers|.*num_(hidden_)?layers", "layers"),
     (r"(.*_)?(intermediate|ffn|mlp|feedforward|inner)_?(hidden)?_?(size|dim|dims)|d_ff|dff|d_inner|n_inner|.*_ff", 32),
@@ -47,9 +52,6 @@ _RULES: tuple[tuple[str, str | int], ...] = (
     (r"(num|n)_(local_|routed_)?experts|moe_num_experts|num_routed_experts", 4),
     (r"(num_experts_per_tok|moe_k|num_experts_per_token|moe_topk|top_k)", 2),
     (r"n_group|topk_group|n_shared_experts", 1),
-    (r"kv_lora_rank", 20),
-    (r"q_lora_rank", 24),
-    (r"qk_rope_head_dim", 4),
     (r"image_size|img_size|input_size", 28),
     (r"patch_size", 14),
     (r"num_frames", 4),
@@ -60,7 +62,14 @@ _RULES: tuple[tuple[str, str | int], ...] = (
     (r"num_queries|num_query_tokens|num_latents|latent_query_num", 11),
 )
 #: What a configuration may leave out, but no model can be built without.
-_NEVER_NONE = {"n_routed_experts": 4, "num_experts": 4, "num_local_experts": 4, "prediction_length": 4}
+_NEVER_NONE = {
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 16,
+    "n_routed_experts": 4,
+    "num_experts": 4,
+    "num_local_experts": 4,
+    "prediction_length": 4,
+}
 _LARGEST_MODEL = 20_000_000
 _SEED = 0
 _TOKENS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
@@ -74,10 +83,19 @@ class Way:
     equal: bool = False  # as many key heads as query heads
     own_rank: bool = False  # ranks stay what they are, because other entries depend on them
     wide: int = 1  # by what widths are multiplied, because something divides them
+    twice: bool = False  # as many heads again, because something asks for even numbers
 
 
 #: Tried in this order.
-WAYS = (Way(), Way(equal=True), Way(own_rank=True), Way(equal=True, own_rank=True), Way(wide=4), Way(own_rank=True, wide=4))
+WAYS = (
+    Way(),
+    Way(equal=True),
+    Way(own_rank=True),
+    Way(equal=True, own_rank=True),
+    Way(wide=4),
+    Way(own_rank=True, wide=4),
+    Way(twice=True),
+)
 
 
 def shrunk(config_class: Any, number: int, changes: Mapping[str, Any], way: Way, other: bool = False) -> dict[str, Any]:
@@ -101,12 +119,15 @@ def shrunk(config_class: Any, number: int, changes: Mapping[str, Any], way: Way,
 def _small(config_class: Any, shape: Mapping[str, int], way: Way, other: bool) -> dict[str, Any]:
     """The overrides of the numbers of one configuration."""
     sizes = {**shape, "width": shape["width"] * way.wide}
+    if way.twice:
+        sizes |= {name: 2 * shape[name] for name in ("heads", "kv", "other_heads")}
     if other:
         sizes |= {"heads": shape["other_heads"], "other_heads": shape["heads"]}
         sizes |= {"layers": shape["other_layers"], "other_layers": shape["layers"]}
     if other or way.equal:
         sizes |= {"kv": sizes["heads"], "rank": sizes["width"] // sizes["heads"]}
     values: dict[str, Any] = {}
+    names = {field.name for field in fields(config_class)}
     for field in fields(config_class):
         if field.name in _TOKENS:
             values[field.name] = _TOKENS[field.name]
@@ -117,7 +138,7 @@ def _small(config_class: Any, shape: Mapping[str, int], way: Way, other: bool) -
         if default is None and field.name in _NEVER_NONE:
             values[field.name] = _NEVER_NONE[field.name]
         if default is None and field.name == "head_dim" and not way.own_rank:
-            values[field.name] = sizes["rank"]
+            values[field.name] = 4 if "qk_rope_head_dim" in names else sizes["rank"]  # in latent attention, what turns
         if isinstance(default, bool) or not isinstance(default, int):
             continue
         rule = next((rule for pattern, rule in _RULES if re.fullmatch(pattern, field.name)), "keep")
@@ -130,6 +151,49 @@ def _small(config_class: Any, shape: Mapping[str, int], way: Way, other: bool) -
 def tiny_data() -> dict[str, Any]:
     """What `tiny_models.toml` says."""
     return tomllib.loads((files("headgram.proofs") / "tiny_models.toml").read_text(encoding="utf-8"))
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Without transformers' progress bars and advice, which are about models that one wants to use."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+@contextmanager
+def switched(model_type: str, config: Mapping[str, Any]) -> Iterator[None]:
+    """Let the tiny models of a type have the switches of a configuration, in its sections too: they may change the layout."""
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    types = tiny_data()["types"]
+    before = types.get(model_type, {})
+    types[model_type] = {**before, "config": _joined(_switches(CONFIG_MAPPING[model_type], config), before.get("config", {}))}
+    way_of.cache_clear()
+    try:
+        yield
+    finally:
+        types[model_type] = before
+        way_of.cache_clear()
+
+
+def _switches(config_class: Any, config: Mapping[str, Any]) -> dict[str, Any]:
+    known = {field.name for field in fields(config_class)}
+    made: dict[str, Any] = {name: value for name, value in config.items() if isinstance(value, bool) and name in known}
+    for name, inner in getattr(config_class, "sub_configs", {}).items():
+        if isinstance(config.get(name), Mapping) and is_dataclass(inner):
+            made[name] = _switches(inner, config[name])
+    return made
+
+
+def _joined(one: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, Any]:
+    """Both, the other first; sections are joined name by name."""
+    both = {name: _joined(one[name], other[name]) for name in one.keys() & other.keys() if isinstance(other[name], Mapping)}
+    return {**one, **other, **both}
 
 
 def model_classes(model_type: str) -> list[type]:
@@ -178,8 +242,21 @@ def tiny_config(model_type: str, number: int, way: Way) -> Any:
 
     config_class = CONFIG_MAPPING[model_type]
     config = config_class(**shrunk(config_class, number, tiny_data()["types"].get(model_type, {}).get("config", {}), way))
+    for section in (config, *(getattr(config, name, None) for name in getattr(config_class, "sub_configs", {}))):
+        _keep_attention(section)
     config._attn_implementation = config._experts_implementation = "eager"
     return config
+
+
+def _keep_attention(config: Any) -> None:
+    """Give a tiny configuration whose layers all lack softmax attention a last one with it, where the whole model has such."""
+    kinds = getattr(config, "layer_types", None)
+    if not kinds or any("attention" in kind and "linear" not in kind for kind in kinds):
+        return
+    whole = getattr(type(config)(), "layer_types", None) or ()
+    attention = [kind for kind in whole if "attention" in kind and "linear" not in kind]
+    if attention:
+        config.layer_types = [*kinds[:-1], attention[0]]
 
 
 def tiny_model(model_type: str, model_class: Any, number: int) -> nn.Module:

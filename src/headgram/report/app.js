@@ -11,6 +11,12 @@ let index; // columns, models, stacks; the quartiles of all models
 let quartiles;
 
 const stackOf = (model, stack) => index.models[model][stack] ?? Object.values(index.models[model])[0];
+/** The columns that have values in the chosen stack. */
+function offered() {
+  const place = Object.keys(index.models[state.model]).find((name) => currentStack() === index.models[state.model][name]);
+  const { shape: [, , layers], data } = quartiles[`${state.model}/${place}`];
+  return index.columns.filter((_, i) => !Number.isNaN(data[i * layers]));
+}
 const circuitOf = (stack) => (stack.includes("/") ? stack.split("/")[0] : ""); // stacks are called `{circuit}/{stack}`
 const currentStack = () => stackOf(state.model, state.stack);
 
@@ -26,7 +32,7 @@ function choose(wish) {
   const stack = currentStack();
   state.layer = among(stack.layer_indices, Number(state.layer));
   state.head = Math.min(Math.max(Math.trunc(Number(state.head)) || 0, 0), stack.heads - 1);
-  state.column = among(index.columns.map((column) => column.name), state.column);
+  state.column = among(offered().map((column) => column.name), state.column);
   state.form = among(Object.keys(index.forms), state.form);
   state.steps = among(["heads", "median", "first", "previous", ...Object.keys(index.layer_columns)], state.steps);
   for (const id of SELECTS) {
@@ -87,7 +93,7 @@ function drawControls() {
   fill("stack", places.filter((name) => circuitOf(name) === state.circuit).map((name) => [name, name.split("/").at(-1)]));
   fill("layer", stack.layer_indices.map((layer) => [layer, layer]));
   fill("head", numbers(stack.heads));
-  fill("column", index.columns.map((column) => [column.name, column.label]));
+  fill("column", offered().map((column) => [column.name, column.label]));
   fill("form", Object.entries(index.forms));
   for (const id of SELECTS) element(id).value = state[id];
   element("theme").textContent = themeName() === "dark" ? "Light" : "Dark";
@@ -120,15 +126,15 @@ function drawCompared() {
 
 /** Where the chosen model is from, when it was measured, and by what. */
 function originText() {
-  const { source, revision, commit, measured, version } = index.origins[state.model] ?? {};
-  return [source && `source ${source}`, revision && `revision ${revision}`, commit && commit !== revision && `commit ${commit.slice(0, 12)}`,
+  const { source, revision, commit, twin, measured, version } = index.origins[state.model] ?? {};
+  return [twin && `random twin ${twin}: heads turned at random, spectra kept`, source && `source ${source}`, revision && `revision ${revision}`, commit && commit !== revision && `commit ${commit.slice(0, 12)}`,
     `${measured ? `measured ${measured} by ` : ""}headgram ${version ?? index.version}`].filter(Boolean).join(" · ");
 }
 
 function drawText(data) {
   const { meta } = data;
   const column = columnOf(state.column);
-  const facts = [meta.architecture, `${data.layers.length} layers × ${meta.heads} heads`, meta.kv_heads === meta.heads ? null : `${meta.kv_heads} ${state.circuit === "ov" ? "value" : "key"} heads`,
+  const facts = [meta.architecture, `${data.layers.length} layers × ${meta.heads} heads`, meta.kv_heads === meta.heads ? null : `${meta.kv_heads} ${state.circuit.startsWith("ov") ? "value" : "key"} heads`,
     `rank ${meta.rank}`, `width ${meta.hidden}`, meta.stored_dtype];
   element("facts").textContent = facts.filter((fact) => fact !== null && fact !== undefined).join(" · ");
   element("origin").textContent = originText();
@@ -189,7 +195,7 @@ function fillTable(id, rows) {
 }
 
 function drawTables(data) {
-  fillTable("values", index.columns.map((column) => {
+  fillTable("values", offered().map((column) => {
     const value = data.headValue(column.name, state.layer, state.head);
     const line = row(pressed(column.label, () => set({ column: column.name })), show(value), bar(data.standing(column.name, value)));
     line.title = column.meaning;

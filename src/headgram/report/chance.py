@@ -13,7 +13,7 @@ from headgram.geometry.nulls import (
     symmetry_null,
     symmetry_score_null,
 )
-from headgram.results.tables import SIDES
+from headgram.results.tables import HEAD_NUMBERS, SIDES
 
 #: Colours reach so many times as far from the mean by chance as the best of all random ones: what is chance stays pale.
 PALE = 3
@@ -25,6 +25,7 @@ def nulls(facts: Mapping[str, Any]) -> dict[str, Null]:
     return {
         "symmetry": symmetry_null(width),
         "symmetry_score": symmetry_score_null(width),
+        "trace_z": Null(0.0, 1.0, two_sided=True),
         **dict.fromkeys(("cosine", "transposed"), cosine_null(width)),
         **dict.fromkeys(("symmetric", "antisymmetric"), part_cosine_null(width)),
         **dict.fromkeys(SIDES, overlap_null(kept, width)),
@@ -40,7 +41,7 @@ def for_page(facts: Mapping[str, Any]) -> dict[str, dict[str, float]]:
         name: {
             "mean": null.mean,
             "deviation": null.deviation,
-            "best": null.best_of((layers if name.startswith("symmetry") else pairs) * heads) - null.mean,
+            "best": null.best_of((layers if name in HEAD_NUMBERS else pairs) * heads) - null.mean,
             "best_mean": null.mean_of(heads).best_of(pairs) - null.mean,
         }
         for name, null in nulls(facts).items()

@@ -212,7 +212,7 @@ class Matrix {
   async say() {
     const [layer, head] = this.other();
     const { heads, hidden, kv_heads: shared } = this.data.meta;
-    element("zoom").textContent = state.zoom ? "All layers" : `Layers ${state.layer} and ${layer} alone`;
+    element("zoom").textContent = state.zoom ? "All layers" : layer === state.layer ? `Layer ${layer} alone` : `Layers ${state.layer} and ${layer} alone`;
     if (layer === state.layer && head === state.head) {
       element("pair").textContent = "Choose a cell: its row is the chosen head, its column the other.";
       return;

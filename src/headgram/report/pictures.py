@@ -21,14 +21,21 @@ _ACCENT, _QUIET, _INK, _HALO = (alt.ExprRef(name) for name in _COLOURS)
 #: Blue, neutral, orange: told apart by everybody.
 DIVERGING = ("#1f4e9c", "#5a8fd0", "#b4cfea", "#f5f4f2", "#f3c69a", "#d98032", "#8f4a06")
 _SERIES = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#5b6570", "#a39200")
-#: As many digits as needed, and no more.
-_NUMBER = "~g"
+#: As many digits as needed, and no more: axes of numbers of any size.
+_NUMBER = "format(datum.value, '.4~g')"
 
 
-def heatmap(x: str, y: str, domain: Sequence[float] | None = None, colours: str | Sequence[str] = "viridis") -> Chart:
+def heatmap(
+    x: str,
+    y: str,
+    domain: Sequence[float] | None = None,
+    colours: str | Sequence[str] = "viridis",
+    note: str | None = None,
+) -> Chart:
     """Cells of two indices coloured by `value`, and a frame around what is chosen.
 
-    Datasets: `cells` (x, y, value) and `chosen`, which holds x and y, or y alone in a square of layers: a whole row.
+    Datasets: `cells` (x, y, value) and `chosen`, which holds x and y, or y alone in a square of layers: a whole row. The legend
+    has a `note` above it.
     """
     axis = alt.Axis(labelOverlap=True, labelSeparation=6, labelAngle=0, ticks=False, domain=False, grid=False)
     place: dict[str, Any] = {
@@ -39,7 +46,9 @@ def heatmap(x: str, y: str, domain: Sequence[float] | None = None, colours: str 
     scale["scheme" if isinstance(colours, str) else "range"] = colours if isinstance(colours, str) else list(colours)
     if domain is not None:
         scale["domain"] = list(domain)
-    legend = alt.Legend(orient="bottom", direction="horizontal", title=None, tickCount=4, gradientThickness=9, format="~g")
+    legend = alt.Legend(
+        orient="bottom", direction="horizontal", title=note, tickCount=4, gradientThickness=9, gradientLength=240, format="~g"
+    )
     cells = alt.Chart(alt.NamedData("cells")).mark_rect()
     frame = {"y": place["y"]} if "_" in y else place
     chosen = alt.Chart(alt.NamedData("chosen")).encode(**frame)
@@ -57,7 +66,7 @@ def spectrum() -> Chart:
     """
     place: dict[str, Any] = {
         "x": alt.X("index:Q", title="index", axis=alt.Axis(tickMinStep=1, grid=False), scale=alt.Scale(nice=False, zero=False)),
-        "y": alt.Y("value:Q", title=None, axis=alt.Axis(format=_NUMBER)),
+        "y": alt.Y("value:Q", title=None, axis=alt.Axis(labelExpr=_NUMBER)),
         "detail": "head:N",
     }
     zero = alt.Chart(alt.InlineData([{"zero": 0}])).mark_rule(strokeWidth=1, color=_QUIET).encode(y="zero:Q")
@@ -71,14 +80,14 @@ def profile(depth: str = "depth") -> Chart:
 
     Datasets: `profile` (series, x, q25, median, q75) and `chosen` (x).
     """
-    x = alt.X("x:Q", title=depth, axis=alt.Axis(grid=False, format=_NUMBER), scale=alt.Scale(nice=False, zero=False))
+    x = alt.X("x:Q", title=depth, axis=alt.Axis(grid=False, labelExpr=_NUMBER), scale=alt.Scale(nice=False, zero=False))
     legend = alt.Legend(
         orient="bottom", title=None, labelLimit=320, columns=4, symbolType="stroke", symbolStrokeWidth=3, symbolOpacity=1
     )
     colour = alt.Color("series:N", sort=None, legend=legend)
     dash = alt.StrokeDash("series:N", sort=None, legend=None, scale=alt.Scale(range=[[1, 0]]))
     base = alt.Chart(alt.NamedData("profile")).encode(x=x, color=colour)
-    y = alt.Axis(format=_NUMBER)
+    y = alt.Axis(labelExpr=_NUMBER)
     band = base.mark_area(opacity=0.16).encode(y=alt.Y("q25:Q", title=None, axis=y, scale=alt.Scale(zero=False)), y2="q75:Q")
     line = base.mark_line(strokeWidth=2.2).encode(y=alt.Y("median:Q", title=None, axis=y), strokeDash=dash)
     points = base.mark_point(filled=True, size=50, opacity=1).encode(y="median:Q")

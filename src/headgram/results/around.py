@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
@@ -31,7 +32,7 @@ def read_around(path: Path, record: Path, key: str) -> dict[str, Frames]:
     check(record, key, [path])
     found: dict[str, dict[str, Any]] = torch.load(path, weights_only=True)
     return {
-        name: Frames({layer: _frame(each) for layer, each in stack["layers"].items()}, stack["missing"])
+        name: Frames(**{**stack, "layers": {layer: _frame(each) for layer, each in stack["layers"].items()}})
         for name, stack in found.items()
     }
 
@@ -40,3 +41,44 @@ def _frame(values: Mapping[str, Any]) -> Frame:
     kinds = {"norm": Norm, "query_norm": Norm, "key_norm": Norm, "rotary": Rotary}
     read = {role: kinds[role](**value) for role, value in values.items() if role in kinds and value is not None}
     return Frame(**{**values, **read})
+
+
+def around_of(form: str, frames: Frames) -> dict[str, Any]:
+    """What the table `models` says of a stack: the kind of its norm, scale and bound of its scores, and what cannot be folded in.
+
+    Numbers are medians over layers.
+    """
+    layers = list(frames.layers.values())
+    norms = [layer.norm for layer in layers if layer.norm is not None]
+    kind = "none" if not norms else "layer" if norms[-1].centred else "rms"
+    scales, caps = ([value for layer in layers if (value := getattr(layer, name)) is not None] for name in ("scale", "cap"))
+    return {
+        "norm_kind": None if "norm" in frames.missing else kind,
+        "score_scale": median(scales) if scales and form.startswith("qk") else None,
+        "score_cap": median(caps) if caps and form.startswith("qk") else None,
+        "not_folded": "; ".join(_not_folded(form, frames)),
+    }
+
+
+def _not_folded(form: str, frames: Frames) -> Iterator[str]:
+    """What stands between a form with norms folded in and the model's scores, or what a head writes."""
+    layers = list(frames.layers.values())
+
+    def any_of(*roles: str) -> bool:
+        return any(getattr(layer, role) is not None for layer in layers for role in roles)
+
+    yield from dict.fromkeys(frames.missing.values())
+    if any_of("norm"):
+        yield "the norm divides each token by a number of its own"
+    if any(layer.norm is not None and layer.norm.bias is not None for layer in layers):
+        yield "the norm's bias adds terms that are linear in one token"
+    if frames.latent:
+        yield "latent vectors are divided by norms of their own"
+    if not form.startswith("qk"):
+        return
+    if any_of("query_norm", "key_norm"):
+        yield "queries and keys are divided by norms of their own"
+    if any_of("query_bias", "key_bias"):
+        yield "biases of queries and keys add terms that are linear in one token"
+    if any_of("cap"):
+        yield "scores are bounded"

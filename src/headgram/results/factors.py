@@ -18,8 +18,9 @@ from headgram.forms.reading import Frames
 from headgram.forms.transforms import folded
 from headgram.forms.variants import FOLDED, Variant, needs
 from headgram.geometry.costs import Block, blocks
+from headgram.results.around import read_around
 from headgram.results.files import written_whole
-from headgram.results.record import check, record_of
+from headgram.results.record import Provenance, check, record_of
 
 
 def write_factors(path: Path, layers: Sequence[int], factors: Mapping[str, Float[Tensor, "layers heads rank width"]]) -> None:
@@ -106,6 +107,21 @@ class FactorFiles:
         if role == "query" and self._variant.offset and frame.rotary is not None:
             factors = frame.rotary.scaled(frame.rotary.turned(factors, self._variant.offset))
         return factors.to(torch.promote_types(stored.dtype, torch.float32))
+
+
+def factors_of(weights: Sequence[Path], around: tuple[Path, Path] | None, provenance: Provenance) -> FactorFiles:
+    """The factors of the form that a job is about.
+
+    Parameters
+    ----------
+    around
+        What stands around the model's projections, and its record; None where the form does not follow from it.
+    """
+    assert provenance.circuit is not None
+    assert provenance.stack is not None
+    upstream = provenance.identity.upstream
+    frames = read_around(*around, upstream[1])[provenance.stack] if around else None
+    return FactorFiles(weights, upstream[0], provenance.circuit, frames)
 
 
 def _mapped(path: Path) -> dict[str, Any]:

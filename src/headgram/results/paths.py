@@ -11,6 +11,12 @@ from dataclasses import dataclass
 #: A circuit and a stack: whose heads something is about.
 Place = tuple[str, str]
 
+
+def between_streams(stack: str) -> bool:
+    """Whether a stack's heads read another stream than the one that they write to, as cross-attention does: its name says so."""
+    return "cross" in stack.split("_")
+
+
 #: Tables that a merge and a derivation write for a model.
 MERGED = ("heads", "spectra", "gram", "pairs")
 DERIVED = ("overlap", "neighbours", "layers", "models")
@@ -18,8 +24,10 @@ DERIVED = ("overlap", "neighbours", "layers", "models")
 LINEAGE = ("drift", "changes", "matches")
 #: Tables of models whose stacks are measured in both circuits.
 COMPOSED = ("composition", "channels")
+#: Tables of models whose lock says what stands around queries and keys.
+TURNED = ("rotary", "frequencies")
 #: Tables that a study need not have of a model.
-OPTIONAL = (*COMPOSED, "tokens")
+OPTIONAL = (*COMPOSED, "tokens", *TURNED)
 #: The folders that hold artifacts, their records among them; logs are nobody's results.
 FOLDERS = ("atlas", "models", "provenance", "seed", "report")
 RECORDS = ("models", "provenance", "report")
@@ -61,6 +69,7 @@ class Results:
                 "lineage": f"provenance/lineage/{model}/{name}.json",
                 "around": f"provenance/around/{model}.json",
                 "composition": f"provenance/composition/{model}.json",
+                "rotary": f"provenance/rotary/{model}.json",
                 "tokens": f"provenance/tokens/{model}.json",
                 "render": f"report/data/{model}.json",
                 "report": "report/index.json",
@@ -78,6 +87,10 @@ class Results:
     def around(self, model: str) -> str:
         """What stands around the projections of a model's stacks."""
         return f"{self.root}/models/{model}/around.pt"
+
+    def turning(self, model: str) -> str:
+        """Numbers of a model's heads that its table `heads` takes from the stage `rotary`."""
+        return f"{self.root}/models/{model}/turning.parquet"
 
     def directions(self, model: str) -> str:
         """The directions of a model."""

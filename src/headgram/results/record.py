@@ -29,6 +29,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 
 from headgram.errors import HeadgramError
 from headgram.foreign import first_problem, read_bounded
+from headgram.results.asked import still_asked_for
 from headgram.results.files import checksum, refuse_links, write_text
 from headgram.version import __version__
 
@@ -288,7 +289,7 @@ def check(record: Path, key: str, reads: Collection[Path] | None = None) -> Reco
             f"{record} belongs to another configuration, checkpoint or version than this run's: run again, which makes it anew."
         )
     for damage in damages(record, content, reads):
-        with contextlib.suppress(OSError):
+        with still_asked_for(), contextlib.suppress(OSError):  # else it may be a newer run's by now
             record.unlink()
         raise HeadgramError(f"{damage}; its record was removed, so that the same command makes it anew.")
     return content

@@ -13,6 +13,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from headgram.errors import HeadgramError
+from headgram.forms.variants import Variant
 from headgram.results.files import written_whole
 from headgram.results.paths import Place
 from headgram.results.record import Provenance, parquet_metadata
@@ -34,8 +35,11 @@ SCALARS = (
 #: The scores of `headgram.geometry.scores`: of heads, in `heads`, and with the prefix `layer_` of whole layers, in `layers`.
 SCORES = ("symmetry_score", "directionality")
 LAYER_SCORES = tuple(f"layer_{name}" for name in SCORES)
+#: Fields of `headgram.geometry.eigenvalues.Eigenvalues`. Empty but for heads of the circuit `ov` that write to the stream that
+#: they read: elsewhere a head moves nothing, or moves it to where nothing is like it.
+COPYING = ("copying", "positive", "departure", "trace_z")
 #: All that is measured of a head in numbers.
-HEAD_NUMBERS = (*SCALARS, *SCORES)
+HEAD_NUMBERS = (*SCALARS, *SCORES, *COPYING)
 #: Sides of a head's directions.
 SIDES = ("right", "left", "signed")
 #: What changed of a head from one model to another: fields of `headgram.geometry.drift.Drift`, and what chance gives.
@@ -54,6 +58,15 @@ DRIFT_NUMBERS = (
     "floor",
     "equal",
 )
+#: Of heads of `qk`, how much of a form turns with the offset, and how fast: fields of `headgram.geometry.frequencies.Turning`.
+#: Empty where positions turn nothing; each but the first has a column `…_expected` beside it.
+TURNS = tuple(f"rotary_{name}" for name in ("norm", "still", "wavelength", "sine", "speed", "beyond", "positional"))
+#: Norms of the terms of a score that are linear in the query's token, or in the key's, over the form's; empty without biases.
+LINEAR = ("linear_query", "linear_key")
+#: Columns of `heads` that may be empty.
+AT_TIMES = (*TURNS, *(f"{name}_expected" for name in TURNS[1:]), *LINEAR)
+#: What `models` says of what stands around heads; empty where that is not known.
+AROUND_MODELS = {"norm_kind": pa.string(), "score_scale": pa.float64(), "score_cap": pa.float64(), "not_folded": pa.string()}
 #: What `layers` says of each number of its heads.
 QUARTILES = {"q25": 0.25, "median": 0.5, "q75": 0.75}
 
@@ -66,53 +79,73 @@ def _schema(*columns: tuple[str, pa.DataType] | pa.Field) -> pa.Schema:
     return pa.schema([each if isinstance(each, pa.Field) else pa.field(*each, nullable=False) for each in columns])
 
 
+def _number(name: str, suffix: str = "") -> pa.Field:
+    return pa.field(f"{name}{suffix}", pa.float64(), nullable=name in COPYING)
+
+
 _PLACE = (("circuit", pa.string()), ("stack", pa.string()))
+#: What a form's factors are, `raw` or `folded`, and at which offset of query and key, as the name in `circuit` says it too.
+_FORM = (("norms", pa.string()), ("offset", pa.int32()))
+#: The columns that say which heads a row is about, in which form.
+WHERE = ("circuit", "stack", "norms", "offset")
 
 # The column `model` is the partition of the atlas, so no file repeats it.
 HEADS = _schema(
     *_PLACE,
+    *_FORM,
     *((name, pa.int32()) for name in ("layer", "head", "kv_head", "rank", "hidden")),
-    *((name, pa.float64()) for name in HEAD_NUMBERS),
+    *map(_number, HEAD_NUMBERS),
+    *(pa.field(name, pa.float64()) for name in AT_TIMES),
 )
 SPECTRA = _schema(
     *_PLACE,
+    *_FORM,
     *((name, pa.int32()) for name in ("layer", "head", "index")),
     ("singular_value", pa.float64()),
     ("symmetric_eigenvalue", pa.float64()),
+    *(pa.field(name, pa.float64()) for name in ("eigenvalue_real", "eigenvalue_imaginary")),  # null where COPYING is
 )
 GRAM = _schema(
     *_PLACE,
+    *_FORM,
     *((name, pa.int32()) for name in ("layer_a", "layer_b", "head")),
     *((name, pa.float64()) for name in ("gram", "cosine", "transposed", "symmetric", "antisymmetric", "z")),
 )
 PAIRS = _schema(
     *_PLACE,
+    *_FORM,
     *((name, pa.int32()) for name in ("layer_a", "head_a", "layer_b", "head_b")),
     ("shared", pa.bool_()),
     *((name, pa.float32()) for name in ("cosine", "transposed")),
 )
 OVERLAP = _schema(
     *_PLACE,
+    *_FORM,
     *((name, pa.int32()) for name in ("layer_a", "layer_b", "head")),
     *((name, pa.float64()) for name in (*SIDES, "expected")),
 )
 LAYERS = _schema(
     *_PLACE,
+    *_FORM,
     ("layer", pa.int32()),
-    *((f"{name}_{label}", pa.float64()) for name in HEAD_NUMBERS for label in QUARTILES),
+    *(_number(name, f"_{label}") for name in HEAD_NUMBERS for label in QUARTILES),
     *((name, pa.float64()) for name in ("cosine_previous", "cosine_next", "cosine_all", *LAYER_SCORES)),
 )
 MODELS = _schema(
-    *((name, pa.string()) for name in ("circuit", "stack", "architecture", "stored_dtype", "lineage")),
+    *_PLACE,
+    *_FORM,
+    *((name, pa.string()) for name in ("architecture", "stored_dtype", "lineage")),
     pa.field("step", pa.float64()),  # null where the manifest gives none
     ("labels", pa.string()),
     *((name, pa.int32()) for name in ("layers", "heads", "kv_heads", "rank", "hidden", "directions")),
-    *((f"{name}_median", pa.float64()) for name in (*HEAD_NUMBERS, *LAYER_SCORES)),
+    *(_number(name, "_median") for name in (*HEAD_NUMBERS, *LAYER_SCORES)),
     *((name, pa.float64()) for name in ("cosine_adjacent", "cosine_all")),
     *((f"overlap_{name}", pa.float64()) for name in (*(f"{side}_adjacent" for side in SIDES), "expected")),
+    *(pa.field(name, kind) for name, kind in AROUND_MODELS.items()),
 )
 NEIGHBOURS = _schema(
     *_PLACE,
+    *_FORM,
     *((name, pa.int32()) for name in ("layer", "head")),
     ("measure", pa.string()),
     *((name, pa.int32()) for name in ("place", "other_layer", "other_head")),
@@ -136,6 +169,25 @@ MATCHES = _schema(
     *((name, pa.int32()) for name in ("layer", "head", "other_layer", "other_head")),
     *((name, pa.float64()) for name in ("cosine", "margin", "chance")),
     ("mutual", pa.bool_()),
+)
+ROTARY = _schema(
+    *_PLACE,
+    *((name, pa.int32()) for name in ("layer", "head", "offset")),
+    *((name, pa.float64()) for name in ("norm", "cosine", "transposed", "symmetry", "trace", "expected")),
+)
+FREQUENCIES = _schema(
+    *_PLACE,
+    *((name, pa.int32()) for name in ("layer", "head")),
+    pa.field("plane", pa.int32()),  # null, as what follows, of the rows that no rotation touches
+    pa.field("wavelength", pa.float64()),
+    *((name, pa.float64()) for name in ("energy", "share", "expected")),
+    *(pa.field(name, pa.float64()) for name in ("cosine_norm", "sine_norm")),
+)
+#: What `heads` takes from the stage `rotary`.
+TURNING = _schema(
+    *_PLACE,
+    *((name, pa.int32()) for name in ("layer", "head")),
+    *(pa.field(name, pa.float64()) for name in AT_TIMES),
 )
 _COMPOSED = (
     *((name, pa.string()) for name in ("stack", "kind")),
@@ -176,11 +228,13 @@ TABLES = {
     "composition": COMPOSITION,
     "channels": CHANNELS,
     "tokens": TOKENS,
+    "rotary": ROTARY,
+    "frequencies": FREQUENCIES,
 }
 
 
-def labelled(table: pa.Table, schema: pa.Schema, **labels: str) -> pa.Table:
-    """Rows that have some texts in common, with a column for each, as a schema has them."""
+def labelled(table: pa.Table, schema: pa.Schema, **labels: str | int) -> pa.Table:
+    """Rows that have some texts or numbers in common, with a column for each, as a schema has them."""
     rows = pa.array(np.zeros(len(table), dtype=np.int32))
     for name, value in labels.items():
         table = table.append_column(name, pa.array([value]).take(rows))
@@ -190,7 +244,8 @@ def labelled(table: pa.Table, schema: pa.Schema, **labels: str) -> pa.Table:
 def at_place(place: Place, table: pa.Table, schema: pa.Schema) -> pa.Table:
     """Rows about the heads of one place, with the columns that say so, as a schema has it."""
     circuit, stack = place
-    return labelled(table, schema, circuit=circuit, stack=stack)
+    form = Variant.of(circuit)
+    return labelled(table, schema, circuit=circuit, stack=stack, norms=form.norm, offset=form.offset)
 
 
 def of_place(place: Place, table: pa.Table) -> pa.Table:

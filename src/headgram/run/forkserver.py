@@ -143,7 +143,7 @@ def serve(listener: socket.socket, parent: int, on_interrupt: Any) -> None:
         with client, contextlib.suppress(OSError):  # no process can be forked: the client finds its connection closed
             if _is_ours(client) and os.fork() == 0:
                 listener.close()
-                _become(client, on_interrupt)
+                _run_and_exit(client, on_interrupt)
     _bury_the_dead()
 
 
@@ -166,7 +166,7 @@ def _is_ours(peer: socket.socket) -> bool:
     return bool(_CREDENTIALS.unpack(credentials)[1] == os.getuid())
 
 
-def _become(client: socket.socket, on_interrupt: Any) -> None:
+def _run_and_exit(client: socket.socket, on_interrupt: Any) -> None:
     """Run the script that a client asks for, as if this process were it. Does not return."""
     status = 1
     try:

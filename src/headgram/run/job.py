@@ -73,6 +73,11 @@ def by_place(paths: Iterable[str]) -> dict[tuple[str, ...], Path]:
     return {(*path.parts[-4:-1], path.stem): path for path in map(Path, paths)}
 
 
+def around_of(inputs: Any) -> tuple[Path, Path] | None:
+    """What stands around a model's projections, and its record, if that is among a job's inputs."""
+    return (Path(inputs.around), Path(inputs.around_record)) if "around" in inputs.keys() else None  # noqa: SIM118
+
+
 @contextlib.contextmanager
 def _output_to(log: Path) -> Iterator[None]:
     refuse_links(log)

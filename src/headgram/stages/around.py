@@ -7,14 +7,19 @@ from pathlib import Path
 from typing import Any
 
 from headgram.checkpoints.checkpoint import open_checkpoint
-from headgram.errors import HeadgramError
+from headgram.errors import MANIFEST, HeadgramError, upgrading
 from headgram.families.around import AROUND
 from headgram.results.around import write_around
 from headgram.results.record import Provenance, seal
 
 
 def extract_around(
-    output: Path, record: Path, source: Mapping[str, Any], locked: Mapping[str, Sequence[tuple[int, str]]], provenance: Provenance
+    output: Path,
+    record: Path,
+    source: Mapping[str, Any],
+    locked: Mapping[str, Sequence[tuple[int, str]]],
+    provenance: Provenance,
+    manifest: Path = MANIFEST,
 ) -> None:
     """Write the frames of all stacks of a model. What cannot be read is missing there, with the reason, and printed.
 
@@ -24,6 +29,8 @@ def extract_around(
         The arguments of `open_checkpoint`, as locked.
     locked
         By stack, every layer and what `Checkpoint.digest` said of it when it was locked.
+    manifest
+        Named by what is said of a checkpoint that changed.
 
     Raises
     ------
@@ -36,8 +43,8 @@ def extract_around(
                 for layer, digest in layers:
                     if not checkpoint.holds(stack, layer, digest, AROUND):
                         raise HeadgramError(
-                            f"stack {stack}: a norm or a bias of layer {layer} changed since it was locked; if that is meant, "
-                            f"run `headgram lock --upgrade {provenance.model}` and measure it anew, else restore it"
+                            f"stack {stack}: a norm or a bias of layer {layer} changed since it was locked; "
+                            f"{upgrading(provenance.model, manifest)}"
                         )
             found = {stack: checkpoint.frames(stack) for stack in locked}
     except HeadgramError as error:

@@ -16,9 +16,11 @@ from headgram.geometry.batches import at_once
 from headgram.geometry.neighbours import BY_FORM, BY_SPAN, Neighbours, nearest_heads, span_overlaps
 from headgram.geometry.nulls import Null, cosine_null, overlap_null
 from headgram.geometry.overlaps import overlaps
+from headgram.results.around import around_of, read_around
 from headgram.results.paths import Place
 from headgram.results.record import Provenance, canonical, check, record_of, seal
 from headgram.results.tables import (
+    AROUND_MODELS,
     HEAD_NUMBERS,
     LAYER_SCORES,
     LAYERS,
@@ -36,6 +38,7 @@ from headgram.results.tables import (
 )
 
 if TYPE_CHECKING:
+    from headgram.forms.reading import Frames
     from headgram.study.options import Export
 
 #: How many of the nearest heads are kept, by each measure.
@@ -54,6 +57,7 @@ class Merged:
     directions: Path
     record: Path
     shards: Mapping[Place, Sequence[Path]]
+    around: tuple[Path, Path] | None = None  # what stands around the projections, and its record
 
 
 @dataclass(frozen=True)
@@ -96,6 +100,7 @@ def derive(merged: Merged, derived: Derived, facts: Mapping[str, Any], options: 
     """
     circuits = list(dict.fromkeys(circuit for circuit, _ in merged.shards))
     merge_key, *keys = provenance.identity.upstream
+    frames = read_around(*merged.around, keys.pop()) if merged.around else {}
     eigen_keys = dict(zip(circuits, keys, strict=True))
     check(merged.record, merge_key, [merged.heads, merged.gram, merged.pairs, merged.directions])
     for (circuit, _), paths in merged.shards.items():
@@ -111,7 +116,8 @@ def derive(merged: Merged, derived: Derived, facts: Mapping[str, Any], options: 
     neighbours = pa.concat_tables([_neighbours_table(stack) for stack in stacks])
     write_table(derived.neighbours, [neighbours], provenance, compression)
     write_table(derived.layers, [pa.concat_tables([_layers_table(stack) for stack in stacks])], provenance, compression)
-    write_table(derived.models, [pa.concat_tables([_models_table(stack, facts) for stack in stacks])], provenance, compression)
+    models = [_models_table(stack, facts, frames.get(stack.place[1])) for stack in stacks]
+    write_table(derived.models, [pa.concat_tables(models)], provenance, compression)
     seal(derived.record, provenance, [derived.overlap, derived.neighbours, derived.layers, derived.models])
 
 
@@ -248,7 +254,7 @@ def _layers_table(stack: _Stack) -> pa.Table:
     return _table(stack, columns, LAYERS)
 
 
-def _models_table(stack: _Stack, facts: Mapping[str, Any]) -> pa.Table:
+def _models_table(stack: _Stack, facts: Mapping[str, Any], frames: Frames | None) -> pa.Table:
     columns = {
         "architecture": facts["architecture"],
         "stored_dtype": next(dtype for *place, dtype in facts["stored_dtypes"] if tuple(place) == stack.place),
@@ -262,12 +268,19 @@ def _models_table(stack: _Stack, facts: Mapping[str, Any]) -> pa.Table:
         "cosine_all": _mean(_to_others(stack.cosine)) if len(stack.layers) > 1 else 0.0,
         **{f"overlap_{side}_adjacent": _mean(_adjacent(values)) for side, values in stack.overlap.items()},
         "overlap_expected": _expected_overlap(stack),
+        **(around_of(stack.place[0], frames) if frames else dict.fromkeys(AROUND_MODELS)),
     }
     return _table(stack, {name: [value] for name, value in columns.items()}, MODELS)
 
 
 def _table(stack: _Stack, columns: Mapping[str, Any], schema: pa.Schema) -> pa.Table:
-    return at_place(stack.place, pa.table(dict(columns)), schema)
+    columns = {name: _known(values) if schema.field(name).nullable else values for name, values in columns.items()}
+    return at_place(stack.place, pa.table(columns), schema)
+
+
+def _known(values: Any) -> pa.Array:
+    """Values of which NaN is none."""
+    return pa.array(values, from_pandas=True)
 
 
 def _expected_overlap(stack: _Stack) -> float:

@@ -14,14 +14,17 @@ import torch
 from headgram.errors import HeadgramError
 from headgram.forms.circuits import shared_head
 from headgram.forms.heads import Heads
+from headgram.forms.variants import Variant
 from headgram.geometry.batches import at_once
+from headgram.geometry.eigenvalues import Eigenvalues, eigenvalues
 from headgram.geometry.original import original_quantities
 from headgram.geometry.scores import LayerScores, layer_scores, symmetry_score
 from headgram.geometry.spectra import Spectrum, spectra
-from headgram.results.factors import FactorFiles
+from headgram.results.factors import factors_of
 from headgram.results.files import written_whole
+from headgram.results.paths import between_streams
 from headgram.results.record import Provenance, record_of, seal
-from headgram.results.tables import HEADS, LAYER_SCORES, SCALARS, write_table
+from headgram.results.tables import AT_TIMES, COPYING, HEADS, LAYER_SCORES, SCALARS, WHERE, write_table
 
 if TYPE_CHECKING:
     from headgram.study.options import Config
@@ -30,14 +33,21 @@ if TYPE_CHECKING:
 _BATCH_BYTES = 512 * 2**20
 
 _SHARD = pa.schema(
-    [field for field in HEADS if field.name not in ("circuit", "stack")]
+    [field for field in HEADS if field.name not in (*WHERE, *AT_TIMES)]
     + [(name, pa.float64()) for name in LAYER_SCORES]  # the same for every head of a layer
     + [("singular_values", pa.list_(pa.float64())), ("symmetric_eigenvalues", pa.list_(pa.float64()))]
+    + [(name, pa.list_(pa.float64())) for name in ("eigenvalues_real", "eigenvalues_imaginary")]  # null where COPYING is
 )
 
 
 def measure_shard(
-    table: Path, tensors: Path, weights: Sequence[Path], layers: Sequence[int], options: Config, provenance: Provenance
+    table: Path,
+    tensors: Path,
+    weights: Sequence[Path],
+    layers: Sequence[int],
+    options: Config,
+    provenance: Provenance,
+    around: tuple[Path, Path] | None = None,
 ) -> None:
     """Measure a shard and write its table and its directions.
 
@@ -49,14 +59,15 @@ def measure_shard(
         Extracted weights that hold all the layers.
     options
         Sections `eigen` and `original` are read.
+    around
+        As in `factors_of`.
 
     Raises
     ------
     HeadgramError
         If a residual exceeds the tolerance: names model, stack, layer and head.
     """
-    assert provenance.circuit is not None
-    source = FactorFiles(weights, provenance.identity.upstream[0], provenance.circuit)
+    source = factors_of(weights, around, provenance)
     device, topk = provenance.device, options.eigen.topk
     place = f"model {provenance.model}, stack {provenance.stack}, circuit {provenance.circuit}"
     together = max(1, _BATCH_BYTES // source.layer_bytes) if at_once(torch.device(device)) else 1
@@ -64,12 +75,15 @@ def measure_shard(
     rows: list[dict[str, Any]] = []
     kept: dict[str, list[torch.Tensor]] = {}
     worst = 0.0
+    copies = Variant.of(str(provenance.circuit)).circuit == "ov" and not between_streams(str(provenance.stack))
     for start in range(0, len(layers), together):
         run = layers[start : start + together]
         heads = source.read(run).to(device)
         result, scores = _measured(heads, run, topk, place)
-        worst = max(worst, _largest_residual(result, options.eigen.tolerance, run, place))
-        rows += _rows(result, scores, run, reads, rank=source.rank, hidden=source.width)
+        found = eigenvalues(heads) if copies else None
+        residual = torch.maximum(result.residual.cpu(), found.residual) if found else result.residual
+        worst = max(worst, _largest_residual(residual, options.eigen.tolerance, run, place))
+        rows += _rows(result, found, scores, run, reads, rank=source.rank, hidden=source.width)
         tensors_of_run = _directions(result)
         if options.original.enabled:
             fro_sq, eig_dirs = original_quantities(heads, topk)
@@ -95,10 +109,10 @@ def _measured(heads: Heads, layers: Sequence[int], topk: int, place: str) -> tup
         raise HeadgramError(f"{place}, layer {layers[0]}: {error}") from None
 
 
-def _largest_residual(result: Spectrum, tolerance: float, layers: Sequence[int], place: str) -> float:
-    worst, row = result.residual.max(0)
+def _largest_residual(residual: torch.Tensor, tolerance: float, layers: Sequence[int], place: str) -> float:
+    worst, row = residual.max(0)
     if not worst.item() <= tolerance:
-        layer, head = divmod(int(row), len(result.residual) // len(layers))
+        layer, head = divmod(int(row), len(residual) // len(layers))
         raise HeadgramError(
             f"{place}, layer {layers[layer]}, head {head}: the result fails its identities by {worst.item():.1e}, "
             f"more than eigen.tolerance = {tolerance:.1e}; nothing was written: raise the tolerance if that is meant, or report "
@@ -108,12 +122,21 @@ def _largest_residual(result: Spectrum, tolerance: float, layers: Sequence[int],
 
 
 def _rows(
-    result: Spectrum, scores: Sequence[LayerScores], layers: Sequence[int], reads: Sequence[int], rank: int, hidden: int
+    result: Spectrum,
+    found: Eigenvalues | None,
+    scores: Sequence[LayerScores],
+    layers: Sequence[int],
+    reads: Sequence[int],
+    rank: int,
+    hidden: int,
 ) -> list[dict[str, Any]]:
     """A row per head, layer by layer."""
     values = {name: getattr(result, name).tolist() for name in (*SCALARS, "singular_values", "symmetric_eigenvalues")}
     values["directionality"] = result.directionality.tolist()
     values["symmetry_score"] = symmetry_score(result.fro_sq, result.self_overlap).tolist()
+    if found:
+        values |= {name: getattr(found, name).tolist() for name in COPYING}
+        values |= {"eigenvalues_real": found.values.real.tolist(), "eigenvalues_imaginary": found.values.imag.tolist()}
     heads = itertools.product(zip(layers, scores, strict=True), enumerate(reads))
     return [
         {"layer": layer, "head": head, "kv_head": kv, "rank": rank, "hidden": hidden}

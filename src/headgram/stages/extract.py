@@ -12,7 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from headgram.checkpoints.checkpoint import Checkpoint, open_checkpoint
-from headgram.errors import HeadgramError
+from headgram.errors import MANIFEST, HeadgramError, upgrading
 from headgram.forms.circuits import CIRCUITS
 from headgram.geometry.checks import is_finite
 from headgram.results.factors import write_factors
@@ -22,7 +22,13 @@ _DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
 def extract(
-    output: Path, source: Mapping[str, Any], layers: Sequence[int], digests: Sequence[str], dtype: str, provenance: Provenance
+    output: Path,
+    source: Mapping[str, Any],
+    layers: Sequence[int],
+    digests: Sequence[str],
+    dtype: str,
+    provenance: Provenance,
+    manifest: Path = MANIFEST,
 ) -> None:
     """Write the factors of a circuit in a group of layers, by role: of `qk`, `W_Q (n, H, r, d)` and `W_K (n, K, r, d)`.
 
@@ -34,6 +40,8 @@ def extract(
         What `Checkpoint.digest` said of each layer when it was locked.
     dtype
         `stored`, `bfloat16` or `float32`.
+    manifest
+        Named by what is said of a checkpoint that changed.
 
     Raises
     ------
@@ -49,11 +57,11 @@ def extract(
             before = _states(checkpoint)
             for layer, digest in zip(layers, digests, strict=True):
                 if not checkpoint.holds(provenance.stack, layer, digest, roles):
-                    raise HeadgramError(_changed(f"layer {layer} changed since it was locked", provenance.model))
+                    raise HeadgramError(f"layer {layer} changed since it was locked; {upgrading(provenance.model, manifest)}")
             factors = read_layers(checkpoint, provenance.stack, layers, roles, dtype)
             for name, state in _states(checkpoint).items():
                 if state != before[name]:
-                    raise HeadgramError(_changed(f"{name} changed while it was read", provenance.model))
+                    raise HeadgramError(f"{name} changed while it was read; {upgrading(provenance.model, manifest)}")
     except HeadgramError as error:
         raise HeadgramError(f"model {provenance.model}, stack {provenance.stack}: {error}") from None
     write_factors(output, layers, factors)
@@ -63,10 +71,6 @@ def extract(
 def _states(checkpoint: Checkpoint) -> dict[str, tuple[int, int]]:
     location = checkpoint.location
     return {name: location.state(name) for name in location.weights}
-
-
-def _changed(what: str, model: str) -> str:
-    return f"{what}; if that is meant, run `headgram lock --upgrade {model}` and measure it anew, else restore it"
 
 
 def read_layers(

@@ -16,7 +16,7 @@ from headgram.geometry.batches import at_once
 from headgram.geometry.inner import Precision, inner_products
 from headgram.geometry.same_index import same_index_products
 from headgram.results.asked import still_asked_for
-from headgram.results.factors import FactorFiles
+from headgram.results.factors import FactorFiles, factors_of
 from headgram.results.record import Provenance, record_of, seal
 from headgram.results.tables import read_table, write_table
 
@@ -39,6 +39,7 @@ def measure_row(
     all_pairs: bool,
     options: Gram,
     provenance: Provenance,
+    around: tuple[Path, Path] | None = None,
 ) -> None:
     """Measure a row of tiles: each pair of heads once, the first in the order of layer and head first; each head with itself.
 
@@ -55,11 +56,12 @@ def measure_row(
         The layers of the row's own tile, then those of every later tile.
     all_pairs
         Whether all heads are multiplied with all heads, or only those of the same index.
+    around
+        As in `factors_of`.
     """
     precision = options.precision
     provenance = replace(provenance, precision="float32 where accurate" if precision == "auto" else precision)
-    assert provenance.circuit is not None
-    source = FactorFiles(weights, provenance.identity.upstream[0], provenance.circuit)
+    source = factors_of(weights, around, provenance)
     own = tiles[0]
     tables = []
     paths = [_tile_path(output, own, other) for other in tiles]

@@ -19,7 +19,19 @@ from headgram.results.files import scratch, written_whole
 from headgram.results.original import directions_path, write_seed_files
 from headgram.results.paths import Place
 from headgram.results.record import Provenance, Record, check, record_of, seal
-from headgram.results.tables import GRAM, HEADS, PAIRS, SPECTRA, at_place, read_parts, read_table, write_table
+from headgram.results.tables import (
+    AT_TIMES,
+    GRAM,
+    HEADS,
+    PAIRS,
+    SPECTRA,
+    TURNING,
+    at_place,
+    of_place,
+    read_parts,
+    read_table,
+    write_table,
+)
 
 if TYPE_CHECKING:
     from headgram.study.options import Config
@@ -34,7 +46,7 @@ class Parts:
 
 
 @dataclass(frozen=True)
-class Atlas:
+class MergedFiles:
     """The files that a merge writes."""
 
     heads: Path
@@ -46,7 +58,13 @@ class Atlas:
     record: Path
 
 
-def merge(parts: Mapping[Place, Parts], atlas: Atlas, options: Config, provenance: Provenance) -> None:
+def merge(
+    parts: Mapping[Place, Parts],
+    atlas: MergedFiles,
+    options: Config,
+    provenance: Provenance,
+    turning: tuple[Path, Path] | None = None,
+) -> None:
     """Merge one model.
 
     The record also says how long its parts took, and where.
@@ -57,6 +75,8 @@ def merge(parts: Mapping[Place, Parts], atlas: Atlas, options: Config, provenanc
         By circuit and stack, circuit by circuit, the stacks in the model's order.
     options
         Sections `export` and `original` are read.
+    turning
+        What the stage `rotary` says of the heads, and its record; None where there is nothing.
 
     Raises
     ------
@@ -76,7 +96,12 @@ def merge(parts: Mapping[Place, Parts], atlas: Atlas, options: Config, provenanc
     pairs = (table for place, part in parts.items() for table in _pair_tables(place, shards[place], part.rows))
 
     compression = options.export.compression
-    write_table(atlas.heads, [pa.concat_tables([_heads_table(*item) for item in shards.items()])], provenance, compression)
+    turned = TURNING.empty_table()
+    if turning is not None:
+        check(turning[1], next(keys), [turning[0]])
+        turned = read_table(turning[0])
+    heads = [_heads_table(place, table, of_place(place, turned)) for place, table in shards.items()]
+    write_table(atlas.heads, [pa.concat_tables(heads)], provenance, compression)
     write_table(atlas.spectra, [pa.concat_tables([_spectra_table(*item) for item in shards.items()])], provenance, compression)
     write_table(atlas.gram, [pa.concat_tables(rows.values())], provenance, compression)
     write_table(atlas.pairs, pairs, provenance, compression)
@@ -105,15 +130,29 @@ def _summary(records: Sequence[Record]) -> dict[str, Any]:
     return {"count": len(records), "seconds": seconds, "devices": devices, "machines": machines}
 
 
-def _heads_table(place: Place, shards: pa.Table) -> pa.Table:
+def _heads_table(place: Place, shards: pa.Table, turned: pa.Table) -> pa.Table:
+    """The heads of all shards; what turns with the offset stays empty where the stage `rotary` says nothing."""
+    if not len(turned):
+        turned = shards.select(["layer", "head"])
+        for name in AT_TIMES:
+            turned = turned.append_column(name, pa.nulls(len(shards), pa.float64()))
+    _by_layer(turned, turned["head"].to_numpy())
+    for name in AT_TIMES:
+        shards = shards.append_column(name, turned[name])
     return at_place(place, shards, HEADS)
 
 
 def _spectra_table(place: Place, shards: pa.Table) -> pa.Table:
-    """One row per head and index `0 … 2r-1`; a form of rank `r` has no more than `r` singular values, the rest are 0."""
+    """One row per head and index `0 … 2r-1`; of singular values and eigenvalues there are `r`, the rest are 0."""
     symmetric = _matrix(shards, "symmetric_eigenvalues")
     singular = np.zeros_like(symmetric)
     singular[:, : symmetric.shape[1] // 2] = _matrix(shards, "singular_values")
+    own = {}
+    for part in ("real", "imaginary"):
+        known = shards[f"eigenvalues_{part}"].null_count == 0
+        own[part] = np.zeros_like(symmetric) if known else np.full_like(symmetric, np.nan)
+        if known:
+            own[part][:, : symmetric.shape[1] // 2] = _matrix(shards, f"eigenvalues_{part}")
     count, length = symmetric.shape
     table = pa.table(
         {
@@ -122,6 +161,7 @@ def _spectra_table(place: Place, shards: pa.Table) -> pa.Table:
             "index": np.tile(np.arange(length, dtype=np.int32), count),
             "singular_value": singular.ravel(),
             "symmetric_eigenvalue": symmetric.ravel(),
+            **{f"eigenvalue_{part}": pa.array(values.ravel(), from_pandas=True) for part, values in own.items()},
         }
     )
     return at_place(place, table, SPECTRA)

@@ -1,4 +1,4 @@
-"""Report: the page, and the figures of all models together. It draws none of a single model."""
+"""ReportFiles: the page, and the figures of all models together. It draws none of a single model."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ class Lineages:
 
 
 @dataclass(frozen=True)
-class Report:
+class ReportFiles:
     """The files that a report writes."""
 
     page: Path
@@ -64,7 +64,7 @@ class Report:
     record: Path
 
 
-def write_report(sources: Sequence[Source], lineages: Lineages, report: Report, provenance: Provenance) -> None:
+def write_report(sources: Sequence[Source], lineages: Lineages, report: ReportFiles, provenance: Provenance) -> None:
     """Write the page and the figures of all models; the record names the rendered models' records, too.
 
     Raises
@@ -109,9 +109,10 @@ def _steps(
 
 
 def _origin(merged: Record) -> dict[str, str]:
-    """Where a model is from, its revision and commit, and when and by what version it was measured."""
+    """Where a model is from, its revision and commit, which random twin it is, and when and by what version it was measured."""
     said = merged.model_extra or {}
     lock = said["lock"]
     known = {"source": lock["source"], "revision": lock["revision"], "commit": lock["commit"]}
+    known |= {"twin": str(lock["overrides"].get("twin", ""))}
     known |= {"measured": said["started"][:10], "version": said["headgram"]}
     return {name: text for name, text in known.items() if text}

@@ -13,6 +13,7 @@ import torch
 from headgram.checkpoints.checkpoint import open_checkpoint
 from headgram.checkpoints.vocabulary import token_texts
 from headgram.errors import HeadgramError
+from headgram.forms.variants import Variant
 from headgram.geometry.nulls import Null
 from headgram.geometry.projections import projections
 from headgram.results.paths import Place
@@ -79,7 +80,7 @@ def find_tokens(merged: Directions, written: Written, source: Mapping[str, Any],
                         print(f"{circuit}, {stack}: no embedding of tokens has the width of this stream", flush=True)
                         continue
                     for side in ("right", "left"):
-                        embedding = embeddings[_USES[circuit, side]]
+                        embedding = embeddings[_USES[Variant.of(circuit).circuit, side]]
                         for layers, part in _chunks(found, side):
                             columns = _columns(layers, part, embedding, texts, options.tokens.count, provenance.device)
                             parts.append(_table((circuit, stack), side, columns))

@@ -8,7 +8,6 @@ checking a lock needs no torch; only `headgram.study.resolve` opens checkpoints.
 from __future__ import annotations
 
 import json
-import shlex
 from collections.abc import Iterable
 from itertools import pairwise
 from pathlib import Path, PurePosixPath
@@ -19,7 +18,8 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 
 from headgram.checkpoints.bases import AnyLocation, locate_here
 from headgram.checkpoints.sources import HUB_DIGEST, parse_json
-from headgram.errors import HeadgramError
+from headgram.errors import HeadgramError, upgrading
+from headgram.families.registry import Family
 from headgram.foreign import first_problem, read_bounded
 from headgram.results.files import remove_temporaries, temporaries_in, write_text
 from headgram.results.record import canonical, digest
@@ -29,7 +29,7 @@ from headgram.study.manifest import DEFAULT, MODEL_NAME, Row
 _LARGEST = 64 * 2**20
 
 
-class _Entry(BaseModel):
+class _Locked(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
@@ -61,7 +61,7 @@ _SHAPE = {"layers", "heads", "kv_heads", "hidden"}
 _VERSION = 2
 
 
-class LockedFile(_Entry):
+class LockedFile(_Locked):
     """A weight or configuration file: its name below the source's folder, its size, and a digest of a sample of it.
 
     For a file at the hub, the sample is `hub:` and the hub's own hash of the file.
@@ -77,7 +77,7 @@ class LockedFile(_Entry):
         return (self.name, self.bytes) == (other.name, other.bytes) and (self.sample == other.sample or not comparable)
 
 
-class LockedCircuit(_Entry):
+class LockedCircuit(_Locked):
     """The two factors of a circuit in one stack: their rows, how they are stored, and `Checkpoint.digest` of every layer."""
 
     rank: _Count
@@ -86,7 +86,7 @@ class LockedCircuit(_Entry):
     digests: tuple[_Digest, ...]
 
 
-class LockedAround(_Entry):
+class LockedAround(_Locked):
     """What stands around a stack's projections: `Checkpoint.digest` of every layer's norms and biases, and what is not known.
 
     What the configuration says of it, such as rotary encoding, the samples of files pin.
@@ -97,7 +97,7 @@ class LockedAround(_Entry):
     missing: dict[_Role, _Text] = {}
 
 
-class LockedStack(_Entry):
+class LockedStack(_Locked):
     """A stack, as `headgram.Stack`, with the circuits that can be measured, and why others cannot."""
 
     name: Annotated[str, Field(pattern="^[a-z][a-z0-9_-]{0,63}$")]
@@ -121,7 +121,7 @@ class LockedStack(_Entry):
         return self
 
 
-class LockedModel(_Entry):
+class LockedModel(_Locked):
     """What one manifest row resolved to."""
 
     source: _Text
@@ -132,6 +132,9 @@ class LockedModel(_Entry):
     format: _Text
     architecture: _Text  # a known type; if `derived`, one whose layout was proven for the checkpoint's own type
     derived: bool = False
+    family: Family | None = Field(  # the layout that was derived and proven, where it is no known type's
+        default=None, exclude_if=lambda family: family is None
+    )
     files: tuple[LockedFile, ...]
     stacks: tuple[LockedStack, ...]
     fingerprint: _Digest
@@ -167,16 +170,17 @@ class LockedModel(_Entry):
 
     def how_to_open(self) -> dict[str, Any]:
         """The arguments of `open_checkpoint` that give what was locked."""
-        derived: dict[str, str | int] = {"model_type": self.architecture} if self.derived else {}
+        derived: dict[str, str | int] = {"model_type": self.architecture} if self.derived and not self.family else {}
         based: dict[str, str | int] = {"base": self.base} if self.base else {}
-        return {"source": self.source, "revision": self.commit, "overrides": self.overrides | derived | based}
+        how = {"source": self.source, "revision": self.commit, "overrides": self.overrides | derived | based}
+        return how | ({"family": self.family} if self.family else {})
 
     def asks_for(self, row: Row) -> bool:
         """Whether this entry resolves exactly what the row says."""
         return (self.source, self.revision, self.overrides) == (row.source, row.revision, row.overrides)
 
 
-class Lock(_Entry):
+class Lock(_Locked):
     """All entries, by model name."""
 
     schema_version: int = _VERSION
@@ -207,7 +211,7 @@ def read_lock(path: Path) -> Lock:
         return Lock()
     except (ValueError, OSError, RecursionError) as error:
         reason = first_problem(error) if isinstance(error, ValidationError) else str(error)
-        raise HeadgramError(f"The lock {path} cannot be read ({reason}): delete it, and `headgram lock` makes it anew.") from None
+        raise HeadgramError(f"The lock {path} cannot be read ({reason}): delete it, and the next run makes it anew.") from None
 
 
 def write_lock(path: Path, entries: dict[str, LockedModel]) -> None:
@@ -267,6 +271,4 @@ def file_times(entry: LockedModel) -> dict[str, tuple[int, int]]:
 
 def changed_message(name: str, what: str, manifest: Path) -> str:
     """The sentence about a source that changed under its lock."""
-    where = [] if manifest == DEFAULT else ["--manifest", str(manifest)]
-    command = shlex.join(["headgram", "lock", *where, "--upgrade", name])
-    return f"{name}: {what} changed since it was locked; if that is meant, run `{command}` and measure it anew, else restore it"
+    return f"{name}: {what} changed since it was locked; {upgrading(name, manifest)}"

@@ -25,7 +25,7 @@ from pydantic import (
 )
 
 from headgram.errors import HeadgramError
-from headgram.foreign import read_bounded
+from headgram.foreign import parse_yaml, read_bounded
 
 #: Says what a bad value is; a nested one may be far larger than its text, by aliases.
 _BRIEF = reprlib.Repr()
@@ -80,13 +80,13 @@ def _plain_path(value: str) -> str:
     return str(path)
 
 
-def _each_once(value: tuple[str, ...]) -> tuple[str, ...]:
+def _each_once(value: tuple[Any, ...]) -> tuple[Any, ...]:
     if len(set(value)) < len(value):
-        raise ValueError("a list is needed that holds each word once")
+        raise ValueError("a list is needed that holds each entry once")
     return value
 
 
-def _at_least_one(value: tuple[str, ...]) -> tuple[str, ...]:
+def _at_least_one(value: tuple[Any, ...]) -> tuple[Any, ...]:
     if not value:
         raise ValueError("at least one is needed")
     return value
@@ -104,6 +104,23 @@ class _Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=False)
 
 
+def _as_list(value: Any) -> Any:
+    return [value] if isinstance(value, str) else value
+
+
+_NORM = {"type": "string", "enum": ["raw", "folded"]}
+Norms = Annotated[
+    tuple[Literal["raw", "folded"], ...],
+    BeforeValidator(_as_list),
+    AfterValidator(_each_once),
+    AfterValidator(_at_least_one),
+    WithJsonSchema({"anyOf": [_NORM, {"type": "array", "items": _NORM}]}),
+]
+#: No context is longer.
+_Offset = Annotated[int, _NUMBER, Field(ge=-(2**30), le=2**30)]
+Offsets = Annotated[tuple[_Offset, ...], AfterValidator(_each_once), AfterValidator(_at_least_one)]
+
+
 class Weights(_Section):
     """How weights are kept after extraction."""
 
@@ -111,6 +128,12 @@ class Weights(_Section):
         "stored",
         description="What extraction rounds the weights to. `stored` keeps the checkpoint's own precision "
         "(quantised tensors are dequantised to float32).",
+    )
+    norm: Norms = Field(
+        ("raw",),
+        description="What is measured: weights as they are stored (`raw`), or with the gains of norms folded in (`folded`), as "
+        "further forms `qk-folded` and `ov-folded` of the same tables; one word, or a list of both. Where folding is not proven, "
+        "the run says so.",
     )
 
 
@@ -154,6 +177,16 @@ class Gram(_Section):
         "auto",
         description="Precision of the products. `auto` takes float32 for weights that are no wider, where no form is too small "
         "for it (errors below `1e-6 ‖g_a‖ ‖g_b‖`, near 1e-8 in practice), else float64.",
+    )
+
+
+class RotaryOffsets(_Section):
+    """Forms at offsets of query and key."""
+
+    offsets: Offsets = Field(
+        (0,),
+        description="The offsets at which forms of `qk` are measured, in tokens of the query after the key; others than 0 are "
+        "further forms of the same tables, such as `qk@8`. The tables `rotary` and `frequencies` are written in any case.",
     )
 
 
@@ -248,6 +281,7 @@ class Config(_Section):
     weights: Weights = Field(default_factory=Weights, description=Weights.__doc__)
     eigen: Eigen = Field(default_factory=Eigen, description=Eigen.__doc__)
     gram: Gram = Field(default_factory=Gram, description=Gram.__doc__)
+    rotary: RotaryOffsets = Field(default_factory=RotaryOffsets, description=RotaryOffsets.__doc__)
     lineage: Lineage = Field(default_factory=Lineage, description=Lineage.__doc__)
     composition: Composition = Field(default_factory=Composition, description=Composition.__doc__)
     tokens: Tokens = Field(default_factory=Tokens, description=Tokens.__doc__)
@@ -267,7 +301,7 @@ def read_options(path: Path | None, given: Mapping[str, Any]) -> dict[str, Any]:
         If the file is not plain YAML with keys at its top level.
     """
     try:
-        content = yaml.safe_load(read_bounded(path, _LARGEST)) if path else None
+        content = parse_yaml(read_bounded(path, _LARGEST)) if path else None
     except FileNotFoundError:
         content = None
     except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:

@@ -9,13 +9,14 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from pydantic import BaseModel
 
-from headgram.errors import HeadgramError
+from headgram.errors import HeadgramError, upgrade_command
 from headgram.families.registry import family_of, family_of_gguf, family_text
+from headgram.forms.variants import Variant, needs
 from headgram.geometry.costs import Sizes, cheapest, flops, spectra_flops
 from headgram.results.paths import Place, Results
 from headgram.results.record import Identity, canonical, digest
@@ -39,6 +40,7 @@ _STORED_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
 PAIR_STAGES = {"residual": "lineage", "tokens": "token_space"}
 
 Layers = tuple[int, ...]
+Keys = tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -90,14 +92,19 @@ class ModelPlan:
     name: str
     entry: LockedModel
     labels: Labels
-    heads: dict[Place, HeadsPlan]  # circuit by circuit, the stacks in the model's order
+    heads: dict[Place, HeadsPlan]  # form by form, the stacks in the model's order
+    extracted: dict[Place, HeadsPlan]  # circuit by circuit, of which the forms are made
     composed: tuple[str, ...]  # the stacks whose compositions are measured
     identities: dict[tuple[str, str], Identity]  # by stage and circuit, which is empty where a stage takes all
 
     @property
     def circuits(self) -> list[str]:
-        """The circuits that are measured."""
+        """The circuits that are measured, each in all of its forms."""
         return list(dict.fromkeys(circuit for circuit, _ in self.heads))
+
+    def stacks_of(self, circuit: str) -> list[str]:
+        """The stacks of which a circuit is extracted."""
+        return [stack for each, stack in self.extracted if each == circuit]
 
 
 @dataclass(frozen=True)
@@ -138,9 +145,9 @@ class Plan:
         return Identity("report", canonical({}), digest(*self.models), self.report_code, tuple(upstream))
 
     def pair_places(self, pair: Pair) -> list[Place]:
-        """The circuits and stacks that both models of a pair have."""
+        """The circuits and stacks that both models of a pair have, in forms as they are stored."""
         ours, theirs = (self.models[name].heads for name in pair)
-        return [place for place in ours if place in theirs]
+        return [place for place in ours if place in theirs and place in self.models[pair[0]].extracted]
 
     def pair_identity(self, pair: Pair) -> Identity:
         """What the tables about a model and an earlier one follow from."""
@@ -169,9 +176,11 @@ class Plan:
         for name, model in self.models.items():
             key = {stage: identity.key for stage, identity in model.identities.items()}
             keys |= {paths.record(stage, name): found for (stage, circuit), found in key.items() if not circuit}
-            for (circuit, stack), plan in model.heads.items():
-                for stage, parts in (("extract", plan.groups), ("eigen", plan.shards), ("gram", plan.rows)):
-                    keys |= {paths.record(stage, name, stack, circuit, part): key[stage, circuit] for part in parts}
+            parts = [("extract", place, tuple(plan.groups)) for place, plan in model.extracted.items()]
+            parts += [("eigen", place, tuple(plan.shards)) for place, plan in model.heads.items()]
+            parts += [("gram", place, plan.rows) for place, plan in model.heads.items()]
+            for stage, (circuit, stack), names in parts:
+                keys |= {paths.record(stage, name, stack, circuit, part): key[stage, circuit] for part in names}
         for pair in self.pairs:
             keys[paths.record("lineage", pair[0], name=pair[1])] = self.pair_identity(pair).key
         return {paths.relative(path): key for path, key in keys.items()}
@@ -196,18 +205,24 @@ def left_out(plan: Plan) -> list[str]:
         f"{name}, stack {stack}: without composition, which would cost more than {MOST_PAIR_FLOPS:.0e} operations; "
         "--config 'composition={enabled: true}' measures it"
         for name, model in plan.models.items()
-        for stack in _in_both_circuits(model.heads)
+        for stack in _in_both_circuits(model.extracted)
         if plan.config.composition.enabled == "auto" and stack not in model.composed
     ]
-    unknown = [unpinned(name) for name, model in plan.models.items() if not model.entry.pins_around]
-    return absent + costly + uncomposed + unknown
+    unknown = [unpinned(name, Path(plan.config.manifest)) for name, model in plan.models.items() if not model.entry.pins_around]
+    unmade = [
+        f"{name}, stack {stack}: {sentence}"
+        for name, model in plan.models.items()
+        for (circuit, stack), heads in model.extracted.items()
+        for sentence in forms(heads.stack, circuit, plan.config)[1]
+    ]
+    return absent + costly + uncomposed + unknown + unmade
 
 
-def unpinned(model: str) -> str:
+def unpinned(model: str, manifest: Path) -> str:
     """The sentence about a model whose entry in the lock an earlier headgram wrote."""
     return (
         f"{model}: its lock does not pin the norms, biases and rotary encoding around its heads, so nothing is made of them; "
-        f"`headgram lock --upgrade {model}` pins them"
+        f"`{upgrade_command(model, manifest)}` pins them"
     )
 
 
@@ -224,33 +239,73 @@ def make_plan(
     labels = {name: (labels or {}).get(name, Labels()) for name in entries}
     models = {name: _plan_model(name, entry, labels[name], config, scripts) for name, entry in entries.items()}
     stage = PAIR_STAGES[config.lineage.basis]
-    code = code_digest(stage, scripts / f"{stage}.py")
+    pair_code = code_digest(stage, scripts / f"{stage}.py")
     report_code = digest(code_digest("report", scripts / "report.py"), page_digest())
-    return Plan(config, models, pairs(labels, config.lineage.pairs), report_code, code)
+    plan = Plan(config, models, pairs(labels, config.lineage.pairs), report_code, pair_code)
+    return replace(plan, pairs=[pair for pair in plan.pairs if plan.pair_places(pair)])
 
 
 def _plan_model(name: str, entry: LockedModel, labels: Labels, config: Config, scripts: Path) -> ModelPlan:
-    heads: dict[Place, HeadsPlan] = {
+    extracted: dict[Place, HeadsPlan] = {
         (circuit, stack.name): _plan_heads(stack, circuit, config)
         for circuit in config.circuits
         for stack in entry.stacks
         if circuit in stack.circuits
     }
-    if not heads:
+    if not extracted:
         reasons = {stack.missing[circuit] for stack in entry.stacks for circuit in config.circuits}
         raise HeadgramError(
             f"The model {name} has none of the circuits {', '.join(config.circuits)}: {'; '.join(sorted(reasons))}; "
             "give other circuits (--config 'circuits=[qk]') or remove its row."
         )
-    circuits = list(dict.fromkeys(circuit for circuit, _ in heads))
+    made = {place: forms(plan.stack, place[0], config)[0] for place, plan in extracted.items()}
+    each = dict.fromkeys([*asked_forms(config), *itertools.chain(*made.values())])
+    order = sorted(each, key=lambda form: config.circuits.index(form.circuit))
+    heads = {(form.name, place[1]): extracted[place] for form in order for place, found in made.items() if form in found}
     enabled = config.composition.enabled
     composed = tuple(
         stack
-        for stack in _in_both_circuits(heads)
+        for stack in _in_both_circuits(extracted)
         if enabled is True
-        or (enabled == "auto" and _composition_flops(heads["qk", stack], heads["ov", stack]) <= MOST_PAIR_FLOPS)
+        or (enabled == "auto" and _composition_flops(extracted["qk", stack], extracted["ov", stack]) <= MOST_PAIR_FLOPS)
     )
-    return ModelPlan(name, entry, labels, heads, composed, _identities(entry, labels, circuits, bool(composed), config, scripts))
+    circuits, names = (list(dict.fromkeys(name for name, _ in places)) for places in (extracted, heads))
+    identities = _identities(entry, labels, circuits, names, bool(composed), config, scripts)
+    return ModelPlan(name, entry, labels, heads, extracted, composed, identities)
+
+
+def asked_forms(config: Config) -> list[Variant]:
+    """The forms that the options ask for; offsets are those of queries and keys."""
+    return [
+        Variant(circuit, norm, offset)
+        for circuit in config.circuits
+        for norm in config.weights.norm
+        for offset in (config.rotary.offsets if circuit == "qk" else (0,))
+    ]
+
+
+def forms(stack: LockedStack, circuit: str, config: Config) -> tuple[list[Variant], list[str]]:
+    """The forms of a circuit that are measured of a stack, and sentences about those that are asked for and cannot be.
+
+    Where none can be, the form of the weights as stored is measured.
+    """
+    wanted = [form for form in asked_forms(config) if form.circuit == circuit]
+    reasons = {form: reason for form in wanted if (reason := _why_not(stack, form))}
+    found = [form for form in wanted if form not in reasons] or [Variant(circuit)]
+    instead = f"; {found[0].name} is measured instead" if found[0] not in wanted else ""
+    of_reason = {reason: [form.name for form in reasons if reasons[form] == reason] for reason in reasons.values()}
+    return found, [f"without {', '.join(names)}: {reason}{instead}" for reason, names in of_reason.items()]
+
+
+def _why_not(stack: LockedStack, form: Variant) -> str | None:
+    """Why a form of a stack cannot be made, or None."""
+    if not needs(form):
+        return None
+    if stack.around is None:
+        return "its lock does not pin what that follows from"
+    if missing := [stack.around.missing[role] for role in needs(form) if role in stack.around.missing]:
+        return missing[0]
+    return "no rotary encoding turns its queries and keys" if form.offset and not stack.around.turns else None
 
 
 def _in_both_circuits(heads: Mapping[Place, HeadsPlan]) -> list[str]:
@@ -260,45 +315,65 @@ def _in_both_circuits(heads: Mapping[Place, HeadsPlan]) -> list[str]:
 
 def stage_config(stage: str, config: Config, circuit: str = "qk") -> str:
     """Canonical JSON of exactly the options that a stage reads: the contract between configuration and staleness."""
-    if circuit != "qk":  # the original script knows no other
+    if circuit != "qk" or Variant("qk") not in asked_forms(config):  # the original script knows no other
         config = config.model_copy(update={"original": config.original.model_copy(update={"enabled": False})})
     sections: dict[str, dict[str, BaseModel]] = {
-        "extract": {"weights": config.weights},
+        "extract": {"weights": config.weights},  # but for the norms, which are folded in later
         "around": {},
         "eigen": {"eigen": config.eigen, "original": config.original},
         "gram": {"gram": config.gram},
         "composition": {"composition": config.composition, "export": config.export},
         "tokens": {"tokens": config.tokens, "export": config.export},
         "merge": {"export": config.export, "original": config.original},
+        "rotary": {"export": config.export},
         "derive": {"export": config.export},
     }
-    return canonical({name: section.model_dump(mode="json") for name, section in sections[stage].items()})
+    return canonical({name: section.model_dump(mode="json", exclude={"norm"}) for name, section in sections[stage].items()})
 
 
 def _identities(
-    entry: LockedModel, labels: Labels, circuits: Sequence[str], composed: bool, config: Config, scripts: Path
+    entry: LockedModel,
+    labels: Labels,
+    circuits: Sequence[str],
+    names: Sequence[str],
+    composed: bool,
+    config: Config,
+    scripts: Path,
 ) -> dict[tuple[str, str], Identity]:
-    stages = ("extract", "around", "eigen", "gram", "merge", "derive", "composition", "tokens", "render")
+    """By stage and form: of `extract`, circuits; of `eigen` and `gram`, all forms by their names."""
+    stages = ("extract", "around", "eigen", "gram", "rotary", "merge", "derive", "composition", "tokens", "render")
     code = {stage: code_digest(stage, scripts / f"{stage}.py") for stage in stages}
     find = family_of_gguf if entry.format == "gguf" and "model_type" not in entry.overrides else family_of
-    family = family_text(find(entry.architecture).name)
+    family = entry.family.model_dump_json() if entry.family else family_text(find(entry.architecture).name)
     reads_weights = digest(code["extract"], family)
     found: dict[tuple[str, str], Identity] = {}
     if entry.pins_around:
         code_around = digest(code["around"], family)
         found["around", ""] = Identity("around", stage_config("around", config), entry.around_fingerprint(), code_around)
     for circuit in circuits:
-        fingerprint = entry.fingerprint_of(circuit)
-        found["extract", circuit] = extract = Identity("extract", stage_config("extract", config), fingerprint, reads_weights)
+        options, fingerprint = stage_config("extract", config), entry.fingerprint_of(circuit)
+        found["extract", circuit] = Identity("extract", options, fingerprint, reads_weights)
+    around: Keys = (found["around", ""].key,) if entry.pins_around else ()
+    upstream: Keys
+    for name in names:
+        circuit = Variant.of(name).circuit
+        fingerprint, upstream = entry.fingerprint_of(circuit), (found["extract", circuit].key,)
+        if name != circuit:
+            fingerprint, upstream = digest(fingerprint, name), upstream + around
         for stage in ("eigen", "gram"):
-            options = stage_config(stage, config, circuit)
-            found[stage, circuit] = Identity(stage, options, fingerprint, code[stage], (extract.key,))
-    measured = {stage: tuple(found[stage, circuit].key for circuit in circuits) for stage in ("eigen", "gram")}
-    merge = Identity(
-        "merge", stage_config("merge", config), entry.fingerprint, code["merge"], measured["eigen"] + measured["gram"]
-    )
+            found[stage, name] = Identity(stage, stage_config(stage, config, name), fingerprint, code[stage], upstream)
+    turned: Keys = ()
+    if entry.pins_around and "qk" in circuits:
+        upstream = (found["extract", "qk"].key, *around)
+        options, fingerprint = stage_config("rotary", config), entry.fingerprint_of("qk")
+        found["rotary", ""] = Identity("rotary", options, fingerprint, code["rotary"], upstream)
+        turned = (found["rotary", ""].key,)
+    measured = {stage: tuple(found[stage, name].key for name in names) for stage in ("eigen", "gram")}
+    upstream = measured["eigen"] + measured["gram"] + turned
+    merge = Identity("merge", stage_config("merge", config), entry.fingerprint, code["merge"], upstream)
     writes_labels = digest(code["derive"], canonical(asdict(labels)))
-    derive = Identity("derive", stage_config("derive", config), entry.fingerprint, writes_labels, (merge.key, *measured["eigen"]))
+    upstream = (merge.key, *measured["eigen"], *around)
+    derive = Identity("derive", stage_config("derive", config), entry.fingerprint, writes_labels, upstream)
     found |= {("merge", ""): merge, ("derive", ""): derive}
     if config.tokens.enabled:  # embeddings are in no fingerprint: that their files are the locked ones must do
         reads_files = digest(code["tokens"], canonical([file.model_dump(mode="json") for file in entry.files]))

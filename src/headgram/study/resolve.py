@@ -42,7 +42,7 @@ def main(manifest: Path, doubtful: Sequence[str]) -> None:
     lock = read_lock(lock_path(manifest))
     rows = missing_rows(read_manifest(manifest).rows, lock)
     models, problems = resolve_all(rows, progress=lambda line: print(plain(line), file=sys.stderr))
-    problems += [sentence for name in doubtful for sentence in compare(name, lock.models[name], manifest)]
+    problems += [sentence for name in doubtful for sentence in unlike_its_lock(name, lock.models[name], manifest)]
     print(json.dumps({"models": {name: entry.model_dump(mode="json") for name, entry in models.items()}, "problems": problems}))
 
 
@@ -64,7 +64,7 @@ def resolve_all(
     return models, problems
 
 
-def compare(name: str, entry: LockedModel, manifest: Path = DEFAULT) -> list[str]:
+def unlike_its_lock(name: str, entry: LockedModel, manifest: Path = DEFAULT) -> list[str]:
     """A sentence if the bytes of any layer's factors are not what was locked; else nothing."""
     try:
         with open_checkpoint(**entry.how_to_open()) as checkpoint:
@@ -90,7 +90,7 @@ def resolve(row: Row) -> LockedModel:
     HeadgramError
         If the checkpoint cannot be opened.
     """
-    checkpoint, derived = open_or_derive(row.source, row.revision, row.overrides)
+    checkpoint, derived, family = open_or_derive(row.source, row.revision, row.overrides)
     with checkpoint:
         stacks = tuple(_locked_stack(checkpoint, stack) for stack in checkpoint.stacks)
         location = checkpoint.location
@@ -108,7 +108,8 @@ def resolve(row: Row) -> LockedModel:
             base=location.base,
             format=location.format,
             architecture=checkpoint.architecture,
-            derived=derived is not None,
+            derived=derived,
+            family=family,
             files=files,
             stacks=stacks,
             fingerprint=digest(canonical(content)),
