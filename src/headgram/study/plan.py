@@ -240,9 +240,9 @@ def make_plan(
     labels = {name: (labels or {}).get(name, Labels()) for name in entries}
     models = {name: _plan_model(name, entry, labels[name], config, scripts) for name, entry in entries.items()}
     stage = PAIR_STAGES[config.lineage.basis]
-    code = code_digest(stage, scripts / f"{stage}.py")
+    pair_code = code_digest(stage, scripts / f"{stage}.py")
     report_code = digest(code_digest("report", scripts / "report.py"), page_digest())
-    plan = Plan(config, models, pairs(labels, config.lineage.pairs), report_code, code)
+    plan = Plan(config, models, pairs(labels, config.lineage.pairs), report_code, pair_code)
     return replace(plan, pairs=[pair for pair in plan.pairs if plan.pair_places(pair)])
 
 
