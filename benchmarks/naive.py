@@ -35,6 +35,19 @@ def gram(w_q: Tensor, w_k: Tensor) -> Tensor:
     return result
 
 
+def all_pairs(w_q: Tensor, w_k: Tensor, pairs: int) -> list[float]:
+    """`<g_a, g_b>` of the first so many pairs of any two heads, in float32, as products of factored matrices are taken in
+    TransformerLens: `g_a^T g_b = Q_a^T (K_a K_b^T Q_b)` keeps the left factor, and its trace is the sum over both."""
+    heads = w_q.shape[1]
+    found = []
+    for pair in range(pairs):
+        (layer_a, head_a), (layer_b, head_b) = (divmod(place, heads) for place in divmod(pair, len(w_q) * heads))
+        q_a, q_b = w_q[layer_a, head_a].float(), w_q[layer_b, head_b].float()
+        k_a, k_b = (w_k[layer, head * w_k.shape[1] // heads].float() for layer, head in ((layer_a, head_a), (layer_b, head_b)))
+        found.append(float((q_a * (k_a @ k_b.T @ q_b)).sum()))
+    return found
+
+
 def composition(w_q: Tensor, w_k: Tensor, w_v: Tensor, w_o: Tensor, pairs: int) -> list[float]:
     """K-composition, `‖o_a^T g_b‖ / (‖o_a‖ ‖g_b‖)`, of the first so many pairs of heads, a pair at a time, in float32."""
     heads = w_q.shape[1]

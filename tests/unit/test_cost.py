@@ -23,6 +23,7 @@ from stand_in import StandIn
 ROOT = Path(__file__).parents[2]
 SHAPES = {
     "Qwen3-4B": {"layers": 36, "heads": 32, "kv_heads": 8, "rank": 128, "hidden": 2560},
+    "Llama-3.1-70B": {"layers": 80, "heads": 64, "kv_heads": 8, "rank": 128, "hidden": 8192},
     "Llama-3.1-405B": {"layers": 126, "heads": 128, "kv_heads": 8, "rank": 128, "hidden": 16384},
 }
 SMALL = {"layers": 4, "heads": 6, "kv_heads": 3, "rank": 8, "hidden": 512}
@@ -82,9 +83,32 @@ def test_a_part_more_doubles_what_is_counted():
         assert work.copies == one[stage].copies
 
 
-@pytest.mark.parametrize("name", SHAPES)
-def test_the_documentation_says_what_is_counted(name):
-    assert table(costs(planned(SHAPES[name]))) in (ROOT / "docs" / "scaling.md").read_text()
+@pytest.mark.parametrize(
+    ("name", "pairs"), [("Qwen3-4B", "auto"), ("Llama-3.1-405B", "auto"), ("Llama-3.1-70B", "all"), ("Llama-3.1-405B", "all")]
+)
+def test_the_documentation_says_what_is_counted(name, pairs):
+    assert table(costs(planned(SHAPES[name], gram={"pairs": pairs}))) in (ROOT / "docs" / "scaling.md").read_text()
+
+
+@pytest.mark.parametrize(("name", "count", "budget"), [("Llama-3.1-70B", 5120, "512 MiB"), ("Llama-3.1-405B", 16128, "2 GiB")])
+def test_all_pairs_of_thousands_of_heads_are_cut_into_jobs_within_the_budget(name, count, budget):
+    plan = planned(SHAPES[name], gram={"pairs": "all"}, memory_budget=budget)
+    heads = plan.models["m"].heads["qk", "self"]
+    assert heads.all_pairs
+    assert heads.stack.heads * len(heads.stack.layers) == count
+    assert len(heads.rows) > 16
+    largest = max(map(len, heads.tiles)) * heads.stack.heads
+    blocks = 2 * prices.BLOCK_BYTES  # of both sides, in float32
+    results = (2 * 8 + 1 + 2 * 8 + 4 * 4) * largest**2  # products, which are wanted, their places, and columns of the tile
+    assert blocks + results < plan.config.memory_budget
+    work = costs(plan)["gram"]
+    assert work.jobs == len(heads.rows)
+    rank, width = heads.locked.rank, heads.stack.hidden
+    products = (
+        count**2 / 2 * 2 * (1 + 1 / 8) ** 2 * 2 * rank**2 * width
+    )  # both inner products, shared keys once for eight or sixteen
+    assert 0.2 * products < sum(work.flops.values()) < 1.2 * products
+    assert work.distinct == len(heads.stack.layers) * (heads.stack.heads + heads.stack.kv_heads) * rank * width * 2
 
 
 def test_the_command_line_says_it(tmp_path, monkeypatch):

@@ -1,5 +1,10 @@
 """A row of tiles resumes at the tile where it stopped."""
 
+import os
+import random
+import signal
+import time
+
 import pandas as pd
 import pytest
 import torch
@@ -71,6 +76,44 @@ def test_finished_tiles_are_kept(every, tmp_path, weights, monkeypatch):
     assert len(calls) == 2  # the damaged tile and the missing one, not the finished one
     assert row.read_bytes() == expected
     assert sorted(file.name for file in row.parent.iterdir()) == ["row-000.json", "row-000.parquet"]
+
+
+def test_kills_at_random_moments_inside_a_row_lose_no_finished_tile(every, tmp_path, weights, monkeypatch):
+    """A copy of this process measures the row, and is killed as `kill -9` does, until one comes to the end."""
+    path, provenance = weights
+    tiles = [[layer] for layer in range(6)]
+    stage.measure_row(tmp_path / "whole" / "row-000.parquet", [path], tiles, every, CONFIG, provenance)
+    expected = (tmp_path / "whole" / "row-000.parquet").read_bytes()
+    row = tmp_path / "killed" / "row-000.parquet"
+    compute, begun = getattr(stage, _compute(every)), tmp_path / "begun"
+
+    def slowly(source, own, other, *arguments):
+        with begun.open("a") as file:
+            file.write(f"{other[0]:03d}\n")
+        time.sleep(0.02)
+        return compute(source, own, other, *arguments)
+
+    monkeypatch.setattr(stage, _compute(every), slowly)
+    moments = random.Random(0)
+    kills = 0
+    while not record_of(row).exists():
+        finished = {file.name[-3:] for file in row.parent.glob(".*-tile-*-???")}
+        begun.write_text("")
+        pid = os.fork()
+        if pid == 0:
+            try:
+                torch.set_num_threads(1)
+                stage.measure_row(row, [path], tiles, every, CONFIG, provenance)
+            finally:
+                os._exit(0)
+        time.sleep(moments.uniform(0, 0.1 + 0.02 * kills))  # longer where the machine is slow
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+        kills += 1
+        assert kills < 100
+        assert not finished & set(begun.read_text().split())  # what was finished was not begun again
+    assert kills > 2
+    assert row.read_bytes() == expected
 
 
 def test_the_same_job_of_a_killed_run_may_end_meanwhile(every, tmp_path, weights, monkeypatch):

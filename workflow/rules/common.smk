@@ -15,7 +15,8 @@ from headgram.errors import HeadgramError
 from headgram.run.startup import OPTIONS, Run, add_handlers
 from headgram.forms.variants import NAME as FORM
 from headgram.forms.variants import Variant
-from headgram.study.plan import asked_forms, unpinned
+from headgram.study.forms import asked_forms
+from headgram.study.plan import unpinned
 
 
 @contextlib.contextmanager

@@ -19,9 +19,9 @@ from headgram.forms.variants import Variant
 from headgram.results.asked import asked_for
 from headgram.results.files import link_message
 from headgram.results.paths import FOLDERS, RECORDS
-from headgram.results.record import DescribedIdentity, Record, damages, digest, read_record, record_of
+from headgram.results.record import DescribedIdentity, Record, damages, read_record, record_of
 from headgram.results.tables import COPYING, HEAD_NUMBERS, QUARTILES, SIDES, TABLES, read_parts, read_table
-from headgram.study.lock import Lock, LockedModel
+from headgram.study.lock import Lock
 
 #: Snakemake's, in folders that are a job's output; empty.
 _FOLDER_DATE = ".snakemake_timestamp"
@@ -148,23 +148,10 @@ def _origin_problems(record: Record, lock: Lock | None) -> Iterator[str]:
     entry = lock.models.get(record.model) if lock else None
     if entry is None:
         return
-    locked = _locked_fingerprint(entry, record)
+    locked = entry.fingerprint_of(Variant.of(record.circuit).circuit) if record.circuit else entry.fingerprint
     if locked != record.fingerprint:
         measured = record.fingerprint[:12]
         yield f"it was measured from a checkpoint with fingerprint {measured}, but the lock pins {locked[:12]}: run again"
-
-
-def _locked_fingerprint(entry: LockedModel, record: Record) -> str:
-    """What the lock pins of what an artifact is made of."""
-    if record.stage == "around":
-        return entry.around_fingerprint()
-    if record.stage == "rotary":
-        return entry.fingerprint_of("qk")
-    if not record.circuit:
-        return entry.fingerprint
-    circuit = Variant.of(record.circuit).circuit
-    pinned = entry.fingerprint_of(circuit)
-    return pinned if record.circuit == circuit else digest(pinned, record.circuit)
 
 
 def _table_problems(path: Path, record: Record) -> Iterator[str]:

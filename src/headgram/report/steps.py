@@ -74,6 +74,7 @@ def steps_pack(
 
 
 def _cosines(drift: pa.Table, place: Place, shape: tuple[int, int]) -> np.ndarray:
+    """(L, H); NaN where the circuit of the stack was not compared."""
     table = of_place(place, drift).to_pandas().sort_values(["layer", "head"])
-    values: np.ndarray = table["cosine"].to_numpy().reshape(shape)
+    values: np.ndarray = table["cosine"].to_numpy().reshape(shape) if len(table) else np.full(shape, np.nan)
     return values
