@@ -11,6 +11,8 @@ import torch
 
 import headgram
 from headgram.results.tables import TABLES, TURNS
+from headgram.study.manifest import read_manifest
+from pipeline.conftest import ROOT
 from script_loops import assert_same_as_script, original_script
 
 SMOLLM2, MINILM = "smollm2-135m-instruct", "all-minilm-l6-v2"
@@ -108,6 +110,13 @@ def test_compositions_agree_with_an_independent_path(measured, name):
     (q, k), (o, v) = ([each.double() for each in weights_by_transformers(name, circuit)] for circuit in ("qk", "ov"))
     table = headgram.open_atlas(measured).table("composition", name)
     layers, heads = q.shape[:2]
+    assert table["folded"].all()
+    source = next(row.source for row in read_manifest(ROOT / "config" / "models.tsv").rows if row.name == name)
+    with headgram.open_checkpoint(source) as checkpoint:
+        norms = [checkpoint.around("self", layer).norm for layer in range(layers)]
+    for layer, norm in enumerate(norms):
+        for factors in (q, k, v) if norm is not None else ():
+            factors[layer] *= norm.gain.double()
     assert len(table) == 3 * layers * (layers - 1) // 2 * heads**2
     group = heads // k.shape[1]
     for row in table.sample(60, random_state=0).itertuples():
@@ -124,7 +133,7 @@ def test_an_induction_circuit_of_a_real_model_stands_out(measured):
     """The strongest K-compositions of SmolLM2: heads of its layers 17 and 18 look for tokens that follow one like their own."""
     channels = headgram.open_atlas(measured).table("channels", SMOLLM2).query("kind == 'k'")
     first = channels.iloc[0]
-    assert first["score"] * 576**0.5 > 5
+    assert first["score"] * 576**0.5 > 4
     assert first["copying"] > 0.95
 
 
