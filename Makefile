@@ -9,7 +9,7 @@ SEED ?= 0
 NUMPY = $(shell sed -n 's/^numpy==//p' envs/requirements.txt)
 CORES ?= $(shell nproc 2>/dev/null || sysctl -n hw.ncpu)
 
-.PHONY: help run report test test-fast test-gpu peers test-peers lint format docs pictures bench bench-gpu chaos stress lineage audit walk families bytes config-docs lock-requirements clean
+.PHONY: help run report test test-fast test-gpu peers test-peers lint format docs newcomer pictures bench bench-gpu chaos stress lineage audit walk families bytes config-docs lock-requirements clean
 
 help: ## What each command does
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-18s %s\n", $$1, $$2}'
@@ -47,6 +47,9 @@ format: $(VENV)/installed-dev ## Format everything
 docs: $(VENV)/installed-dev ## Build the site of the documentation: build/site/index.html
 	$(BIN)/python docs/gather.py
 	$(BIN)/zensical build --clean --strict
+
+newcomer: $(VENV)/installed-dev ## Walk the way of docs/start.md in an empty environment, and record its times there
+	$(BIN)/python docs/newcomer.py
 
 pictures: $(VENV)/installed-dev ## Draw the pictures of README, docs and gallery from results/
 	$(BIN)/python docs/pictures.py

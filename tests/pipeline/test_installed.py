@@ -7,6 +7,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 import sysconfig
@@ -46,9 +47,9 @@ class Environment:
 
     folder: Path
 
-    def __call__(self, where: Path, *command: str) -> subprocess.CompletedProcess:
+    def __call__(self, where: Path, *command: str, **variables: str) -> subprocess.CompletedProcess:
         """Run a command of the environment in a folder."""
-        clean = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
+        clean = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")} | variables
         path = self.folder / "bin" / command[0]
         return subprocess.run([path, *command[1:]], cwd=where, env=clean, capture_output=True, text=True, timeout=600)
 
@@ -118,6 +119,33 @@ def test_a_project_of_ones_own(environment, place):
     np.testing.assert_allclose(twin["singular_value"], model["singular_value"], rtol=1e-5, atol=1e-5)
     (model, twin) = (atlas.heads("qk").query("model == @name") for name in ("bert", "bert-null"))
     assert (np.abs(model["symmetry"].to_numpy() - twin["symmetry"].to_numpy()) > 1e-6).all()
+
+
+@pytest.mark.parametrize(
+    ("typed", "completed"), [("headgram nu", {"null"}), ("headgram in", {"init", "inspect"}), ("headgram null --s", {"--seed"})]
+)
+def test_a_shell_completes_commands_and_options(environment, place, typed, completed):
+    asked = {"_HEADGRAM_COMPLETE": "complete_bash", "COMP_WORDS": typed, "COMP_CWORD": str(len(typed.split()) - 1)}
+    assert set(environment(place, "headgram", **asked).stdout.split()) == completed
+    installed = environment(place, "headgram", _HEADGRAM_COMPLETE="source_bash").stdout
+    assert re.search(r"^complete .*headgram$", installed, re.MULTILINE)
+
+
+def test_what_snakedeploy_writes_plans_the_default_study(environment, place):
+    """`snakedeploy deploy-workflow` copies config and profiles, and writes a Snakefile from the template below (0.17)."""
+    folder = place / "deployed"
+    for name in ("config", "profiles"):
+        shutil.copytree(ROOT / name, folder / name)
+    (folder / "workflow").mkdir()
+    where = environment.succeeds(place, "python", "-c", "import headgram; print(headgram.SNAKEFILE)").strip()
+    (folder / "workflow" / "Snakefile").write_text(
+        'from snakemake.utils import min_version\nmin_version("6.10.0")\nconfigfile: "config/config.yaml"\n'
+        f"module headgram:\n    snakefile:\n        {where!r}\n    config:\n        config\nuse rule * from headgram\n"
+    )
+    planned = environment.succeeds(folder, "snakemake", "-n")
+    assert re.search(r"^extract +4$", planned, re.MULTILINE)
+    assert re.search(r"^all +1$", planned, re.MULTILINE)
+    assert "profiles/default" in planned
 
 
 def test_a_module_of_somebody_elses_workflow(environment, place):

@@ -128,6 +128,19 @@ def test_trajectories_tell_who_rotates_dies_and_grows(atlas):
     np.testing.assert_allclose(turned, [1] * (COUNT - 1) + [-1], atol=1e-6)
 
 
+def test_a_chart_of_a_trajectory_holds_its_numbers(atlas):
+    values = atlas.trajectory("fro_sq", "training")
+    rows = pd.DataFrame(headgram.plot.trajectory(atlas, "fro_sq", "training").to_dict()["datasets"]["profile"])
+    for name, share in (("q25", 0.25), ("median", 0.5), ("q75", 0.75)):
+        drawn = rows.pivot(index="x", columns="series", values=name)
+        np.testing.assert_allclose(drawn, values.quantile(share, "head"))
+    rows = pd.DataFrame(headgram.plot.trajectory(atlas, "fro_sq", "training", layer=1).to_dict()["datasets"]["profile"])
+    np.testing.assert_array_equal(rows.pivot(index="x", columns="series", values="median"), values.sel(layer=1))
+    for arguments in (("none", "training"), ("fro_sq", "none"), ("fro_sq", "training", 9), ("symmetry_median", "training", 1)):
+        with pytest.raises(headgram.HeadgramError):
+            headgram.plot.trajectory(atlas, *arguments)
+
+
 def test_the_change_of_a_rotating_head_is_new_on_the_side_that_rotates(atlas):
     table = pair(atlas, "drift", f"step{COUNT}", "step0").loc["qk"]
     rotates = table.loc[ROTATES]

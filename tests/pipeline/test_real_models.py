@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import headgram
+from headgram.results.tables import TABLES, TURNS
 from script_loops import assert_same_as_script, original_script
 
 SMOLLM2, MINILM = "smollm2-135m-instruct", "all-minilm-l6-v2"
@@ -139,7 +140,9 @@ def test_pandas_reads_all_models_at_once(measured):
     heads = pd.read_parquet(measured / "atlas" / "heads")
     assert set(heads["model"]) == {SMOLLM2, MINILM}
     assert heads["circuit"].value_counts().to_dict() == dict.fromkeys(["qk", "ov"], 30 * 9 + 6 * 12)
-    assert not heads.isna().any().any()
+    assert not heads[[field.name for field in TABLES["heads"] if not field.nullable]].isna().any().any()
+    turned = heads.query("model == @SMOLLM2 and circuit == 'qk'")[[*TURNS]]
+    assert len(turned) == 30 * 9 == heads[[*TURNS]].notna().all(axis=1).sum()
     assert heads["residual"].max() < 1e-12
     gram = pd.read_parquet(measured / "atlas" / "gram")
     assert (gram["layer_a"] <= gram["layer_b"]).all()

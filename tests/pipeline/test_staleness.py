@@ -20,6 +20,10 @@ def jobs(*stages: str, models=("tiny-llama", "tiny-bert")) -> set[str]:
         of = f"{model}, stack self, circuit qk"
         if "extract" in stages:
             found.add(f"Extracting {of}, layers-000-{last:03d}")
+        if "around" in stages:
+            found.add(f"Reading what stands around the projections of {model}")
+        if "rotary" in stages:
+            found.add(f"Scores of {model} by offset and frequency")
         if "eigen" in stages:
             found |= {f"Spectra of {of}, {span}" for span in spans}
         if "gram" in stages:
@@ -31,15 +35,17 @@ def jobs(*stages: str, models=("tiny-llama", "tiny-bert")) -> set[str]:
     return found
 
 
-ALL = ("extract", "eigen", "gram", "merge", "derive")
+#: Of what is extracted of queries and keys.
+FACTORS = ("extract", "eigen", "gram", "rotary", "merge", "derive")
+ALL = (*FACTORS, "around")
 
 CHANGES = [
     ("topk: 8", "topk: 4", ("eigen", "merge", "derive")),
     ("tolerance: 1.0e-9", "tolerance: 1.0e-8", ("eigen", "merge", "derive")),
     ("pairs: auto", "pairs: same", ("gram", "merge", "derive")),
     ("enabled: true", "enabled: false", ("eigen", "merge", "derive")),
-    ("dtype: stored", "dtype: bfloat16", ALL),
-    ("compression: zstd", "compression: none", ("merge", "derive")),
+    ("dtype: stored", "dtype: bfloat16", FACTORS),
+    ("compression: zstd", "compression: none", ("rotary", "merge", "derive")),
     ("device: auto", "device: cpu", ()),
     ("manifest: config/models.tsv\nresults: results", "results: results\nmanifest: config/models.tsv", ()),
     ("results: results", "results: results # a comment", ()),
@@ -99,14 +105,16 @@ def test_jobs_of_an_earlier_cut_are_not_made_again(finished, tmp_path):
 @pytest.mark.parametrize(
     ("module", "stages"),
     [
-        ("forms/heads.py", ALL),
+        ("forms/heads.py", FACTORS),
         ("geometry/spectra.py", ("eigen", "merge", "derive")),
         ("geometry/residuals.py", ("eigen", "merge", "derive")),
         ("geometry/inner.py", ("gram", "merge", "derive")),
         ("geometry/scores.py", ("eigen", "merge", "derive")),
         ("geometry/overlaps.py", ("derive",)),
         ("geometry/original.py", ("eigen", "merge", "derive")),
-        ("stages/extract.py", ALL),
+        ("stages/extract.py", FACTORS),
+        ("stages/around.py", ("around", "rotary", "merge", "derive")),
+        ("stages/rotary.py", ("rotary", "merge", "derive")),
         ("stages/eigen.py", ("eigen", "merge", "derive")),
         ("stages/gram.py", ("gram", "merge", "derive")),
         ("stages/merge.py", ("merge", "derive")),
@@ -163,6 +171,8 @@ def test_a_new_model_runs_alone(finished, tmp_path):
         "Extracting new, stack self, circuit qk, layers-000-000",
         "Spectra of new, stack self, circuit qk, layers-000-000",
         "Gram matrix of new, stack self, circuit qk, row-000",
+        "Reading what stands around the projections of new",
+        "Scores of new by offset and frequency",
         "Merging new",
         "Deriving the tables of new",
     }

@@ -256,6 +256,15 @@ def test_what_is_not_proven_is_one_sentence(tmp_path: Path, model_type: str, sta
         ({"rope_parameters": {"rope_type": "longrope", "short_factor": [1]}}, "a list short_factor of 6 numbers"),
         ({"rope_parameters": {"full_attention": {"rope_theta": 1e4}}}, "none for 'None'"),
         ({"rope_parameters": {"partial_rotary_factor": 3.0}}, "turns 36 of 12 rows, which cannot be"),
+        ({"rope_parameters": {"partial_rotary_factor": 1.7e308}}, "turns 156 of 12 rows, which cannot be"),
+        ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1, "factor": 4}}, "by numbers that give no frequencies"),
+        ({"rope_parameters": {"rope_type": "yarn", "factor": 4, "mscale": "x", "mscale_all_dim": 1}}, "give no frequencies"),
+        ({"rope_parameters": {"rope_type": "dynamic", "factor": 2, "partial_rotary_factor": 0.2}}, "give no frequencies"),
+        (
+            {"rope_parameters": {"rope_type": "longrope", "short_factor": [1] * 6, "original_max_position_embeddings": 1}},
+            "give no frequencies",
+        ),
+        ({"rope_parameters": {"rope_type": "linear", "factor": 1e-320}}, "give no frequencies"),
     ],
 )
 def test_rotary_parameters_that_cannot_be(tmp_path: Path, changes: dict[str, Any], sentence: str) -> None:

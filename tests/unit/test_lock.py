@@ -3,6 +3,7 @@
 import json
 import re
 import shlex
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,8 +13,12 @@ from headgram.cli import app
 from headgram.errors import HeadgramError
 from headgram.study.lock import Lock, changes, lock_path, missing_rows, read_lock, write_lock
 from headgram.study.manifest import Labels, read_manifest
+from headgram.study.options import Config
+from headgram.study.plan import left_out, make_plan
 from headgram.study.resolve import resolve, resolve_all
 from tiny import llama_tensors, write_bert, write_llama, write_manifest
+
+SCRIPTS = Path(__file__).parents[2] / "workflow" / "scripts"
 
 
 @pytest.fixture
@@ -118,6 +123,33 @@ def test_a_lock_of_another_version_is_refused(manifest):
     lock_path(manifest).write_text(json.dumps(Lock(schema_version=1).model_dump()))
     with pytest.raises(HeadgramError, match="version 1, but this headgram writes version 2"):
         read_lock(lock_path(manifest))
+
+
+def test_a_lock_that_pins_nothing_around_heads_goes_on_working(manifest):
+    """As headgram wrote them before; the run says what to do, and that helps."""
+    rows, path = read_manifest(manifest).rows, lock_path(manifest)
+    new = resolve_all(rows)[0]
+    content = Lock(models=new).model_dump(mode="json")
+    for model in content["models"].values():
+        for stack in model["stacks"]:
+            del stack["around"]
+    path.write_text(json.dumps(content))
+    old = read_lock(path).models
+    assert missing_rows(rows, read_lock(path)) == []
+    assert all(changes(name, entry) == [] for name, entry in old.items())
+    before, after = (make_plan(entries, Config(), SCRIPTS) for entries in (old, new))
+    sentences = left_out(before)
+    for name in ("one", "two"):
+        (sentence,) = [each for each in sentences if each.startswith(f"{name}: its lock does not pin")]
+        assert f"`headgram lock --upgrade {name}` pins them" in sentence
+    measured = {record: key for record, key in before.records().items() if record.startswith("models/")}
+    assert measured
+    assert measured.items() <= after.records().items()  # what was measured stands
+    for name in ("one", "two"):
+        done = CliRunner().invoke(app, ["lock", "--manifest", str(manifest), "--upgrade", name])
+        assert done.exit_code == 0, done.output
+    assert read_lock(path).models == new
+    assert not [each for each in left_out(after) if "does not pin" in each]
 
 
 @pytest.mark.parametrize(

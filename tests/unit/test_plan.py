@@ -132,6 +132,9 @@ def test_folded_forms_and_offsets_are_further_forms_and_make_no_other_stale():
     assert len(set(keys)) == len(names)
     assert study_plan.left_out(after) == []
     assert [Variant.of(name).name for name in names] == names
+    for (stage, name), identity in after.models["m"].identities.items():  # as `headgram verify` holds records against the lock
+        locked = locked_llama().fingerprint_of(Variant.of(name).circuit) if name else locked_llama().fingerprint
+        assert identity.fingerprint == locked, (stage, name)
 
 
 @pytest.mark.parametrize(

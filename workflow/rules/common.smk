@@ -15,7 +15,8 @@ from headgram.errors import HeadgramError
 from headgram.run.startup import OPTIONS, Run, add_handlers
 from headgram.forms.variants import NAME as FORM
 from headgram.forms.variants import Variant
-from headgram.study.plan import asked_forms, unpinned
+from headgram.study.forms import asked_forms
+from headgram.study.plan import unpinned
 
 
 @contextlib.contextmanager
@@ -313,16 +314,19 @@ def rotary_input(wildcards):
         raise WorkflowError(
             f"The tables rotary and frequencies need the circuit qk; {unpinned(wildcards.model)}."
         )
-    run_if_stale("rotary", wildcards)
+    fresh = run_if_stale("rotary", wildcards)
+    dated = ancient if fresh else str
     places = [
         (wildcards.model, stack, "qk", group)
         for stack in plan.stacks_of("qk")
         for group in plan.extracted["qk", stack].groups
     ]
     return {
-        "weights": [file for place in places for file in PATHS.data("extract", *place)],
-        "records": [PATHS.record("extract", *place) for place in places],
-        **around_files(wildcards.model),
+        "weights": [
+            dated(file) for place in places for file in PATHS.data("extract", *place)
+        ],
+        "records": [dated(PATHS.record("extract", *place)) for place in places],
+        **around_files(wildcards.model, dated),
     }
 
 
@@ -360,7 +364,7 @@ def derive_facts(wildcards):
 
 
 def derive_input(wildcards):
-    run_if_stale("derive", wildcards)
+    fresh = run_if_stale("derive", wildcards)
     model = wildcards.model
     return {
         "heads": PATHS.table("heads", model),
@@ -371,7 +375,7 @@ def derive_input(wildcards):
         "shards": part_files(wildcards, "eigen", ".parquet"),
         "shard_files": part_files(wildcards, "eigen", ".pt")
         + part_files(wildcards, "eigen", ".json"),
-        **around_files(model),
+        **around_files(model, ancient if fresh else str),
     }
 
 

@@ -22,7 +22,7 @@ rule merge:
         order=order_of("merge"),
         parts=lambda wildcards: canonical(merge_parts(wildcards)),
         entry=locked_entry,
-        stages=stages_before("extract", "eigen", "gram"),
+        stages=stages_before("extract", "around", "eigen", "gram", "rotary"),
     message:
         "Merging {wildcards.model}"
     script:

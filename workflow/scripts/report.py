@@ -1,4 +1,4 @@
-"""ReportFiles job: see headgram.stages.report."""
+"""Report job: see headgram.stages.report."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Columns of the tables as labelled arrays: of layer pairs and heads, and of all heads with all heads."""
+"""Columns of the tables as labelled arrays: of layer pairs and heads, of all heads with all heads, by offset and by plane."""
 
 from __future__ import annotations
 
@@ -45,3 +45,17 @@ def symmetric(array: xr.DataArray, itself: pd.Series) -> xr.DataArray:
     square = np.where(np.isnan(square), square.T, square)
     np.fill_diagonal(square, itself)
     return array.copy(data=square.reshape(array.shape))
+
+
+def by_offset(table: pd.DataFrame, value: str, attributes: Mapping[str, Any]) -> xr.DataArray:
+    """A column of the table `rotary`, as layers by heads by offsets."""
+    array: xr.DataArray = table.set_index(["layer", "head", "offset"])[value].to_xarray()
+    return array.assign_attrs(attributes)
+
+
+def by_plane(table: pd.DataFrame, value: str, attributes: Mapping[str, Any]) -> xr.DataArray:
+    """A column of the table `frequencies`, as layers by heads by planes, without what no rotation touches."""
+    table = table[table["plane"].notna()].astype({"plane": int}).set_index(["layer", "head", "plane"])
+    array: xr.DataArray = table[value].to_xarray()
+    wavelength = table["wavelength"].to_xarray().isel(head=0, drop=True)
+    return array.assign_coords(wavelength=wavelength).assign_attrs(attributes)

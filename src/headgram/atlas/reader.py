@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
-from headgram.atlas.labelled import by_heads, by_layers, symmetric
+from headgram.atlas.labelled import by_heads, by_layers, by_offset, by_plane, symmetric
 from headgram.described import Described
 from headgram.errors import HeadgramError, require
 from headgram.results.paths import LINEAGE, OPTIONAL, Results
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 PairColumn = Literal["gram", "cosine", "transposed", "symmetric", "antisymmetric", "z"]
 Kind = Literal["q", "k", "v"]
+OffsetColumn = Literal["norm", "cosine", "transposed", "symmetry", "trace", "expected", "share", "energy"]
 ComposedColumn = Literal["score", "times_chance", "z", "acausal"]
 
 
@@ -74,7 +75,7 @@ class Atlas(Described):
         return Atlas(self.results, frozenset(chosen["model"]))
 
     def heads(self, circuit: str | None = None) -> pd.DataFrame:
-        """One row per head, of one circuit (`qk` or `ov`) or of each: the scalars of `headgram.Spectrum`."""
+        """One row per head, of one circuit (`qk`, `ov`, or a form such as `qk-folded`) or of each: numbers of its form."""
         return self._of_circuit("heads", circuit)
 
     def spectra(self, circuit: str | None = None) -> pd.DataFrame:
@@ -229,9 +230,10 @@ class Atlas(Described):
         arrays = {value: by_layers(tables[name], value) for name, values in pairs.items() for value in values}
         for name, keys in (("heads", ["layer", "head"]), ("spectra", ["layer", "head", "index"]), ("layers", ["layer"])):
             table = self.of_heads(name, model, stack, circuit).drop(columns=["model", "circuit", "stack"]).set_index(keys)
-            arrays |= dict(table.drop(columns=["rank", "hidden"], errors="ignore").to_xarray().data_vars)
+            arrays |= dict(table.drop(columns=["rank", "hidden", "norms", "offset"], errors="ignore").to_xarray().data_vars)
         facts = self.of_heads("models", model, stack, circuit).set_index(["circuit", "stack"]).iloc[0]
-        attributes = {name: value.item() if hasattr(value, "item") else value for name, value in facts.items()}
+        known = {name: value for name, value in facts.items() if value is not None}
+        attributes = {name: value.item() if hasattr(value, "item") else value for name, value in known.items()}
         return xr.Dataset(
             {name: array.drop_attrs() for name, array in arrays.items()}, attrs={**attributes, "circuit": circuit, "stack": stack}
         )
@@ -287,6 +289,41 @@ class Atlas(Described):
         attributes = {"model": model, "circuit": circuit, "stack": stack, "chance": 1 / int(heads["hidden"].iloc[0])}
         itself = (heads["fro_sq"] > 0).astype(float) if value == "cosine" else heads["symmetry_score"]
         return symmetric(by_heads(heads, table, value, attributes), itself)
+
+    def by_offset(self, model: str, stack: str = "self", value: OffsetColumn = "cosine", circuit: str = "qk") -> xr.DataArray:
+        """How every head's scores depend on the offset of query and key.
+
+        Parameters
+        ----------
+        value
+            A column of the table `rotary`, or `share` or `energy` of the table `frequencies`, by plane.
+        circuit
+            `qk`, of the weights as stored, or `qk-folded`, with norms folded in, where that is proven.
+
+        Returns
+        -------
+        xarray.DataArray, (L, H, offsets) or (L, H, planes) float64
+            Dimensions `layer`, `head` and `offset`, or `plane`; of the layers that positions turn, with their true indices.
+            Planes have the coordinate `wavelength`, in tokens, by layer.
+
+        Raises
+        ------
+        HeadgramError
+            If the model or the column is not there, or positions turn nothing of the stack.
+
+        Examples
+        --------
+        >>> atlas.by_offset("smollm2-135m-instruct", value="share").sel(plane=0).max().item()  # doctest: +SKIP
+        """
+        if value not in get_args(OffsetColumn):
+            raise HeadgramError(f"offsets and planes have no '{value}'; there are: {', '.join(get_args(OffsetColumn))}")
+        of_planes = value in ("share", "energy")
+        table = self.table("frequencies" if of_planes else "rotary", model)
+        rows = table[(table["circuit"] == circuit) & (table["stack"] == stack)]
+        if rows.empty:
+            needs = "queries and keys that positions turn, by a rotary encoding that is proven for the model"
+            raise HeadgramError(f"'{model}' has no offsets of the stack '{stack}' and the circuit '{circuit}': they need {needs}")
+        return (by_plane if of_planes else by_offset)(rows, value, {"model": model, "circuit": circuit, "stack": stack})
 
     def composition(self, model: str, kind: Kind, stack: str = "self", value: ComposedColumn = "score") -> xr.DataArray:
         """How much of what each head writes each head of a later layer reads.

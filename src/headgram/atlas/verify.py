@@ -15,6 +15,7 @@ import pandas as pd
 import pyarrow as pa
 
 from headgram.errors import HeadgramError
+from headgram.forms.variants import Variant
 from headgram.results.asked import asked_for
 from headgram.results.files import link_message
 from headgram.results.paths import FOLDERS, RECORDS
@@ -147,7 +148,7 @@ def _origin_problems(record: Record, lock: Lock | None) -> Iterator[str]:
     entry = lock.models.get(record.model) if lock else None
     if entry is None:
         return
-    locked = entry.fingerprint_of(record.circuit) if record.circuit else entry.fingerprint
+    locked = entry.fingerprint_of(Variant.of(record.circuit).circuit) if record.circuit else entry.fingerprint
     if locked != record.fingerprint:
         measured = record.fingerprint[:12]
         yield f"it was measured from a checkpoint with fingerprint {measured}, but the lock pins {locked[:12]}: run again"

@@ -119,13 +119,19 @@ def rotary_of(rule: RotaryRule, section: Section, layer: int, rank: int, start: 
     shares = [stated.get("partial_rotary_factor"), *(section.get(name) for name in ("partial_rotary_factor", "rotary_pct"))]
     share = next((value for value in shares if value is not None), None)
     width = (section.find(rule.width) if rule.width else None) or rank - start
-    width = width if share is None else int(rank * positive(section, "the rotary share", share))
+    width = width if share is None else int(rank * min(positive(section, "the rotary share", share), rank + 1))
     name = str(stated.get("rope_type") or stated.get("type") or "default")[:40]
     if name not in _SCALINGS:
         raise HeadgramError(f"{section.whose} scales its rotary encoding by '{name}', which is not known")
     if not 0 < width <= rank - start:
         raise HeadgramError(f"{section.whose} turns {width} of {rank - start} rows, which cannot be")
-    frequencies, factor = _SCALINGS[name](_Parameters(stated, section, rank, width, base), length)
+    try:
+        frequencies, factor = _SCALINGS[name](_Parameters(stated, section, rank, width, base), length)
+        whole = bool(frequencies.isfinite().all()) and math.isfinite(factor)
+    except (ArithmeticError, TypeError, ValueError):
+        whole = False
+    if not whole:
+        raise HeadgramError(f"{section.whose} scales its rotary encoding by numbers that give no frequencies: {stated!r:.200}")
     return Rotary(rule.sign * frequencies, rule.kind == "interleaved", start, factor)
 
 

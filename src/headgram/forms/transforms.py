@@ -104,8 +104,9 @@ def constant(
     beta = None if frame.norm is None else frame.norm.bias
     if bias is None and beta is None:
         return None
-    added = torch.zeros(factors.shape[:-1], dtype=torch.float64) if bias is None else bias.double()
-    added = added if beta is None else added + factors.double() @ beta.double()
+    wide = factors.double()
+    added = wide.new_zeros(wide.shape[:-1]) if bias is None else bias.to(wide)
+    added = added if beta is None else added + wide @ beta.to(wide)
     own = Frame(query_norm=frame.query_norm, key_norm=frame.key_norm)
     return folded(role, added[..., None], own, heads)[..., 0]
 

@@ -180,7 +180,7 @@ def turning(heads: Heads, rotary: Rotary, context: int | None) -> Turning:
     """
     found, grams = energies(heads, rotary), _Grams.of(heads, rotary)
     turns = found.planes.sum(-1)
-    lengths = wavelengths(rotary)
+    lengths = wavelengths(rotary).to(heads.device)
     finite = lengths.where(lengths.isfinite(), 0)
     step = torch.polar(torch.ones_like(grams.frequencies), grams.frequencies) - 1
     here = torch.ones_like(grams.frequencies).to(torch.complex128)

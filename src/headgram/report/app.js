@@ -17,6 +17,12 @@ function offered() {
   const { shape: [, , layers], data } = quartiles[`${state.model}/${place}`];
   return index.columns.filter((_, i) => !Number.isNaN(data[i * layers]));
 }
+// Forms are called `qk`, `ov-folded`, `qk@8` or `qk-folded@-1` (headgram/forms/variants.py).
+const formCalled = (name) => {
+  const [circuit, folded, offset] = name.match(/^(qk|ov)(-folded)?(?:@(-?\d+))?$/)?.slice(1) ?? [];
+  if (!circuit) return name;
+  return [`${name}: ${{ qk: "looks for", ov: "moves" }[circuit]}`, folded && "norms folded in", offset && `at offset ${offset}`].filter(Boolean).join(", ");
+};
 const circuitOf = (stack) => (stack.includes("/") ? stack.split("/")[0] : ""); // stacks are called `{circuit}/{stack}`
 const currentStack = () => stackOf(state.model, state.stack);
 
@@ -88,7 +94,7 @@ function drawControls() {
   fill("model", inOrder(names).filter((name) => name === state.model || isWanted(name)).map((name) => [name, name]));
   const places = Object.keys(index.models[state.model]);
   const circuits = [...new Set(places.map(circuitOf))];
-  fill("circuit", circuits.map((name) => [name, { qk: "qk: looks for", ov: "ov: moves" }[name] ?? name]));
+  fill("circuit", circuits.map((name) => [name, formCalled(name)]));
   element("circuits").hidden = circuits.length === 1 && !circuits[0];
   fill("stack", places.filter((name) => circuitOf(name) === state.circuit).map((name) => [name, name.split("/").at(-1)]));
   fill("layer", stack.layer_indices.map((layer) => [layer, layer]));

@@ -1,4 +1,4 @@
-"""ReportFiles: the page, and the figures of all models together. It draws none of a single model."""
+"""Report: the page, and the figures of all models together. It draws none of a single model."""
 
 from __future__ import annotations
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +18,17 @@ from headgram.forms.heads import Heads
 from headgram.forms.reading import Frame, Frames, Rotary
 from headgram.forms.transforms import constant, folded
 from headgram.forms.variants import FOLDED, RAW, Variant, needs
-from headgram.geometry.frequencies import at_offsets, by_chance, energies, offsets_up_to, turning, wavelengths
+from headgram.geometry.frequencies import (
+    AtOffsets,
+    Energies,
+    Turning,
+    at_offsets,
+    by_chance,
+    energies,
+    offsets_up_to,
+    turning,
+    wavelengths,
+)
 from headgram.geometry.ratios import ratio
 from headgram.results.around import read_around
 from headgram.results.factors import FactorFiles
@@ -95,29 +106,53 @@ def _layer(stored: Heads, form: Variant, frames: Frames, layer: int) -> dict[pa.
     numbers = dict.fromkeys((*TURNS, *(f"{name}_expected" for name in TURNS))) | _linear(stored, heads, form, frames, frame)
     if (rotary := frame.rotary) is None or "rotary" in frames.missing:
         return {TURNING: of_heads | numbers}
-    measured, chance = turning(heads, rotary, frames.context), turning(by_chance(rotary, heads.rank), rotary, frames.context)
+    measured, chance = turning(heads, rotary, frames.context), _chance(rotary, heads.rank, frames.context)
     for name in TURNS:
         field = name.removeprefix("rotary_")
-        value, expected = getattr(measured, field), getattr(chance, field)
+        value, expected = getattr(measured, field), getattr(chance.turning, field)
         numbers[name] = None if value is None else value.cpu()
         numbers[f"{name}_expected"] = None if value is None or name == TURNS[0] else expected.expand(count)
     offsets = offsets_up_to(frames.context)
     return {
         TURNING: of_heads | numbers,
-        ROTARY: _rows(of_heads, offsets) | _at_offsets(heads, rotary, offsets),
-        FREQUENCIES: _frequencies(heads, rotary, of_heads),
+        ROTARY: _rows(of_heads, offsets) | _at_offsets(heads, rotary, offsets, chance),
+        FREQUENCIES: _frequencies(heads, rotary, of_heads, chance.energies),
     }
 
 
-def _at_offsets(heads: Heads, rotary: Rotary, offsets: Sequence[int]) -> dict[str, Any]:
-    expected = at_offsets(by_chance(rotary, heads.rank), rotary, offsets).cosine.expand(len(heads), -1)
+@dataclass(frozen=True)
+class _Chance:
+    """What random weights of the same shape give."""
+
+    at_offsets: AtOffsets
+    turning: Turning
+    energies: Energies
+
+
+def _chance(rotary: Rotary, rank: int, context: int | None) -> _Chance:
+    """Worked out once for layers that turn alike."""
+    return _chance_of(tuple(rotary.frequencies.tolist()), rotary.interleaved, rotary.start, rotary.factor, rank, context)
+
+
+@lru_cache(maxsize=64)
+def _chance_of(
+    frequencies: tuple[float, ...], interleaved: bool, start: int, factor: float, rank: int, context: int | None
+) -> _Chance:
+    rotary = Rotary(torch.tensor(frequencies, dtype=torch.float64), interleaved, start, factor)
+    head = by_chance(rotary, rank)
+    offsets = at_offsets(head, rotary, offsets_up_to(context))
+    return _Chance(offsets, turning(head, rotary, context), energies(head, rotary))
+
+
+def _at_offsets(heads: Heads, rotary: Rotary, offsets: Sequence[int], chance: _Chance) -> dict[str, Any]:
+    expected = chance.at_offsets.cosine.expand(len(heads), -1)
     columns = {name: value.cpu() for name, value in vars(at_offsets(heads, rotary, offsets)).items()} | {"expected": expected}
     return {name: value.flatten() for name, value in columns.items()}
 
 
-def _frequencies(heads: Heads, rotary: Rotary, of_heads: Mapping[str, Tensor]) -> dict[str, Any]:
+def _frequencies(heads: Heads, rotary: Rotary, of_heads: Mapping[str, Tensor], chance: Energies) -> dict[str, Any]:
     """A row for every plane, and a last one for what is still, where anything is."""
-    found, chance = energies(heads, rotary), energies(by_chance(rotary, heads.rank), rotary)
+    found = energies(heads, rotary)
     planes = list(range(len(rotary.frequencies)))
     rest = [None] if float(chance.still) else []
     lengths = [length if length < float("inf") else None for length in wavelengths(rotary).tolist()]

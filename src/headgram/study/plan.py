@@ -16,10 +16,11 @@ from pydantic import BaseModel
 
 from headgram.errors import HeadgramError, upgrade_command
 from headgram.families.registry import family_of, family_of_gguf, family_text
-from headgram.forms.variants import Variant, needs
+from headgram.forms.variants import Variant
 from headgram.geometry.costs import Sizes, cheapest, flops, spectra_flops
 from headgram.results.paths import Place, Results
 from headgram.results.record import Identity, canonical, digest
+from headgram.study.forms import asked_forms, forms
 from headgram.study.keys import code_digest, page_digest
 from headgram.study.lineages import Pair, by_step, pairs
 from headgram.study.lock import LockedCircuit, LockedModel, LockedStack
@@ -274,40 +275,6 @@ def _plan_model(name: str, entry: LockedModel, labels: Labels, config: Config, s
     return ModelPlan(name, entry, labels, heads, extracted, composed, identities)
 
 
-def asked_forms(config: Config) -> list[Variant]:
-    """The forms that the options ask for; offsets are those of queries and keys."""
-    return [
-        Variant(circuit, norm, offset)
-        for circuit in config.circuits
-        for norm in config.weights.norm
-        for offset in (config.rotary.offsets if circuit == "qk" else (0,))
-    ]
-
-
-def forms(stack: LockedStack, circuit: str, config: Config) -> tuple[list[Variant], list[str]]:
-    """The forms of a circuit that are measured of a stack, and sentences about those that are asked for and cannot be.
-
-    Where none can be, the form of the weights as stored is measured.
-    """
-    wanted = [form for form in asked_forms(config) if form.circuit == circuit]
-    reasons = {form: reason for form in wanted if (reason := _why_not(stack, form))}
-    found = [form for form in wanted if form not in reasons] or [Variant(circuit)]
-    instead = f"; {found[0].name} is measured instead" if found[0] not in wanted else ""
-    of_reason = {reason: [form.name for form in reasons if reasons[form] == reason] for reason in reasons.values()}
-    return found, [f"without {', '.join(names)}: {reason}{instead}" for reason, names in of_reason.items()]
-
-
-def _why_not(stack: LockedStack, form: Variant) -> str | None:
-    """Why a form of a stack cannot be made, or None."""
-    if not needs(form):
-        return None
-    if stack.around is None:
-        return "its lock does not pin what that follows from"
-    if missing := [stack.around.missing[role] for role in needs(form) if role in stack.around.missing]:
-        return missing[0]
-    return "no rotary encoding turns its queries and keys" if form.offset and not stack.around.turns else None
-
-
 def _in_both_circuits(heads: Mapping[Place, HeadsPlan]) -> list[str]:
     """The stacks of which both circuits are measured."""
     return [stack for circuit, stack in heads if circuit == "qk" and ("ov", stack) in heads]
@@ -348,8 +315,8 @@ def _identities(
     reads_weights = digest(code["extract"], family)
     found: dict[tuple[str, str], Identity] = {}
     if entry.pins_around:
-        code_around = digest(code["around"], family)
-        found["around", ""] = Identity("around", stage_config("around", config), entry.around_fingerprint(), code_around)
+        code_around = digest(code["around"], family, entry.around_fingerprint())
+        found["around", ""] = Identity("around", stage_config("around", config), entry.fingerprint, code_around)
     for circuit in circuits:
         options, fingerprint = stage_config("extract", config), entry.fingerprint_of(circuit)
         found["extract", circuit] = Identity("extract", options, fingerprint, reads_weights)
@@ -358,15 +325,16 @@ def _identities(
     for name in names:
         circuit = Variant.of(name).circuit
         fingerprint, upstream = entry.fingerprint_of(circuit), (found["extract", circuit].key,)
-        if name != circuit:
-            fingerprint, upstream = digest(fingerprint, name), upstream + around
+        made = name != circuit  # of what is extracted, as a job reads it
+        upstream = upstream + around if made else upstream
         for stage in ("eigen", "gram"):
-            found[stage, name] = Identity(stage, stage_config(stage, config, name), fingerprint, code[stage], upstream)
+            works = digest(code[stage], name) if made else code[stage]
+            found[stage, name] = Identity(stage, stage_config(stage, config, name), fingerprint, works, upstream)
     turned: Keys = ()
     if entry.pins_around and "qk" in circuits:
         upstream = (found["extract", "qk"].key, *around)
-        options, fingerprint = stage_config("rotary", config), entry.fingerprint_of("qk")
-        found["rotary", ""] = Identity("rotary", options, fingerprint, code["rotary"], upstream)
+        options = stage_config("rotary", config)
+        found["rotary", ""] = Identity("rotary", options, entry.fingerprint, code["rotary"], upstream)
         turned = (found["rotary", ""].key,)
     measured = {stage: tuple(found[stage, name].key for name in names) for stage in ("eigen", "gram")}
     upstream = measured["eigen"] + measured["gram"] + turned
