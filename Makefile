@@ -89,7 +89,7 @@ bench-gpu: $(VENV)/installed-dev ## Time the arithmetic on a GPU, and renew benc
 	$(BIN)/python benchmarks/gpu.py > build/bench-gpu.md
 	mv build/bench-gpu.md benchmarks/RESULTS-GPU.md
 
-walk: $(VENV)/installed-dev ## Derive and prove families of all other types of transformers from live models; an hour, goes on where it was stopped
+walk: $(VENV)/installed-dev ## Derive and prove families of types of transformers that are not known yet from live models; an hour, goes on where it was stopped
 	$(BIN)/python docs/walk.py
 
 families: $(VENV)/installed-dev ## Prove every model type, and renew docs/families.md

@@ -50,8 +50,8 @@ STEPS = (
 )
 
 
-def walk() -> list[tuple[str, str, float]]:
-    """Every step with its command and the seconds that it took.
+def walk() -> list[tuple[str, str, float, float]]:
+    """Every step with its command, the seconds that it took, and the load of the machine then.
 
     Raises
     ------
@@ -76,7 +76,7 @@ def walk() -> list[tuple[str, str, float]]:
                 arguments = ["bash", "-c", command]
             started = time.perf_counter()
             done = subprocess.run(arguments, cwd=where, env=clean, capture_output=True, text=True)
-            steps.append((what, command, time.perf_counter() - started))
+            steps.append((what, command, time.perf_counter() - started, os.getloadavg()[0]))
             print(f"{steps[-1][2]:6.1f} s  {command}", flush=True)
             if done.returncode:
                 raise SystemExit(f"{command}: exit code {done.returncode}\n{done.stdout}{done.stderr}")
@@ -89,15 +89,15 @@ def walk() -> list[tuple[str, str, float]]:
         return steps
 
 
-def table(steps: list[tuple[str, str, float]]) -> str:
+def table(steps: list[tuple[str, str, float, float]]) -> str:
     """The steps in Markdown."""
-    rows = [f"| {what} | `{command}` | {seconds:.0f} s |" for what, command, seconds in steps]
-    return "\n".join(
-        ["| | command | took |", "|---|---|---|", *rows, f"| **all** | | **{sum(each[2] for each in steps):.0f} s** |"]
-    )
+    load = f"{os.cpu_count()} cores, with a load of {max(each[3] for each in steps):.0f} at most from this and other work."
+    rows = [f"| {what} | `{command}` | {seconds:.0f} s |" for what, command, seconds, _ in steps]
+    last = f"| **all** | | **{sum(each[2] for each in steps):.0f} s** |"
+    return "\n".join([load, "", "| | command | took |", "|---|---|---|", *rows, last])
 
 
 if __name__ == "__main__":
     text = PAGE.read_text()
-    recorded = f"{BEGIN}{table(walk())}\n{END}"
+    recorded = f"{BEGIN}\n{table(walk())}\n\n{END}"
     PAGE.write_text(re.sub(f"{BEGIN}.*?{END}", lambda _: recorded, text, flags=re.DOTALL))

@@ -1,8 +1,8 @@
 """Walk over all model types of transformers: python docs/walk.py [TYPE ... | --lists]
 
-Each type that no family written by hand knows is derived from tiny live models and proven, in a process of its own with limits
-on time and memory. What is proven is written to src/headgram/families/; what is not is listed with the reason. The walk goes on
-where it was stopped: build/walk/ has a file for every type that is done; remove one to have its type tried again.
+Each type that no family knows, and each that is named, is derived from tiny live models and proven, in a process of its own with
+limits on time and memory. What is proven is written to src/headgram/families/; what is not is listed with the reason. The walk
+goes on where it was stopped: build/walk/ has a file for every type that is done; remove one to have its type tried again.
 With `--lists`, nothing is tried, and what is done is written.
 """
 
@@ -129,6 +129,20 @@ def write_families(results: dict[str, dict[str, Any]]) -> None:
         (FAMILIES / f"{family.name}.toml").write_text(written(family), encoding="utf-8")
 
 
+def kept() -> dict[str, dict[str, Any]]:
+    """What earlier walks have written: the data of every type by itself."""
+    found = {}
+    for family in families():
+        for name in family.model_types if family.walked else ():
+            stacks = tuple(
+                rule.model_copy(update={"defaults": {name: rule.defaults[name]} if name in rule.defaults else {}})
+                for rule in family.stacks
+            )
+            own = family.model_copy(update={"model_types": (name,), "stacks": stacks})
+            found[name] = {"family": own.model_dump(mode="json", exclude_defaults=True)}
+    return found
+
+
 #: What an attention that is not softmax(q k^T) v says of itself.
 _OTHER_KIND = ("no attention module was found",)
 _NO_MODEL = "transformers has no model of this type alone"
@@ -145,7 +159,13 @@ def lists(results: dict[str, dict[str, Any]]) -> list[str]:
     rest = {name: problems for name, problems in rest.items() if problems[0] != _NO_MODEL}
     other = sorted(name for name, problems in rest.items() if problems[0] in _OTHER_KIND)
     later = sorted((f"`{name}`", _cell(problems[0])) for name, problems in rest.items() if name not in other)
+    by_hand = sum(name in CONFIG_MAPPING for family in families() if not family.walked for name in family.model_types)
+    unbuilt = sum("cannot be built small" in problem for _, problem in later)
+    whole = by_hand + len(proven)
     return [
+        f"Of {whole + len(later)} model types of transformers with softmax attention, {whole} are proven: {by_hand} described by "
+        f"hand, {len(proven)} derived by the walk. Of the others, {unbuilt} cannot be built small here.",
+        "",
         f"Proven, besides the types above: {len(proven)}.",
         "",
         *_table(("model type", "family", "stacks"), sorted(proven)),
@@ -174,7 +194,10 @@ def main(asked: list[str]) -> None:
     warnings.simplefilter("ignore")
     DONE.mkdir(parents=True, exist_ok=True)
     by_hand = {name for family in families() if not family.walked for name in family.model_types}
-    for model_type in [] if asked == ["--lists"] else asked or [name for name in CONFIG_MAPPING if name not in by_hand]:
+    known = kept()
+    for model_type in (
+        [] if asked == ["--lists"] else asked or [name for name in CONFIG_MAPPING if name not in {*by_hand, *known}]
+    ):
         path = DONE / f"{model_type}.json"
         if path.exists() and not asked:
             continue
@@ -184,7 +207,7 @@ def main(asked: list[str]) -> None:
         result = apart(model_type) if classes else {"problems": ["transformers has no model of this type alone"]}
         path.write_text(json.dumps(result), encoding="utf-8")
         print(model_type, "proven" if "family" in result else result["problems"][0], flush=True)
-    results = {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in sorted(DONE.glob("*.json"))}
+    results = known | {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in sorted(DONE.glob("*.json"))}
     write_families({name: result for name, result in results.items() if name not in by_hand})
     PAGE.write_text(renewed(PAGE.read_text(encoding="utf-8"), "walk", "walk", lists(results)), encoding="utf-8")
 

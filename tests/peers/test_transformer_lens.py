@@ -15,6 +15,7 @@ import torch
 from headgram.forms.circuits import ov, qk
 from headgram.geometry.composition import KINDS, reads, scores, writes
 from headgram.geometry.eigenvalues import eigenvalues
+from headgram.geometry.spans import kernels, spans
 
 PEERS = Path(__file__).parents[2] / "build" / "peers"
 LAYERS, HEADS, RANK, WIDTH = 3, 4, 5, 24
@@ -24,14 +25,15 @@ LAYERS, HEADS, RANK, WIDTH = 3, 4, 5, 24
 def peer():
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(str(PEERS))
-        for name in ("transformer_lens", "transformer_lens.utilities"):
+        for name in ("transformer_lens", *(f"transformer_lens.{part}" for part in ("utilities", "tools", "tools.analysis"))):
             package = ModuleType(name)
             package.__path__ = [str(PEERS / name.replace(".", "/"))]
             patch.setitem(sys.modules, name, package)
-        yield importlib.import_module("transformer_lens.utilities.matrix")
+        yield importlib.import_module
 
 
 def test_scores_and_eigenvalues_are_those_of_transformer_lens(peer):
+    peer = peer("transformer_lens.utilities.matrix")
     generator = torch.Generator().manual_seed(0)
     q, k, v, o = (torch.randn(LAYERS, HEADS, RANK, WIDTH, generator=generator, dtype=torch.float64) for _ in range(4))
     theirs_qk, theirs_ov = peer.FactoredMatrix(q.mT, k), peer.FactoredMatrix(v.mT, o)
@@ -45,3 +47,15 @@ def test_scores_and_eigenvalues_are_those_of_transformer_lens(peer):
         ours, values = eigenvalues(heads[circuit]), theirs.eigenvalues.flatten(0, 1)
         torch.testing.assert_close(ours.values.abs(), values.abs().sort(dim=-1, descending=True).values)
         torch.testing.assert_close(ours.copying, values.real.sum(-1) / values.abs().sum(-1))
+
+
+def test_projection_kernels_are_those_of_transformer_lens(peer):
+    peer = peer("transformer_lens.tools.analysis.projection_kernel")
+    generator = torch.Generator().manual_seed(1)
+    factors = [torch.randn(HEADS, RANK, WIDTH, generator=generator, dtype=torch.float64) for _ in range(2)]
+    ours, z = kernels(*map(spans, factors))
+    theirs = [[peer.orthonormal_subspace(each.mT) for each in some] for some in factors]
+    scores = torch.tensor([[peer.projection_kernel(a, b).score for b in theirs[1]] for a in theirs[0]])
+    torch.testing.assert_close(ours, scores.double(), rtol=1e-5, atol=0)
+    chance = peer.random_projection_kernel_moments(WIDTH, RANK)
+    torch.testing.assert_close(z, (ours - chance.mean) / chance.variance**0.5)

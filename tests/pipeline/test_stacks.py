@@ -83,12 +83,23 @@ def test_compositions_are_of_the_stacks_that_share_a_stream(measured):
     table = headgram.open_atlas(measured.folder / "out").table("composition")
     kinds = {(model, stack): set(rows["kind"]) for (model, stack), rows in table.groupby(["model", "stack"])}
     every = {"q", "k", "v"}
-    assert kinds == {("t5", "encoder"): every, ("t5", "decoder"): every, ("t5", "cross"): {"q"}, ("jamba", "self"): every}
-    assert (table["layer_a"] < table["layer_b"]).all()
+    assert kinds == {("t5", stack): every for stack in ("encoder", "decoder", "cross")} | {("jamba", "self"): every}
+    assert (table["layer_a"] < table["layer_b"])[table["writer"] == table["stack"]].all()
+    # Cross-attention takes keys and values from what all layers of the encoder have written.
+    assert set(table.query("stack == 'cross'")[["kind", "writer"]].itertuples(index=False, name=None)) == {
+        ("q", "cross"),
+        ("k", "encoder"),
+        ("v", "encoder"),
+    }
+    crossing = headgram.open_atlas(measured.folder / "out").composition("t5", "v", "cross")
+    assert crossing.notnull().all()
+    assert crossing.attrs["writer"] == "encoder"
+    assert table.set_index("stack")["folded"].to_dict() == {"encoder": True, "decoder": True, "cross": False, "self": True}
+    assert table["averaged"].isna().all()  # neither model turns queries and keys
     scores = headgram.open_atlas(measured.folder / "out").composition("t5", "k", "decoder", "times_chance")
     assert int(scores.notnull().sum()) == len(table.query("model == 't5' and stack == 'decoder' and kind == 'k'"))
-    with pytest.raises(headgram.HeadgramError, match="no compositions of the stack 'cross' and the kind 'v'"):
-        headgram.open_atlas(measured.folder / "out").composition("t5", "v", "cross")
+    with pytest.raises(headgram.HeadgramError, match="no compositions of the stack 'encode' and the kind 'v'"):
+        headgram.open_atlas(measured.folder / "out").composition("t5", "v", "encode")
 
 
 def test_tokens_are_of_the_stacks_that_read_embeddings(measured):
@@ -98,7 +109,7 @@ def test_tokens_are_of_the_stacks_that_read_embeddings(measured):
     assert set(table["place"]) == {0, 1, 2}
     assert table["text"].eq("").all()  # these checkpoints have no tokenizer
     with headgram.open_checkpoint(measured.folder / "models" / "jamba") as checkpoint:
-        embedding = torch.cat(list(checkpoint.embeddings(checkpoint.stacks[0].hidden)["input"].slices(100))).double()
+        embedding = checkpoint.embedding().double()
     embedding -= embedding.mean(0)
     found = atlas.directions("jamba", "qk")["self"]
     rows = table.query("model == 'jamba' and circuit == 'qk' and sign == 1 and place == 0 and direction == 0")

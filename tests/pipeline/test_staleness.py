@@ -242,3 +242,21 @@ def test_going_back_after_losing_the_memory(finished, tmp_path):
     assert project.planned() == jobs("eigen", "merge", "derive")
     project.run()
     assert project.tables() == before
+
+
+def test_garbage_in_snakemakes_memory_is_one_sentence_that_helps(finished, tmp_path):
+    project = finished.copy(tmp_path / "project")
+    memory = project.folder / ".snakemake" / "metadata"
+    path = next(path for path in memory.rglob("*") if path.is_file())
+    for garbage in (b"\xff\xfe", b'{"input": 3}', None):
+        path.unlink()
+        if garbage is None:
+            path.symlink_to("/dev/zero")
+        else:
+            path.write_bytes(garbage)
+        done = project.snakemake("-n")
+        assert done.returncode != 0
+        assert "Traceback" not in done.stderr
+        assert f"headgram: {path.relative_to(project.folder)}, where Snakemake remembers" in done.stderr
+    shutil.rmtree(memory)
+    assert project.planned() == set()

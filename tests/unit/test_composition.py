@@ -10,6 +10,8 @@ from hypothesis import strategies as st
 
 from headgram.errors import HeadgramError
 from headgram.forms.circuits import ov, qk
+from headgram.forms.reading import Rotary
+from headgram.forms.transforms import rotated
 from headgram.geometry import composition, inner
 from headgram.geometry.composition import KINDS, acausal, channels, composed, deviations, reads, scores, times_chance, writes
 from headgram.geometry.eigenvalues import eigenvalues
@@ -118,6 +120,28 @@ def test_chance_is_that_of_a_reader_turned_at_random(kind):
     assert abs(times_chance(found, width).square().mean() - 1) < 0.1
 
 
+@pytest.mark.parametrize("kind", ["q", "k"])
+@pytest.mark.parametrize(
+    "rotary",
+    [
+        Rotary(torch.tensor([1, 3, 2]) * 2 * math.pi / 12, interleaved=True),
+        Rotary(torch.tensor([1, 2]) * 2 * math.pi / 12, interleaved=False, start=2, factor=1.3),
+        Rotary(torch.tensor([2, 0, 2]) * 2 * math.pi / 12, interleaved=False),  # equal frequencies, and one that stands still
+    ],
+    ids=["interleaved", "halves, partial, scaled", "equal and zero"],
+)
+def test_under_rotary_encoding_a_score_is_of_the_mean_over_offsets(kind, rotary):
+    w_q, w_k, w_v, w_o = weights(1, 4, 2, 6, 20, value_rank=3, seed=8)
+    g, o = qk(w_q, w_k), ov(w_v, w_o)
+    forms = torch.stack([dense(rotated(g, rotary, offset)) for offset in range(12)])  # the turns come round after 12 tokens
+    truth = torch.stack([whole(kind, each, dense(o)).square().sum((2, 3)) for each in forms]).mean(0)
+    norms = forms.square().sum((2, 3)).mean(0)[:, None] * dense(o).square().sum((1, 2))
+    found = scores(reads(kind, g, rotary), writes(o))
+    torch.testing.assert_close(found, (truth / norms).sqrt(), rtol=1e-6, atol=0)
+    still = scores(reads(kind, g), writes(o))
+    assert ((found - still).abs() > 1e-3).any()
+
+
 def test_what_cannot_deviate_from_chance_has_no_deviation():
     everything = torch.eye(4).expand(1, 1, 4, 4)
     one = torch.zeros(1, 1, 4, 4)
@@ -153,12 +177,17 @@ def test_channels_are_those_of_the_composed_forms(kind, kv_heads):
     truth = whole(kind, dense(g), dense(o))[later, earlier]
     np.testing.assert_allclose(dense(composed(kind, o.take(earlier), (o if kind == "v" else g).take(later))), truth, atol=1e-12)
     s = torch.linalg.svdvals(truth)
-    values = found.spectrum.singular_values
+    values = found.singular_values
     torch.testing.assert_close(values[:, :3], s[:, :3])
     assert values[:, 3:].lt(1e-12).all()
     assert s[:, 3:].lt(1e-12).all()
     torch.testing.assert_close(found.eigenvalues.values.sum(-1).real, truth.diagonal(dim1=1, dim2=2).sum(-1))
-    source = found.spectrum.left if kind == "k" else found.spectrum.right
+    share = s[:, :3].square() / s.square().sum(-1, keepdim=True)
+    torch.testing.assert_close(found.first, share[:, 0])
+    torch.testing.assert_close(found.effective_rank, torch.exp(-(share * share.log()).sum(-1)))
+    lifted = torch.einsum("nxy,nky->nkx", truth, found.right)
+    torch.testing.assert_close(lifted, values[:, :2, None] * found.left)
+    source = found.left if kind == "k" else found.right
     carried = torch.einsum("nxy,nky->nkx", dense(o)[earlier], source)
     torch.testing.assert_close(found.carried, carried / carried.norm(dim=-1, keepdim=True))
 
@@ -228,5 +257,5 @@ def test_an_induction_circuit_made_by_hand_is_the_strongest_pair():
     assert eigenvalues(o).copying[4 + 2] == pytest.approx(1)
     flow = channels("k", o.take([1]), g.take([6]), topk=8)
     assert flow.eigenvalues.copying.item() == pytest.approx(1)  # it looks for tokens that follow one like its own
-    torch.testing.assert_close(flow.spectrum.singular_values, torch.ones(1, 8).double())
+    torch.testing.assert_close(flow.singular_values, torch.ones(1, 8).double())
     assert flow.carried[..., 16:24].norm() == pytest.approx(math.sqrt(8))

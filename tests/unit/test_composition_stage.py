@@ -7,11 +7,14 @@ import pytest
 import torch
 
 from headgram.forms.circuits import ov, qk
+from headgram.forms.reading import Frame, Frames, Norm, Rotary
+from headgram.forms.transforms import rotated
 from headgram.geometry.composition import KINDS
 from headgram.results.factors import write_factors
 from headgram.results.record import Identity, Provenance, read_record, record_of, seal
 from headgram.results.tables import read_table
 from headgram.stages.composition import Composed, compose
+from headgram.stages.sources import Sources
 from headgram.study.options import Config
 
 LAYERS, HEADS, WIDTH = (0, 2, 3), 4, 16
@@ -23,7 +26,7 @@ def extracted(tmp_path):
     """Two stacks of three layers, with grouped keys and values, each circuit in two files; and the weights themselves."""
     generator = torch.Generator().manual_seed(0)
     weights, files, keys = {}, {}, {}
-    for stack in ("decoder", "cross"):
+    for stack in ("decoder", "encoder", "cross"):
         for circuit, (own, shared), rank in (("qk", ("query", "key"), 5), ("ov", ("output", "value"), 3)):
             extract = Identity("extract", "{}", f"of {circuit}", "c")
             keys[circuit] = extract.key
@@ -39,11 +42,12 @@ def extracted(tmp_path):
     return files, weights, Provenance(Identity("composition", "{}", "f", "c", (keys["qk"], keys["ov"])), "m", None)
 
 
-def measured(folder: Path, extracted):
+def measured(folder: Path, extracted, frames=None):
     files, _, provenance = extracted
-    names = (folder / name for name in ("composition.parquet", "channels.parquet", "directions.pt", "record.json"))
-    composed = Composed(*names)
-    compose(files, composed, CONFIG, provenance)
+    tables = ("composition.parquet", "channels.parquet", "kernels.parquet")
+    composed = Composed(*(folder / name for name in (*tables, "directions.pt", "record.json")))
+    keys = dict(zip(("qk", "ov"), provenance.identity.upstream, strict=True))
+    compose(Sources(files, keys, frames or {}), composed, CONFIG, provenance)
     return composed
 
 
@@ -53,24 +57,30 @@ def test_every_pair_of_an_earlier_and_a_later_layer(tmp_path, extracted, block, 
     monkeypatch.setattr("headgram.geometry.costs.BLOCK_BYTES", block)
     composed = measured(tmp_path / "results", extracted)
     table = read_table(composed.composition).to_pandas()
-    assert list(table.groupby(["stack", "kind"], sort=False).groups) == [*(("decoder", kind) for kind in KINDS), ("cross", "q")]
-    for (stack, kind), rows in table.groupby(["stack", "kind"]):
-        w = extracted[1][stack]
-        o = torch.stack([ov(w["value"], w["output"]).to(torch.float64).form(i) for i in range(12)])
-        g = o if kind == "v" else torch.stack([qk(w["query"], w["key"]).to(torch.float64).form(i) for i in range(12)])
+    writers = [(stack, kind, stack) for stack in ("decoder", "encoder") for kind in KINDS]
+    writers += [("cross", "q", "cross"), ("cross", "k", "encoder"), ("cross", "v", "encoder")]
+    assert list(table.groupby(["stack", "kind", "writer"], sort=False).groups) == writers
+    assert table["averaged"].isna().all()  # nothing is known of positions here, nor of norms
+    assert not table["folded"].any()
+    for (stack, kind, writer), rows in table.groupby(["stack", "kind", "writer"]):
+        w, v = extracted[1][stack], extracted[1][writer]
+        o = torch.stack([ov(v["value"], v["output"]).to(torch.float64).form(i) for i in range(12)])
+        own = ov(w["value"], w["output"]) if kind == "v" else qk(w["query"], w["key"])
+        g = torch.stack([own.to(torch.float64).form(i) for i in range(12)])
         score = np.zeros((12, 12))
         for b in range(12):
             for a in range(12):
                 product = o[a].T @ g[b] if kind == "k" else g[b] @ o[a]
                 score[b, a] = product.norm() / g[b].norm() / o[a].norm()
         layer = np.repeat(LAYERS, HEADS)
-        assert len(rows) == 3 * HEADS * HEADS == rows[["layer_a", "head_a", "layer_b", "head_b"]].drop_duplicates().shape[0]
+        count = (3 if stack == writer else 9) * HEADS * HEADS  # all layers of an encoder come before what reads it
+        assert len(rows) == count == rows[["layer_a", "head_a", "layer_b", "head_b"]].drop_duplicates().shape[0]
         for row in rows.itertuples():
             a, b = (LAYERS.index(x) * HEADS + y for x, y in ((row.layer_a, row.head_a), (row.layer_b, row.head_b)))
-            assert row.layer_a < row.layer_b
+            assert row.layer_a < row.layer_b or stack != writer
             assert row.score == pytest.approx(score[b, a], rel=1e-5)
             assert row.times_chance == pytest.approx(score[b, a] * 4, rel=1e-5)
-            later = score[b, layer > row.layer_b]
+            later = score[b, layer > row.layer_b] if stack == writer else []
             assert row.later == len(later)
             assert row.acausal == pytest.approx((later < score[b, a]).mean() if len(later) else 0)
 
@@ -80,7 +90,8 @@ def test_the_strongest_pairs_are_looked_at_closely(tmp_path, extracted):
     table, channels = (read_table(path).to_pandas() for path in (composed.composition, composed.channels))
     directions = torch.load(composed.directions, weights_only=True)
     pair = ["layer_a", "head_a", "layer_b", "head_b"]
-    assert {stack: list(kinds) for stack, kinds in directions.items()} == {"decoder": list(KINDS), "cross": ["q"]}
+    assert {stack: list(kinds) for stack, kinds in directions.items()} == {stack: list(KINDS) for stack in directions}
+    assert list(directions) == ["decoder", "encoder", "cross"]
     for (stack, kind), rows in channels.groupby(["stack", "kind"]):
         all_rows = table[(table["stack"] == stack) & (table["kind"] == kind)]
         assert rows["score"].tolist() == all_rows["score"].nlargest(5).tolist()
@@ -93,8 +104,68 @@ def test_the_strongest_pairs_are_looked_at_closely(tmp_path, extracted):
     assert read_record(composed.record).stage == "composition"
 
 
+def test_norms_are_folded_in_and_positions_averaged_over_where_they_are_known(tmp_path, extracted):
+    """Gains before every layer, positions that turn the first and the last."""
+    generator = torch.Generator().manual_seed(1)
+    gains = {layer: torch.rand(WIDTH, generator=generator, dtype=torch.float64) + 0.5 for layer in LAYERS}
+    waves = Rotary(torch.tensor([1.0, 2.0], dtype=torch.float64) * 2 * torch.pi / 8, interleaved=False, start=1)
+    frames = {
+        layer: Frame(norm=Norm(centred=layer == 2, gain=gains[layer]), rotary=None if layer == 2 else waves) for layer in LAYERS
+    }
+    known = {"decoder": Frames(frames), "encoder": Frames({layer: Frame() for layer in LAYERS}, {"norm": "unproven"})}
+    composed = measured(tmp_path / "results", extracted, known)
+    table = read_table(composed.composition).to_pandas().query("stack == 'decoder'")
+    assert table["folded"].all()
+    w = {role: each.double() for role, each in extracted[1]["decoder"].items()}
+    for i, layer in enumerate(LAYERS):
+        for role in ("query", "key", "value"):
+            w[role][i] *= gains[layer]
+            w[role][i] -= w[role][i].mean(-1, keepdim=True) if layer == 2 else 0
+    o = ov(w["value"], w["output"])
+    for kind, rows in table.groupby("kind"):
+        assert rows["averaged"].isna().all() == (kind == "v")
+        for row in rows.sample(20, random_state=0).itertuples():
+            a, b = (LAYERS.index(x) * HEADS + y for x, y in ((row.layer_a, row.head_a), (row.layer_b, row.head_b)))
+            one, own = o.form(a), (o if kind == "v" else qk(w["query"], w["key"])).take([b])
+            turns = [rotated(own, waves, offset).form(0) for offset in range(8 if kind != "v" and row.layer_b != 2 else 0)]
+            for column, forms in (("score", [own.form(0)]), ("averaged", turns or [own.form(0)])):
+                energy = np.mean([float((one.T @ g if kind == "k" else g @ one).square().sum()) for g in forms])
+                norms = np.mean([float(g.square().sum()) for g in forms]) * float(one.square().sum())
+                if column == "score" or kind != "v":
+                    assert getattr(row, column) == pytest.approx(np.sqrt(energy / norms), rel=1e-5)
+    others = read_table(composed.composition).to_pandas().query("stack != 'decoder'")
+    assert not others["folded"].any()
+
+
+def test_spans_of_all_roles_are_held_against_each_other(tmp_path, extracted, monkeypatch):
+    for block in (2**30, 1):  # all layers at once, and one by one
+        monkeypatch.setattr("headgram.stages.kernels.BLOCK_BYTES", block)
+        composed = measured(tmp_path / str(block), extracted)
+        table = read_table(composed.kernels).to_pandas()
+        pairs = {stack: set(zip(rows["role_a"], rows["role_b"], strict=True)) for stack, rows in table.groupby("stack")}
+        assert pairs["cross"] == {(role, role) for role in ("query", "key", "value", "output")} | {
+            ("query", "output"),
+            ("key", "value"),
+        }
+        assert len(pairs["decoder"]) == 10
+        place = [f"{name}_{side}" for side in "ab" for name in ("role", "layer", "head")]
+        assert not table.duplicated(["stack", *place]).any()
+        spans = 3 * (HEADS + 2 + 2 + HEADS)
+        assert len(table.query("stack == 'decoder'")) == spans * (spans - 1) // 2
+        for row in table.query("stack == 'decoder'").sample(50, random_state=0).itertuples():
+            bases = []
+            for side in "ab":
+                role, layer, head = (getattr(row, f"{name}_{side}") for name in ("role", "layer", "head"))
+                factor = extracted[1]["decoder"][role][LAYERS.index(layer), head].double()
+                bases.append(torch.linalg.qr(factor.T)[0])
+            k_a, k_b = (base.shape[1] for base in bases)
+            assert row.kernel == pytest.approx(float((bases[0].T @ bases[1]).square().sum()), rel=1e-5)
+            assert row.expected == pytest.approx(k_a * k_b / WIDTH)
+
+
 def test_a_single_layer_has_no_pairs(tmp_path, extracted):
     files, weights, provenance = extracted
     first = {circuit: paths[:1] for circuit, paths in files["decoder"].items()}
     composed = measured(tmp_path / "results", ({"decoder": first}, weights, provenance))
     assert [len(read_table(path)) for path in (composed.composition, composed.channels)] == [0, 0]
+    assert len(read_table(composed.kernels)) == 12 * 11 // 2

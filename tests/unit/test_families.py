@@ -29,7 +29,7 @@ OLD_PREFIXES = [
     ("llava", "language_model.model.", "model.language_model."),
 ]
 #: Types that the walk has found, one of each kind: `make walk` proves all.
-WALKED = ["apertus", "blip", "donut-swin", "siglip2", "xglm"]
+WALKED = ["apertus", "axk1", "blip", "donut-swin", "fsmt", "lilt", "siglip2", "xglm"]
 
 
 def saved(model_type: str, folder: Path, number: int = 0) -> Path:

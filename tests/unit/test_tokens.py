@@ -190,5 +190,7 @@ def test_a_model_without_embeddings_has_an_empty_table(tmp_path, capsys):
     folder = write_llama(tmp_path / "llama", layers=4)
     table = written(tmp_path, folder, width=16)
     assert table.empty
-    assert "qk, self: no embedding of tokens has the width of this stream" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "qk, self, right: without tokens: the rows of model.embed_tokens.weight have width 32, and its stream 16" in said
+    assert "qk, vision, left: without tokens: its stream holds no tokens as the model embeds them" in said
     assert np.dtype(table["value"].dtype) == np.float32

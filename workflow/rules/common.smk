@@ -396,6 +396,7 @@ def composition_input(wildcards):
     return {
         "weights": [file for place in places for file in PATHS.data("extract", *place)],
         "records": [PATHS.record("extract", *place) for place in places],
+        **around_files(wildcards.model),
     }
 
 

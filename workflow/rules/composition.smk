@@ -5,6 +5,7 @@ rule composition:
     output:
         composition=PATHS.table("composition", "{model}"),
         channels=PATHS.table("channels", "{model}"),
+        kernels=PATHS.table("kernels", "{model}"),
         directions=PATHS.channel_directions("{model}"),
         record=RECORDS["composition"],
     log:

@@ -2,13 +2,13 @@
 
 from pathlib import Path
 
-from headgram.run.job import by_place, running
+from headgram.run.job import around_of, by_place, running
 
 with running(snakemake) as (provenance, options):
     from headgram.stages.composition import Composed, compose
+    from headgram.stages.sources import Sources
 
-    weights: dict[str, dict[str, list[Path]]] = {}
-    for (stack, circuit, *_), path in by_place(snakemake.input.weights).items():
-        weights.setdefault(stack, {}).setdefault(circuit, []).append(path)
-    names = ("composition", "channels", "directions", "record")
-    compose(weights, Composed(*(Path(snakemake.output[name]) for name in names)), options, provenance)
+    qk, ov, *around = provenance.identity.upstream
+    sources = Sources.read(by_place(snakemake.input.weights), {"qk": qk, "ov": ov}, around_of(snakemake.input), *around)
+    names = ("composition", "channels", "kernels", "directions", "record")
+    compose(sources, Composed(*(Path(snakemake.output[name]) for name in names)), options, provenance)

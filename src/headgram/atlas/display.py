@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 _WIDTH = 80
 #: And where there is no terminal: names of models need not be folded.
 _WIDE = 160
+_KINDS = {"q": "their queries", "k": "their keys", "v": "what they move on"}
 _BAR = " [cyan]"  # begins a bar behind a number
 _EIGHTHS = " ▏▎▍▌▋▊▉█"
 
@@ -83,6 +84,10 @@ _COLUMNS: Mapping[str, tuple[str, Callable[[Any], str]]] = {
     "effective_rank": ("eff.\nrank", _number),
     "effective_rank_median": ("eff.\nrank", _number),
     "norm": ("norm", _number),
+    "score": ("score", _share),
+    "first": ("first\nshare", _plain),
+    "head_a": ("head\nwrites", str),
+    "head_b": ("head\nreads", str),
     "copying": ("copying", _with_bar),
     "positive": ("positive\nshare", _plain),
     "departure": ("from\nnormal", _plain),
@@ -158,6 +163,7 @@ def show_model(atlas: Atlas, model: str, stack: str | None, circuit: str, top: i
         columns = ["layer", "head", "symmetry", "positive_energy", "directionality", "stable_rank", "effective_rank", "norm"]
         _print(out, "Most symmetric heads", heads.nlargest(top, "symmetry"), columns)
         _print(out, "Least symmetric heads", heads.nsmallest(top, "symmetry"), columns)
+        _show_composition(atlas, model, name, top, out)
         if heads["copying"].notna().any():
             columns = ["layer", "head", "copying", "positive", "departure", "trace_z", "norm"]
             _print(out, "Heads that copy most: what they read, they write again", heads.nlargest(top, "copying"), columns)
@@ -166,6 +172,15 @@ def show_model(atlas: Atlas, model: str, stack: str | None, circuit: str, top: i
             columns = ["layer_a", "layer_b", "head", "cosine", "z", "right", "left", "signed"]
             title = f"Strongest couplings between layers (random subspaces overlap by {facts['overlap_expected'].iloc[0]:.3f})"
             _print(out, title, strongest, columns)
+
+
+def _show_composition(atlas: Atlas, model: str, stack: str, top: int, out: Console) -> None:
+    """The strongest compositions of each kind, and what flows through them; nothing where none were measured."""
+    found = atlas.table("channels", model)
+    for kind, rows in found[found["stack"] == stack].groupby("kind", sort=False):
+        title = f"Heads that feed later heads, by {_KINDS[str(kind)]}: the strongest compositions of kind {kind}"
+        columns = ["writer", "layer_a", "head_a", "layer_b", "head_b", "score", "first", "effective_rank", "copying", "departure"]
+        _print(out, title, rows.nsmallest(top, "place"), columns[1:] if (rows["writer"] == stack).all() else columns)
 
 
 def show_comparison(comparison: Comparison, top: int, out: Console) -> None:

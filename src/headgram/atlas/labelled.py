@@ -23,16 +23,17 @@ def by_layers(table: pd.DataFrame, value: str, attributes: Mapping[str, Any] | N
     return xr.DataArray(data, coords=coordinates, dims=list(coordinates), name=value, attrs=attributes)
 
 
-def by_heads(heads: pd.DataFrame, table: pd.DataFrame, value: str, attributes: Mapping[str, Any]) -> xr.DataArray:
+def by_heads(
+    heads_a: pd.DataFrame, heads_b: pd.DataFrame, table: pd.DataFrame, value: str, attributes: Mapping[str, Any]
+) -> xr.DataArray:
     """A column of a table of two heads, as layers by heads by layers by heads, `a` before `b`; NaN where there is no row."""
     import numpy as np
     import xarray as xr
 
-    layers, indices = np.unique(heads["layer"]), np.unique(heads["head"])
-    data = np.full((len(layers), len(indices)) * 2, np.nan, dtype=np.float32)
-    a, b = (np.searchsorted(layers, table[name]) for name in ("layer_a", "layer_b"))
-    data[a, table["head_a"], b, table["head_b"]] = table[value]
-    coordinates = {"layer_a": layers, "head_a": indices, "layer_b": layers, "head_b": indices}
+    both = {"a": heads_a, "b": heads_b}
+    coordinates = {f"{name}_{side}": np.unique(heads[name]) for side, heads in both.items() for name in ("layer", "head")}
+    data = np.full([len(each) for each in coordinates.values()], np.nan, dtype=np.float32)
+    data[tuple(np.searchsorted(each, table[name]) for name, each in coordinates.items())] = table[value]
     return xr.DataArray(data, coords=coordinates, dims=list(coordinates), name=value, attrs=attributes)
 
 

@@ -288,7 +288,7 @@ class Atlas(Described):
         heads, table = (self.of_heads(name, model, stack, circuit) for name in ("heads", "pairs"))
         attributes = {"model": model, "circuit": circuit, "stack": stack, "chance": 1 / int(heads["hidden"].iloc[0])}
         itself = (heads["fro_sq"] > 0).astype(float) if value == "cosine" else heads["symmetry_score"]
-        return symmetric(by_heads(heads, table, value, attributes), itself)
+        return symmetric(by_heads(heads, heads, table, value, attributes), itself)
 
     def by_offset(self, model: str, stack: str = "self", value: OffsetColumn = "cosine", circuit: str = "qk") -> xr.DataArray:
         """How every head's scores depend on the offset of query and key.
@@ -338,8 +338,9 @@ class Atlas(Described):
         Returns
         -------
         xarray.DataArray, (L, H, L, H) float32
-            Dimensions `layer_a`, `head_a`, `layer_b`, `head_b`, with the true layer indices; NaN unless `layer_a < layer_b`. The
-            attribute `chance` is `1/√d`, the root mean square of the score if one head is turned by a random rotation.
+            Dimensions `layer_a`, `head_a`, `layer_b`, `head_b`, with the true layer indices; NaN unless `layer_a < layer_b`, or
+            the attribute `writer`, the stack of head a, is the encoder that cross-attention reads. The attribute `chance` is
+            `1/√d`, the root mean square of the score if one head is turned by a random rotation.
 
         Raises
         ------
@@ -349,18 +350,21 @@ class Atlas(Described):
         Examples
         --------
         >>> atlas.composition("smollm2-135m-instruct", "k").max().item()  # doctest: +SKIP
-        0.218
+        0.18
         """
         for asked, known in ((kind, get_args(Kind)), (value, get_args(ComposedColumn))):
             if asked not in known:
                 raise HeadgramError(f"compositions have no '{asked}'; there are: {', '.join(known)}")
-        heads, table = self.of_heads("heads", model, stack, "ov"), self.table("composition", model)
+        table = self.table("composition", model)
         table = table[(table["stack"] == stack) & (table["kind"] == kind)]
         if table.empty:
             needs = "both circuits, two layers, and the option composition.enabled"
             raise HeadgramError(f"'{model}' has no compositions of the stack '{stack}' and the kind '{kind}': they need {needs}")
-        attributes = {"model": model, "stack": stack, "kind": kind, "chance": int(heads["hidden"].iloc[0]) ** -0.5}
-        return by_heads(heads, table, value, attributes)
+        writer = str(table["writer"].iloc[0])
+        writers, readers = (self.of_heads("heads", model, each, "ov") for each in (writer, stack))
+        chance = int(readers["hidden"].iloc[0]) ** -0.5
+        attributes = {"model": model, "stack": stack, "kind": kind, "writer": writer, "chance": chance}
+        return by_heads(writers, readers, table, value, attributes)
 
     def overlap(
         self, model: str, stack: str = "self", side: Literal["right", "left", "signed"] = "right", circuit: str = "qk"

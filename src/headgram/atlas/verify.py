@@ -259,17 +259,22 @@ def _lineage_problems(files: dict[str, Path]) -> Iterator[str]:
 
 def _composition_problems(files: dict[str, Path]) -> Iterator[str]:
     """Whether scores are scores, and the strongest pairs those that were looked at."""
-    pair = ["stack", "kind", "layer_a", "head_a", "layer_b", "head_b"]
+    pair = ["stack", "kind", "writer", "layer_a", "head_a", "layer_b", "head_b"]
     table, channels = (read_table(files[name]).to_pandas().set_index(pair).sort_index() for name in ("composition", "channels"))
     if not (table["score"].between(0, 1).all() and table["acausal"].between(0, 1).all()):
         yield "a score of composition or its percentile lies outside [0, 1]"
-    if (table.index.get_level_values("layer_a") >= table.index.get_level_values("layer_b")).any():
+    stack, writer, layer_a, layer_b = (table.index.get_level_values(name) for name in ("stack", "writer", "layer_a", "layer_b"))
+    if ((stack == writer) & (layer_a >= layer_b)).any():
         yield "a composition is not of an earlier with a later layer"
     yield from _exceptions("the score of a channel", channels["score"] - table["score"].reindex(channels.index), tolerance=0)
     for place, rows in channels.groupby(["stack", "kind"]):
         highest = table["score"].loc[place].nlargest(len(rows))
         if (rows["score"].nlargest(len(rows)).to_numpy() != highest.to_numpy()).any():
             yield f"the channels of {' '.join(place)} are not those of its highest scores"
+    for part in read_parts(files["kernels"]):
+        kernel = part["kernel"].to_numpy()
+        if len(kernel) and not (kernel.min() >= 0 and np.isfinite(kernel).all()):
+            yield "a projection kernel is negative or no number"
 
 
 def _exceptions(name: str, difference: pd.Series, tolerance: float = _TOLERANCE) -> Iterator[str]:

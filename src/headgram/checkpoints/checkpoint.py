@@ -15,7 +15,6 @@ from headgram.checkpoints.around import Around
 from headgram.checkpoints.bases import AnyLocation
 from headgram.checkpoints.declared import LONGEST_NAME, checked, declared_family
 from headgram.checkpoints.dimensions import Section, find_layers, find_rules, gguf_rule
-from headgram.checkpoints.embeddings import Embedding, embedding_names
 from headgram.checkpoints.gguf_store import GgufStore
 from headgram.checkpoints.opening import locate, open_store
 from headgram.checkpoints.prefixes import unwrapped
@@ -204,10 +203,6 @@ class Checkpoint(Described):
         if self._twin is not None:
             return {role: turned(factors[role], self._twin, stack.name, layer, role) for role in wanted}
         return {role: factors[role] for role in wanted}
-
-    def embeddings(self, width: int) -> dict[str, Embedding]:
-        """What tokens are read as and written by, `input` and `output`, if their rows have this width; nothing is read yet."""
-        return {use: Embedding(self._store, name) for use, name in embedding_names(self._store, width).items()}
 
     def prefetch(self, stack_name: str, layers: Iterable[int], roles: Iterable[str] = QK) -> None:
         """Fetch the weights of some layers together, where that is quicker than one by one; they stay in memory until read."""

@@ -1,13 +1,4 @@
-"""From one set of heads to another: the forms turned round, multiplied with themselves, or in other coordinates.
-
-With a thin factorisation `A^T = U R`, `U` orthonormal, `A = R^T U^T`, so
-
-    X^T X = (R B)^T (R B)      the reading side of a form       X = A^T B
-    X X^T = (S A)^T (S A)      its writing side                 B^T = V S
-
-which are symmetric forms of one factor each. Inner products of these are compositions: `<g^T g, o o^T> = ‖g o‖_F²`
-(`headgram.geometry.composition`).
-"""
+"""From one set of heads to another: the forms turned round, multiplied, or in other coordinates."""
 
 from __future__ import annotations
 
@@ -18,20 +9,13 @@ from torch import Tensor
 from headgram.forms.heads import Heads
 from headgram.forms.reading import Frame, Rotary
 
+#: Smallest pivot of unit rows with which Cholesky's factorisation is trusted.
+_PIVOT = 0.05
+
 
 def transposed(heads: Heads) -> Heads:
     """The forms `X^T = B^T A`."""
     return Heads(heads.b, heads.a, heads.reads_b, heads.reads_a)
-
-
-def right_gram(heads: Heads) -> Heads:
-    """The forms `X^T X`, `(width_b, width_b)`, in float64: of `qk` the query side, of `ov` what a head reads."""
-    return Heads.symmetric(_triangles(heads.a)[heads.reads_a.to(heads.device)] @ heads.right().double())
-
-
-def left_gram(heads: Heads) -> Heads:
-    """The forms `X X^T`, `(width_a, width_a)`, in float64: of `qk` the key side, of `ov` what a head writes."""
-    return right_gram(transposed(heads))
 
 
 def product(x: Heads, y: Heads) -> Heads:
@@ -123,7 +107,25 @@ def difference(one: Heads, other: Heads) -> Heads:
     return Heads(a, b, torch.arange(len(one)), torch.arange(len(one)))
 
 
-def _triangles(factors: Float[Tensor, "n rank width"]) -> Float[Tensor, "n m rank"]:
-    """`R` of every `W^T = U R`, float64."""
-    upper: Tensor = torch.linalg.qr(factors.double().mT, mode="r")[1]
+@torch.no_grad()
+def triangles(factors: Float[Tensor, "n rank width"]) -> Float[Tensor, "n m rank"]:
+    """`R` of every thin QR factorisation `W^T = U R`, `m = min(r, width)` rows, float64; signs of rows are arbitrary.
+
+    Of rows that are far from dependent by Cholesky's factorisation of `W W^T`, which is many times faster.
+    """
+    wide = factors.double()
+    upper: Tensor
+    if factors.shape[1] > factors.shape[2]:
+        upper = torch.linalg.qr(wide.mT, mode="r")[1]
+        return upper
+    gram = wide @ wide.mT
+    lengths = gram.diagonal(dim1=1, dim2=2).sqrt()
+    unit = lengths.where(lengths > 0, 1)
+    upper, failed = torch.linalg.cholesky_ex(gram / unit[:, :, None] / unit[:, None], upper=True)
+    # Rounding grows with the inverse square of the smallest pivot; squares of such lengths neither over- nor underflow.
+    ordinary = ((lengths > 1e-100) & (lengths < 1e100)).all(-1)
+    rough = (failed != 0) | ~(upper.diagonal(dim1=1, dim2=2).amin(-1) > _PIVOT) | ~ordinary
+    upper = upper * unit[:, None]
+    if bool(rough.any()):
+        upper[rough] = torch.linalg.qr(wide[rough].mT, mode="r")[1]
     return upper

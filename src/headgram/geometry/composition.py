@@ -12,6 +12,10 @@ over the norms of both forms is the score, `CS`, in `[0, 1]`. Each is an inner p
 which `headgram.geometry.inner` takes by the cheaper exact route. In float32 an inner product far below the product of the norms
 would lose digits, so such pairs are multiplied again in float64: the relative error of every score is below 1e-5.
 
+Under rotary encoding `g_b` depends on the offset between query and key. The mean over all offsets of `‖g_b(δ) o_a‖²`, over the
+mean of `‖g_b(δ)‖²`, is such an inner product too: `g^T g = W_Q^T (W_K W_K^T) W_Q` has the mean of `W_K W_K^T` in the middle,
+which keeps of every plane that turns the mean of its two rows.
+
 If the reader is turned by a Haar-random rotation of the residual stream, `CS²` has
 
     mean        1/d
@@ -25,18 +29,20 @@ so nearly all pairs lie far from this. A second comparison has that in it: heads
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from headgram.forms.heads import Heads
-from headgram.forms.transforms import left_gram, product, right_gram, transposed
-from headgram.geometry.eigenvalues import Eigenvalues, eigenvalues
+from headgram.forms.heads import Heads, read
+from headgram.forms.reading import Rotary
+from headgram.forms.transforms import product, transposed, triangles, with_orthonormal_left
+from headgram.geometry.eigenvalues import ZERO, Eigenvalues, eigenvalues
 from headgram.geometry.inner import inner_products
 from headgram.geometry.ratios import ratio
-from headgram.geometry.spectra import Spectrum, spectra
+from headgram.geometry.spectra import signs
 
 #: What the later head does with what it reads, and the circuit whose forms say so.
 KINDS = {"q": "qk", "k": "qk", "v": "ov"}
@@ -63,20 +69,69 @@ class Ends:
     purity: Float[Tensor, " n"]
 
 
-def reads(kind: str, heads: Heads) -> Ends:
-    """What heads read in a composition of one of `KINDS`, from their forms of the circuit that it names."""
-    return _of_trace_one(left_gram(heads) if kind == "k" else right_gram(heads))
+@torch.no_grad()
+def reads(kind: str, heads: Heads, rotary: Rotary | None = None) -> Ends:
+    """What heads read in a composition of one of `KINDS`, from their forms of the circuit that it names.
+
+    Parameters
+    ----------
+    rotary
+        How the layer of these heads turns queries and keys: what is read is then the mean over all offsets between them.
+    """
+    return _ends(transposed(heads) if kind == "k" else heads, rotary)
 
 
+@torch.no_grad()
 def writes(ov: Heads) -> Ends:
     """What heads write, from their forms of the circuit `ov`."""
-    return _of_trace_one(left_gram(ov))
+    return _ends(transposed(ov))
 
 
-def _of_trace_one(forms: Heads) -> Ends:
-    unit = torch.linalg.vector_norm(forms.a, dim=(-1, -2))
-    factors = ratio(forms.a, unit[:, None, None])
-    return Ends(Heads.symmetric(factors), (factors @ factors.mT).square().sum((-1, -2)))
+def joined(parts: Sequence[Ends]) -> Ends:
+    """The ends of several sets of heads, one after the other."""
+    if len(parts) == 1:
+        return parts[0]
+    return Ends(Heads.symmetric(torch.cat([part.forms.a for part in parts])), torch.cat([part.purity for part in parts]))
+
+
+def _ends(heads: Heads, rotary: Rotary | None = None) -> Ends:
+    """`X^T X` of every form `X = A^T B`, or its mean over offsets: from factors `L B`, where `L^T L` is `A A^T`, or its mean."""
+    roots = triangles(heads.a) if rotary is None else _mean_roots(rotary.scaled(heads.a), rotary)
+    b = heads.b.double()
+    small = roots[heads.reads_a.to(heads.device)]
+    small = small @ (b @ b.mT)[heads.reads_b.to(heads.device)] @ small.mT
+    trace = small.diagonal(dim1=1, dim2=2).sum(-1)
+    unit = ratio(torch.ones_like(trace), trace.sqrt())
+    factors = (unit[:, None, None] * roots[heads.reads_a.to(heads.device)]) @ read(b, heads.reads_b)
+    return Ends(Heads.symmetric(factors), small.square().sum((-1, -2)) * unit**4)
+
+
+def _mean_roots(factors: Float[Tensor, "n rank width"], rotary: Rotary) -> Float[Tensor, "n rank rank"]:
+    """`L` with `L^T L` the mean of `R^T A A^T R` over all rotations `R` of rows, float64.
+
+    What is left of a product of two rows after the mean is what turns with one frequency: within a plane the mean of both rows,
+    across planes of equal frequency products that turn together; and rows that do not turn, as they are.
+    """
+    gram = factors @ factors.mT
+    first, second = (rows.to(gram.device) for rows in rotary.rows)
+    frequencies = rotary.frequencies.to(gram.device)
+    turns = frequencies != 0
+    first, second, frequencies = first[turns], second[turns], frequencies[turns]
+    still = torch.ones(gram.shape[-1], dtype=torch.bool, device=gram.device)
+    still[torch.cat([first, second])] = False
+    mean = gram * (still[:, None] & still)
+    together = frequencies[:, None] == frequencies
+
+    def part(rows: Tensor, columns: Tensor) -> Tensor:
+        return gram[:, rows[:, None], columns] * together
+
+    even = (part(first, first) + part(second, second)) / 2
+    odd = (part(first, second) - part(second, first)) / 2
+    for rows, columns, values in ((first, first, even), (second, second, even), (first, second, odd), (second, first, -odd)):
+        mean[:, rows[:, None], columns] = values
+    values, vectors = torch.linalg.eigh((mean + mean.mT) / 2)
+    roots: Tensor = values.clamp_min(0).sqrt()[:, :, None] * vectors.mT
+    return roots
 
 
 @torch.no_grad()
@@ -150,22 +205,41 @@ def acausal(
 
 @dataclass(frozen=True)
 class Channels:
-    """What flows through pairs of heads: the spectra of the composed forms.
+    """What flows through `n` pairs of heads: singular values, directions and eigenvalues of the composed forms; float64.
 
     Attributes
     ----------
-    spectrum
-        Of the forms `g_b o_a`, `o_a^T g_b` or `o_b o_a`: few large singular values are a channel, many of one size a diffuse
-        overlap.
+    singular_values : (n, r)
+        Of the forms `g_b o_a`, `o_a^T g_b` or `o_b o_a`: few large ones are a channel, many of one size a diffuse overlap.
+    right, left : (n, k, d)
+        `X v = s u` for the `k` largest; zero rows where a singular value is zero.
     eigenvalues
         Of the same forms. Of `k`, positive ones mean that head b looks for tokens that follow one like its own: induction.
     carried : (n, k, d)
         For each of the top directions, what head a writes of it into the stream, of unit length.
     """
 
-    spectrum: Spectrum
+    singular_values: Float[Tensor, "n rank"]
+    right: Float[Tensor, "n k width"]
+    left: Float[Tensor, "n k width"]
     eigenvalues: Eigenvalues
     carried: Float[Tensor, "n k width"]
+
+    @property
+    def first(self) -> Float[Tensor, " n"]:
+        """The share of the energy in the largest singular value."""
+        return self._shares[:, 0]
+
+    @property
+    def effective_rank(self) -> Float[Tensor, " n"]:
+        """The exponential of the entropy of the shares of energy; 0 of a zero form."""
+        shares = self._shares
+        return torch.exp(-torch.special.xlogy(shares, shares).sum(-1)) * (shares[:, 0] > 0)
+
+    @property
+    def _shares(self) -> Float[Tensor, "n rank"]:
+        energy = self.singular_values.square()
+        return ratio(energy, energy.sum(-1, keepdim=True))
 
 
 def composed(kind: str, ov_a: Heads, forms_b: Heads) -> Heads:
@@ -189,7 +263,21 @@ def channels(kind: str, ov_a: Heads, forms_b: Heads, topk: int) -> Channels:
         How many directions to keep.
     """
     forms = composed(kind, ov_a, forms_b)
-    spectrum = spectra(forms, topk)
-    source = spectrum.left if kind == "k" else spectrum.right  # what head a reads
+    exact = with_orthonormal_left(forms)
+    basis, upper = torch.linalg.qr(exact.b.mT)  # X = U_a (R B) = U_a (upper^T basis^T)
+    u, s, v = torch.linalg.svd(upper.mT, full_matrices=False)
+    unit = (forms.a.norm(dim=-1) * forms.b.norm(dim=-1)).sum(-1, keepdim=True)
+    s = s.where(s > ZERO * unit, 0)
+    kept = min(topk, forms.rank)
+    left, right = u[:, :, :kept].mT @ exact.left(), v[:, :kept] @ basis.mT
+    sign = signs(right) * (s[:, :kept, None] > 0)
+    left, right = left * sign, right * sign
+    source = left if kind == "k" else right  # what head a reads
     written = source @ ov_a.right().double().mT @ ov_a.left().double()
-    return Channels(spectrum, eigenvalues(forms), ratio(written, written.norm(dim=-1, keepdim=True)))
+    return Channels(
+        torch.nn.functional.pad(s, (0, forms.rank - s.shape[-1])),
+        right,
+        left,
+        eigenvalues(forms),
+        ratio(written, written.norm(dim=-1, keepdim=True)),
+    )

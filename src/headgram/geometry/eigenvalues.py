@@ -34,7 +34,7 @@ from headgram.forms.transforms import with_orthonormal_left
 from headgram.geometry.ratios import ratio
 
 #: A form is zero if it is so much smaller than its weights.
-_ZERO = 16 * torch.finfo(torch.float64).eps
+ZERO = 16 * torch.finfo(torch.float64).eps
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,7 @@ def eigenvalues(heads: Heads) -> Eigenvalues:
     left, right = heads.left().double(), heads.right().double()
     unit = (left.norm(dim=-1) * right.norm(dim=-1)).sum(-1).cpu()
     fro_sq = exact.right().square().sum((-1, -2)).cpu()
-    fro_sq = fro_sq.where(fro_sq.sqrt() > _ZERO * unit, 0)
+    fro_sq = fro_sq.where(fro_sq.sqrt() > ZERO * unit, 0)
     small = (exact.right() @ exact.left().mT).cpu() * (fro_sq > 0)[:, None, None]
     values = torch.linalg.eigvals(small)
     values = values.gather(-1, values.abs().argsort(dim=-1, descending=True, stable=True))

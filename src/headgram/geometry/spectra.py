@@ -124,7 +124,7 @@ def spectra(heads: Heads, topk: int = 8) -> Spectrum:
 
 def _of_transposed(result: Spectrum) -> Spectrum:
     """The spectrum of `X`, from that of `X^T`."""
-    sign = _sign(result.left)
+    sign = signs(result.left)
     return replace(result, right=result.left * sign, left=result.right * sign, directionality=-result.directionality)
 
 
@@ -210,9 +210,9 @@ def _from_factors(
     eigenvalues = eigenvalues.where(eigenvalues.abs() > zero[:, None], 0)
 
     right, left, signed = factors.lift(right, left, vectors)
-    sign = _sign(right) * (s[:, :kept, None] > 0)
+    sign = signs(right) * (s[:, :kept, None] > 0)
     right, left = right * sign, left * sign
-    signed = signed * _sign(signed) * (eigenvalues[:, : signed.shape[1], None] != 0)
+    signed = signed * signs(signed) * (eigenvalues[:, : signed.shape[1], None] != 0)
 
     s, right, left = _pad(s, rank), _pad_rows(right, kept), _pad_rows(left, kept)
     eigenvalues, signed = _pad(eigenvalues, 2 * rank), _pad_rows(signed, kept)
@@ -270,7 +270,7 @@ def _balanced(
     return torch.ldexp(b, -exponent), torch.ldexp(a, -exponent), torch.exp2(2 * exponent.flatten())
 
 
-def _sign(rows: Float[Tensor, "heads k hidden"]) -> Float[Tensor, "heads k 1"]:
+def signs(rows: Float[Tensor, "heads k hidden"]) -> Float[Tensor, "heads k 1"]:
     """The factor that makes the entry of largest magnitude positive (ties: the first).
 
     Entries within 1e-9 of the largest are ties: rounding must not choose between them.

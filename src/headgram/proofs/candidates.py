@@ -53,9 +53,11 @@ def _candidates(model_type: str, reasons: list[str]) -> Iterator[Family]:
             own = {"name": re.sub(r"\W", "_", model_type), "model_types": (model_type,), "walked": True, "gguf": None}
             stacks = [rule.model_copy(update={"around": (), "defaults": {}, "remarks": _unbound(rule)}) for rule in known.stacks]
             family = known.model_copy(update={**own, "stacks": tuple(stacks), "embedding": ()})
+            fits = False
             with suppress(HeadgramError), adopting(model_type, family), open_checkpoint(folder) as checkpoint:
-                if checkpoint.architecture == model_type:
-                    yield family
+                fits = checkpoint.architecture == model_type
+            if fits:
+                yield family
 
 
 def _unbound(rule: StackRule) -> tuple[Remark, ...]:

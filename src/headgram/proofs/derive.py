@@ -217,7 +217,7 @@ def _rule(runs: Sequence[_Run], sections: Sequence[Mapping[str, Any]], configs: 
         if any("head_dim" in section for section in sections) or first.one.layout != "separate":
             raise HeadgramError(f"the configuration states no rank of {counts['rank'][0]}")
         rule["head_dim"] = "head_dim"  # absent, so that the rank is that of the stored rows
-    if counts["value_rank"] != counts["rank"]:
+    if "writes" not in first.one.notes and counts["value_rank"] != counts["rank"]:
         rule["value_rank"] = named("value_rank", counts["value_rank"]) or _fail("the rank of its values")
     if counts["output_width"] != counts["hidden"]:
         rule["output_width"] = named("output_width", counts["output_width"]) or _fail("the width of its outputs")
@@ -285,6 +285,7 @@ _GATED = (
     "every channel is multiplied by a gate, which depends on the token, between values and outputs: W_O W_V has no fixed form, "
     "and is the circuit with all gates equal"
 )
+_NO_FORM = "what its heads write is no product of two tensors that the live models show"
 _REMARKS = {
     "gate": _GATED,
     "norm": "a norm between values and outputs is left out, its gain and its division by the rms of what it is given",
@@ -372,6 +373,9 @@ def _stack_rule(rule: Mapping[str, Any], model_type: str, alone: bool) -> dict[s
         made["when"] = {"model_type": rule["inner_type"]}
     if rule["defaults"]:
         made["defaults"] = {model_type: rule["defaults"]}
+    if "writes" in rule["notes"]:
+        made["remarks"] = ({"roles": ("value", "output"), "text": _NO_FORM, "unproven": True},)
+        return made
     texts = [_REMARKS[note] for note in rule["notes"]] + ([_CROSS] if rule["cross"] else [])
     if texts:
         made["remarks"] = ({"roles": ("value", "output"), "text": "; ".join(texts)},)

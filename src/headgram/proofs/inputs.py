@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import re
 from collections.abc import Iterator, Mapping
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
@@ -33,7 +33,7 @@ def every_call(model: nn.Module) -> tuple[list[Call], list[str]]:
     def run(path: str, arguments: Iterator[dict[str, Any]]) -> None:
         for inputs in arguments:
             failed = True
-            with suppress(Exception), torch.no_grad(), Watch(model, still=True) as watch:
+            with suppress(Exception), torch.no_grad(), _float64(), Watch(model, still=True) as watch:
                 model.get_submodule(path)(**inputs)
                 failed = False
             new = [call for call in watch.calls if call.module not in covered and (call.complete or not failed)]
@@ -52,6 +52,17 @@ def every_call(model: nn.Module) -> tuple[list[Call], list[str]]:
         if path in _missing(model, covered, path):
             run(path, _alone(model.get_submodule(path), path))
     return calls, _missing(model, covered, "")
+
+
+@contextmanager
+def _float64() -> Iterator[None]:
+    """What a model makes by itself is as exact as its weights."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
 
 
 def attention_modules(model: nn.Module, below: str = "") -> list[str]:
@@ -146,6 +157,11 @@ def _model_inputs(module: Any) -> Iterator[dict[str, Any]]:
     sounds = [_noise(1, mels, 2 * positions if positions else 36), _noise(1, 36, mels), _noise(1, 200), _noise(1, 1, 400)]
     if "bbox" in accepted:
         ids["bbox"] = torch.randint(1, 9, (1, _TOKENS, 4), generator=torch.Generator().manual_seed(_SEED)).cumsum(-1)
+    if "visual_feats" in accepted:
+        ids |= {
+            "visual_feats": _noise(1, _SOURCE, config.visual_feat_dim),
+            "visual_pos": _noise(1, _SOURCE, config.visual_pos_dim),
+        }
     if "input_ids" in accepted:
         yield {**ids, **decoder, **source}
         yield {**ids, **source}
@@ -162,7 +178,8 @@ def _model_inputs(module: Any) -> Iterator[dict[str, Any]]:
     for name in ("input_features", "input_values", "input_audio", "inputs", "features"):
         if name in accepted:
             for sound in sounds:
-                yield {name: sound, **decoder}
+                masks = {key: torch.ones(1, sound.shape[1], dtype=torch.bool) for key in required if "mask" in key}
+                yield {name: sound, **decoder, **masks}
                 yield {name: sound, **{key: torch.ones(1, sound.shape[1], dtype=torch.long) for key in ("attention_mask",)}}
     for name in ("inputs_embeds", "hidden_states", "query_embeds"):
         if name in accepted:

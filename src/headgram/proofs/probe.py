@@ -216,6 +216,8 @@ class Watch(TorchFunctionMode):
         if func in _PRODUCTS and self._running:
             query, key = (kwargs["batch1"], kwargs["batch2"]) if kwargs and "batch1" in kwargs else args[-2:]
             self._product(self._running[-1], query, key, result)
+        if func is torch.einsum and self._running and (factors := _as_product(*args, result)):
+            self._product(self._running[-1], *factors)
         return result
 
     def _attention(
@@ -259,7 +261,7 @@ class Watch(TorchFunctionMode):
         x, y, z = running.x, running.y, running.z
         if x is None or y is None or z is None or x.dim() < 2 or y.dim() < 2:
             return
-        batch = x.shape[0] if x.dim() > 2 else 1
+        batch = _sequences(x)
         scores = (x[..., 0].numel() // batch, y[..., 0].numel() // batch)
         heads = product[..., 0, 0].numel() // batch  # of several sequences, the first is looked at
         if running.call is None and tuple(product.shape[-2:]) == scores and heads:
@@ -297,6 +299,30 @@ class Watch(TorchFunctionMode):
                 reading.project, reading.given = module, given
             if right:
                 self._unwritten = None
+
+
+def _sequences(x: Tensor) -> int:
+    """How many sequences there are; some models put the tokens of one before it."""
+    return 1 if x.dim() < 3 or (x.dim() == 3 and x.shape[1] == 1) else x.shape[0]
+
+
+def _as_product(equation: Any, *operands: Any) -> tuple[Tensor, Tensor, Tensor] | None:
+    """The factors of an Einstein sum, and the sum, as a product of matrices; None if it is another kind of sum."""
+    words = re.fullmatch(r"(\w+),(\w+)->(\w+)", str(equation).replace(" ", ""))
+    if words is None or len(operands) != 3:
+        return None
+    left, right, out = words.groups()
+    rows, columns, inner = set(left) - set(right), set(right) - set(left), (set(left) & set(right)) - set(out)
+    if not len(rows) == len(columns) == len(inner) == 1:
+        return None
+    batch = [letter for letter in out if letter not in rows | columns]
+    (i,), (j,), (k,) = rows, columns, inner
+    orders = ((left, [*batch, i, k]), (right, [*batch, k, j]), (out, [*batch, i, j]))
+    x, y, z = (
+        tensor.permute([letters.index(letter) for letter in order])
+        for tensor, (letters, order) in zip(operands, orders, strict=True)
+    )
+    return x, y, z
 
 
 def _rows(x: Tensor, tokens: int) -> Float[Tensor, "tokens width"]:

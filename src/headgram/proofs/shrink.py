@@ -128,6 +128,8 @@ def _small(config_class: Any, shape: Mapping[str, int], way: Way, other: bool) -
         sizes |= {"kv": sizes["heads"], "rank": sizes["width"] // sizes["heads"]}
     values: dict[str, Any] = {}
     names = {field.name for field in fields(config_class)}
+    if "kv_lora_rank" in names:  # in latent attention, every head has a key of its own
+        sizes["kv"] = sizes["heads"]
     for field in fields(config_class):
         if field.name in _TOKENS:
             values[field.name] = _TOKENS[field.name]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from headgram.errors import HeadgramError
-from headgram.families.layouts import LAYOUTS, Dimensions, Factors
+from headgram.families.layouts import LAYOUTS, QK, Dimensions, Factors
 from headgram.proofs.inputs import attention_only, every_call
 from headgram.proofs.probe import Call, neutralise
 from headgram.proofs.shrink import tiny_model
@@ -121,7 +122,7 @@ def _explain(call: Call, stored: Mapping[str, Tensor], section: str) -> Found:
     heads, _, rank = call.query.shape
     reading = call.reading
     if reading is None or reading.given is None or reading.project is None:
-        raise HeadgramError("hands its heads to no output projection")
+        return _explain_scores(call, stored, section, "hands its heads to no output projection")
     value_rank = reading.value.shape[-1]
     weight: Any = reading.project.weight
     width = next((side for side in weight.shape[::-1] if side != heads * value_rank), heads * value_rank)
@@ -138,9 +139,36 @@ def _explain(call: Call, stored: Mapping[str, Tensor], section: str) -> Found:
                 notes = set(call.between)
                 if not bool((reading.weights.sum(-1) - 1).abs().max() < 1e-2):
                     notes.add("sink")
-                kind = "cross" if call.x.shape != call.y.shape or not torch.equal(call.x, call.y) else "self"
-                return Found(call.module, layout, names, {**counts, "output_width": width}, section, kind, tuple(sorted(notes)))
-    raise HeadgramError(f"no tensor gives its {_worst(call, stored, width)}")
+                return Found(
+                    call.module, layout, names, {**counts, "output_width": width}, section, _kind(call), tuple(sorted(notes))
+                )
+    return _explain_scores(call, stored, section, f"no tensor gives its {_worst(call, stored, width)}")
+
+
+def _explain_scores(call: Call, stored: Mapping[str, Tensor], section: str, problem: str) -> Found:
+    """The tensors that give queries and keys alone, where what heads write cannot be explained.
+
+    Raises
+    ------
+    HeadgramError
+        With the problem, if there are none.
+    """
+    heads, _, rank = call.query.shape
+    for kv_heads in (count for count in range(heads, 0, -1) if heads % count == 0):
+        dims = Dimensions(heads, kv_heads, rank, call.x.shape[-1], rank, call.x.shape[-1])
+        with suppress(HeadgramError):
+            names, _ = _fits("separate", dims, call, stored)
+            if set(names) >= set(QK):
+                counts = {"heads": heads, "kv_heads": kv_heads, "rank": rank, "hidden": dims.hidden, "value_rank": rank}
+                found = {role: names[role] for role in QK}
+                return Found(
+                    call.module, "separate", found, {**counts, "output_width": dims.hidden}, section, _kind(call), ("writes",)
+                )
+    raise HeadgramError(problem)
+
+
+def _kind(call: Call) -> str:
+    return "cross" if call.x.shape != call.y.shape or not torch.equal(call.x, call.y) else "self"
 
 
 def _worst(call: Call, stored: Mapping[str, Tensor], width: int) -> str:

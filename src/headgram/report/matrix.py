@@ -91,7 +91,7 @@ def read_feeding(path: Path, stack: str, layers: np.ndarray, heads: int) -> Feed
         True indices.
     """
     kinds: dict[str, np.ndarray] = {}
-    for part in read_parts(path, stack=stack):
+    for part in read_parts(path, stack=stack, writer=stack):
         for kind in part["kind"].unique().to_pylist():
             rows = part.filter(pc.field("kind") == kind)
             matrix = kinds.setdefault(kind, np.zeros((len(layers) * heads,) * 2, dtype=np.float32))

@@ -72,6 +72,20 @@ class FactorFiles:
         """The layers that the files hold, in order."""
         return sorted(self._home)
 
+    @property
+    def is_folded(self) -> bool:
+        """Whether norms are folded into the forms."""
+        return self._variant.norm == FOLDED
+
+    def single(self, places: Sequence[tuple[int, int]]) -> Heads:
+        """Single heads, each given as layer and index, in this order; with factors of their own."""
+        found: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
+        for layer in sorted({layer for layer, _ in places}):
+            heads = self.read([layer])
+            found |= {(layer, head): (heads.left([head]), heads.right([head])) for each, head in places if each == layer}
+        a, b = (torch.cat([found[place][side] for place in places]) for side in (0, 1))
+        return Heads(a, b, torch.arange(len(places)), torch.arange(len(places)))
+
     def blocks(self, layers: Sequence[int]) -> list[Block]:
         """The heads of some layers in order, in blocks of bounded size: of whole layers, or of a layer's heads."""
         return blocks(layers, self.heads, self.rank, self.width)

@@ -23,7 +23,7 @@ DERIVED = ("overlap", "neighbours", "layers", "models")
 #: Tables about two models of one lineage.
 LINEAGE = ("drift", "changes", "matches")
 #: Tables of models whose stacks are measured in both circuits.
-COMPOSED = ("composition", "channels")
+COMPOSED = ("composition", "channels", "kernels")
 #: Tables of models whose lock says what stands around queries and keys.
 TURNED = ("rotary", "frequencies")
 #: Tables that a study need not have of a model.

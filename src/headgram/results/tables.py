@@ -190,13 +190,25 @@ TURNING = _schema(
     *(pa.field(name, pa.float64()) for name in AT_TIMES),
 )
 _COMPOSED = (
-    *((name, pa.string()) for name in ("stack", "kind")),
+    *((name, pa.string()) for name in ("stack", "kind", "writer")),
     *((name, pa.int32()) for name in ("layer_a", "head_a", "layer_b", "head_b")),
 )
 COMPOSITION = _schema(
     *_COMPOSED,
     *((name, pa.float32()) for name in ("score", "times_chance", "z", "acausal")),
     ("later", pa.int32()),
+    pa.field("averaged", pa.float32()),  # null where positions do not turn what is read, or it is not known how
+    ("folded", pa.bool_()),
+)
+KERNELS = _schema(
+    ("stack", pa.string()),
+    *(
+        column
+        for side in "ab"
+        for column in ((f"role_{side}", pa.string()), *((f"{n}_{side}", pa.int32()) for n in ("layer", "head")))
+    ),
+    *((name, pa.float32()) for name in ("kernel", "expected", "z")),
+    ("folded", pa.bool_()),
 )
 CHANNELS = _schema(
     *_COMPOSED,
@@ -227,6 +239,7 @@ TABLES = {
     "matches": MATCHES,
     "composition": COMPOSITION,
     "channels": CHANNELS,
+    "kernels": KERNELS,
     "tokens": TOKENS,
     "rotary": ROTARY,
     "frequencies": FREQUENCIES,

@@ -45,6 +45,8 @@ if TYPE_CHECKING:
 
 #: The options of a working folder.
 OPTIONS = Path("config", "config.yaml")
+#: Where Snakemake remembers with what a file was made.
+_MEMORY = Path(".snakemake", "metadata")
 #: Remembers, in the results folder, the files that were found to be what was locked.
 _SEEN = ".sources.json"
 #: What is remembered of thousands of models is smaller.
@@ -83,6 +85,7 @@ class Run:
             )
         if self._results.exists() and not self._results.is_dir():
             raise HeadgramError(f"The results folder {self._results} is a file: give another one (--config results=…).")
+        _check_snakemakes_memory(self._results)
         lock = read_lock(lock_path(self._manifest))
         missing = missing_rows(manifest.rows, lock)
         known = {row.name: lock.models[row.name] for row in manifest.rows if row not in missing}
@@ -221,6 +224,25 @@ def _writings(workflow: Any, beside: Callable[[Any], Sequence[str]]) -> Iterator
         # Snakemake's params and outputs are lists with names. Jobs of a workflow that uses headgram as a module have no order.
         if "order" in job.params.keys() and "record" in job.output.keys() and files:  # noqa: SIM118
             yield Writing(Path(job.output.record), [*files, *map(Path, beside(job))])
+
+
+def _check_snakemakes_memory(results: Path) -> None:
+    """Refuse files of Snakemake's at which it would end with a traceback, whatever it is asked for."""
+    from snakemake.persistence import MetadataRecord  # type: ignore[import-untyped]
+
+    for folder, _, names in os.walk(_MEMORY):
+        for name in names:
+            try:
+                record = json.loads(read_bounded(Path(folder, name), _LARGEST).decode())
+                if record:
+                    MetadataRecord.model_validate(record)
+            except json.JSONDecodeError:
+                continue  # Snakemake passes over it
+            except (OSError, ValueError, RecursionError):
+                raise HeadgramError(
+                    f"{Path(folder, name)}, where Snakemake remembers an earlier run, is damaged: delete the folder {_MEMORY}, "
+                    f"and run again. What is finished stays so: the records in {results} tell."
+                ) from None
 
 
 def _read_sightings(path: Path) -> dict[str, Any]:

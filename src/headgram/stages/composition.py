@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
@@ -12,21 +12,31 @@ import numpy as np
 import pyarrow as pa
 import torch
 
-from headgram.forms.heads import Heads
-from headgram.geometry.composition import KINDS, Ends, acausal, channels, deviations, reads, scores, times_chance, writes
-from headgram.geometry.ratios import ratio
+from headgram.forms.reading import Rotary
+from headgram.geometry.composition import (
+    KINDS,
+    Ends,
+    acausal,
+    channels,
+    deviations,
+    joined,
+    reads,
+    scores,
+    times_chance,
+    writes,
+)
 from headgram.results.factors import FactorFiles
 from headgram.results.files import written_whole
 from headgram.results.record import Provenance, seal
 from headgram.results.tables import CHANNELS, COMPOSITION, labelled, write_table
+from headgram.stages.kernels import kernel_tables
+from headgram.stages.sources import Sources
 
 if TYPE_CHECKING:
     from headgram.study.options import Config
 
 #: Directions that are kept of each of the strongest pairs.
 DIRECTIONS = 4
-#: Cross-attention takes its keys and values from another stream than the one that it writes to.
-_KINDS_OF = {"cross": ("q",)}
 
 _PAIR = ("layer_a", "head_a", "layer_b", "head_b")
 
@@ -37,19 +47,38 @@ class Composed:
 
     composition: Path
     channels: Path
+    kernels: Path
     directions: Path
     record: Path
 
 
-def compose(
-    weights: Mapping[str, Mapping[str, Sequence[Path]]], composed: Composed, options: Config, provenance: Provenance
-) -> None:
-    """Measure all pairs of heads of every stack, the first in an earlier layer.
+@dataclass(frozen=True, eq=False)
+class _Stream:
+    """Who reads, in one kind of composition, what the heads of a stack write: both in the same coordinates."""
+
+    stack: str
+    kind: str
+    writer: str
+    reading: FactorFiles
+    writing: FactorFiles
+    rotaries: Mapping[int, Rotary | None]  # of the readers' layers, where positions turn what is read
+
+    @property
+    def labels(self) -> dict[str, str]:
+        return {"stack": self.stack, "kind": self.kind, "writer": self.writer}
+
+    def seen(self, layers: torch.Tensor) -> torch.Tensor:
+        """Layers of writers as the readers count them: all of an encoder come before the first."""
+        return layers if self.writer == self.stack else torch.full_like(layers, -1)
+
+
+def compose(sources: Sources, composed: Composed, options: Config, provenance: Provenance) -> None:
+    """Measure all pairs of heads of every stack, the first in an earlier layer, and of an encoder with what reads it.
 
     Parameters
     ----------
-    weights
-        By stack and circuit, the extracted weights of all of its layers.
+    sources
+        The extracted weights of all layers, in both circuits, and what stands around them.
     options
         Sections `composition` and `export` are read.
 
@@ -59,51 +88,65 @@ def compose(
         If an artifact is damaged or belongs to another run.
     """
     provenance = replace(provenance, precision="float32 where accurate")
-    keys = dict(zip(("qk", "ov"), provenance.identity.upstream, strict=True))
-    sources = {
-        stack: {circuit: FactorFiles(paths, keys[circuit], circuit) for circuit, paths in files.items()}
-        for stack, files in weights.items()
-    }
-    found: dict[tuple[str, str], pa.Table] = {}  # by stack and kind, the strongest pairs
+    device, streams = provenance.device, list(_streams(sources))
+
+    @lru_cache(maxsize=1)  # all of them, where one block holds them: for every kind
+    def written(writing: FactorFiles, block: int) -> Ends:
+        return writes(writing.read(*writing.blocks(writing.layers)[block]).to(device))
+
+    strongest = dict.fromkeys(streams, COMPOSITION.empty_table())
 
     def tables() -> Iterator[pa.Table]:
-        for stack, files in sources.items():
-            for kind in _KINDS_OF.get(stack, tuple(KINDS)):
-                strongest = COMPOSITION.empty_table()
-                for part in _parts(stack, kind, files, provenance.device):
-                    yield part
-                    strongest = _strongest([strongest, part], options.composition.strongest)
-                found[stack, kind] = strongest
+        yield COMPOSITION.empty_table()
+        for stream in streams:
+            for part in _parts(stream, written, device):
+                yield part
+                strongest[stream] = _strongest([strongest[stream], part], options.composition.strongest)
 
     compression = options.export.compression
     write_table(composed.composition, tables(), provenance, compression)
-    flows = {place: _flows(*place, pairs, sources[place[0]], provenance.device) for place, pairs in found.items()}
-    write_table(composed.channels, [pa.concat_tables([table for table, _ in flows.values()])], provenance, compression)
-    directions = {stack: {kind: flow for (each, kind), (_, flow) in flows.items() if each == stack} for stack in sources}
+    flows = {stream: _flows(stream, pairs, device) for stream, pairs in strongest.items()}
+    shown = pa.concat_tables([CHANNELS.empty_table(), *(table for table, _ in flows.values())])
+    write_table(composed.channels, [shown], provenance, compression)
+    write_table(composed.kernels, kernel_tables(sources, device), provenance, compression)
+    directions = {
+        stack: {stream.kind: flow for stream, (_, flow) in flows.items() if stream.stack == stack} for stack in sources.stacks
+    }
     with written_whole(composed.directions) as file:
         torch.save(directions, file)
-    seal(composed.record, provenance, [composed.composition, composed.channels, composed.directions])
+    seal(composed.record, provenance, [composed.composition, composed.channels, composed.kernels, composed.directions])
 
 
-def _parts(stack: str, kind: str, files: Mapping[str, FactorFiles], device: str) -> Iterator[pa.Table]:
+def _streams(sources: Sources) -> Iterator[_Stream]:
+    for stack in sources.stacks:
+        for kind, circuit in KINDS.items():
+            if (writer := sources.writer(stack, kind)) is None:
+                continue
+            fold = sources.folds(stack, circuit) and sources.folds(writer, "ov")
+            files = sources.files(stack, circuit, fold), sources.files(writer, "ov", fold)
+            yield _Stream(stack, kind, writer, *files, sources.rotaries(stack) if circuit == "qk" else {})
+
+
+def _parts(stream: _Stream, written: Callable[[FactorFiles, int], Ends], device: str) -> Iterator[pa.Table]:
     """Block by block of readers, their rows of the table; a reader meets later writers too, to be held against them."""
-    reading, writing = files[KINDS[kind]], files["ov"]
+    reading, writing = stream.reading, stream.writing
     blocks = writing.blocks(writing.layers)
     writer_layer, writer_head = (torch.cat(each) for each in zip(*map(_places, blocks), strict=True))
-
-    @lru_cache(maxsize=1)  # all of them, where one block holds them
-    def written(block: int) -> Ends:
-        return writes(writing.read(*blocks[block]).to(device))
-
+    seen = stream.seen(writer_layer)
     for block in reading.blocks(reading.layers):
-        readers = reads(kind, reading.read(*block).to(device))
+        heads = reading.read(*block).to(device)
         layer, head = _places(block)
-        met = [(scores(readers, ends), ends.purity) for ends in map(written, range(len(blocks)))]
-        score, purity = (torch.cat(each, -1).cpu() for each in zip(*met, strict=True))
-        z = deviations(score, readers.purity.cpu(), purity, reading.width)
-        share, later = acausal(score, layer, writer_layer)
-        print(f"{stack}, {kind}: layers {block[0][0]}-{block[0][-1]} read what all others write", flush=True)
-        b, a = (writer_layer < layer[:, None]).nonzero().T
+        readers = [reads(stream.kind, heads)]
+        if stream.rotaries:
+            of_layers = [(heads.take(layer == each), stream.rotaries[each]) for each in block[0]]
+            readers.append(joined([reads(stream.kind, some, rotary) for some, rotary in of_layers]))
+        ends = [written(writing, i) for i in range(len(blocks))]
+        both = torch.cat([scores(joined(readers), some) for some in ends], 1).cpu()  # what is written is formed once for both
+        score, *turned = both.split(len(heads))
+        z = deviations(score, readers[0].purity.cpu(), torch.cat([some.purity for some in ends]).cpu(), reading.width)
+        share, later = acausal(score, layer, seen)
+        print(f"{stream.stack}, {stream.kind}: layers {block[0][0]}-{block[0][-1]} read what all others write", flush=True)
+        b, a = (seen < layer[:, None]).nonzero().T
         columns = {
             **dict(zip(_PAIR, (writer_layer[a], writer_head[a], layer[b], head[b]), strict=True)),
             "score": score[b, a],
@@ -111,8 +154,10 @@ def _parts(stack: str, kind: str, files: Mapping[str, FactorFiles], device: str)
             "z": z[b, a],
             "acausal": share[b, a],
             "later": later[b],
+            "averaged": turned[0][b, a] if turned else pa.nulls(len(a), pa.float32()),
+            "folded": np.full(len(a), reading.is_folded),
         }
-        yield _table(stack, kind, columns, COMPOSITION)
+        yield _table(stream, columns, COMPOSITION)
 
 
 def _places(block: tuple[Sequence[int], range]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -128,38 +173,27 @@ def _strongest(parts: Sequence[pa.Table], count: int) -> pa.Table:
     return table.take(pa.array(order[:count]))
 
 
-def _flows(
-    stack: str, kind: str, pairs: pa.Table, files: Mapping[str, FactorFiles], device: str
-) -> tuple[pa.Table, dict[str, Any]]:
+def _flows(stream: _Stream, pairs: pa.Table, device: str) -> tuple[pa.Table, dict[str, Any]]:
     """What flows through some pairs: their rows of the table `channels`, and values and directions."""
     if not len(pairs):
         return CHANNELS.empty_table(), {}
     earlier, later = (
         list(zip(*(pairs[f"{name}_{side}"].to_pylist() for name in ("layer", "head")), strict=True)) for side in "ab"
     )
-    forms_a, forms_b = (_heads(files[circuit], places, device) for circuit, places in (("ov", earlier), (KINDS[kind], later)))
-    found = channels(kind, forms_a, forms_b, DIRECTIONS)
-    spectrum, eigenvalues = found.spectrum, found.eigenvalues
+    found = channels(stream.kind, stream.writing.single(earlier).to(device), stream.reading.single(later).to(device), DIRECTIONS)
     columns = {
         **{name: pairs[name] for name in (*_PAIR, "score")},
         "place": torch.arange(len(pairs)),
-        "first": ratio(spectrum.spectral_norm.square(), spectrum.fro_sq).cpu(),
-        "effective_rank": spectrum.effective_rank.cpu(),
-        **{name: getattr(eigenvalues, name) for name in ("copying", "positive", "departure")},
+        "first": found.first.cpu(),
+        "effective_rank": found.effective_rank.cpu(),
+        **{name: getattr(found.eigenvalues, name) for name in ("copying", "positive", "departure")},
     }
-    kept = {name: getattr(spectrum, name).float().cpu() for name in ("right", "left")} | {"carried": found.carried.float().cpu()}
-    values = {"singular_values": spectrum.singular_values.cpu(), "eigenvalues": eigenvalues.values}
+    kept = {name: getattr(found, name).float().cpu() for name in ("right", "left", "carried")}
+    values = {"singular_values": found.singular_values.cpu(), "eigenvalues": found.eigenvalues.values}
     places = torch.tensor([[*a, *b] for a, b in zip(earlier, later, strict=True)])
-    return _table(stack, kind, columns, CHANNELS), {"pairs": places, **values, **kept}
+    return _table(stream, columns, CHANNELS), {"writer": stream.writer, "pairs": places, **values, **kept}
 
 
-def _heads(source: FactorFiles, places: Sequence[tuple[int, int]], device: str) -> Heads:
-    """Single heads, each given as layer and index."""
-    each = [source.read([layer], range(head, head + 1)) for layer, head in places]
-    order = torch.arange(len(each))
-    return Heads(torch.cat([head.a for head in each]), torch.cat([head.b for head in each]), order, order).to(device)
-
-
-def _table(stack: str, kind: str, columns: Mapping[str, Any], schema: pa.Schema) -> pa.Table:
+def _table(stream: _Stream, columns: Mapping[str, Any], schema: pa.Schema) -> pa.Table:
     values = {name: value.numpy() if isinstance(value, torch.Tensor) else value for name, value in columns.items()}
-    return labelled(pa.table(values), schema, stack=stack, kind=kind)
+    return labelled(pa.table(values), schema, **stream.labels)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,18 +17,23 @@ from headgram.errors import HeadgramError
 from headgram.forms.variants import Variant
 from headgram.geometry.nulls import Null
 from headgram.geometry.projections import projections
-from headgram.results.paths import Place
+from headgram.results.paths import Place, between_streams
 from headgram.results.record import Provenance, check, seal
 from headgram.results.tables import TOKENS, labelled, write_table
 
 if TYPE_CHECKING:
-    from headgram.checkpoints.embeddings import Embedding
+    from headgram.checkpoints.token_tables import TokenTables
     from headgram.study.options import Config
 
 #: Sides of directions, and what tokens are to them: only what a head writes is read by the output.
-_USES = {("qk", "right"): "input", ("qk", "left"): "input", ("ov", "right"): "input", ("ov", "left"): "output"}
-#: Stacks whose streams hold no embeddings of tokens, or not those of the model's own ones.
-_WITHOUT = ("vision", "cross")
+_USES = {
+    ("qk", "right"): "embedding",
+    ("qk", "left"): "embedding",
+    ("ov", "right"): "embedding",
+    ("ov", "left"): "unembedding",
+}
+#: Words in the names of stacks whose streams begin with something else than tokens.
+_OTHERS = {"vision", "image", "pixel", "audio", "speech", "qformer", "pooling"}
 #: Bytes of the directions that rows are projected on at once, and of a slice of rows, in float32.
 _DIRECTION_BYTES, _SLICE_BYTES = 256 * 2**20, 64 * 2**20
 #: Characters that are kept of a token.
@@ -51,7 +57,7 @@ class Written:
 
 
 def find_tokens(merged: Directions, written: Written, source: Mapping[str, Any], options: Config, provenance: Provenance) -> None:
-    """Write the table `tokens`; without rows of stacks whose width no embedding has.
+    """Write the table `tokens`; without rows of what tokens neither enter nor leave.
 
     Parameters
     ----------
@@ -75,19 +81,31 @@ def find_tokens(merged: Directions, written: Written, source: Mapping[str, Any],
             parts = [TOKENS.empty_table()]
             for circuit, stacks in torch.load(merged.directions, mmap=True, weights_only=True).items():
                 for stack, found in stacks.items():
-                    embeddings = checkpoint.embeddings(found["right"].shape[-1]) if stack not in _WITHOUT else {}
-                    if not embeddings:
-                        print(f"{circuit}, {stack}: no embedding of tokens has the width of this stream", flush=True)
-                        continue
                     for side in ("right", "left"):
-                        embedding = embeddings[_USES[Variant.of(circuit).circuit, side]]
+                        table = _USES[Variant.of(circuit).circuit, side]
+                        if why := _unread(checkpoint.token_tables, table, stack, found[side].shape[-1]):
+                            print(f"{circuit}, {stack}, {side}: without tokens: {why}", flush=True)
+                            continue
                         for layers, part in _chunks(found, side):
-                            columns = _columns(layers, part, embedding, texts, options.tokens.count, provenance.device)
+                            slices = partial(checkpoint.token_tables.slices, table)
+                            columns = _columns(layers, part, slices, texts, options.tokens.count, provenance.device)
                             parts.append(_table((circuit, stack), side, columns))
     except HeadgramError as error:
         raise HeadgramError(f"model {provenance.model}: {error}") from None
     write_table(written.table, [pa.concat_tables(parts)], provenance, options.export.compression)
     seal(written.record, provenance, [written.table])
+
+
+def _unread(tables: TokenTables, table: str, stack: str, width: int) -> str | None:
+    """Why the rows of a table are not what a stack's directions read or write; None if they are."""
+    if table in tables.missing:
+        return tables.missing[table]
+    if between_streams(stack) or _OTHERS & set(stack.split("_")):
+        return "its stream holds no tokens as the model embeds them"
+    if stack == "encoder" and "decoder" in tables.names[table].split("."):
+        return f"{tables.names[table]} is the decoder's"
+    rows = tables.shape(table)[1]
+    return None if rows == width else f"the rows of {tables.names[table]} have width {rows}, and its stream {width}"
 
 
 def _chunks(found: Mapping[str, torch.Tensor], side: str) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
@@ -98,12 +116,17 @@ def _chunks(found: Mapping[str, torch.Tensor], side: str) -> Iterator[tuple[torc
 
 
 def _columns(
-    layers: torch.Tensor, directions: torch.Tensor, embedding: Embedding, texts: Mapping[int, str], count: int, device: str
+    layers: torch.Tensor,
+    directions: torch.Tensor,
+    slices: Callable[[int], Iterator[torch.Tensor]],
+    texts: Mapping[int, str],
+    count: int,
+    device: str,
 ) -> dict[str, Any]:
     """The rows of some layers' directions (L, H, k, d): of every direction its ends, of every end its tokens."""
     _, heads, kept, width = directions.shape
     rows = max(1, _SLICE_BYTES // (4 * width))
-    found = projections(directions.reshape(-1, width).to(device), (each.to(device) for each in embedding.slices(rows)), count)
+    found = projections(directions.reshape(-1, width).to(device), (each.to(device) for each in slices(rows)), count)
     alive = (directions != 0).any(-1).flatten()[:, None, None].expand(found.rows.shape)
     place = dict(
         zip(("head_of_all", "end", "place"), torch.meshgrid(*map(torch.arange, found.rows.shape), indexing="ij"), strict=True)

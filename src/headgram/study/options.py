@@ -211,7 +211,7 @@ class Composition(_Section):
 
     enabled: bool | Literal["auto"] = Field(
         "auto",
-        description="Write the tables `composition` and `channels` of every stack that is measured in both circuits. "
+        description="Write the tables `composition`, `channels` and `kernels` of every stack that is measured in both circuits. "
         "`auto` does so unless that costs more than 2e14 operations, and the run says so.",
     )
     strongest: Annotated[int, _NUMBER] = Field(

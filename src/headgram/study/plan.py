@@ -347,7 +347,7 @@ def _identities(
         reads_files = digest(code["tokens"], canonical([file.model_dump(mode="json") for file in entry.files]))
         found["tokens", ""] = Identity("tokens", stage_config("tokens", config), entry.fingerprint, reads_files, (merge.key,))
     if composed:
-        upstream = tuple(found["extract", circuit].key for circuit in ("qk", "ov"))
+        upstream = (*(found["extract", circuit].key for circuit in ("qk", "ov")), *around)
         options = stage_config("composition", config)
         found["composition", ""] = Identity("composition", options, entry.fingerprint, code["composition"], upstream)
     drawn = tuple(found[stage, ""].key for stage in ("merge", "derive", "composition") if (stage, "") in found)
@@ -404,14 +404,22 @@ def _tile_flops(stack: LockedStack, rank: int, layers: int, all_pairs: bool) -> 
 
 
 def _composition_flops(qk: HeadsPlan, ov: HeadsPlan) -> float:
-    """Operations of all compositions of a stack: the three kinds, every head with every head."""
+    """Operations of all compositions of a stack, every head with every head: three kinds, two of them over offsets too; and of
+    all kernels of spans, which are no more than twice the heads."""
     count = len(qk.stack.layers) * qk.stack.heads
     both = (count, count)
     of_kinds = [
         Sizes(both, both, both, (reading.locked.rank, ov.locked.rank), qk.stack.hidden, same=False, symmetric=True)
-        for reading in (qk, qk, ov)
+        for reading in (*(qk,) * (4 if _turns(qk) else 2), ov)
     ]
+    spans, rank = (2 * (count + len(qk.stack.layers) * qk.stack.kv_heads),) * 2, max(qk.locked.rank, ov.locked.rank)
+    of_kinds.append(Sizes(spans, spans, spans, (rank, rank), qk.stack.hidden, same=True, symmetric=True))
     return sum(flops(cheapest(sizes), sizes) for sizes in of_kinds)
+
+
+def _turns(heads: HeadsPlan) -> bool:
+    """Whether positions are known to turn queries and keys."""
+    return heads.stack.around is not None and heads.stack.around.turns
 
 
 def _cut(layers: Layers, size: float) -> list[Layers]:
