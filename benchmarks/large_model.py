@@ -26,9 +26,10 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "src"))
 
 from headgram.checkpoints.checkpoint import open_checkpoint  # noqa: E402
+from headgram.study.jobs import HeadsPlan  # noqa: E402
 from headgram.study.lock import LockedModel, LockedStack, locked_file, write_lock  # noqa: E402
 from headgram.study.options import load_config, read_options  # noqa: E402
-from headgram.study.plan import HeadsPlan, make_plan  # noqa: E402
+from headgram.study.plan import make_plan  # noqa: E402
 
 LAYERS, HEADS, KV_HEADS, RANK, HIDDEN = 126, 128, 8, 128, 16384
 NAME = "large"

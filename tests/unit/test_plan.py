@@ -15,6 +15,7 @@ from locked import locked_llama
 
 from headgram.errors import HeadgramError
 from headgram.forms.variants import Variant
+from headgram.study import jobs
 from headgram.study import plan as study_plan
 from headgram.study.keys import modules_of
 from headgram.study.lineages import misfits
@@ -111,7 +112,8 @@ def test_compositions_need_both_circuits_and_are_left_out_where_they_cost_too_mu
         assert without.models["m"].composed == ()
         assert record not in without.records()
         assert study_plan.left_out(without) == []
-    monkeypatch.setattr(study_plan, "MOST_PAIR_FLOPS", 1.0)
+    for module in (study_plan, jobs):
+        monkeypatch.setattr(module, "MOST_PAIR_FLOPS", 1.0)
     assert plan(composition={"enabled": True}).models["m"].composed == ("self",)
     costly = plan(gram={"pairs": "same"})
     assert costly.models["m"].composed == ()
@@ -350,7 +352,8 @@ def test_all_pairs_unless_they_cost_too_much(monkeypatch):
     assert plan("auto").models["one"].heads["qk", "self"].all_pairs
     assert not plan("same").models["one"].heads["qk", "self"].all_pairs
     assert study_plan.left_out(plan("auto")) == study_plan.left_out(plan("same")) == []
-    monkeypatch.setattr(study_plan, "MOST_PAIR_FLOPS", 1.0)
+    for module in (study_plan, jobs):
+        monkeypatch.setattr(module, "MOST_PAIR_FLOPS", 1.0)
     assert plan("all").models["one"].heads["qk", "self"].all_pairs
     assert not plan("auto").models["one"].heads["qk", "self"].all_pairs
     sentence, _ = study_plan.left_out(plan("auto"))

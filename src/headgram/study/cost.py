@@ -13,8 +13,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 from headgram.geometry.costs import GPU, TENSOR_CORES, Route, Sizes, blocks, cheapest, flops, spectra_flops, traffic
+from headgram.study.jobs import HeadsPlan, Layers, stored_bytes
 from headgram.study.options import Config
-from headgram.study.plan import HeadsPlan, Layers, Plan, stored_bytes
+from headgram.study.plan import Plan
 
 #: The stages that compute on a GPU, where there is one.
 STAGES = ("eigen", "gram", "derive")
