@@ -113,6 +113,10 @@ def test_tokens_are_of_the_stacks_that_read_embeddings(measured):
     embedding -= embedding.mean(0)
     found = atlas.directions("jamba", "qk")["self"]
     rows = table.query("model == 'jamba' and circuit == 'qk' and sign == 1 and place == 0 and direction == 0")
+    shown = atlas.tokens("jamba", layer=int(rows["layer"].iloc[0]), head=int(rows["head"].iloc[0]))
+    assert shown.loc[(rows["side"].iloc[0], 0, 1), 0] == f"#{rows['token'].iloc[0]}"
+    with pytest.raises(headgram.HeadgramError, match="no tokens of layer 99, head 0"):
+        atlas.tokens("jamba", layer=99, head=0)
     for row in rows.itertuples():
         place = found["layers"].tolist().index(row.layer)
         projections = embedding @ found[row.side][place, row.head, 0].double()

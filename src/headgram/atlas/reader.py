@@ -366,6 +366,33 @@ class Atlas(Described):
         attributes = {"model": model, "stack": stack, "kind": kind, "writer": writer, "chance": chance}
         return by_heads(writers, readers, table, value, attributes)
 
+    def tokens(self, model: str, layer: int, head: int, stack: str = "self", circuit: str = "qk") -> pd.DataFrame:
+        """The tokens that project most on a head's directions.
+
+        Returns
+        -------
+        pandas.DataFrame
+            A row for each end of each direction, by `side` (`right`: what is read by queries, or moved; `left`: what is read by
+            keys, or written), `direction` and `sign`; a column for each place, from the outermost token on: its text, or `#` and its
+            number where the checkpoint has no tokenizer.
+
+        Raises
+        ------
+        HeadgramError
+            If the head was not measured, or its tokens were not.
+
+        Examples
+        --------
+        >>> atlas.tokens("smollm2-135m-instruct", layer=26, head=2, circuit="ov")  # doctest: +SKIP
+        """
+        rows = self.of_heads("tokens", model, stack, circuit)
+        rows = rows[(rows["layer"] == layer) & (rows["head"] == head)]
+        if rows.empty:
+            place = f"layer {layer}, head {head} of the stack '{stack}', circuit '{circuit}'"
+            raise HeadgramError(f"'{model}' has no tokens of {place}")
+        named = rows["text"].where(rows["text"] != "", "#" + rows["token"].astype(str))
+        return rows.assign(text=named).pivot(index=["side", "direction", "sign"], columns="place", values="text")
+
     def overlap(
         self, model: str, stack: str = "self", side: Literal["right", "left", "signed"] = "right", circuit: str = "qk"
     ) -> xr.DataArray:
