@@ -373,8 +373,8 @@ class Atlas(Described):
         -------
         pandas.DataFrame
             A row for each end of each direction, by `side` (`right`: what is read by queries, or moved; `left`: what is read by
-            keys, or written), `direction` and `sign`; a column for each place, from the outermost token on: its text, or `#` and its
-            number where the checkpoint has no tokenizer.
+            keys, or written), `direction` and `sign`; a column for each place, from the outermost token on: its text, or `#` and
+            its number where the checkpoint has no tokenizer.
 
         Raises
         ------
