@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import re
 import shlex
 import sys
 from pathlib import Path
@@ -185,7 +186,7 @@ def inspect(
 
 _Results = Annotated[Path, typer.Option(help="The results folder.")]
 _Stack = Annotated[Optional[str], typer.Option(help="Which stack; see the command's description if not given.")]  # noqa: UP045
-_Circuit = Annotated[Literal["qk", "ov"], typer.Option(help="What heads look for, or what they move.")]
+_Circuit = Annotated[str, typer.Option(help="What heads look for (qk), what they move (ov), or another form that was measured.")]
 _AnyCircuit = Annotated[Optional[Literal["qk", "ov"]], typer.Option(help="Which circuit; both if not given.")]  # noqa: UP045
 _Where = Annotated[
     Optional[list[str]],  # noqa: UP045
@@ -216,15 +217,25 @@ def show(
     results: _Results = Path("results"),
     stack: _Stack = None,
     circuit: _Circuit = "qk",
+    head: Annotated[Optional[str], typer.Option(help="LAYER.HEAD, such as 16.0: only this head.")] = None,  # noqa: UP045
     where: _Where = None,
     top: _Top = 5,
 ) -> None:
-    """Show a measured model: its layers, its most and least symmetric heads, its strongest couplings; of all stacks."""
-    from headgram.atlas.display import console, show_model, show_models
+    """Show a measured model: its layers, its most and least symmetric heads, its strongest couplings; of all stacks.
+
+    With --head, one head of the first stack or of a given one: its numbers, its like, what feeds and reads it, its tokens.
+    """
+    from headgram.atlas.display import console, show_head, show_model, show_models
 
     atlas = _opened(results, where)
+    if head is not None and (model is None or not re.fullmatch(r"[0-9]{1,9}\.[0-9]{1,9}", head)):
+        raise HeadgramError(f"--head names a head of a model as LAYER.HEAD, such as 16.0, not {head!r:.60}")
     if model is None:
         show_models(atlas, console())
+    elif head is not None:
+        chosen = stack or atlas.stacks(model, circuit)[0]
+        layer, index = map(int, head.split("."))
+        show_head(atlas, model, chosen, circuit, layer, index, top, console())
     else:
         show_model(atlas, model, stack, circuit, top, console())
 

@@ -6,6 +6,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
+import xarray as xr
 
 import headgram
 from headgram.forms.circuits import CIRCUITS
@@ -122,6 +123,37 @@ def test_tokens_are_of_the_stacks_that_read_embeddings(measured):
         projections = embedding @ found[row.side][place, row.head, 0].double()
         assert row.token == int(projections.argmax())
         assert row.value == pytest.approx(float(projections.max()), rel=1e-4)
+
+
+def test_one_head_and_its_tokens_on_the_command_line(measured):
+    """What feeds a head, what reads it and which tokens it is about, as the tables have it; a head that is not there is named."""
+    atlas = headgram.open_atlas(measured.folder / "out")
+    table = atlas.table("composition", "jamba").query("kind == 'k'")
+    best = table.loc[table["times_chance"].idxmax()]
+    arguments = ("show", "jamba", "--results", "out", "--head")
+    shown = measured.headgram(*arguments, f"{best['layer_b']:.0f}.{best['head_b']:.0f}")
+    assert shown.returncode == 0, shown.stderr
+    feeding = shown.stdout.split("Heads that feed it, by its keys")[1].split("Heads that")[0]
+    first = next(line.split() for line in feeding.splitlines() if line.strip()[:1].isdigit())
+    assert first[:2] == [f"{best['layer_a']:.0f}", f"{best['head_a']:.0f}"]
+    assert f"{best['times_chance']:.2f}" in first
+    tokens = atlas.tokens("jamba", layer=int(best["layer_b"]), head=int(best["head_b"]))
+    assert f"'{tokens.iloc[0, 0]}' '{tokens.iloc[0, 1]}'" in shown.stdout
+    for head, reason in (("99.0", "has no layer 99 with a head 0"), ("first", "as LAYER.HEAD")):
+        refused = measured.headgram(*arguments, head)
+        assert refused.returncode == 1
+        assert reason in refused.stderr
+        assert "Traceback" not in refused.stderr
+
+
+def test_compositions_in_netcdf(measured, tmp_path):
+    atlas = headgram.open_atlas(measured.folder / "out")
+    written = measured.headgram("export", "t5", "--results", "out", "--to", str(tmp_path), "--format", "netcdf")
+    assert written.returncode == 0, written.stderr
+    for stack, kind in (("decoder", "q"), ("cross", "v")):
+        with xr.open_dataset(tmp_path / "t5.nc", group=f"composition/{stack}/{kind}") as data:
+            xr.testing.assert_equal(data["times_chance"], atlas.composition("t5", kind, stack, "times_chance"))
+            assert data.attrs["writer"] == ("encoder" if stack == "cross" else stack)
 
 
 def test_options_of_compositions_and_tokens_make_nothing_else_stale(measured):

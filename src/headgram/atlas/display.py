@@ -11,6 +11,7 @@ from rich.markup import escape
 from rich.measure import Measurement
 from rich.table import Table
 
+from headgram.errors import HeadgramError
 from headgram.foreign import plain
 
 if TYPE_CHECKING:
@@ -24,6 +25,7 @@ _WIDTH = 80
 #: And where there is no terminal: names of models need not be folded.
 _WIDE = 160
 _KINDS = {"q": "their queries", "k": "their keys", "v": "what they move on"}
+_ITS = {"q": "its queries", "k": "its keys", "v": "what it moves on"}
 _BAR = " [cyan]"  # begins a bar behind a number
 _EIGHTHS = " ▏▎▍▌▋▊▉█"
 
@@ -85,6 +87,10 @@ _COLUMNS: Mapping[str, tuple[str, Callable[[Any], str]]] = {
     "effective_rank_median": ("eff.\nrank", _number),
     "norm": ("norm", _number),
     "score": ("score", _share),
+    "times_chance": ("times\nchance", lambda value: f"{value:.2f}"),
+    "acausal": ("beyond\nlater", _plain),
+    "value": ("cosine", _with_bar),
+    "chance": ("best by\nchance", _plain),
     "first": ("first\nshare", _plain),
     "head_a": ("head\nwrites", str),
     "head_b": ("head\nreads", str),
@@ -172,6 +178,49 @@ def show_model(atlas: Atlas, model: str, stack: str | None, circuit: str, top: i
             columns = ["layer_a", "layer_b", "head", "cosine", "z", "right", "left", "signed"]
             title = f"Strongest couplings between layers (random subspaces overlap by {facts['overlap_expected'].iloc[0]:.3f})"
             _print(out, title, strongest, columns)
+
+
+def show_head(atlas: Atlas, model: str, stack: str, circuit: str, layer: int, head: int, top: int, out: Console) -> None:
+    """One head: its numbers, the heads that are most like it, the heads that feed it and that read it, and its tokens.
+
+    Raises
+    ------
+    HeadgramError
+        If the model, the stack, the circuit or the head was not measured.
+    """
+    heads = atlas.of_heads("heads", model, stack, circuit)
+    own = heads[(heads["layer"] == layer) & (heads["head"] == head)]
+    if own.empty:
+        raise HeadgramError(f"the stack '{stack}' of '{model}' has no layer {layer} with a head {head}")
+    out.print(f"{plain(model)}, {stack}, {circuit}: layer {layer}, head {head}", markup=False)
+    numbers = own.iloc[0].drop(["model", "stack", "circuit", "layer", "head"]).dropna()
+    _grid(out, None, ["", ""], [[name, _number(value)] for name, value in numbers.items() if isinstance(value, float)])
+    near = atlas.of_heads("neighbours", model, stack, circuit)
+    near = near[(near["layer"] == layer) & (near["head"] == head) & (near["measure"] == "cosine")].nsmallest(top, "place")
+    near = near.rename(columns={"other_layer": "layer_b", "other_head": "near_head"}).drop(columns=["layer", "head"])
+    _print(out, "Heads whose forms are most like it", near, ["layer_b", "near_head", "value", "chance"])
+    for name, feeds in (("b", True), ("a", False)):
+        found = atlas.table("composition", model)
+        found = found[(found["stack"] == stack) & (found[f"layer_{name}"] == layer) & (found[f"head_{name}"] == head)]
+        other = "a" if feeds else "b"
+        for kind, rows in found.groupby("kind", sort=False):
+            said = f"Heads that feed it, by {_ITS[str(kind)]}" if feeds else f"Heads that read it, by {_KINDS[str(kind)]}"
+            columns = [f"layer_{other}", f"head_{other}", "score", "times_chance", "z", "acausal"]
+            _print(out, said, rows.nlargest(top, "times_chance"), columns)
+    if len(atlas.of_heads("tokens", model, stack, circuit)):
+        tokens = atlas.tokens(model, layer, head, stack, circuit).iloc[:, :top]
+        lines = [
+            [f"{side} {direction}", "+" if sign > 0 else "-", " ".join(repr(_text(text)) for text in row)]
+            for (side, direction, sign), row in zip(tokens.index, tokens.to_numpy(), strict=True)
+        ]
+        _grid(out, "Tokens at both ends of its directions", ["direction", "end", "tokens"], lines)
+
+
+def _grid(out: Console, title: str | None, names: Sequence[str], lines: Sequence[Sequence[str]]) -> None:
+    table = Table(*names, title=title, box=SIMPLE_HEAD, title_justify="left", show_header=any(names))
+    for line in lines:
+        table.add_row(*line)
+    out.print(table)
 
 
 def _show_composition(atlas: Atlas, model: str, stack: str, top: int, out: Console) -> None:
