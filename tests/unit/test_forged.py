@@ -215,7 +215,7 @@ BYTES: dict[str, Callable[[bytes], bytes]] = {
     "nothing": lambda _: b"",
     "no Parquet": lambda _: b"PAR1" + b"abc" * 300 + b"PAR1",
     "half of it": lambda content: content[: len(content) // 2],
-    "a broken footer": lambda content: content[:-200] + bytes(192) + content[-8:],
+    "a broken footer": lambda content: content[: (start := _footer(content))] + bytes(192) + content[start + 192 :],
 }
 FORGERIES = [(what, kind) for what, kinds in (("metadata", METADATA), ("content", CONTENT), ("bytes", BYTES)) for kind in kinds]
 
