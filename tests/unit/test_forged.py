@@ -212,12 +212,12 @@ CONTENT: dict[str, Callable[[pa.Table], pa.Table]] = {
 }
 
 
-#: What the bytes of a table may be, given what they should.
 def _footer(content: bytes) -> int:
     """Where the footer of a Parquet file begins."""
     return len(content) - 8 - int.from_bytes(content[-8:-4], "little")
 
 
+#: What the bytes of a table may be, given what they should.
 BYTES: dict[str, Callable[[bytes], bytes]] = {
     "nothing": lambda _: b"",
     "no Parquet": lambda _: b"PAR1" + b"abc" * 300 + b"PAR1",
