@@ -28,7 +28,7 @@ from stand_in import StandIn
 #: The sizes of batches and blocks, by device: (module, name).
 SIZES = [
     *((spectra, "BATCH_BYTES"), (inner, "EXACT_BYTES"), (routes, "PRODUCT_BYTES"), (routes, "STRIP_BYTES")),
-    *((scores, "BLOCK"), (drift, "_BATCH_BYTES")),
+    *((scores, "BLOCK"), (drift, "_BATCH_BYTES"), (routes, "_TERMS")),
 ]
 LATE = getattr(torch, "AcceleratorError", RuntimeError)("CUDA error: an illegal memory access was encountered")
 
@@ -47,7 +47,7 @@ def alike(monkeypatch):
     """A CPU that takes all heads at once, in batches and blocks as large as a GPU's, which are small here."""
     monkeypatch.setattr("headgram.geometry.batches.ONE_BY_ONE", ())
     for module, name in SIZES:
-        size = 16 if name == "BLOCK" else 2**18
+        size = {"BLOCK": 16, "_TERMS": 2**10}.get(name, 2**18)
         monkeypatch.setattr(module, name, {"cpu": size, "cuda": size})
 
 
@@ -155,7 +155,7 @@ MEASURES = {
     "products of two": lambda q, k, move: inner_products(qk(move(q[:1]), move(k[:1])), qk(move(q[1:]), move(k[1:]))),
     "products in float64": lambda q, k, move: inner_products(qk(move(q[:1]), move(k[:1])), qk(move(q), move(k)), "float64"),
     "composition": lambda q, k, move: composition.scores(composition.reads("q", both(q, k, move)[0]), writers(q, k, move)),
-    "channels": lambda q, k, move: composition.channels("k", *both(q, k, move)[::-1], 4).spectrum,
+    "channels": lambda q, k, move: composition.channels("k", *both(q, k, move)[::-1], 4),
     "drift": lambda q, k, move: drift.drift(qk(move(q[0]), move(k[0])), qk(move(q[1]), move(k[1]))),
     "span overlaps": lambda q, k, move: span_overlaps(directions(3, q.shape[1]), move(q).device.type),
 }
