@@ -2,6 +2,7 @@
 
 import warnings
 
+import numpy as np
 import pytest
 import torch
 
@@ -18,6 +19,7 @@ from headgram.results.tables import read_table
 from headgram.stages.composition import Composed, compose
 from headgram.stages.eigen import measure_shard
 from headgram.stages.gram import measure_row
+from headgram.stages.sources import Sources
 from headgram.study.options import Config
 from same_index import pair_products
 
@@ -141,8 +143,9 @@ def test_a_shard_and_a_row_are_those_of_the_cpu(tmp_path):
         found, known = tables["cuda", stage], tables["cpu", stage]
         assert list(found) == list(known)
         for name in known.columns.difference(["residual"]):
-            one, other = (torch.tensor(frame[name].tolist(), dtype=torch.float64) for frame in (found, known))
-            torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5 * float(other.abs().max() + 1))
+            one, other = (torch.tensor(np.stack(frame[name]).astype(float)) for frame in (found, known))
+            most = float(other.nan_to_num().abs().max() + 1)
+            torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5 * most, equal_nan=True)
     for name in ("right", "left", "signed"):
         assert (tensors["cuda"][name] * tensors["cpu"][name]).sum(-1).min() > 0.999
     assert (tensors["cuda"]["original_eig_dirs"] * tensors["cpu"]["original_eig_dirs"]).sum(-1).abs().min() > 0.999
@@ -159,17 +162,19 @@ def test_compositions_and_projections_are_those_of_the_cpu(tmp_path):
         files["self"][circuit] = [path]
     tables = {}
     for device in ("cpu", "cuda"):
-        names = ("composition.parquet", "channels.parquet", "directions.pt", "record.json")
+        names = ("composition.parquet", "channels.parquet", "kernels.parquet", "directions.pt", "record.json")
         composed = Composed(*(tmp_path / device / name for name in names))
         provenance = Provenance(Identity("composition", "{}", "f", "c", tuple(keys)), "m", None, device=device)
-        compose(files, composed, Config(), provenance)
-        tables[device] = [read_table(path).to_pandas() for path in (composed.composition, composed.channels)]
+        compose(Sources(files, dict(zip(("qk", "ov"), keys, strict=True)), {}), composed, Config(), provenance)
+        tables[device] = [read_table(path).to_pandas() for path in (composed.composition, composed.channels, composed.kernels)]
     for found, known in zip(tables["cuda"], tables["cpu"], strict=True):
-        place = ["stack", "kind", "layer_a", "head_a", "layer_b", "head_b"]  # equally strong pairs may change places
+        place = ["stack", "kind", "writer", "role_a", "role_b", "layer_a", "head_a", "layer_b", "head_b"]
+        place = [name for name in place if name in known]  # equally strong pairs may change places
         numbers = known.columns.difference([*place, "place"])
         one, other = (frame.set_index(place)[numbers].sort_index() for frame in (found, known))
         assert one.index.equals(other.index)
-        torch.testing.assert_close(torch.tensor(one.to_numpy()), torch.tensor(other.to_numpy()), rtol=1e-4, atol=1e-4)
+        one, other = (torch.tensor(frame.to_numpy(dtype=float)) for frame in (one, other))
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4, equal_nan=True)
 
     directions = torch.nn.functional.normalize(torch.randn(30, 64, generator=torch.Generator().manual_seed(2)), dim=1)
     rows = torch.randn(500, 64, generator=torch.Generator().manual_seed(3)).bfloat16()
