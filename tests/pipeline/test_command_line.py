@@ -45,7 +45,7 @@ def atlas(finished):
 
 def test_show_says_what_the_tables_say(finished, atlas):
     printed = headgram_command(finished, "show", "tiny-llama", "--top", "3")
-    facts = "llama, 4 layers of 4 heads (2 factors shared by heads), rank 8, width 32, stored as F32"
+    facts = "llama, 4 layers of 4 heads, which share 2 factors, rank 8, width 32, stored as F32"
     assert f"tiny-llama, circuit qk, stack self: {facts}" in printed
     layers = atlas.layers().query("model == 'tiny-llama'")
     expected = [[str(row.layer), f"{row.symmetry_median:.3f}", f"{row.layer_symmetry_score:+.3f}"] for row in layers.itertuples()]
@@ -90,7 +90,8 @@ def test_csv_holds_every_table_to_the_last_bit(finished, atlas, tmp_path):
     for name in TABLES:
         table = atlas.table(name)
         narrow = {column: dtype for column, dtype in table.dtypes.items() if dtype == np.float32}
-        written = pd.read_csv(tmp_path / "csv" / f"{name}.csv", dtype=narrow, keep_default_na=False, na_values={"step": [""]})
+        empty = {column: [""] for column, values in table.items() if values.dtype.kind == "f" or values.isna().any()}
+        written = pd.read_csv(tmp_path / "csv" / f"{name}.csv", dtype=narrow, keep_default_na=False, na_values=empty)
         pd.testing.assert_frame_equal(written, table, check_exact=True, check_dtype=False)
 
 

@@ -56,7 +56,7 @@ def test_a_flipped_bit_in_any_file_is_found(scratch):
     chance = random.Random(0)
     folders = {path.relative_to(scratch).parts for path in artifacts_of(scratch)}
     assert {parts[0] for parts in folders} == {"atlas", "models", "seed", "provenance"}
-    assert {parts[4] for parts in folders if parts[0] == "models"} == {"weights", "eigen", "gram"}
+    assert {parts[4:5] for parts in folders if parts[0] == "models"} == {(), ("weights",), ("eigen",), ("gram",)}
     for path in artifacts_of(scratch):
         problems = with_bit_flipped(path, chance.randrange(path.stat().st_size), chance.randrange(8))
         assert any(path.name in problem for problem in problems), path
@@ -104,7 +104,10 @@ def test_what_a_record_says(finished):
     assert record["stages"]["eigen"]["qk"]["config"]["eigen"]["topk"] == 8
     assert record["stages"]["extract"]["qk"]["config"] == {"weights": {"dtype": "stored"}}
     assert all(len(record["stages"][stage]["qk"]["code"]) == 32 for stage in ("extract", "eigen", "gram"))
-    assert record["upstream"] == [record["stages"][stage]["qk"]["key"] for stage in ("eigen", "gram")]
+    assert record["upstream"] == [
+        *(record["stages"][stage]["qk"]["key"] for stage in ("eigen", "gram")),
+        record["stages"]["rotary"][""]["key"],
+    ]
     assert record["precision"] == "float64"
     assert record["versions"]["torch"] == version("torch")
     assert 0 < record["residual"] < 1e-12
