@@ -120,7 +120,7 @@ def test_the_pipeline_on_two_devices(tmp_path, monkeypatch, small):
     project = OnStandIn(small_project(tmp_path / "project").folder)
     project.run("--resources", "gpu=2")
     made = {record["stage"]: record for record in (json.loads(path.read_text()) for path in project.records())}
-    on_gpus = {"eigen", "gram", "derive", "composition"} & set(made)
+    on_gpus = {"eigen", "gram", "rotary", "derive", "composition"} & set(made)
     assert {stage for stage, record in made.items() if record["gpu"]} == on_gpus
     assert {stage for stage, record in made.items() if record["device"] == "cuda"} == on_gpus
     held = []

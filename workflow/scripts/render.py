@@ -10,7 +10,7 @@ with running(snakemake) as (provenance, _):
 
     tables = {name: Path(snakemake.input[name]) for name in (*TABLES, "composition") if snakemake.input.get(name)}
     data, record = (Path(snakemake.output[name]) for name in ("data", "record"))
-    for folder in (*snakemake.output.get("layers", []), *snakemake.output.get("figures", [])):
-        Path(folder).mkdir(parents=True, exist_ok=True)  # object storage wants folders that may stay empty
+    if snakemake.output.get("layers"):  # object storage wants the folder, which may stay empty
+        Path(snakemake.output.layers).mkdir(parents=True, exist_ok=True)
     rendered = Rendered(data, figures=data.parents[1] / "figures", record=record)
     render(snakemake.wildcards.model, tables, list(map(Path, snakemake.input.records)), rendered, provenance)

@@ -30,7 +30,7 @@ def export_csv(atlas: Atlas, models: Sequence[str], folder: Path) -> list[Path]:
 def harmless(table: pd.DataFrame) -> pd.DataFrame:
     """A table for CSV: its texts may be a stranger's, so nothing is left in them that a terminal or a spreadsheet acts on."""
     texts = {name: column for name, column in table.items() if column.dtype.kind not in "biuf"}
-    cells = {name: column.map({text: plain_cell(text) for text in column.unique()}) for name, column in texts.items()}
+    cells = {name: column.map({text: plain_cell(text) for text in column.dropna().unique()}) for name, column in texts.items()}
     return table.assign(**cells)
 
 
