@@ -31,7 +31,7 @@ def test_a_thousand_models_are_planned_quickly_and_within_a_gibibyte(project):
     assert done.returncode == 0, done.stderr
     cpu, kibibytes = json.loads(done.stdout.splitlines()[-1])
     print(f"1,000 models planned: {cpu:.1f} s of CPU, {kibibytes >> 10} MiB")
-    assert cpu < 240  # 70 on a free core; machines differ
+    assert cpu < 120  # 58 beside other work; machines differ
     assert kibibytes < 2**20
 
 
