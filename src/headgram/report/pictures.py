@@ -101,8 +101,8 @@ def steps() -> Chart:
     Datasets: `others` and `chosen` (line, x, value), and `now` (x).
     """
     place: dict[str, Any] = {
-        "x": alt.X("x:Q", title="step", axis=alt.Axis(grid=False, format=_NUMBER), scale=alt.Scale(nice=False, zero=False)),
-        "y": alt.Y("value:Q", title=None, axis=alt.Axis(format=_NUMBER), scale=alt.Scale(zero=False)),
+        "x": alt.X("x:Q", title="step", axis=alt.Axis(grid=False, labelExpr=_NUMBER), scale=alt.Scale(nice=False, zero=False)),
+        "y": alt.Y("value:Q", title=None, axis=alt.Axis(labelExpr=_NUMBER), scale=alt.Scale(zero=False)),
         "detail": "line:N",
     }
     others = alt.Chart(alt.NamedData("others")).mark_line(strokeWidth=1.2, opacity=0.5, color=_QUIET)
