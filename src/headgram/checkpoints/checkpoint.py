@@ -270,19 +270,12 @@ def open_checkpoint(
     overrides: Mapping[str, Any] | None = None,
     family: Family | None = None,
 ) -> Checkpoint:
-    """Open a checkpoint without reading its weights.
+    """Open a checkpoint of a known type without reading its weights.
 
     Parameters
     ----------
-    source
-        A hub id, a folder, a `.safetensors`, `.gguf` or `.bin` file, or `package:NAME/PATH`. A hub id that the local
-        Hugging Face cache does not hold is read at the hub, by ranges.
-    revision
-        Branch, tag or commit of a hub id.
-    overrides
-        Any of `model_type`, `heads`, `kv_heads`, `head_dim`, for a checkpoint that does not state them; `base`, the source of
-        the checkpoint that an adapter changes; `prefix`, what stands before the model's names; `twin`, a positive number, for a
-        random twin: every head turned at random, its spectrum kept. Each number gives another one, the same everywhere.
+    source, revision, overrides
+        As of `headgram.open_checkpoint`, which also derives layouts of unknown types.
     family
         The layout of its type, where that is not the registry's.
 
