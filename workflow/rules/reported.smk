@@ -3,8 +3,8 @@ from headgram.report.names import DRAWN, PROFILE_FIGURES, STACK_FIGURES
 from headgram.report.names import TABLES as REPORTED
 
 
-def stack_figures():
-    """Of every figure of a stack: its file, and the names of figure, model, circuit and stack."""
+def stack_figures(models):
+    """Of every figure of these models' stacks: its file, and the names of figure, model, circuit and stack."""
     return [
         (
             PATHS.report(f"figures/{figure}/{model}/{circuit}/{stack}.svg"),
@@ -14,8 +14,8 @@ def stack_figures():
             stack,
         )
         for figure in STACK_FIGURES
-        for model, plan in PLAN.models.items()
-        for circuit, stack in plan.heads
+        for model in models
+        for circuit, stack in PLAN.models[model].heads
     ]
 
 
@@ -33,13 +33,13 @@ def beside_outputs(job):
         if heads.all_pairs and heads.stack.heads * len(heads.stack.layers) > DRAWN
         for layer in heads.stack.layers
     ]
-    return layers + [file for file, _, of, *_ in stack_figures() if of == model]
+    return layers + [file for file, *_ in stack_figures([model])]
 
 
 def reported_figures():
     """For `snakemake --report`: the figures of stacks that are there. No rule's output, so that they are the last rule's input."""
     found = []
-    for file, figure, model, circuit, stack in stack_figures():
+    for file, figure, model, circuit, stack in stack_figures(PLAN.models):
         if Path(file).is_file():
             labels = {
                 "circuit": circuit,

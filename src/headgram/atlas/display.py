@@ -199,14 +199,13 @@ def show_head(atlas: Atlas, model: str, stack: str, circuit: str, layer: int, he
     near = near[(near["layer"] == layer) & (near["head"] == head) & (near["measure"] == "cosine")].nsmallest(top, "place")
     near = near.rename(columns={"other_layer": "layer_b", "other_head": "near_head"}).drop(columns=["layer", "head"])
     _print(out, "Heads whose forms are most like it", near, ["layer_b", "near_head", "value", "chance"])
-    for name, feeds in (("b", True), ("a", False)):
-        found = atlas.table("composition", model)
-        found = found[(found["stack"] == stack) & (found[f"layer_{name}"] == layer) & (found[f"head_{name}"] == head)]
-        other = "a" if feeds else "b"
+    composed = atlas.table("composition", model)
+    composed = composed[composed["stack"] == stack]
+    for name, other, title, kinds in (("b", "a", "Heads that feed it, by", _ITS), ("a", "b", "Heads that read it, by", _KINDS)):
+        found = composed[(composed[f"layer_{name}"] == layer) & (composed[f"head_{name}"] == head)]
         for kind, rows in found.groupby("kind", sort=False):
-            said = f"Heads that feed it, by {_ITS[str(kind)]}" if feeds else f"Heads that read it, by {_KINDS[str(kind)]}"
             columns = [f"layer_{other}", f"head_{other}", "score", "times_chance", "z", "acausal"]
-            _print(out, said, rows.nlargest(top, "times_chance"), columns)
+            _print(out, f"{title} {kinds[str(kind)]}", rows.nlargest(top, "times_chance"), columns)
     if len(atlas.of_heads("tokens", model, stack, circuit)):
         tokens = atlas.tokens(model, layer, head, stack, circuit).iloc[:, :top]
         lines = [

@@ -134,13 +134,17 @@ def energies(heads: Heads, rotary: Rotary) -> Energies:
     >>> energies(qk(torch.ones(1, 4, 8), torch.ones(1, 4, 8)), rotary).planes
     tensor([[128., 128.]], dtype=torch.float64)
     """
-    grams = _Grams.of(heads, rotary)
+    return _energies(_Grams.of(heads, rotary), len(rotary.frequencies))
+
+
+def _energies(grams: _Grams, planes: int) -> Energies:
+    """Of the first so many planes; the others are still rows."""
     turns = (grams.frequencies != 0).double()
-    unitary, plain = (each.real.diagonal(dim1=1, dim2=2)[:, : len(rotary.frequencies)] for each in (grams.unitary, grams.plain))
-    alive = turns[: len(rotary.frequencies)]
-    planes, difference = unitary / 2 * alive, plain / 2 * alive
+    unitary, plain = (each.real.diagonal(dim1=1, dim2=2)[:, :planes] for each in (grams.unitary, grams.plain))
+    alive = turns[:planes]
+    energy, difference = unitary / 2 * alive, plain / 2 * alive
     still = grams.inner(1 - turns, 1 - turns)
-    return Energies(planes, (planes + difference).clamp_min(0), (planes - difference).clamp_min(0), still.clamp_min(0))
+    return Energies(energy, (energy + difference).clamp_min(0), (energy - difference).clamp_min(0), still.clamp_min(0))
 
 
 @torch.no_grad()
@@ -178,7 +182,8 @@ def turning(heads: Heads, rotary: Rotary, context: int | None) -> Turning:
     context
         In tokens, if it is known.
     """
-    found, grams = energies(heads, rotary), _Grams.of(heads, rotary)
+    grams = _Grams.of(heads, rotary)
+    found = _energies(grams, len(rotary.frequencies))
     turns = found.planes.sum(-1)
     lengths = wavelengths(rotary).to(heads.device)
     finite = lengths.where(lengths.isfinite(), 0)
