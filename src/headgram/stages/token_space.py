@@ -24,14 +24,13 @@ from headgram.results.paths import Place
 from headgram.results.record import Provenance, seal
 from headgram.results.tables import CHANGES, DRIFT, MATCHES, at_place, write_table
 from headgram.stages.lineage import FactorsAndDirections, checked, matched
+from headgram.stages.tokens import unread
 
 if TYPE_CHECKING:
     from headgram.study.options import Config
 
 #: Which table each side of a form meets: only what a head writes is read by the unembedding.
 _TABLES = {"qk": ("embedding", "embedding"), "ov": ("unembedding", "embedding")}
-#: Stacks whose streams hold no embeddings of tokens, or two streams.
-_WITHOUT = ("vision", "cross")
 #: Bytes of a slice of a table, in float32.
 _SLICE_BYTES = 64 * 2**20
 
@@ -69,11 +68,12 @@ def write_pair(
     """
     old, new = checked(sides, provenance)
     with ExitStack() as opened:
-        rows = _common_rows([opened.enter_context(_opened(source)) for source in sources], [source.model for source in sources])
+        checkpoints = [opened.enter_context(_opened(source)) for source in sources]
+        rows = _common_rows(checkpoints, [source.model for source in sources])
         parts = [MATCHES.empty_table()]
         for place, factors in new.items():
             before, after = old[place].factors, factors.factors
-            if reason := _why_not(place[1], rows, (before, after)):
+            if reason := _why_not(place, checkpoints, (before, after)):
                 print(f"{place[0]}, {place[1]}: {reason}", flush=True)
                 continue
             found, permuted = _cosines(place[0], before, after, rows, provenance.device)
@@ -132,12 +132,12 @@ def _rows_of(checkpoint: Checkpoint, table: str, numbers: Tensor) -> TokenRows:
     return TokenRows(partial(checkpoint.token_tables.slices, table, max(1, _SLICE_BYTES // (4 * width))), numbers, width)
 
 
-def _why_not(stack: str, rows: Sequence[Mapping[str, TokenRows]], factors: Sequence[FactorFiles]) -> str:
-    """Why the heads of a stack meet no tokens; empty if they do."""
-    if stack in _WITHOUT:
-        return "the stream of this stack holds no embeddings of tokens"
-    wide = all(each.width == files.width for tables, files in zip(rows, factors, strict=True) for each in tables.values())
-    return "" if wide else "no embedding of tokens has the width of this stream"
+def _why_not(place: Place, checkpoints: Sequence[Checkpoint], factors: Sequence[FactorFiles]) -> str | None:
+    """Why the heads of a stack meet no tokens in one of the models; None if they do."""
+    circuit, stack = place
+    sides = zip(checkpoints, factors, strict=True)
+    reasons = (unread(each.token_tables, table, stack, files.width) for each, files in sides for table in _TABLES[circuit])
+    return next((reason for reason in reasons if reason), None)
 
 
 def _cosines(

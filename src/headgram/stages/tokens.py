@@ -83,7 +83,7 @@ def find_tokens(merged: Directions, written: Written, source: Mapping[str, Any],
                 for stack, found in stacks.items():
                     for side in ("right", "left"):
                         table = _USES[Variant.of(circuit).circuit, side]
-                        if why := _unread(checkpoint.token_tables, table, stack, found[side].shape[-1]):
+                        if why := unread(checkpoint.token_tables, table, stack, found[side].shape[-1]):
                             print(f"{circuit}, {stack}, {side}: without tokens: {why}", flush=True)
                             continue
                         for layers, part in _chunks(found, side):
@@ -96,7 +96,7 @@ def find_tokens(merged: Directions, written: Written, source: Mapping[str, Any],
     seal(written.record, provenance, [written.table])
 
 
-def _unread(tables: TokenTables, table: str, stack: str, width: int) -> str | None:
+def unread(tables: TokenTables, table: str, stack: str, width: int) -> str | None:
     """Why the rows of a table are not what a stack's directions read or write; None if they are."""
     if table in tables.missing:
         return tables.missing[table]
