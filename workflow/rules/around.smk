@@ -16,6 +16,7 @@ rule around:
         identity=identity_of("around"),
         order=order_of("around"),
         entry=locked_entry,
+        manifest=Path(PLAN.config.manifest),
     message:
         "Reading what stands around the projections of {wildcards.model}"
     script:

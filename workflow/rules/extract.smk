@@ -18,6 +18,7 @@ rule extract:
         identity=identity_of("extract"),
         order=order_of("extract"),
         entry=locked_entry,
+        manifest=Path(PLAN.config.manifest),
         layers=extract_layers,
     message:
         "Extracting {wildcards.model}, stack {wildcards.stack}, circuit {wildcards.circuit}, {wildcards.layers}"

@@ -5,11 +5,9 @@ from pathlib import Path
 from headgram.run.job import running
 
 with running(snakemake) as (provenance, _):
-    from headgram.errors import MANIFEST
     from headgram.stages.around import extract_around
 
     entry = snakemake.params.entry
     locked = {stack.name: list(zip(stack.layers, stack.around.digests, strict=True)) for stack in entry.stacks}
     output, record = Path(snakemake.output.around), Path(snakemake.output.record)
-    manifest = Path(snakemake.config.get("manifest", MANIFEST))
-    extract_around(output, record, entry.how_to_open(), locked, provenance, manifest)
+    extract_around(output, record, entry.how_to_open(), locked, provenance, snakemake.params.manifest)

@@ -6,10 +6,8 @@ from pathlib import Path
 from headgram.run.job import running
 
 with running(snakemake) as (provenance, options):
-    from headgram.errors import MANIFEST
     from headgram.stages.extract import extract
 
     layers, digests = zip(*json.loads(snakemake.params.layers), strict=True)
     source = snakemake.params.entry.how_to_open()
-    manifest = Path(snakemake.config.get("manifest", MANIFEST))
-    extract(Path(snakemake.output.weights), source, layers, digests, options.weights.dtype, provenance, manifest)
+    extract(Path(snakemake.output.weights), source, layers, digests, options.weights.dtype, provenance, snakemake.params.manifest)
