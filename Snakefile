@@ -8,6 +8,7 @@ report: "workflow/report/workflow.rst"
 
 
 include: "workflow/rules/common.smk"
+include: "workflow/rules/inputs.smk"
 include: "workflow/rules/extract.smk"
 include: "workflow/rules/around.smk"
 include: "workflow/rules/eigen.smk"

@@ -1,22 +1,20 @@
-# The plan, the folders, and what each rule reads, as functions of its wildcards.
+# The plan, the folders, and what decides whether a job is stale.
 import contextlib
 import sys
 import tempfile
-from dataclasses import asdict
 from pathlib import Path
 
 from snakemake.exceptions import WorkflowError
 
 from headgram.results.record import canonical, has_key, is_fresh
 from headgram.results.asked import check_asked_for
-from headgram.results.paths import COMPOSED, DERIVED, MERGED, TURNED, Results
+from headgram.results.paths import Results
 from headgram.run.devices import require_device, wants_gpu
 from headgram.errors import HeadgramError
 from headgram.run.startup import OPTIONS, Run, add_handlers
 from headgram.forms.variants import NAME as FORM
 from headgram.forms.variants import Variant
 from headgram.study.forms import asked_forms
-from headgram.study.plan import unpinned
 
 
 @contextlib.contextmanager
@@ -49,7 +47,6 @@ STORAGE = workflow.storage_registry.default_storage_provider
 PATHS = Results(RESULTS)
 # The original script's two files, which are about queries and keys.
 ORIGINAL = PLAN.config.original.enabled and Variant("qk") in asked_forms(PLAN.config)
-TABLES = (*MERGED, *DERIVED)
 RECORDS = {
     stage: PATHS.record(
         stage,
@@ -195,218 +192,3 @@ def in_storage(path):
     """A file of the results as an object of the default storage."""
     prefix = workflow.storage_settings.default_storage_prefix
     return STORAGE.object(f"{prefix.rstrip('/')}/{path}")
-
-
-def weights_of(wildcards, layers, fresh):
-    """The weight files, with their records, that hold these layers; and what stands around them, if the form follows from it.
-
-    Where what is made of them is fresh, their dates mean nothing: weights that are extracted anew are the same then.
-    """
-    groups = heads_of(wildcards).groups_of(layers)
-    circuit = Variant.of(wildcards.circuit).circuit
-    place = wildcards.model, wildcards.stack, circuit
-    dated = ancient if fresh else str
-    around = wildcards.circuit != circuit
-    return {
-        **(around_files(wildcards.model, dated) if around else {}),
-        "weights": [
-            dated(file)
-            for group in groups
-            for file in PATHS.data("extract", *place, group)
-        ],
-        "records": [dated(PATHS.record("extract", *place, group)) for group in groups],
-    }
-
-
-def final_files(model):
-    """All files that a user reads of a model, and their records."""
-    files = [PATHS.table(table, model) for table in TABLES]
-    files += [PATHS.directions(model)]
-    files += [PATHS.record(stage, model) for stage in ("merge", "derive")]
-    if PLAN.models[model].composed:
-        files += [PATHS.table(table, model) for table in COMPOSED]
-        files += [PATHS.channel_directions(model), PATHS.record("composition", model)]
-    if is_turned(model):
-        files += [PATHS.table(table, model) for table in TURNED]
-        files += [PATHS.record("rotary", model)]
-    if PLAN.config.tokens.enabled:
-        files += [PATHS.table("tokens", model), PATHS.record("tokens", model)]
-    return files + (PATHS.original(model) if ORIGINAL else [])
-
-
-def extract_input(wildcards):
-    run_if_stale("extract", wildcards)
-    return []
-
-
-def around_input(wildcards):
-    if not model_of(wildcards).entry.pins_around:
-        raise WorkflowError(unpinned(wildcards.model))
-    run_if_stale("around", wildcards)
-    return []
-
-
-def locked_entry(wildcards):
-    """A param of a rule: the lock's entry. Snakemake does not compare such objects, and need not.
-
-    What a source holds is in the fingerprint; where it lies decides nothing.
-    """
-    return model_of(wildcards).entry
-
-
-def extract_layers(wildcards):
-    heads = heads_of(wildcards)
-    digests = dict(zip(heads.stack.layers, heads.locked.digests, strict=True))
-    return canonical(
-        [[layer, digests[layer]] for layer in heads.groups[wildcards.layers]]
-    )
-
-
-def eigen_layers(wildcards):
-    return heads_of(wildcards).shards[wildcards.layers]
-
-
-def eigen_input(wildcards):
-    fresh = run_if_stale("eigen", wildcards)
-    return weights_of(wildcards, eigen_layers(wildcards), fresh)
-
-
-def gram_input(wildcards):
-    fresh = run_if_stale("gram", wildcards)
-    return weights_of(wildcards, heads_of(wildcards).row_layers(wildcards.row), fresh)
-
-
-def merge_parts(wildcards):
-    """Of every circuit and stack: their names, and the names of the eigen shards and of the Gram rows."""
-    return [
-        [circuit, stack, list(heads.shards), list(heads.rows)]
-        for (circuit, stack), heads in model_of(wildcards).heads.items()
-    ]
-
-
-def part_files(wildcards, stage, suffix):
-    """Files of the eigen shards or of the Gram rows of all circuits and stacks."""
-    return [
-        PATHS.part(stage, wildcards.model, stack, circuit, name, suffix)
-        for circuit, stack, shards, rows in merge_parts(wildcards)
-        for name in (shards if stage == "eigen" else rows)
-    ]
-
-
-def is_turned(model):
-    """Whether the stage `rotary` has something to measure of a model."""
-    return ("rotary", "") in PLAN.models[model].identities
-
-
-def around_files(model, dated=str):
-    """What stands around the projections of a model, and its record; nothing where the lock does not pin it."""
-    if not PLAN.models[model].entry.pins_around:
-        return {}
-    return {
-        "around": dated(PATHS.around(model)),
-        "around_record": dated(PATHS.record("around", model)),
-    }
-
-
-def rotary_input(wildcards):
-    plan = model_of(wildcards)
-    if not is_turned(wildcards.model):
-        raise WorkflowError(
-            f"The tables rotary and frequencies need the circuit qk; {unpinned(wildcards.model)}."
-        )
-    fresh = run_if_stale("rotary", wildcards)
-    dated = ancient if fresh else str
-    places = [
-        (wildcards.model, stack, "qk", group)
-        for stack in plan.stacks_of("qk")
-        for group in plan.extracted["qk", stack].groups
-    ]
-    return {
-        "weights": [
-            dated(file) for place in places for file in PATHS.data("extract", *place)
-        ],
-        "records": [dated(PATHS.record("extract", *place)) for place in places],
-        **around_files(wildcards.model, dated),
-    }
-
-
-def merge_input(wildcards):
-    run_if_stale("merge", wildcards)
-    model = wildcards.model
-    turning = [PATHS.turning(model), PATHS.record("rotary", model)]
-    return {
-        "turning": turning if is_turned(model) else [],
-        "tables": part_files(wildcards, "eigen", ".parquet")
-        + part_files(wildcards, "gram", ".parquet"),
-        "directions": part_files(wildcards, "eigen", ".pt"),
-        "records": part_files(wildcards, "eigen", ".json")
-        + part_files(wildcards, "gram", ".json"),
-    }
-
-
-def derive_shards(wildcards):
-    """Of every circuit and stack: their names, and the names of the eigen shards."""
-    return [parts[:3] for parts in merge_parts(wildcards)]
-
-
-def derive_facts(wildcards):
-    """What the lock and the manifest say of a model. Its identity covers all of it."""
-    plan = model_of(wildcards)
-    return canonical(
-        {
-            "architecture": plan.entry.architecture,
-            "stored_dtypes": [
-                [*place, heads.locked.dtype] for place, heads in plan.heads.items()
-            ],
-            "labels": asdict(plan.labels),
-        }
-    )
-
-
-def derive_input(wildcards):
-    fresh = run_if_stale("derive", wildcards)
-    model = wildcards.model
-    return {
-        "heads": PATHS.table("heads", model),
-        "gram": PATHS.table("gram", model),
-        "pairs": PATHS.table("pairs", model),
-        "directions": PATHS.directions(model),
-        "record": PATHS.record("merge", model),
-        "shards": part_files(wildcards, "eigen", ".parquet"),
-        "shard_files": part_files(wildcards, "eigen", ".pt")
-        + part_files(wildcards, "eigen", ".json"),
-        **around_files(model, ancient if fresh else str),
-    }
-
-
-def composition_input(wildcards):
-    """The weights of both circuits, of every stack that has both."""
-    plan = model_of(wildcards)
-    if not plan.composed:
-        raise WorkflowError(
-            f"The model {wildcards.model} has no composition: it needs both circuits, and the option composition.enabled."
-        )
-    run_if_stale("composition", wildcards)
-    places = [
-        (wildcards.model, stack, circuit, group)
-        for stack in plan.composed
-        for circuit in ("qk", "ov")
-        for group in plan.extracted[circuit, stack].groups
-    ]
-    return {
-        "weights": [file for place in places for file in PATHS.data("extract", *place)],
-        "records": [PATHS.record("extract", *place) for place in places],
-        **around_files(wildcards.model),
-    }
-
-
-def tokens_input(wildcards):
-    if not PLAN.config.tokens.enabled:
-        raise WorkflowError(
-            "The table tokens is asked for by the option tokens.enabled."
-        )
-    run_if_stale("tokens", wildcards)
-    return {
-        "directions": PATHS.directions(wildcards.model),
-        "record": PATHS.record("merge", wildcards.model),
-    }
