@@ -1,5 +1,6 @@
 """Bad input and bad luck: one clear sentence, no partial artifact, other models unharmed."""
 
+import json
 import re
 import resource
 import subprocess
@@ -132,3 +133,19 @@ def test_a_job_on_a_node_trusts_the_lock(project):
     done = project.snakemake("--mode", "remote", "--cores", "1", "--force", "--allowed-rules", "extract", "--", record)
     assert done.returncode == 0, done.stderr
     assert (project.folder / record).exists()
+
+
+@pytest.mark.parametrize("stage", ["around", "rotary"])
+def test_what_an_older_lock_does_not_pin_is_one_sentence(finished, tmp_path, stage):
+    project = finished.copy(tmp_path / "project")
+    path = project.folder / "config" / "models.lock.json"
+    lock = json.loads(path.read_text())
+    for stack in lock["models"]["tiny-llama"]["stacks"]:
+        stack["around"] = None
+    path.write_text(json.dumps(lock))
+    done = project.snakemake("-n", f"results/provenance/{stage}/tiny-llama.json")
+    assert done.returncode != 0
+    said = done.stdout + done.stderr
+    assert "its lock does not pin" in said
+    assert "`headgram lock --upgrade tiny-llama` pins them" in said
+    assert "TypeError" not in said
