@@ -33,7 +33,7 @@ def test_a_nan_stops_its_own_model_only(project, finished):
     assert done.returncode != 0
     (sentence,) = set(errors_of(done))
     assert "model tiny-llama, stack self: layer 2: tensor model.layers.2.self_attn.q_proj.weight holds a NaN" in sentence
-    assert not list((project.folder / "results").rglob("models/tiny-llama/**/*.pt"))
+    assert not list((project.folder / "results").rglob("models/tiny-llama/self/**/*.pt"))
     assert_nothing_half_written(project)
     assert {name: data for name, data in finished.tables().items() if "bert" in name} == project.tables()
 
@@ -109,7 +109,7 @@ def test_a_write_that_fails_leaves_nothing(project):
     )
     assert done.returncode != 0
     assert any("weights/layers-000-003.pt cannot be written" in sentence for sentence in errors_of(done)), done.stderr
-    assert not list((project.folder / "results" / "models" / "tiny-llama").rglob("*.pt"))
+    assert not list((project.folder / "results" / "models" / "tiny-llama" / "self").rglob("*.pt"))
     assert_nothing_half_written(project)
     project.run()
 

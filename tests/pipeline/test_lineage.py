@@ -288,8 +288,7 @@ def test_independent_models_are_matched_in_token_space(tmp_path):
     (config / "models.tsv").write_text("name\tsource\tlineage\tstep\nnarrow\tnarrow\tall\t0\nwide\twide\tall\t1\n")
     for option in ("report:\n  enabled: true", "original:\n  enabled: true", "enabled: auto"):
         edit(config / "config.yaml", option, option.rpartition(" ")[0] + " false")
-    with (config / "config.yaml").open("a") as file:
-        file.write("\ncircuits: [qk]\n")
+    edit(config / "config.yaml", "circuits: [qk, ov]", "circuits: [qk]")
     generator = torch.Generator().manual_seed(0)
     turned, order = torch.linalg.qr(torch.randn(36, 24, generator=generator))[0].mT, torch.randperm(90, generator=generator)
     narrow = {

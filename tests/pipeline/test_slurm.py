@@ -36,7 +36,8 @@ def start(project: Project, cluster: SlurmCluster, *arguments: str) -> subproces
 
 
 def records(project: Project) -> list[dict]:
-    return [json.loads(path.read_text()) for path in [*project.records(), project.folder / "results" / "report" / "index.json"]]
+    report = project.folder / "results" / "report"
+    return [json.loads(path.read_text()) for path in [*project.records(), *report.rglob("*.json")]]
 
 
 def test_the_default_manifest(cluster, measured, tmp_path):

@@ -243,4 +243,4 @@ def test_figures_are_pictures_of_their_own():
 def test_the_data_of_a_page_are_inert():
     text = page(page_shell(), index_pack({}), {})
     specs = text.split('<script type="application/json" id="pictures">')[1].split("</script>")[0]
-    assert set(json.loads(specs)) == {"cells", "square", "spectrum", "profile"}
+    assert set(json.loads(specs)) == {"cells", "square", "spectrum", "profile", "steps"}
