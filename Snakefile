@@ -34,3 +34,5 @@ rule all:
         [PATHS.report("index.html"), RECORDS["report"], *reported_figures()]
         if PLAN.config.report.enabled
         else [],
+    message:
+        "Every table of this study is there"
