@@ -23,7 +23,7 @@ report: $(VENV)/installed ## The page results/report/index.html, and snakemake's
 	$(BIN)/snakemake --report report.html
 
 test: $(VENV)/installed-dev lint docs ## Every check: lint, the site, unit tests, then real pipeline runs
-	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder tests/pipeline tests/unit
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder --durations 30 tests/pipeline tests/unit
 
 test-fast: $(VENV)/installed-dev ## Unit tests only
 	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile tests/unit
