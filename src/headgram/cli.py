@@ -228,7 +228,9 @@ def show(
     from headgram.atlas.display import console, show_head, show_model, show_models
 
     atlas = _opened(results, where)
-    if head is not None and (model is None or not re.fullmatch(r"[0-9]{1,9}\.[0-9]{1,9}", head)):
+    if head is not None and model is None:
+        raise HeadgramError("--head needs a model: write `headgram show MODEL --head LAYER.HEAD`")
+    if head is not None and not re.fullmatch(r"[0-9]{1,9}\.[0-9]{1,9}", head):
         raise HeadgramError(f"--head names a head of a model as LAYER.HEAD, such as 16.0, not {head!r:.60}")
     if model is None:
         show_models(atlas, console())

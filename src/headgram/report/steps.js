@@ -96,6 +96,7 @@ const stepsPicture = {
   sets: (data) => ({
     others: [stepsKey(), () => data.steps.rows(data, false)],
     chosen: [stepsKey(), () => data.steps.rows(data, true)],
+    chance: [[inStack(), state.steps, state.column], () => (["heads", "median"].includes(state.steps) ? chanceBand(state.column) : [])],
     now: [[state.model, state.along], () => [{ x: data.steps.x(data.steps.members.indexOf(state.model)) }]],
   }),
   label: () => `${stepsNames()[state.steps]}, over the steps of ${lineageOf(state.model)}, ${ofHeads() ? `heads of layer ${state.layer}` : "all layers"}`,
