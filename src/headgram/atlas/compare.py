@@ -122,8 +122,8 @@ def _compared(atlas: Atlas, a: str, b: str, place: Place) -> tuple[pd.DataFrame,
         sizes = [f"{model} has {_size(table)}" for model, table in zip((a, b), numbers, strict=True)]
         raise HeadgramError(
             f"only models with the same layers and heads can be compared head by head: {', '.join(sizes)}; "
-            "to compare these two by what their heads do with tokens, give them one `lineage`, set lineage.basis to tokens, and run "
-            "`snakemake` again"
+            "to compare these two by what their heads do with tokens, give them one `lineage`, set lineage.basis to tokens, "
+            "and run `snakemake` again"
         )
     joined = pd.concat([table[[*HEAD_NUMBERS]].add_suffix(f"_{name}") for table, name in zip(numbers, "ab", strict=True)], axis=1)
     tables, why_not = {name: pd.DataFrame() for name in LINEAGE}, None

@@ -334,8 +334,8 @@ def _table(title: str, rows: pd.DataFrame, columns: Sequence[str], bars: bool, p
     for name in columns:
         heading, write = _COLUMNS.get(name, (name, _text))
         words = rows[name].dtype.kind not in "if"
-        justify, width = ("left", name_width) if words else ("right", None)
-        table.add_column(heading, justify=justify, no_wrap=not words, overflow="fold", max_width=width)
+        width = name_width if words else None
+        table.add_column(heading, justify="left" if words else "right", no_wrap=not words, overflow="fold", max_width=width)
         cells.append([write(value) if bars else write(value).partition(_BAR)[0] for value in rows[name]])
     for row in zip(*cells, strict=True):
         table.add_row(*row)

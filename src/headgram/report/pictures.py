@@ -119,9 +119,9 @@ def _chance() -> tuple[alt.Chart, ...]:
     base = alt.Chart(alt.NamedData("chance"))
     low = alt.Y("low:Q", title=None)
     axis = base.mark_rule(opacity=0).encode(y=alt.Y("from:Q", title=None), y2="to:Q")
-    name = base.mark_text(text="chance", align="right", baseline="bottom", dx=-2, dy=-2, fontSize=10, color=_QUIET)
+    name = base.mark_text(text="chance", align="right", baseline="top", dx=-2, dy=2, fontSize=10, color=_QUIET)
     band = base.mark_rect(opacity=0.22, color=_QUIET).encode(y=low, y2="high:Q")
-    return axis, band, name.encode(x=alt.value("width"), y=alt.Y("high:Q", title=None))
+    return axis, band, name.encode(x=alt.value("width"), y=low)
 
 
 def _layers(*charts: alt.Chart) -> Chart:
