@@ -55,7 +55,7 @@ class Comparison(Described):
 
     def _described(self) -> tuple[str, list[dict[str, object]]]:
         meanings = {
-            "heads": "a row per head: how far it moved, and its numbers before (_a) and after (_b)",
+            "heads": "how far every head moved; numbers before (_a), after (_b)",
             "changes": "singular values of every head's change",
             "matches": "the head of the earlier model that each head was",
         }
