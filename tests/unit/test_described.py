@@ -56,7 +56,7 @@ def test_results_say_shape_and_meaning():
     compared = Comparison("step0", "step9", rows, rows[:0], rows[:5], None)
     text = repr(compared)
     assert text.splitlines()[0] == "Comparison of step9 (after) with step0 (before)"
-    assert re.search(r"heads +12 +a row per head", text)
+    assert re.search(r"heads +12 +how far every head moved", text)
     assert re.search(r"matches +5 ", text)
     assert "<td>12</td>" in compared._repr_html_()
 

@@ -238,7 +238,7 @@ class Matrix {
     const same = layer === state.layer && group(head) === group(state.head);
     element("pair").textContent =
       `${pair}: cosine ${show(found[0])} (${show(Math.round(Math.abs(found[0]) * hidden))} × chance), ` +
-      `with the transpose ${show(found[1])} (${show(Math.round(Math.abs(found[1]) * hidden))} × chance)${same ? "; they share a factor, which alone makes them alike" : ""}.`;
+      `with the transpose ${show(found[1])} (${show(Math.round(Math.abs(found[1]) * hidden))} × chance)${same ? "; they share a factor, and that alone makes them alike" : ""}.`;
   }
 
   label() {
