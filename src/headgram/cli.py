@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from headgram.atlas.reader import Atlas
 
 app = typer.Typer(
-    help="The geometry of attention heads, read out of checkpoints. `init` begins a project, and `run` runs its pipeline.",
+    help="Measures the geometry of attention heads, from checkpoints. `init` begins a project, and `run` measures its models.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
@@ -64,8 +64,8 @@ def _options(
 
 
 @app.command()
-def init(folder: Annotated[Path, typer.Argument(help="The folder to write; may exist, and must not hold such files.")]) -> None:
-    """Begin a project: a small folder with a manifest and options, that runs with the installed workflow."""
+def init(folder: Annotated[Path, typer.Argument(help="The folder to write. It may exist, but not contain a project.")]) -> None:
+    """Begin a project: write a small folder with a manifest and options. It uses the installed workflow."""
     from headgram.run.project import new_project
 
     for path in new_project(folder):
@@ -77,18 +77,18 @@ def init(folder: Annotated[Path, typer.Argument(help="The folder to write; may e
 def run(
     more: typer.Context,
     cores: Annotated[str, typer.Option(help="How many cores jobs may use together; `all` is every core here.")] = "all",
-    gpus: Annotated[Optional[int], typer.Option(min=0, help="How many GPUs jobs may use together; with 0, the CPU.")] = None,  # noqa: UP045
+    gpus: Annotated[Optional[int], typer.Option(min=0, help="How many GPUs jobs may use together; 0 is the CPU.")] = None,  # noqa: UP045
     dry: Annotated[bool, typer.Option("-n", "--dry-run", help="Only say what would run.")] = False,
 ) -> None:
-    """Measure the models of this folder's manifest. Prints the snakemake command that it runs; other options are handed to it."""
+    """Measure the models of this folder's manifest. It prints the snakemake command that it runs, and passes other options on."""
     from headgram.run.project import run as run_snakemake
 
     run_snakemake(cores, gpus, dry, more.args)
 
 
 @app.command()
-def plan(cost: Annotated[bool, typer.Option("--cost", help="Also what stages cost on GPUs, on paper.")] = False) -> None:
-    """Say how many jobs the locked models of this folder take; nothing is run."""
+def plan(cost: Annotated[bool, typer.Option("--cost", help="Also estimate what each stage costs on GPUs.")] = False) -> None:
+    """Say how many jobs the locked models of this folder take. It runs nothing."""
     from headgram.run.startup import planned
     from headgram.study.cost import costs, table
 
@@ -100,7 +100,7 @@ def plan(cost: Annotated[bool, typer.Option("--cost", help="Also what stages cos
 
 @app.command()
 def doctor() -> None:
-    """Say what this machine has of what headgram needs: devices, folders, Slurm, and what is missing for which format."""
+    """Say what this machine has of what headgram needs: devices, folders, Slurm, and packages for each format."""
     from headgram.run.doctor import examine
 
     wrong = 0
@@ -114,9 +114,9 @@ def doctor() -> None:
 @app.command()
 def lock(
     manifest: Annotated[Path, typer.Option(help="The table of models.")] = _MANIFEST,
-    upgrade: Annotated[Optional[list[str]], typer.Option(help="Resolve this model anew; may be repeated.")] = None,  # noqa: UP045
+    upgrade: Annotated[Optional[list[str]], typer.Option(help="Resolve this model again. May be repeated.")] = None,  # noqa: UP045
 ) -> None:
-    """Resolve the rows of the manifest that the lock lacks, and pin them."""
+    """Pin the content of each model of the manifest that the lock does not have yet."""
     from headgram.study.lock import lock_path, missing_rows, read_lock, write_lock
     from headgram.study.manifest import read_manifest
     from headgram.study.resolve import resolve_all
@@ -141,7 +141,7 @@ def null(
     seed: Annotated[int, typer.Option(min=1, max=999_999, help="Another number gives another twin.")] = 1,
     manifest: Annotated[Path, typer.Option(help="The table of models.")] = _MANIFEST,
 ) -> None:
-    """Add a model's random twin to the manifest, as a control: its heads turned at random, their spectra kept."""
+    """Add a model's random twin to the manifest, as a control: heads keep their spectra, but are turned at random."""
     from headgram.study.manifest import add_twin
 
     name = add_twin(manifest, model, seed)
@@ -185,12 +185,12 @@ def inspect(
 
 
 _Results = Annotated[Path, typer.Option(help="The results folder.")]
-_Stack = Annotated[Optional[str], typer.Option(help="Which stack; see the command's description if not given.")]  # noqa: UP045
+_Stack = Annotated[Optional[str], typer.Option(help="Which stack. Without it, what the command's description says.")]  # noqa: UP045
 _Circuit = Annotated[str, typer.Option(help="What heads look for (qk), what they move (ov), or another form that was measured.")]
-_AnyCircuit = Annotated[Optional[Literal["qk", "ov"]], typer.Option(help="Which circuit; both if not given.")]  # noqa: UP045
+_AnyCircuit = Annotated[Optional[Literal["qk", "ov"]], typer.Option(help="Which circuit. Without it, both.")]  # noqa: UP045
 _Where = Annotated[
     Optional[list[str]],  # noqa: UP045
-    typer.Option(help="COLUMN=VALUE: only models of a lineage, a step or another label of the manifest; may be repeated."),
+    typer.Option(help="COLUMN=VALUE: only models of a lineage, a step or another label of the manifest. May be repeated."),
 ]
 _Top = Annotated[int, typer.Option(min=1, help="Rows of each list of heads.")]
 
@@ -213,7 +213,7 @@ def _opened(results: Path, where: list[str] | None) -> Atlas:
 
 @app.command()
 def show(
-    model: Annotated[Optional[str], typer.Argument(help="A measured model; a line for each if none is given.")] = None,  # noqa: UP045
+    model: Annotated[Optional[str], typer.Argument(help="A measured model. Without it, a line for each model.")] = None,  # noqa: UP045
     results: _Results = Path("results"),
     stack: _Stack = None,
     circuit: _Circuit = "qk",
@@ -221,14 +221,16 @@ def show(
     where: _Where = None,
     top: _Top = 5,
 ) -> None:
-    """Show a measured model: its layers, its most and least symmetric heads, its strongest couplings; of all stacks.
+    """Show a measured model: its layers, its most and least symmetric heads, and its strongest couplings, for all stacks.
 
-    With --head, one head of the first stack or of a given one: its numbers, its like, what feeds and reads it, its tokens.
+    With --head, show one head of the first stack, or of --stack: its numbers, heads like it, heads that feed or read it, its tokens.
     """
     from headgram.atlas.display import console, show_head, show_model, show_models
 
     atlas = _opened(results, where)
-    if head is not None and (model is None or not re.fullmatch(r"[0-9]{1,9}\.[0-9]{1,9}", head)):
+    if head is not None and model is None:
+        raise HeadgramError("--head needs a model: write `headgram show MODEL --head LAYER.HEAD`")
+    if head is not None and not re.fullmatch(r"[0-9]{1,9}\.[0-9]{1,9}", head):
         raise HeadgramError(f"--head names a head of a model as LAYER.HEAD, such as 16.0, not {head!r:.60}")
     if model is None:
         show_models(atlas, console())
@@ -250,7 +252,7 @@ def compare(
     top: _Top = 10,
     out: Annotated[Optional[Path], typer.Option(help="Also write a row per head to this CSV file.")] = None,  # noqa: UP045
 ) -> None:
-    """Show which heads moved between two measured models: cosines, overlaps, numbers; of all stacks and circuits."""
+    """Show which heads moved between two measured models: cosines, overlaps and numbers, for all stacks and circuits."""
     from headgram.atlas.compare import compare as compare_models
     from headgram.atlas.display import console, show_comparison
     from headgram.atlas.export import harmless
@@ -265,11 +267,11 @@ def compare(
 
 @app.command()
 def export(
-    models: Annotated[Optional[list[str]], typer.Argument(help="Measured models; all if none is given.")] = None,  # noqa: UP045
+    models: Annotated[Optional[list[str]], typer.Argument(help="Measured models. Without them, all.")] = None,  # noqa: UP045
     to: Annotated[Path, typer.Option(help="The folder to write to.")] = Path("export"),
     format: Annotated[
         Literal["csv", "netcdf"],
-        typer.Option(help="A CSV file per table, or a NetCDF file per model with a group per circuit and stack."),
+        typer.Option(help="CSV: a file for each table. NetCDF: a file for each model, with a group for each circuit and stack."),
     ] = "csv",
     results: _Results = Path("results"),
     where: _Where = None,
@@ -287,10 +289,10 @@ def export(
 @app.command()
 def verify(
     results: Annotated[Path, typer.Argument(help="The results folder.")] = Path("results"),
-    manifest: Annotated[Path, typer.Option(help="Its lock says which checkpoints are meant; may be absent.")] = _MANIFEST,
-    repair: Annotated[bool, typer.Option("--repair", help="Have the next run make anew what is wrong.")] = False,
+    manifest: Annotated[Path, typer.Option(help="Its lock says which checkpoints are meant. It may be missing.")] = _MANIFEST,
+    repair: Annotated[bool, typer.Option("--repair", help="Let the next run make again what is wrong.")] = False,
 ) -> None:
-    """Re-check every artifact: bytes, schemas, identities, the checkpoint it is of, and what is asked for; name what is wrong."""
+    """Check every artifact again: bytes, schemas, identities, its checkpoint, and what the plan asks for. Name what is wrong."""
     from headgram.atlas.repair import repair as prepare
     from headgram.atlas.verify import Finding
     from headgram.atlas.verify import verify as find
@@ -342,7 +344,7 @@ def measure(
 
 @app.command()
 def adopt(model_type: Annotated[str, typer.Argument(help="A type that transformers knows and headgram does not.")]) -> None:
-    """Find the known types whose layout an unknown one has, proven on tiny random models of it."""
+    """Find known types with the layout of an unknown one. Proves each on tiny random models."""
     from headgram.families.registry import families
     from headgram.proofs.adopt import representative
     from headgram.proofs.prove import adopt as prove_in_families

@@ -17,7 +17,7 @@ from headgram.atlas.reader import Atlas
 from headgram.errors import HeadgramError, require
 from headgram.geometry.nulls import Null, cosine_null
 from headgram.report import pictures
-from headgram.report.chance import PALE, nulls
+from headgram.report.chance import PALE, band, nulls
 from headgram.report.columns import columns
 
 if TYPE_CHECKING:
@@ -157,6 +157,8 @@ def trajectory(
 ) -> alt.LayerChart:
     """A number over the steps of a lineage: of each layer the median and quartiles over heads, or of one layer every head.
 
+    A grey band says where heads lie by chance, if the column has a null.
+
     Parameters
     ----------
     column, to
@@ -182,7 +184,9 @@ def trajectory(
         for step, low, middle, high in zip(found["step"], *(each.sel({name: which}) for each in values), strict=True)
     ]
     title = f"{_label(column)}: {lineage}, {stack}, {circuit}" + ("" if layer is None else f", layer {layer}")
-    return _with(pictures.profile("step"), title, {"profile": rows, "chosen": []})
+    first = _facts(atlas, next(iter(atlas.lineage(lineage))), stack, circuit)
+    chance = [] if to else band(nulls(first).get(column), int(first["layers"] * first["heads"]))
+    return _with(pictures.profile("step"), title, {"profile": rows, "chosen": [], "chance": chance})
 
 
 def spectrum(
@@ -210,22 +214,27 @@ def spectrum(
 def depth(atlas: Atlas, models: str | Sequence[str], column: str = "symmetry", circuit: str = "qk") -> alt.LayerChart:
     """Median and quartiles over heads of a column along the relative depth of some models, each by its first stack.
 
+    A grey band says where the heads of the first model lie by chance, if the column has a null.
+
     Raises
     ------
     HeadgramError
         If a model, the circuit or the column was not measured.
     """
-    parts = []
+    parts, chance = [], None
     for model in [models] if isinstance(models, str) else models:
-        table = _rows(atlas, "layers", model, atlas.stacks(model, circuit)[0], circuit).sort_values("layer")
+        stack = atlas.stacks(model, circuit)[0]
+        table = _rows(atlas, "layers", model, stack, circuit).sort_values("layer")
+        if chance is None:
+            facts = _facts(atlas, model, stack, circuit)
+            chance = band(nulls(facts).get(column), int(facts["layers"] * facts["heads"]))
         place = np.linspace(0, 1, len(table)) if len(table) > 1 else np.zeros(1)
         quartiles = {name: _column(table, f"{column}_{name}") for name in ("q25", "median", "q75")}
         parts.append(pd.DataFrame({"series": model, "x": place, **quartiles}))
     if not parts:
         raise HeadgramError("name at least one model")
-    return _with(
-        pictures.profile("relative depth"), f"{_label(column)} along the depth", {"profile": pd.concat(parts), "chosen": []}
-    )
+    datasets = {"profile": pd.concat(parts), "chosen": [], "chance": chance or []}
+    return _with(pictures.profile("relative depth"), f"{_label(column)} along the depth", datasets)
 
 
 def _chance(null: Null | None) -> str | None:

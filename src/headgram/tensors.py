@@ -99,9 +99,9 @@ def gram(
     weights = [_tensor(name, each) for name, each in (("query", w_q_a), ("key", w_k_a), ("query", w_q_b), ("key", w_k_b))]
     shapes = [tuple(each.shape) for each in weights]
     if any(len(shape) != 4 or 0 in shape for shape in shapes):
-        raise HeadgramError(f"gram takes query (n, H, r, d) and key (n, K, r, d) weights of two runs of layers, not {shapes}.")
+        raise HeadgramError(f"gram takes query (n, H, r, d) and key (n, K, r, d) weights of two ranges of layers, not {shapes}.")
     if shapes[0][1:] != shapes[2][1:] or shapes[1][1:] != shapes[3][1:]:
-        raise HeadgramError(f"The two runs of layers differ in heads, key heads, rank or width: {shapes}.")
+        raise HeadgramError(f"The two ranges of layers differ in heads, key heads, rank or width: {shapes}.")
     one = qk(weights[0], weights[1])
     other = one if w_q_a is w_q_b and w_k_a is w_k_b else qk(weights[2], weights[3])
     with torch.no_grad():

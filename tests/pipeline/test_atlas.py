@@ -66,6 +66,14 @@ def test_unknown_names_are_refused(atlas, tmp_path):
         atlas.directions("../x")
     with pytest.raises(headgram.HeadgramError, match="no column 'sine'"):
         atlas.gram("tiny-bert", value="sine")
+    for rows_of in (atlas.heads, atlas.spectra, atlas.layers, atlas.summary):
+        with pytest.raises(headgram.HeadgramError, match="circuit 'vo'; there are: qk"):
+            rows_of("vo")
+    for of_model in (atlas.gram, atlas.pairs, atlas.overlap, atlas.circuits, atlas.stacks, atlas.by_offset, atlas.dataset):
+        with pytest.raises(headgram.HeadgramError, match="'None' is not in"):
+            of_model(None)
+    with pytest.raises(headgram.HeadgramError, match=r"no tokens .* tokens\.enabled"):
+        atlas.tokens("tiny-bert", 0, 0)
     with pytest.raises(headgram.HeadgramError, match="no finished model"):
         headgram.open_atlas(tmp_path)
 
@@ -98,6 +106,9 @@ def test_charts_hold_the_numbers_of_the_tables(finished, tmp_path):
     chart = headgram.plot.depth(atlas, atlas.models, "stable_rank")
     layers = atlas.of_heads("layers", "tiny-bert", **where).sort_values("layer")
     np.testing.assert_array_equal(rows(chart, "profile", ["series", "x"], "median")["tiny-bert"], layers["stable_rank_median"])
+    assert chart.to_dict()["datasets"]["chance"] == []
+    (chance,) = headgram.plot.depth(atlas, "tiny-bert").to_dict()["datasets"]["chance"]
+    assert (chance["low"] + chance["high"]) / 2 == pytest.approx(0.5 + 1 / 2 / int(atlas.heads()["hidden"].iloc[0]))
     chart.save(tmp_path / "depth.svg")
     assert "Stable rank along the depth" in (tmp_path / "depth.svg").read_text()
     pairs = atlas.pairs("tiny-llama", value="transposed").to_numpy().reshape(16, 16)

@@ -13,8 +13,10 @@ from typer.main import get_command
 import headgram
 from headgram.cli import app
 from headgram.study.manifest import read_manifest
-from pipeline.conftest import ROOT
+from pipeline.conftest import ROOT, Project
 
+#: Pages whose sessions need results of their own; docs/lineages.md is followed in test_lineage.py.
+APART = {"tokens", "lineages"}
 PAGES = sorted(page for pattern in ("*.md", "config/*.md", "docs/**/*.md") for page in ROOT.glob(pattern))
 
 
@@ -48,8 +50,8 @@ def test_snippets_run(page, beside_results):
         assert scope["gram"].shape == (1, 1, 9)
 
 
-@pytest.mark.parametrize("page", [page for page in PAGES if blocks(page, "pycon")], ids=lambda page: page.stem)
-def test_sessions_give_what_they_show(page, beside_results):
+def follow(page: Path) -> None:
+    """Run the sessions of a page, one after the other; they must give what they show."""
     text = "\n\n".join(blocks(page, "pycon"))
     examples = doctest.DocTestParser().get_doctest(text, {}, page.name, str(page), 0)
     assert len(examples.examples) > 3
@@ -57,6 +59,20 @@ def test_sessions_give_what_they_show(page, beside_results):
     runner = doctest.DocTestRunner(optionflags=doctest.NORMALIZE_WHITESPACE | doctest.ELLIPSIS)
     runner.run(examples, out=said.append)
     assert runner.failures == 0, "".join(said)
+
+
+@pytest.mark.parametrize(
+    "page", [page for page in PAGES if blocks(page, "pycon") and page.stem not in APART], ids=lambda page: page.stem
+)
+def test_sessions_give_what_they_show(page, beside_results):
+    follow(page)
+
+
+def test_tokens_are_those_that_the_page_shows(measured, tmp_path, monkeypatch):
+    project = Project(measured.parent).copy(tmp_path / "project")
+    project.run("--config", "tokens={enabled: true}", "report={enabled: false}")
+    monkeypatch.chdir(project.folder)
+    follow(ROOT / "docs" / "tokens.md")
 
 
 def test_every_public_name_is_on_the_page():

@@ -21,7 +21,8 @@ from headgram.report.columns import columns
 from headgram.report.pack import from_beside, unpack
 from headgram.report.steps import LAYER_COLUMNS
 from headgram.results.files import checksum
-from pipeline.conftest import Project, edit, new_project
+from pipeline.conftest import ROOT, Project, edit, new_project
+from pipeline.test_docs import follow
 from pipeline.test_verify import resealed
 from tiny import write_llama
 
@@ -126,6 +127,12 @@ def test_trajectories_tell_who_rotates_dies_and_grows(atlas):
         assert ((first.sel(layer=layer, head=head) < 0.5) == swapped).all()
     turned = atlas.trajectory("cosine", "training", to="previous", circuit="ov").sel(layer=1, head=3)
     np.testing.assert_allclose(turned, [1] * (COUNT - 1) + [-1], atol=1e-6)
+
+
+@pytest.mark.skipif(COUNT != 3, reason="the page shows a training of four checkpoints")
+def test_the_training_is_what_the_page_shows(training, monkeypatch):
+    monkeypatch.chdir(training.folder)
+    follow(ROOT / "docs" / "lineages.md")
 
 
 def test_a_chart_of_a_trajectory_holds_its_numbers(atlas):

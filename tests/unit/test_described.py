@@ -1,13 +1,17 @@
 """What objects say of themselves, and what `headgram doctor` says of the machine."""
 
 import re
+from dataclasses import fields
 from importlib.metadata import PackageNotFoundError, metadata
 
+import pandas as pd
 import pytest
+import torch
 import yaml
 from typer.testing import CliRunner
 
 import headgram
+from headgram.atlas.compare import Comparison
 from headgram.cli import app
 from headgram.run import doctor
 from headgram.version import __version__
@@ -35,6 +39,26 @@ def test_an_atlas_that_cannot_be_read_says_so(tmp_path):
     assert text.startswith(f"Atlas of 25 models in {tmp_path}: ")
     assert "cannot be read" in text
     assert text.splitlines()[-2:] == ["  m19", "  … and 5 more"]
+
+
+def test_results_say_shape_and_meaning():
+    weights = torch.randn(4, 8, 32)
+    found = headgram.spectrum(weights, weights[:2], topk=3)
+    text = repr(found)
+    assert text.splitlines()[0] == "Spectrum of 4 heads: rank 8, width 32, 3 directions kept"
+    assert re.search(r"\bright +\(4, 3, 32\) +top directions on the query side", text)
+    assert re.search(r"\bsymmetric_eigenvalues +\(4, 16\) +eigenvalues of the symmetric part", text)
+    for field in fields(found):
+        assert f"<td>{field.name}</td>" in found._repr_html_()
+    assert "tensor" not in text
+
+    rows = pd.DataFrame({"layer": range(12)})
+    compared = Comparison("step0", "step9", rows, rows[:0], rows[:5], None)
+    text = repr(compared)
+    assert text.splitlines()[0] == "Comparison of step9 (after) with step0 (before)"
+    assert re.search(r"heads +12 +how far every head moved", text)
+    assert re.search(r"matches +5 ", text)
+    assert "<td>12</td>" in compared._repr_html_()
 
 
 def test_the_doctor_names_what_is_missing_and_how_to_get_it(monkeypatch, tmp_path):

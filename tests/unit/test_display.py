@@ -39,3 +39,14 @@ def test_no_number_is_cut(columns, width):
     assert len(numbers) == 2 * len(columns)
     assert numbers.count(1.23e-5) == len(SMALL.intersection(columns))
     assert numbers.count(125) == len(WHOLE.intersection(columns))
+
+
+@pytest.mark.parametrize("name", ["smollm2-135m-instruct", "a-model-whose-name-is-far-longer-than-any-table-is-wide"])
+def test_names_are_folded_to_fit(name):
+    facts = {"model": name, "circuit": "qk-folded", "stack": "self", "architecture": "llama"}
+    rows = pd.DataFrame([facts | {"layers": 30, "heads": 9, "hidden": 576, "symmetry_median": 0.5, "cosine_adjacent": -0.1}])
+    out = Console(width=80, file=io.StringIO(), emoji=False)
+    display._print(out, "Models", rows, list(rows.columns))
+    text = out.file.getvalue()
+    assert max(map(len, text.splitlines())) <= 80
+    assert "".join(line.split()[0] for line in text.rpartition("─")[2].splitlines() if line.strip()).startswith(name[:40])

@@ -51,7 +51,9 @@ def noise(layers: int, heads: int, seed: int):
     matrix = PairMatrix(dict.fromkeys(("cosine", "transposed"), cosine), np.arange(layers * heads), heads)
     earlier = np.arange(layers * heads)[:, None] // heads < np.arange(layers * heads) // heads
     feeding = Feeding({kind: np.where(earlier, 1 + square / 20, 0).astype(np.float32) for kind in "qkv"}, heads)
-    return dataclasses.replace(made, pairs=pairs, heads=values, singular=made.singular * 3e-4, matrix=matrix, feeding=feeding)
+    summary = dataclasses.replace(made.summary, quartiles=np.quantile(values, [0.25, 0.5, 0.75], axis=-1))
+    made = dataclasses.replace(made, summary=summary, heads=values)
+    return dataclasses.replace(made, pairs=pairs, singular=made.singular * 3e-4, matrix=matrix, feeding=feeding)
 
 
 #: What the matrix of all heads is drawn as.
@@ -243,6 +245,12 @@ def test_noise_looks_like_noise(chrome, path):
             values = [row["value"] for row in found.rows(picture, "cells")]
             assert low == 0
             assert max(values) < high / 2
+        low, high = found.page.evaluate("headgram.view('profile').scale('y').domain()")
+        medians = [row["median"] for row in found.rows("profile", "profile")]
+        assert max(medians) - min(medians) < (high - low) / 4
+        (chance,) = found.page.evaluate("headgram.view('profile').data('chance')")
+        assert chance["low"] < min(medians) < max(medians) < chance["high"]
+        assert (chance["high"] - chance["low"]) * 2 < high - low
         for kind in ("cosine", "k"):
             found.set(pairs=kind)
             colours = np.array(found.page.evaluate(_PIXELS)).reshape(-1, 4)[:, :3]
@@ -387,7 +395,10 @@ def test_a_training_is_drawn_over_its_steps(chrome, training, size):
         np.testing.assert_allclose([row["value"] for row in rows], np.arange(155) / 200, rtol=2e-4, atol=1e-6)
         assert {(row["head"], row["value"]) for row in found.rows("course", "others")} == {(head, 0.5) for head in (0, 1, 3)}
         found.screenshot(f"steps-{size[0]}")
+        (chance,) = found.page.evaluate("headgram.view('course').data('chance')")
+        assert chance["low"] < 0.5 + 1 / 64 < chance["high"]  # the width is 32
         found.select("steps", "first")
+        assert found.page.evaluate("headgram.view('course').data('chance')") == []
         rows = found.rows("course", "chosen")
         assert [row["step"] for row in rows] == STEPS[1:]
         np.testing.assert_allclose([row["value"] for row in rows], np.cos(np.arange(1, 155) / 100), rtol=2e-4, atol=2e-4)

@@ -11,6 +11,7 @@ import pandas as pd
 import torch
 
 from headgram.atlas.reader import Atlas, open_atlas
+from headgram.described import Described
 from headgram.errors import HeadgramError, require
 from headgram.geometry.overlaps import paired_overlaps
 from headgram.results.factors import FactorFiles
@@ -26,8 +27,8 @@ _MOST_HEADS = 4096
 _HEAD = ["circuit", "stack", "layer", "head"]
 
 
-@dataclass(frozen=True)
-class Comparison:
+@dataclass(frozen=True, repr=False)
+class Comparison(Described):
     """What `compare` found.
 
     Attributes
@@ -51,6 +52,15 @@ class Comparison:
     changes: pd.DataFrame
     matches: pd.DataFrame
     why_no_drift: str | None
+
+    def _described(self) -> tuple[str, list[dict[str, object]]]:
+        meanings = {
+            "heads": "how far every head moved; numbers before (_a), after (_b)",
+            "changes": "singular values of every head's change",
+            "matches": "the head of the earlier model that each head was",
+        }
+        line = f"Comparison of {self.b} (after) with {self.a} (before)" + (f": {self.why_no_drift}" if self.why_no_drift else "")
+        return line, [{"table": name, "rows": len(getattr(self, name)), "meaning": text} for name, text in meanings.items()]
 
 
 def compare(
@@ -112,7 +122,8 @@ def _compared(atlas: Atlas, a: str, b: str, place: Place) -> tuple[pd.DataFrame,
         sizes = [f"{model} has {_size(table)}" for model, table in zip((a, b), numbers, strict=True)]
         raise HeadgramError(
             f"only models with the same layers and heads can be compared head by head: {', '.join(sizes)}; "
-            "others in token space, where a run did that (lineage.basis)"
+            "to compare these two by what their heads do with tokens, give them one `lineage`, set lineage.basis to tokens, "
+            "and run `snakemake` again"
         )
     joined = pd.concat([table[[*HEAD_NUMBERS]].add_suffix(f"_{name}") for table, name in zip(numbers, "ab", strict=True)], axis=1)
     tables, why_not = {name: pd.DataFrame() for name in LINEAGE}, None

@@ -20,8 +20,9 @@ if TYPE_CHECKING:
     from headgram.atlas.compare import Comparison
     from headgram.atlas.reader import Atlas
 
-#: Characters of a line at least: what the tables of one model fit into. Where one does not, lines go on below; no number is cut.
+#: Characters of a line at least. Names are folded to fit into it; a number is never cut.
 _WIDTH = 80
+_NAME = 16  # characters of a folded name
 #: And where there is no terminal: names of models need not be folded.
 _WIDE = 160
 _KINDS = {"q": "their queries", "k": "their keys", "v": "what they move on"}
@@ -108,6 +109,7 @@ _COLUMNS: Mapping[str, tuple[str, Callable[[Any], str]]] = {
     "signed": ("signed\noverlap", _plain),
     "layer_a": ("layer", str),
     "layer_b": ("layer", str),
+    "architecture": ("archi-\ntecture", _text),
     "kv_heads": ("key\nheads", str),
     "hidden": ("width", str),
     "stored_dtype": ("stored\nas", _text),
@@ -316,9 +318,9 @@ def _ratios(numerator: pd.Series, denominator: pd.Series) -> pd.Series:
 
 
 def _print(out: Console, title: str, rows: pd.DataFrame, columns: Sequence[str]) -> None:
-    """Some columns of a frame: without bars, and closer together, where they do not fit; no number is ever cut."""
-    for bars, padding in ((True, 1), (False, 1), (False, 0)):
-        table = _table(title, rows, columns, bars, padding)
+    """Some columns of a frame: where they do not fit, without bars, then closer together, then with folded names."""
+    for bars, padding, name in ((True, 1, None), (False, 1, None), (False, 0, None), (False, 0, _NAME)):
+        table = _table(title, rows, columns, bars, padding, name)
         needed = Measurement.get(out, out.options.update(max_width=1000), table).minimum
         if needed <= out.width:
             break
@@ -326,13 +328,14 @@ def _print(out: Console, title: str, rows: pd.DataFrame, columns: Sequence[str])
     out.print(table, crop=False, soft_wrap=needed > out.width)
 
 
-def _table(title: str, rows: pd.DataFrame, columns: Sequence[str], bars: bool, padding: int) -> Table:
+def _table(title: str, rows: pd.DataFrame, columns: Sequence[str], bars: bool, padding: int, name_width: int | None) -> Table:
     table = _empty(title, padding)
     cells = []
     for name in columns:
         heading, write = _COLUMNS.get(name, (name, _text))
         words = rows[name].dtype.kind not in "if"
-        table.add_column(heading, justify="left" if words else "right", no_wrap=not words, overflow="fold")
+        width = name_width if words else None
+        table.add_column(heading, justify="left" if words else "right", no_wrap=not words, overflow="fold", max_width=width)
         cells.append([write(value) if bars else write(value).partition(_BAR)[0] for value in rows[name]])
     for row in zip(*cells, strict=True):
         table.add_row(*row)

@@ -75,7 +75,13 @@ class Atlas(Described):
         return Atlas(self.results, frozenset(chosen["model"]))
 
     def heads(self, circuit: str | None = None) -> pd.DataFrame:
-        """One row per head, of one circuit (`qk`, `ov`, or a form such as `qk-folded`) or of each: numbers of its form."""
+        """One row per head, of one circuit (`qk`, `ov`, or a form such as `qk-folded`) or of each: numbers of its form.
+
+        Raises
+        ------
+        HeadgramError
+            If no model was measured in the circuit; so do `spectra`, `layers` and `summary`.
+        """
         return self._of_circuit("heads", circuit)
 
     def spectra(self, circuit: str | None = None) -> pd.DataFrame:
@@ -204,6 +210,7 @@ class Atlas(Described):
         HeadgramError
             If the model or the circuit was not measured.
         """
+        self._require(model)
         table = self.table("models", model)
         if circuit not in (circuits := list(dict.fromkeys(table["circuit"]))):
             raise HeadgramError(f"the circuit '{circuit}' of '{model}' was not measured; there are: {', '.join(circuits)}")
@@ -211,6 +218,7 @@ class Atlas(Described):
 
     def circuits(self, model: str) -> list[str]:
         """The circuits that were measured of a model, `qk` and `ov`."""
+        self._require(model)
         return list(dict.fromkeys(self.table("models", model)["circuit"]))
 
     def dataset(self, model: str, stack: str = "self", circuit: str = "qk") -> xr.Dataset:
@@ -317,6 +325,7 @@ class Atlas(Described):
         """
         if value not in get_args(OffsetColumn):
             raise HeadgramError(f"offsets and planes have no '{value}'; there are: {', '.join(get_args(OffsetColumn))}")
+        self._require(model)
         of_planes = value in ("share", "energy")
         table = self.table("frequencies" if of_planes else "rotary", model)
         rows = table[(table["circuit"] == circuit) & (table["stack"] == stack)]
@@ -355,6 +364,7 @@ class Atlas(Described):
         for asked, known in ((kind, get_args(Kind)), (value, get_args(ComposedColumn))):
             if asked not in known:
                 raise HeadgramError(f"compositions have no '{asked}'; there are: {', '.join(known)}")
+        self._require(model)
         table = self.table("composition", model)
         table = table[(table["stack"] == stack) & (table["kind"] == kind)]
         if table.empty:
@@ -389,7 +399,7 @@ class Atlas(Described):
         rows = rows[(rows["layer"] == layer) & (rows["head"] == head)]
         if rows.empty:
             place = f"layer {layer}, head {head} of the stack '{stack}', circuit '{circuit}'"
-            raise HeadgramError(f"'{model}' has no tokens of {place}")
+            raise HeadgramError(f"'{model}' has no tokens of {place}: they need the option tokens.enabled, and a measured head")
         named = rows["text"].where(rows["text"] != "", "#" + rows["token"].astype(str))
         return rows.assign(text=named).pivot(index=["side", "direction", "sign"], columns="place", values="text")
 
@@ -437,7 +447,12 @@ class Atlas(Described):
     def _of_circuit(self, name: str, circuit: str | None) -> pd.DataFrame:
         """A table of all models; the rows of one circuit, if one is given."""
         table = self.table(name)
-        return table if circuit is None else table[table["circuit"] == circuit].reset_index(drop=True)
+        if circuit is None:
+            return table
+        if circuit not in (known := list(dict.fromkeys(table["circuit"]))):
+            there_are = f"there are: {', '.join(known)}"
+            raise HeadgramError(f"no model of {self.results} was measured in the circuit '{circuit}'; {there_are}")
+        return table[table["circuit"] == circuit].reset_index(drop=True)
 
     def of_heads(self, name: str, model: str, stack: str, circuit: str = "qk") -> pd.DataFrame:
         """The rows of a table that are about one circuit of a stack.
@@ -468,7 +483,7 @@ def open_atlas(results: str | os.PathLike[str] = "results") -> Atlas:
     require(results, (str, os.PathLike), "The results folder is a path")
     atlas = Atlas(Path(results))
     if not os.path.isdir(results):  # noqa: PTH112  (Path.is_dir raises where a name is too long)
-        raise HeadgramError(f"there is no folder '{Path(results)}'")
+        raise HeadgramError(f"there is no folder '{Path(results)}': run `snakemake` first, or name the folder that a run wrote")
     if not atlas.models:
         raise HeadgramError(f"{Path(results)} holds no finished model: run `snakemake` first")
     return atlas

@@ -16,7 +16,7 @@ from headgram.geometry.inner import Precision, inner_products
 
 @dataclass(frozen=True)
 class SameIndexProducts:
-    """Inner products of equal head indices of two runs of layers; float64, on the device of the weights.
+    """Inner products of equal head indices of two ranges of layers; float64, on the device of the weights.
 
     Attributes
     ----------

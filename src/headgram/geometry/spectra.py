@@ -17,6 +17,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from headgram.described import Described
 from headgram.errors import HeadgramError
 from headgram.forms.heads import Heads
 from headgram.forms.transforms import transposed
@@ -35,8 +36,29 @@ BATCH_BYTES = {"cpu": 128 * 2**20, "cuda": 4 * 2**30}
 _ZERO = 16 * torch.finfo(torch.float64).eps
 
 
-@dataclass(frozen=True)
-class Spectrum:
+#: What each number of a spectrum is, in a few words.
+_MEANINGS = {
+    "singular_values": "singular values, descending",
+    "right": "top directions on the query side (of `ov`: what is read)",
+    "left": "top directions on the key side (of `ov`: what is written)",
+    "symmetric_eigenvalues": "eigenvalues of the symmetric part, largest magnitude first",
+    "signed": "top eigenvectors of the symmetric part",
+    "fro_sq": "squared Frobenius norm",
+    "trace": "trace",
+    "self_overlap": "inner product with its own transpose",
+    "spectral_norm": "largest singular value",
+    "nuclear_norm": "sum of the singular values",
+    "stable_rank": "energy over that of the strongest channel",
+    "effective_rank": "exponential of the entropy of the energies",
+    "symmetry": "1 symmetric, 0 antisymmetric, near 0.5 by chance",
+    "positive_energy": "share of the squared eigenvalues that belongs to positive ones",
+    "directionality": "1 if only the right side has large norms, -1 if only the left side",
+    "residual": "largest residual of the identities",
+}
+
+
+@dataclass(frozen=True, repr=False)
+class Spectrum(Described):
     """What is measured of `H` heads; float64, on the device of the weights.
 
     `k = min(topk, r)`; ranks that fall short are padded with zeros: zero values, zero rows.
@@ -87,6 +109,12 @@ class Spectrum:
     positive_energy: Float[Tensor, " heads"]
     directionality: Float[Tensor, " heads"]
     residual: Float[Tensor, " heads"]
+
+    def _described(self) -> tuple[str, list[dict[str, object]]]:
+        (heads, rank), (_, kept, width) = self.singular_values.shape, self.right.shape
+        shapes = {name: tuple(getattr(self, name).shape) for name in _MEANINGS}
+        line = f"Spectrum of {heads} heads: rank {rank}, width {width}, {kept} directions kept"
+        return line, [{"number": name, "shape": shapes[name], "meaning": meaning} for name, meaning in _MEANINGS.items()]
 
 
 @torch.no_grad()

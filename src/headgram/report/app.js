@@ -153,9 +153,9 @@ function drawText(data) {
   element("form-head-caption").textContent = head;
   element("side-head-caption").textContent = head;
   const forms = chanceOf(state.form);
-  element("form-note").textContent = `The frame is layer ${state.layer}. By chance 0 ± ${show(forms.deviation)}, in the mean over heads ± ${show(forms.deviation / Math.sqrt(meta.heads))}; the best of all by chance is marked on the bar.`;
+  element("form-note").textContent = `The frame is layer ${state.layer}. By chance 0 ± ${show(forms.deviation)}, and in the mean over heads 0 ± ${show(forms.deviation / Math.sqrt(meta.heads))}. The bar marks the best of all by chance.`;
   const sides = chanceOf(state.side);
-  element("side-note").textContent = `‖V_a V_bᵀ‖² / k: 1 for equal spans, by chance k/d = ${show(sides.mean)} ± ${show(sides.deviation)}.`;
+  element("side-note").textContent = `‖V_a V_bᵀ‖² / k. It is 1 for equal spans, and by chance k/d = ${show(sides.mean)} ± ${show(sides.deviation)}.`;
   element("neighbours-note").textContent = `Among all other heads, of this layer too: ${{
     cosine: "cosine of the two forms; at −1 one is the other's negative.",
     transposed: "cosine of this form with the other's transpose: near 1, what one looks for with queries the other looks for with keys.",

@@ -32,6 +32,15 @@ def nulls(facts: Mapping[str, Any]) -> dict[str, Null]:
     }
 
 
+def band(null: Null | None, count: int) -> list[dict[str, float]]:
+    """Where the best of so many numbers lies by chance, and where its axis must begin and end; nothing without a null."""
+    if null is None:
+        return []
+    best = null.best_of(count) - null.mean
+    ends = {"low": -best, "high": best, "from": -PALE * best, "to": PALE * best}
+    return [{name: null.mean + end for name, end in ends.items()}]
+
+
 def for_page(facts: Mapping[str, Any]) -> dict[str, dict[str, float]]:
     """By what is drawn: mean and deviation by chance, and how far from the mean the best is of all heads, of all pairs of layers
     and heads, and of the means over heads of all pairs of layers."""

@@ -37,9 +37,9 @@ _KNOWN = (
     Column("nuclear_norm", "Nuclear norm", "sum of the singular values"),
     Column("trace", "Trace", "tr g, the sum of the signed eigenvalues", 0.0),
     Column("self_overlap", "Self-overlap", "⟨g, gᵀ⟩ = tr(g g)", 0.0),
-    Column("copying", "Copying", "Σ Re λ / Σ |λ|, 1: what a head reads, it writes again; by chance 0 on average", 0.0),
+    Column("copying", "Copying", "Σ Re λ / Σ |λ|; 1: a head writes what it reads; by chance 0 on average", 0.0),
     Column("positive", "Positive share", "share of Σ |λ|² at Re λ > 0; by chance 0.5 on average", 0.5),
-    Column("departure", "Departure from normality", "near 1, copying says little of the form"),
+    Column("departure", "Departure from normality", "if it is near 1, copying says little about the form"),
     Column("trace_z", "Trace against chance", "tr o · √d / ‖o‖", 0.0),
     Column("residual", "Residual", "largest residual of the identities that every result is checked against"),
 )

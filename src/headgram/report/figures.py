@@ -9,7 +9,7 @@ import numpy as np
 
 from headgram.report import pictures
 from headgram.report.arrays import StackArrays, StackSummary
-from headgram.report.chance import PALE, nulls
+from headgram.report.chance import PALE, band, nulls
 from headgram.report.columns import columns
 from headgram.report.names import PROFILE_FIGURES, STACK_FIGURES
 from headgram.results.tables import SIDES
@@ -35,9 +35,10 @@ def profile_figures(models: Mapping[str, StackSummary]) -> dict[str, str]:
             for model, stack in list(models.items())[:COMPARED]
             for x, low, middle, high in zip(_relative(stack.layers), *stack.quartiles[:, known[name]].tolist(), strict=True)
         ]
-        figures[name] = pictures.figure(
-            pictures.profile("relative depth"), f"{label} along the depth", {"profile": rows, "chosen": []}, 640, 300
-        )
+        facts = next(iter(models.values())).facts
+        chance = band(nulls(facts).get(name), facts["layers"] * facts["heads"])
+        datasets = {"profile": rows, "chosen": [], "chance": chance}
+        figures[name] = pictures.figure(pictures.profile("relative depth"), f"{label} along the depth", datasets, 640, 300)
     return figures
 
 

@@ -62,6 +62,12 @@ function above({ mean }, largest, best) {
   return { domain: [0, reach], range: "viridis", marks: [[mean, "chance"], ...between, [reach]] };
 }
 
+/** Of pictures of lines: where the best of all heads lies by chance, and where the axis must begin and end. */
+function chanceBand(name) {
+  const { mean, best } = chanceOf(name) ?? {};
+  return mean === undefined ? [] : [{ low: mean - best, high: mean + best, from: mean - index.pale * best, to: mean + index.pale * best }];
+}
+
 /** A value against chance, in words. */
 function againstChance(name, value, ofMean = false) {
   const { mean, deviation } = chanceOf(name) ?? {};

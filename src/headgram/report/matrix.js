@@ -129,9 +129,13 @@ class Matrix {
       for (let j = 0; j < columns.length; j++) if (rows[i][0] !== columns[j][0]) sizes.push(Math.abs(value(i, j)));
     }
     if (this.flows()) return Math.max(quantile(sizes, 0.998), 3);
+    return Math.min(1, Math.max(quantile(sizes, 0.995), 3 * this.best()));
+  }
+
+  /** The largest cosine of all pairs by chance. */
+  best() {
     const heads = this.data.meta.heads * this.data.layers.length;
-    const best = Math.sqrt(2 * Math.log(Math.max(2, (heads * (heads - 1)) / 2))) / this.data.meta.hidden;
-    return Math.min(1, Math.max(quantile(sizes, 0.995), 3 * best));
+    return Math.sqrt(2 * Math.log(Math.max(2, (heads * (heads - 1)) / 2))) / this.data.meta.hidden;
   }
 
   paint() {
@@ -152,7 +156,7 @@ class Matrix {
     this.scale();
   }
 
-  /** The legend: the colours from -limit to limit, with chance marked. */
+  /** The legend: the colours from -limit to limit, with the best by chance marked. */
   scale() {
     const legend = element("matrix-scale");
     const chance = 1 / this.data.meta.hidden;
@@ -165,7 +169,8 @@ class Matrix {
     };
     if (this.flows()) return legend.replaceChildren(mark(1, "chance"), mark(this.limit, `${show(this.limit)} × chance`));
     const times = show(Math.round(this.limit / chance));
-    legend.replaceChildren(mark(-this.limit, `−${show(this.limit)}`), mark(0, "0"), mark(chance, "│"), mark(this.limit, `${show(this.limit)} = ${times} × chance`));
+    const best = this.best();
+    legend.replaceChildren(mark(-this.limit, `−${show(this.limit)}`), ...(best > this.limit / 5 ? [mark(-best, "chance"), mark(best, "chance")] : [mark(0, "chance")]), mark(this.limit, `${show(this.limit)} = ${times} × chance`));
   }
 
   /** Frames around the chosen head's row and the other's column. */
@@ -233,7 +238,7 @@ class Matrix {
     const same = layer === state.layer && group(head) === group(state.head);
     element("pair").textContent =
       `${pair}: cosine ${show(found[0])} (${show(Math.round(Math.abs(found[0]) * hidden))} × chance), ` +
-      `with the transpose ${show(found[1])} (${show(Math.round(Math.abs(found[1]) * hidden))} × chance)${same ? "; they share a factor, which alone makes them alike" : ""}.`;
+      `with the transpose ${show(found[1])} (${show(Math.round(Math.abs(found[1]) * hidden))} × chance)${same ? "; they share a factor, and that alone makes them alike" : ""}.`;
   }
 
   label() {

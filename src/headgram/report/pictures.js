@@ -205,6 +205,7 @@ const profile = {
   },
   sets: (data) => ({
     profile: [[state.model, state.stack, state.with, state.column, state.depth], profileRows],
+    chance: [[inStack(), state.column, profileIsWide()], () => (profileIsWide() ? [] : chanceBand(state.column))],
     chosen: [[...inLayer(), state.depth], () => [{ x: depthOf(data.meta, data.position(state.layer)) }]],
   }),
   label: () => `${columnOf(state.column).label} along the depth of ${compared().join(", ")}: median and quartiles over heads`,

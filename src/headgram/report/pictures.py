@@ -78,7 +78,7 @@ def spectrum() -> Chart:
 def profile(depth: str = "depth") -> Chart:
     """Median and quartiles over heads along the depth, one colour per series.
 
-    Datasets: `profile` (series, x, q25, median, q75) and `chosen` (x).
+    Datasets: `profile` (series, x, q25, median, q75), `chosen` (x) and that of `_chance`.
     """
     x = alt.X("x:Q", title=depth, axis=alt.Axis(grid=False, labelExpr=_NUMBER), scale=alt.Scale(nice=False, zero=False))
     legend = alt.Legend(
@@ -92,13 +92,13 @@ def profile(depth: str = "depth") -> Chart:
     line = base.mark_line(strokeWidth=2.2).encode(y=alt.Y("median:Q", title=None, axis=y), strokeDash=dash)
     points = base.mark_point(filled=True, size=50, opacity=1).encode(y="median:Q")
     chosen = alt.Chart(alt.NamedData("chosen")).mark_rule(strokeDash=[4, 3], strokeWidth=1.2, color=_INK).encode(x="x:Q")
-    return _layers(band, chosen, line, points)
+    return _layers(*_chance(), band, chosen, line, points)
 
 
 def steps() -> Chart:
     """A number of every head of a layer, or of every layer, over the steps of a lineage, the chosen one in front.
 
-    Datasets: `others` and `chosen` (line, x, value), and `now` (x).
+    Datasets: `others` and `chosen` (line, x, value), `now` (x) and that of `_chance`.
     """
     place: dict[str, Any] = {
         "x": alt.X("x:Q", title="step", axis=alt.Axis(grid=False, labelExpr=_NUMBER), scale=alt.Scale(nice=False, zero=False)),
@@ -108,7 +108,20 @@ def steps() -> Chart:
     others = alt.Chart(alt.NamedData("others")).mark_line(strokeWidth=1.2, opacity=0.5, color=_QUIET)
     now = alt.Chart(alt.NamedData("now")).mark_rule(strokeDash=[4, 3], strokeWidth=1.2, color=_INK).encode(x="x:Q")
     chosen = alt.Chart(alt.NamedData("chosen")).mark_line(strokeWidth=2.8, color=_ACCENT, point={"size": 22, "color": _ACCENT})
-    return _layers(others.encode(**place), now, chosen.encode(**place))
+    return _layers(*_chance(), others.encode(**place), now, chosen.encode(**place))
+
+
+def _chance() -> tuple[alt.Chart, ...]:
+    """A grey band, called chance: no head lies outside of it by chance. The axis reaches further, so that noise stays flat.
+
+    Dataset: `chance` (low, high, from, to), one row or none.
+    """
+    base = alt.Chart(alt.NamedData("chance"))
+    low = alt.Y("low:Q", title=None)
+    axis = base.mark_rule(opacity=0).encode(y=alt.Y("from:Q", title=None), y2="to:Q")
+    name = base.mark_text(text="chance", align="right", baseline="top", dx=-2, dy=2, fontSize=10, color=_QUIET)
+    band = base.mark_rect(opacity=0.22, color=_QUIET).encode(y=low, y2="high:Q")
+    return axis, band, name.encode(x=alt.value("width"), y=low)
 
 
 def _layers(*charts: alt.Chart) -> Chart:

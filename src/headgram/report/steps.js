@@ -96,6 +96,7 @@ const stepsPicture = {
   sets: (data) => ({
     others: [stepsKey(), () => data.steps.rows(data, false)],
     chosen: [stepsKey(), () => data.steps.rows(data, true)],
+    chance: [[inStack(), state.steps, state.column], () => (["heads", "median"].includes(state.steps) ? chanceBand(state.column) : [])],
     now: [[state.model, state.along], () => [{ x: data.steps.x(data.steps.members.indexOf(state.model)) }]],
   }),
   label: () => `${stepsNames()[state.steps]}, over the steps of ${lineageOf(state.model)}, ${ofHeads() ? `heads of layer ${state.layer}` : "all layers"}`,
@@ -113,7 +114,7 @@ async function drawSteps(data) {
   element("steps-subject").textContent = `${lineageOf(state.model)}, ${members.length} models`;
   const [found, asked] = [data.steps.rows(data, true).length, members.length - 1];
   const missing = found < asked ? `${found} of ${asked} models were compared so: the option lineage.pairs says which. ` : "";
-  element("steps-note").textContent = `${missing}Orange: ${ofHeads() ? `head ${state.head} of layer ${state.layer}; grey, the other heads of the layer` : `layer ${state.layer}; grey, the other layers`}. The dashed line is ${state.model}. A click near a line chooses it, and the model there.`;
+  element("steps-note").textContent = `${missing}Orange: ${ofHeads() ? `head ${state.head} of layer ${state.layer}. Grey: the other heads of the layer` : `layer ${state.layer}. Grey: the other layers`}. The dashed line is ${state.model}. A click near a line chooses the line, and the model there.`;
   await stepsPictureDrawn.draw(data);
 }
 

@@ -131,9 +131,9 @@ class Weights(_Section):
     )
     norm: Norms = Field(
         ("raw",),
-        description="What is measured: weights as they are stored (`raw`), or with the gains of norms folded in (`folded`), as "
-        "further forms `qk-folded` and `ov-folded` of the same tables; one word, or a list of both. Where folding is not proven, "
-        "the run says so.",
+        description="What is measured: weights as they are stored (`raw`), or with the gains of norms folded in (`folded`). "
+        "Give one word, or a list of both. Folded forms are further rows of the same tables, `qk-folded` and `ov-folded`. If "
+        "folding is not proven for a model, the run says so.",
     )
 
 
@@ -151,7 +151,7 @@ class Eigen(_Section):
         gt=0,
         le=MOST,
         allow_inf_nan=False,
-        description="Largest residual of the identities that a result may show; above it the job stops "
+        description="The largest residual of the identities that a result may have. Above it the job stops "
         "and names model, layer and head. Residuals are relative to `sum ‖q_i‖ ‖k_i‖` over the rows and are near 1e-14.",
     )
     layers_per_job: LayerCount = Field(
@@ -169,14 +169,14 @@ class Gram(_Section):
     )
     pairs: Literal["auto", "all", "same"] = Field(
         "auto",
-        description="Which heads are multiplied: all with all, or those of the same index in every two layers. `auto` takes all, "
-        "unless that costs more than 2e14 operations, about an hour on one core; beyond, as for a model of 70B, the same index "
-        "only, and the run says so.",
+        description="Which heads are multiplied: all with all, or those of the same index in every two layers. `auto` takes "
+        "all, unless that costs more than 2e14 operations, about an hour on one core. A model of 70B costs more; then `auto` "
+        "takes the same index only, and the run says so.",
     )
     precision: Literal["auto", "float64"] = Field(
         "auto",
-        description="Precision of the products. `auto` takes float32 for weights that are no wider, where no form is too small "
-        "for it (errors below `1e-6 ‖g_a‖ ‖g_b‖`, near 1e-8 in practice), else float64.",
+        description="Precision of the products. `auto` takes float32 if the weights have no more precision and no form is too "
+        "small for it; errors are then below `1e-6 ‖g_a‖ ‖g_b‖`, and near 1e-8 in practice. Otherwise it takes float64.",
     )
 
 
@@ -185,8 +185,9 @@ class RotaryOffsets(_Section):
 
     offsets: Offsets = Field(
         (0,),
-        description="The offsets at which forms of `qk` are measured, in tokens of the query after the key; others than 0 are "
-        "further forms of the same tables, such as `qk@8`. The tables `rotary` and `frequencies` are written in any case.",
+        description="The offsets at which forms of `qk` are measured: how many tokens the query comes after the key. Forms at "
+        "offsets other than 0 are further rows of the same tables, such as `qk@8`. The tables `rotary` and `frequencies` are "
+        "always written.",
     )
 
 
@@ -196,13 +197,13 @@ class Lineage(_Section):
     pairs: Pairs = Field(
         ("neighbours", "first"),
         description="Which models of a lineage are compared, in the order of their steps: each with its predecessor "
-        "(`neighbours`), all with the `first`, all with the `last`, or `all` with all; a list of these, which may be empty.",
+        "(`neighbours`), all with the `first`, all with the `last`, or `all` with all. Give a list of these; it may be empty.",
     )
     basis: Literal["residual", "tokens"] = Field(
         "residual",
-        description="What the models of a lineage share. `residual`: their residual stream, as checkpoints of one training do. "
-        "`tokens`: tokens of the same text, as independent models do, also of other widths, layers and heads; embeddings and "
-        "tokenizers are read for that, and heads are matched by what they do with the tokens that both models have.",
+        description="What the models of a lineage share. Checkpoints of one training share their residual stream: `residual`. "
+        "Independent models, also of other widths, layers and heads, share tokens of the same text: `tokens`. Then embeddings "
+        "and tokenizers are read, and heads are matched by what they do with the tokens that both models have.",
     )
 
 
@@ -212,12 +213,12 @@ class Composition(_Section):
     enabled: bool | Literal["auto"] = Field(
         "auto",
         description="Write the tables `composition`, `channels` and `kernels` of every stack that is measured in both circuits. "
-        "`auto` does so unless that costs more than 2e14 operations, and the run says so.",
+        "`auto` writes them unless that costs more than 2e14 operations; then the run says so.",
     )
     strongest: Annotated[int, _NUMBER] = Field(
         64,
         ge=0,
-        description="Of how many of the strongest pairs of each kind the composed form itself is looked at (`channels`).",
+        description="How many of the strongest pairs of each kind the table `channels` has. It measures their composed forms.",
     )
 
 
@@ -226,8 +227,8 @@ class Tokens(_Section):
 
     enabled: bool = Field(
         False,
-        description="Write the table `tokens`. Embeddings are read for that, slice by slice, also of models at the hub: they are "
-        "far larger than what else is fetched of those.",
+        description="Write the table `tokens`. This reads embeddings, slice by slice. For a model at the hub they are far larger "
+        "than all else that is fetched.",
     )
     count: Annotated[int, _NUMBER] = Field(5, ge=1, le=1000, description="Tokens kept at either end of every direction.")
 
@@ -252,7 +253,7 @@ class Report(_Section):
 
     enabled: bool = Field(
         True,
-        description="Write `report/` when all models are measured. `snakemake results/report/index.html` does so in any case.",
+        description="Write `report/` when all models are measured. `snakemake results/report/index.html` always writes it.",
     )
 
 
@@ -272,11 +273,11 @@ class Config(_Section):
     )
     device: Literal["auto", "cpu", "cuda"] = Field(
         "auto",
-        description="Where eigen and Gram jobs compute. `auto` takes a GPU where one is visible.",
+        description="Where eigen and Gram jobs compute. `auto` takes a GPU if one is visible.",
     )
     memory_budget: Bytes = Field(
         2 * 2**30,
-        description="Memory that one job may take; `auto` sizes of shards and tiles follow from it.",
+        description="The memory that one job may take. The `auto` sizes of shards and tiles follow from it.",
     )
     weights: Weights = Field(default_factory=Weights, description=Weights.__doc__)
     eigen: Eigen = Field(default_factory=Eigen, description=Eigen.__doc__)
