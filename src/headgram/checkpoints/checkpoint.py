@@ -31,7 +31,6 @@ from headgram.families.registry import Family, StackRule, family_of, family_of_g
 from headgram.forms.reading import Frame, Frames
 from headgram.geometry.checks import is_finite
 
-
 #: Whether both hold the same is not looked at: they may be large.
 _TWO_TABLES = "embedding and unembedding are read as they are stored, though the configuration says that they are one table"
 
