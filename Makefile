@@ -15,7 +15,7 @@ help: ## What each command does
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-18s %s\n", $$1, $$2}'
 
 run: $(VENV)/installed ## Install what is missing, then measure the models of config/models.tsv
-	$(BIN)/snakemake --cores $(CORES)
+	$(BIN)/headgram run --cores $(CORES)
 	@echo "Results: open results/report/index.html in a browser; in Python, headgram.open_atlas('results') reads the tables."
 
 report: $(VENV)/installed ## The page results/report/index.html, and snakemake's own report of the run: report.html

@@ -83,7 +83,7 @@ def run(
     """Measure the models of this folder's manifest. It prints the snakemake command that it runs, and passes other options on."""
     from headgram.run.project import run as run_snakemake
 
-    run_snakemake(cores, gpus, dry, more.args)
+    raise SystemExit(run_snakemake(cores, gpus, dry, more.args))
 
 
 @app.command()

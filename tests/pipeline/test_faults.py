@@ -51,8 +51,10 @@ def test_a_residual_above_tolerance_names_model_layer_and_head(finished, tmp_pat
     assert not list((project.folder / "results").rglob("eigen/*.parquet"))
 
 
-@pytest.mark.parametrize("victim", ["weights/layers-000-003.pt", "eigen/layers-000-001.parquet"])
-def test_a_flipped_byte_is_refused_and_mended(finished, tmp_path, victim):
+@pytest.mark.parametrize(
+    ("victim", "command"), [("weights/layers-000-003.pt", "snakemake"), ("eigen/layers-000-001.parquet", "headgram run")]
+)
+def test_a_flipped_byte_is_refused_and_mended(finished, tmp_path, victim, command):
     project = finished.copy(tmp_path / "project")
     path = project.folder / "results" / "models" / "tiny-llama" / "self" / "qk" / victim
     data = bytearray(path.read_bytes())
@@ -61,10 +63,13 @@ def test_a_flipped_byte_is_refused_and_mended(finished, tmp_path, victim):
     edit(project.folder / "config" / "config.yaml", "compression: zstd", "compression: none")
     if "weights" in victim:
         edit(project.folder / "config" / "config.yaml", "topk: 8", "topk: 4")
-    done = project.snakemake("--cores", "2")
-    assert done.returncode != 0
+    done = project.snakemake("--cores", "2") if command == "snakemake" else project.headgram("run", "--cores", "2")
     assert any(path.name in sentence and "checksum differs; its record was removed" in sentence for sentence in errors_of(done))
-    project.run()
+    if command == "snakemake":
+        assert done.returncode != 0
+        project.run()
+    assert project.planned() == set()
+    assert not list(project.folder.glob(".headgram-*"))
     assert project.headgram("verify").returncode == 0
 
 

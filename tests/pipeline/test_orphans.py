@@ -60,6 +60,7 @@ def test_an_older_job_leaves_what_a_newer_run_finished(tmp_path, part, old, new)
     (project.folder / "go").touch()
     assert psutil.wait_procs(left, timeout=60)[1] == []
     assert project.tables() == expected.tables()
+    assert not [path for path in project.folder.rglob("*.log") if "no longer asks for" in path.read_text()]
     verified = project.headgram("verify")
     assert verified.returncode == 0, verified.stderr
     assert project.planned() == set()

@@ -1,5 +1,6 @@
 """What each change makes stale: the exact set of jobs of a dry run."""
 
+import os
 import shutil
 
 import pytest
@@ -190,7 +191,7 @@ def test_another_checkpoint_under_a_locked_name(finished, tmp_path):
 
 
 def test_a_changed_head_of_a_large_checkpoint_is_noticed(project):
-    """A sample of the file misses it; its date says where to look, and the digest of the layer finds it."""
+    """A sample of the file misses it; its date says where to look, even an old one, and the digest of the layer finds it."""
     folder = project.folder / "models" / "llama"
     tensors = llama_tensors(4, 4, 2, 8, 32, seed=0) | {"model.embed_tokens.weight": torch.zeros(60000, 32)}
     write_llama(folder, tensors=tensors)
@@ -198,6 +199,7 @@ def test_a_changed_head_of_a_large_checkpoint_is_noticed(project):
     assert project.planned() == set()
     tensors["model.layers.2.self_attn.q_proj.weight"][8:16] = 0
     write_llama(folder, tensors=tensors)
+    os.utime(folder / "model.safetensors", (0, 0))  # as `mv` and `rsync -t` bring along
     refused = project.snakemake("--cores", "1")
     assert refused.returncode != 0
     assert "tiny-llama: " in refused.stderr

@@ -16,6 +16,7 @@ from typer.testing import CliRunner
 
 from headgram.checkpoints.checkpoint import open_checkpoint
 from headgram.checkpoints.safetensors_header import parse_header
+from headgram.checkpoints.vocabulary import token_texts
 from headgram.cli import app
 from headgram.errors import HeadgramError
 from headgram.study.lock import lock_path, read_lock
@@ -229,3 +230,24 @@ def test_a_key_twice_in_yaml_is_refused(tmp_path):
 def test_inspect_names_configurations_that_are_not_read(tmp_path):
     write(tmp_path, {**single(llama_tensors()), "params.json": b'{"n_heads": 2}', "model_config.yaml": b"n_head: 2"})
     assert "not read, since these were found first: model_config.yaml, params.json" in inspect(tmp_path)
+
+
+def test_layers_that_nobody_declares_and_a_table_that_should_be_another_are_named(tmp_path):
+    write(tmp_path, single(llama_tensors(num_hidden_layers=3)))
+    assert "not read: layer 2 of the stack 'self' and what follows it" in inspect(tmp_path)
+    assert "as they are stored" not in inspect(tmp_path)
+    write(tmp_path, single(llama_tensors(), tie_word_embeddings=True))
+    assert "not read: layer" not in inspect(tmp_path)
+    assert "embedding and unembedding are read as they are stored, though the configuration says" in inspect(tmp_path)
+    assert torch.equal(open_checkpoint(tmp_path).unembedding(), llama_tensors()["lm_head.weight"])
+
+
+def test_the_first_tokenizer_is_taken(tmp_path):
+    write(tmp_path, single(llama_tensors()) | {"vocab.txt": b"a\nb", "vocab.json": b'{"c": 0}'})
+    assert token_texts(open_checkpoint(tmp_path).location) == {0: "c"}
+
+
+def test_a_rotary_base_of_nothing_is_not_taken_for_one_that_is_not_stated(tmp_path):
+    write(tmp_path, single(llama_tensors(), rope_theta=7, rope_parameters={"rope_type": "default", "rope_theta": 0}))
+    with pytest.raises(HeadgramError, match="the rotary base = 0, which should be a positive number"):
+        open_checkpoint(tmp_path).around("self", 0).rotary()

@@ -102,6 +102,8 @@ def test_without_a_tokenizer_there_are_no_texts(tmp_path):
         ("tokenizer.json", b'{"model": {"vocab": {"a": -1}}}'),
         ("tokenizer.json", b'{"model": {"vocab": {"a": [1]}}}'),
         ("tokenizer.json", b'{"model": {"vocab": [1]}}'),
+        ("tokenizer.json", b'{"model": {"vocab": {"a": 0}}, "added_tokens": [{"id": 1, "content": 5}]}'),
+        ("tokenizer.json", b'{"model": {"vocab": {"\\ud800": 0}}}'),
         ("vocab.json", b'{"a": 1e9}'),
         ("vocab.txt", b"\xff"),
         ("tokenizer.model", b"\x0a\xff\xff\xff\xff\x0f"),
@@ -116,6 +118,14 @@ def test_a_damaged_tokenizer_is_refused_by_name(tmp_path, name, content):
         open_checkpoint(folder) as checkpoint,
         pytest.raises(HeadgramError, match=f"{name} is no tokenizer's file that headgram reads"),
     ):
+        token_texts(checkpoint.location)
+
+
+def test_a_tokenizer_that_is_a_link_out_of_the_checkpoint_is_refused(tmp_path):
+    (tmp_path / "secret").write_text("a line that is nobody's business")
+    folder = write_llama(tmp_path / "llama", layers=1)
+    (folder / "vocab.txt").symlink_to(tmp_path / "secret")
+    with open_checkpoint(folder) as checkpoint, pytest.raises(HeadgramError, match="'vocab.txt' leads out of"):
         token_texts(checkpoint.location)
 
 

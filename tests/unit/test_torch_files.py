@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import io
+import time
 import zipfile
 
 import pytest
@@ -138,3 +139,13 @@ def test_the_format_before_torch_1_6_is_refused_with_a_hint(tmp_path):
     content = pickled(llama_tensors(), _use_new_zipfile_serialization=False)
     write(tmp_path, {"pytorch_model.bin": content, "config.json": config_bytes()})
     assert_refused(tmp_path, r"older than torch 1\.6: .* convert it to safetensors")
+
+
+def test_tables_that_hold_one_table_many_times_take_no_time(tmp_path):
+    entries = b"".join(text(f"{i:05d}") + b"N" for i in range(100_000))
+    again = b"".join(text(f"t{i}") + b"h\x00" for i in range(9_000))
+    content = b"\x80\x02}(" + text("first") + b"}q\x00(" + entries + b"u" + again + b"u."
+    began = time.process_time()
+    write(tmp_path, {"pytorch_model.bin": archive(content, {"0": bytes(16)}), "config.json": config_bytes()})
+    assert_refused(tmp_path, "more tables and tensors than any checkpoint has")
+    assert time.process_time() - began < 20

@@ -14,7 +14,7 @@ from torch import Tensor
 from headgram.checkpoints.around import Around
 from headgram.checkpoints.bases import AnyLocation
 from headgram.checkpoints.declared import LONGEST_NAME, checked, declared_family
-from headgram.checkpoints.dimensions import Section, find_layers, find_rules, gguf_rule
+from headgram.checkpoints.dimensions import Section, find_layers, find_rules, gguf_rule, undeclared
 from headgram.checkpoints.gguf_store import GgufStore
 from headgram.checkpoints.opening import locate, open_store
 from headgram.checkpoints.prefixes import unwrapped
@@ -30,6 +30,9 @@ from headgram.families.layouts import LAYOUTS, QK, undo_gguf_permutation
 from headgram.families.registry import Family, StackRule, family_of, family_of_gguf
 from headgram.forms.reading import Frame, Frames
 from headgram.geometry.checks import is_finite
+
+#: Whether both hold the same is not looked at: they may be large.
+_TWO_TABLES = "embedding and unembedding are read as they are stored, though the configuration says that they are one table"
 
 
 class Checkpoint(Described):
@@ -310,7 +313,11 @@ def open_checkpoint(
             )
             for rule, prefix in rules
         )
+        more = (sentence for rule, prefix in rules for sentence in undeclared(store, rule, prefix, config, architecture))
+        remarks = (*remarks, *dict.fromkeys(more))
         tables = _token_tables(store, family, *rules[0], config, architecture)
+        if tables.contradict:
+            remarks = (*remarks, _TWO_TABLES)
     if not stacks:
         raise HeadgramError(f"a checkpoint of the family '{family.name}' should hold attention weights, but this one has none")
     if location.base:

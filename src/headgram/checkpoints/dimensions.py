@@ -266,6 +266,17 @@ def find_layers(
     return tensors, layers, Dimensions(heads, kv_heads, rank, hidden, value_rank, output_width, sizes)
 
 
+def undeclared(store: TensorStore, rule: StackRule, prefix: str, config: Mapping[str, Any], architecture: str) -> list[str]:
+    """A sentence if the checkpoint holds another layer than those that its configuration declares."""
+    count = Section.of(rule, config, architecture).count_layers(rule.layers)
+    keys = [prefix + key for key in rule.tensors(QK).values() if "{layer}" in key]
+    if count is None or not any(key.format(layer=count) in store for key in keys):
+        return []
+    return [
+        f"not read: layer {count} of the stack '{rule.name}' and what follows it, since the configuration declares {count} layers"
+    ]
+
+
 def _candidates(rule: StackRule, section: Section) -> list[int] | None:
     """The layers that the configuration says are in the stack; None if it does not say."""
     count = section.count_layers(rule.layers)

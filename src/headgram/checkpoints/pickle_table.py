@@ -51,7 +51,7 @@ _INERT = (
 )  # fmt: skip
 _MOST_AXES = 16
 #: Far more than any checkpoint has; tables may hold each other many times over.
-_MOST_TENSORS = 1_000_000
+_MOST_ENTRIES = 1_000_000
 _MOST_TABLES = 10_000
 _LONGEST_PREFIX = 1_000
 
@@ -106,7 +106,11 @@ def read_table(pickled: bytes) -> dict[str, StoredTensor]:
         raise ValueError("no table of tensors")
     tensors: dict[str, StoredTensor] = {}
     waiting: list[tuple[str, Mapping[str, Any]]] = [("", table)]
+    entries = 0
     for prefix, inner in waiting:
+        entries += len(inner)
+        if len(waiting) > _MOST_TABLES or entries > _MOST_ENTRIES or len(prefix) > _LONGEST_PREFIX:
+            raise ValueError("more tables and tensors than any checkpoint has")
         for name, value in inner.items():
             if isinstance(value, StoredTensor):
                 if prefix + name in tensors:
@@ -114,8 +118,6 @@ def read_table(pickled: bytes) -> dict[str, StoredTensor]:
                 tensors[prefix + name] = value
             elif isinstance(value, Mapping):
                 waiting.append((f"{prefix}{name}.", value))
-        if len(waiting) > _MOST_TABLES or len(tensors) > _MOST_TENSORS or len(prefix) > _LONGEST_PREFIX:
-            raise ValueError("more tables and tensors than any checkpoint has")
     return tensors
 
 

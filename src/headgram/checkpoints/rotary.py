@@ -114,7 +114,8 @@ def rotary_of(rule: RotaryRule, section: Section, layer: int, rank: int, start: 
     if local:
         stated = {}
     names = (rule.local_base,) if local else rule.bases
-    base = next((value for name in names if name and (value := stated.get("rope_theta") or section.get(name))), _BASE)
+    bases = [stated.get("rope_theta"), *(section.get(name) for name in names if name)]
+    base = next((value for value in bases if value is not None), _BASE)
     base = positive(section, "the rotary base", base)
     shares = [stated.get("partial_rotary_factor"), *(section.get(name) for name in ("partial_rotary_factor", "rotary_pct"))]
     share = next((value for value in shares if value is not None), None)

@@ -22,6 +22,7 @@ class TokenTables:
     names: dict[str, str]  # `embedding`, `unembedding` -> the tensor
     missing: dict[str, str]  # why the others cannot be read
     _store: TensorStore = field(repr=False)
+    contradict: bool = False  # whether the checkpoint stores two, and its configuration says that they are one
 
     def read(self, table: str) -> Float[Tensor, "tokens width"]:
         """One of the tables, in stored precision.
@@ -85,4 +86,4 @@ def token_tables(
     if "unembedding" in missing and "embedding" in names and tied is not False:
         names["unembedding"] = names["embedding"]
         del missing["unembedding"]
-    return TokenTables(names, missing, store)
+    return TokenTables(names, missing, store, tied is True and len(set(names.values())) == 2)

@@ -41,10 +41,12 @@ def token_texts(location: AnyLocation) -> dict[int, str]:
         found = strings_of(location.path(location.weights[0]), "tokenizer.ggml.tokens")
         return _decoded(dict(enumerate(found)))
     for name, read in _READERS.items():
-        path = location.folder / name
-        if path.exists():
+        if (location.folder / name).exists():
+            path = location.path(name)
             try:
-                return read(read_bounded(path, _LARGEST))
+                texts = read(read_bounded(path, _LARGEST))
+                "".join(texts.values()).encode()  # no table holds anything but text, nor half of a pair of surrogates
+                return texts
             except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError, struct.error, RecursionError) as error:
                 raise HeadgramError(
                     f"{path} is no tokenizer's file that headgram reads ({error}): fetch it again, or remove it"

@@ -37,6 +37,8 @@ from headgram.version import __version__
 SCHEMA = 1
 #: The record of a report of thousands of models is smaller.
 _LARGEST = 64 * 2**20
+#: In the environment of jobs of `headgram run`: the file whose presence says that something damaged lost its record.
+DAMAGE = "HEADGRAM_DAMAGE"
 _LIBRARIES = ("torch", "numpy", "scipy", "pandas", "pyarrow", "safetensors", "gguf")
 
 
@@ -291,6 +293,8 @@ def check(record: Path, key: str, reads: Collection[Path] | None = None) -> Reco
     for damage in damages(record, content, reads):
         with still_asked_for(), contextlib.suppress(OSError):  # else it may be a newer run's by now
             record.unlink()
+            if DAMAGE in os.environ:
+                Path(os.environ[DAMAGE]).touch()
         raise HeadgramError(f"{damage}; its record was removed, so that the same command makes it anew.")
     return content
 

@@ -47,25 +47,24 @@ def running(snakemake: Any) -> Iterator[tuple[Provenance, Config]]:
     from headgram.run.devices import leased_device, usable
     from headgram.study.options import load_config
 
-    log = Path(snakemake.log[0])
     try:
-        with _output_to(log), leased_device(bool(snakemake.resources.get("gpu", 0))) as device:
+        with _output_to(Path(snakemake.log[0])), leased_device(bool(snakemake.resources.get("gpu", 0))) as device:
             _limit_threads(snakemake.threads)
             _date_no_later_than_now(snakemake.input)
             identity = Identity.read(json.loads(snakemake.params.identity))
             results, record = json.loads(snakemake.params.order)
             with working_for(Order(Path(results), record, identity.key)):
                 yield _provenance(snakemake, identity, usable(device)), load_config(json.loads(identity.config))
-    except HeadgramError as error:
-        sentence = f"headgram: {error}"
-        print(sentence, file=sys.stderr)
-        _append(log, sentence)
+    except _Failed as failure:
+        print(failure, file=sys.stderr)
         raise SystemExit(1) from None
-    except Exception:
-        lines = "\n".join(map(plain, traceback.format_exc().splitlines()))
-        print(lines, file=sys.stderr)
-        _append(log, lines)
+    except HeadgramError as error:  # the log cannot be written
+        print(f"headgram: {error}", file=sys.stderr)
         raise SystemExit(1) from None
+
+
+class _Failed(Exception):
+    """Ends a job whose log says why, in the same words as its message."""
 
 
 def by_place(paths: Iterable[str]) -> dict[tuple[str, ...], Path]:
@@ -80,22 +79,31 @@ def around_of(inputs: Any) -> tuple[Path, Path] | None:
 
 @contextlib.contextmanager
 def _output_to(log: Path) -> Iterator[None]:
+    """Send output to the log, and at its end why the block failed.
+
+    All of it goes to the file that was opened first: the log of a newer run's job may be in its place by then.
+    """
     refuse_links(log)
     try:
         log.parent.mkdir(parents=True, exist_ok=True)
         file = io.TextIOWrapper(open_new(log), encoding="utf-8", line_buffering=True)
     except OSError as error:
         raise HeadgramError(f"The log {log} cannot be written: {error.strerror}.") from None
-    with file, contextlib.redirect_stdout(file), contextlib.redirect_stderr(file):
-        yield
-
-
-def _append(log: Path, text: str) -> None:
-    """The log is second to the terminal: where the disk is full, it stays short."""
-    with contextlib.suppress(OSError, HeadgramError):
-        refuse_links(log)
-        with log.open("a") as file:
-            print(text, file=file)
+    try:
+        with contextlib.redirect_stdout(file), contextlib.redirect_stderr(file):
+            try:
+                yield
+            except HeadgramError as error:
+                raise _Failed(f"headgram: {error}") from None
+            except Exception:
+                raise _Failed("\n".join(map(plain, traceback.format_exc().splitlines()))) from None
+    except _Failed as failure:
+        with contextlib.suppress(OSError):  # a full disk
+            print(failure, file=file)
+        raise
+    finally:
+        with contextlib.suppress(OSError):
+            file.close()
 
 
 def _provenance(snakemake: Any, identity: Identity, device: str) -> Provenance:

@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import os
 import shlex
+import signal
+import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from headgram.errors import HeadgramError
 from headgram.results.files import write_text
+from headgram.results.record import DAMAGE
 
+#: How often a run begins at most, each time without what the one before found damaged.
+_ROUNDS = 3
 _PACKAGE = Path(__file__).parents[1]
 #: Holds Snakefile, rules, scripts, profiles, environments and the default study: in the installed package, or the clone itself.
 FOLDER = _PACKAGE / "pipeline" if (_PACKAGE / "pipeline").is_dir() else _PACKAGE.parents[1]
@@ -29,6 +34,7 @@ _GITIGNORE = """\
 /report.html
 .snakemake/
 .*.lock
+.headgram-damage.*
 """
 _README = """\
 # A study of attention heads
@@ -86,8 +92,10 @@ def embedded_models() -> list[str]:
     return [line for line in lines if line and not line.startswith("#")]
 
 
-def run(cores: str, gpus: int | None, dry: bool, more: Sequence[str]) -> None:
-    """Print the snakemake command of a run in this folder, and become it.
+def run(cores: str, gpus: int | None, dry: bool, more: Sequence[str]) -> int:
+    """Print the snakemake command of a run in this folder, and run it; returns its exit code.
+
+    Where a job found something damaged that an earlier run had made, the command is run again, which makes it anew.
 
     Raises
     ------
@@ -98,4 +106,24 @@ def run(cores: str, gpus: int | None, dry: bool, more: Sequence[str]) -> None:
         raise HeadgramError(f"there is no Snakefile in {Path.cwd()}: go to a project, or begin one with `headgram init DIR`")
     arguments = ["--cores", cores, *(["--resources", f"gpu={gpus}"] if gpus is not None else []), *(["-n"] if dry else []), *more]
     print(shlex.join(["snakemake", *arguments]), file=sys.stderr, flush=True)
-    os.execv(sys.executable, [sys.executable, "-m", "snakemake", *arguments])
+    found = Path(f".headgram-damage.{os.getpid()}").absolute()  # where jobs on other machines find it, too
+    try:
+        for last in (*(False,) * (_ROUNDS - 1), True):
+            code = _run_to_the_end([sys.executable, "-m", "snakemake", *arguments], {**os.environ, DAMAGE: str(found)})
+            if not code or last or not found.exists():
+                break
+            found.unlink()
+            print("headgram: what was damaged is made anew: the same command again", file=sys.stderr, flush=True)
+    finally:
+        found.unlink(missing_ok=True)
+    return code
+
+
+def _run_to_the_end(command: Sequence[str], environment: Mapping[str, str]) -> int:
+    """Run a command in the place of this process: what asks this one to end is said to that one. Returns its exit code."""
+    with subprocess.Popen(command, env=environment) as process:
+        signal.signal(signal.SIGINT, lambda *_: None)  # a terminal sends it to both
+        for number in (signal.SIGTERM, signal.SIGHUP):
+            signal.signal(number, lambda given, _: process.send_signal(given))
+        code = process.wait()
+    return code if code >= 0 else 128 - code

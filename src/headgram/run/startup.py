@@ -97,14 +97,17 @@ class Run:
         return entries
 
     def _doubtful(self, known: Mapping[str, LockedModel]) -> list[str]:
-        """Models whose files are younger than the lock, and not those that an earlier run found to be what was locked."""
+        """Models whose files are not those that an earlier run found to be what was locked; of others, those with files younger
+        than the lock. A file that is moved to its place may bring an old date along."""
         seen = _read_sightings(self._results / _SEEN)
         locked_at = lock_path(self._manifest).stat().st_mtime_ns if known else 0
         found = {name: file_times(entry) for name, entry in known.items() if entry.commit is None}
         return [
             name
             for name, times in found.items()
-            if any(time > locked_at for _, time in times.values()) and seen.get(name) != _sighting(known[name], times)
+            if (_is_known(seen.get(name), known[name]) or any(time > locked_at for _, time in times.values()))
+            and times
+            and seen.get(name) != _sighting(known[name], times)
         ]
 
     def begin(self, workflow: Any, beside: Callable[[Any], Sequence[str]]) -> None:
@@ -252,6 +255,11 @@ def _read_sightings(path: Path) -> dict[str, Any]:
     except (OSError, ValueError, RecursionError):
         return {}
     return content if isinstance(content, dict) else {}
+
+
+def _is_known(sighting: Any, entry: LockedModel) -> bool:
+    """Whether it tells of this very entry of the lock."""
+    return isinstance(sighting, list) and sighting[:1] == [entry.fingerprint]
 
 
 def _sighting(entry: LockedModel, times: Mapping[str, tuple[int, int]]) -> list[Any]:
