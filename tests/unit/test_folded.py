@@ -69,6 +69,28 @@ def test_forms_of_the_stream_are_the_models_scores_at_every_offset(tmp_path: Pat
     assert compared > 0
 
 
+@pytest.mark.parametrize("model_type", ["t5", "whisper", "bart", "pegasus"])
+def test_forms_between_two_streams_are_the_models_scores(tmp_path: Path, model_type: str) -> None:
+    """Queries read the decoder's stream through a norm of their own, keys what the encoder's last block has left."""
+    model, entry = tiny(model_type, {})
+    found = extracted(tmp_path, locked(model, tmp_path))
+    model.double()
+    without_epsilon(model)
+    with quiet():
+        calls = [call for call in _calls(model, entry, placed=True) if call.x.shape != call.y.shape or not call.x.equal(call.y)]
+    source, values = found.form("qk-folded", "cross"), found.form("ov-folded", "cross")
+    for call in calls:
+        heads, moved = (each.read([call.layer]).to(torch.float64) for each in (source, values))
+        read, written = (each.double().reshape(-1, each.shape[-1]) for each in (call.source, call.stream))
+        query, key, value = heads.right() @ written.T, heads.left() @ read.T, moved.right() @ read.T
+        cosines = [normalize(q, dim=-1) @ normalize(k, dim=-1).mT for q, k in ((query.mT, key.mT), (call.query, call.key))]
+        torch.testing.assert_close(*cosines, rtol=2e-5, atol=2e-6)
+        if found.frames["cross"].layers[call.layer].source_norm is None or model_type == "t5":  # no bias of a norm
+            of_values = [normalize(each, dim=-1) for each in (value.mT, call.reading.value)]
+            torch.testing.assert_close(*of_values, rtol=2e-5, atol=2e-6)
+    assert len(calls) == len(source.layers)
+
+
 def test_values_are_read_through_the_norm_and_outputs_are_not(tmp_path: Path) -> None:
     model, _ = tiny("gemma2", {})
     of = extracted(tmp_path, locked(model, tmp_path)).form
@@ -89,11 +111,11 @@ def test_heads_of_a_layer_read_apart_are_those_read_together(tmp_path: Path) -> 
 
 
 def test_a_form_that_is_not_proven_is_one_sentence(tmp_path: Path) -> None:
-    model, _ = tiny("bart", {})
+    model, _ = tiny("zamba2", {})
     of = extracted(tmp_path, locked(model, tmp_path)).form
-    assert of("qk-folded", "encoder").heads
-    with pytest.raises(HeadgramError, match="the form qk-folded cannot be made: the stack 'cross' has no role 'norm' to read: "):
-        of("qk-folded", "cross")
+    assert of("qk").heads
+    with pytest.raises(HeadgramError, match="the form qk-folded cannot be made: the stack 'self' has no role 'norm' to read: "):
+        of("qk-folded")
 
 
 def rewritten(path: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> None:
@@ -137,7 +159,8 @@ def test_what_cannot_be_read_is_missing_and_the_rest_is_there(tmp_path: Path) ->
     entry = resolve(read_manifest(tmp_path / "models.tsv").rows[0])
     around = entry.stacks[0].around
     assert around is not None
-    assert around.missing == {"norm": "layer 0: the checkpoint lacks tensor layers.0.input_layernorm.weight"}
+    reason = "layer 0: the checkpoint lacks tensor layers.0.input_layernorm.weight"
+    assert around.missing == {"norm": reason, "source_norm": reason}
     of = extracted(tmp_path, entry).form
     assert of("qk@3").heads
     with pytest.raises(HeadgramError, match=r"the checkpoint lacks tensor layers\.0\.input_layernorm\.weight"):

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal, Protocol, Self
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 #: What can be asked of a layer besides the factors of its heads.
-AROUND = ("norm", "query_norm", "key_norm", "query_bias", "key_bias", "rotary", "scale", "cap")
+AROUND = ("norm", "source_norm", "query_norm", "key_norm", "query_bias", "key_bias", "rotary", "scale", "cap")
 #: What can be asked of a model.
 TABLES = ("embedding", "unembedding")
 
@@ -26,6 +26,8 @@ class Rule(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
+#: The field of a rule that says what a role is, where that has another name.
+_FIELDS = {"query_bias": "biases", "key_bias": "biases", "source_norm": "source"}
 #: A module's name; nothing in braces but the head.
 _Place = Annotated[str, Field(pattern=r"^[^{}]*(\{head\}[^{}]*)?$", max_length=500)]
 
@@ -81,6 +83,7 @@ class AroundRule(Rule):
     types: tuple[str, ...] = ()
     when: dict[str, bool | int | str] = Field(default={})
     norm: NormRule | None = None
+    source: NormRule | None = None  # of another stream, which keys and values read: its module is below the prefix
     query_norm: NormRule | None = None
     key_norm: NormRule | None = None
     biases: bool | None = None  # True: those that the checkpoint holds beside the weights, if it does
@@ -94,6 +97,12 @@ class AroundRule(Rule):
         if unknown := set(self.unproven) - set(AROUND):
             raise ValueError(f"unknown role {sorted(unknown)[0]!r}")
         return self
+
+    def said(self, role: str) -> Any:
+        """What it says of a role; None if nothing. Keys and values read what queries read, where no other source is said."""
+        if role == "source_norm" and role not in self.unproven:
+            return self.source or self.norm
+        return getattr(self, _FIELDS.get(role, role))
 
 
 _USUAL: dict[str, Any] = {
@@ -118,5 +127,5 @@ def rule_of(rules: Iterable[AroundRule], architecture: str, config: _Stated) -> 
             continue
         named = {name: getattr(rule, name) for name in rule.model_fields_set - {"types", "when", "unproven"}}
         said = {**_USUAL, **said, **named, "unproven": {**said.get("unproven", {}), **rule.unproven}}
-    left_out = {"biases" if role.endswith("_bias") else role: None for role in said.get("unproven", {})}
+    left_out = {_FIELDS.get(role, role): None for role in said.get("unproven", {})}
     return AroundRule(**{**said, **left_out})

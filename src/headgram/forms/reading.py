@@ -104,7 +104,9 @@ class Frame:
     Attributes
     ----------
     norm
-        What the block's norm does to the stream before it is projected.
+        What the block's norm does to the stream before queries are projected from it.
+    source_norm
+        Likewise of keys and values: the same, but in cross-attention, where it is the output norm of the stack that they read.
     query_norm, key_norm
         Norms of queries and keys, with a row of gains for each head.
     query_bias, key_bias : (H, r) and (K, r)
@@ -116,6 +118,7 @@ class Frame:
     """
 
     norm: Norm | None = None
+    source_norm: Norm | None = None
     query_norm: Norm | None = None
     key_norm: Norm | None = None
     query_bias: Float[Tensor, "heads rank"] | None = None

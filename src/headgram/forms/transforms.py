@@ -61,7 +61,7 @@ def folded(
     result = factors.double()
     if role == "output":
         return result
-    if (norm := frame.norm) is not None:
+    if (norm := frame.norm if role == "query" else frame.source_norm) is not None:
         result = result if norm.gain is None else result * norm.gain.to(result)
         result = result - result.mean(-1, keepdim=True) if norm.centred else result
     own = {"query": frame.query_norm, "key": frame.key_norm}.get(role)
@@ -85,7 +85,8 @@ def constant(
     bias
         What is added to `W x`.
     """
-    beta = None if frame.norm is None else frame.norm.bias
+    norm = frame.norm if role == "query" else frame.source_norm
+    beta = None if norm is None else norm.bias
     if bias is None and beta is None:
         return None
     wide = factors.double()

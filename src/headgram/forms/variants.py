@@ -48,5 +48,5 @@ class Variant:
 
 def needs(variant: Variant) -> tuple[str, ...]:
     """The roles around a layer's projections that a form follows from."""
-    norms = ("norm", "query_norm", "key_norm") if variant.circuit == "qk" else ("norm",)
+    norms = ("norm", "source_norm", *(("query_norm", "key_norm") if variant.circuit == "qk" else ()))
     return (norms if variant.norm == FOLDED else ()) + (("rotary",) if variant.offset else ())
