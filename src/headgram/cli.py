@@ -187,7 +187,7 @@ def inspect(
 _Results = Annotated[Path, typer.Option(help="The results folder.")]
 _Stack = Annotated[Optional[str], typer.Option(help="Which stack; see the command's description if not given.")]  # noqa: UP045
 _Circuit = Annotated[str, typer.Option(help="What heads look for (qk), what they move (ov), or another form that was measured.")]
-_AnyCircuit = Annotated[Optional[Literal["qk", "ov"]], typer.Option(help="Which circuit; both if not given.")]  # noqa: UP045
+_AnyCircuit = Annotated[Optional[str], typer.Option(help="qk, ov or another form; all that both have if not given.")]  # noqa: UP045
 _Where = Annotated[
     Optional[list[str]],  # noqa: UP045
     typer.Option(help="COLUMN=VALUE: only models of a lineage, a step or another label of the manifest; may be repeated."),

@@ -27,11 +27,23 @@ ROTARY: dict[str, tuple[str, dict[str, Any]]] = {
         for name in ("gpt_neox", "gptj", "phi", "phi3", "glm4", "stablelm", "deepseek_v3", "modernbert", "falcon")
     },
     **{name: (name, {}) for name in ("qwen3_next", "smollm3", "exaone4", "persimmon", "codegen", "granite", "llama4_text")},
-    "linear": ("llama", {"rope_parameters": {"rope_theta": 1e4, "rope_type": "linear", "factor": 4.0}}),
-    "yarn": (
-        "llama",
-        {"rope_parameters": {"rope_theta": 1e4, "rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}},
-    ),
+    "mrope": ("qwen2_vl_text", {}),
+    "mrope of planes in turn": ("qwen3_vl_text", {}),
+    "mrope, interleaved": ("glm4v_text", {}),
+    **{
+        name: ("llama", {"rope_parameters": {"rope_theta": 1e4, "rope_type": name, "factor": 4.0, **numbers}})
+        for name, numbers in {
+            "linear": {},
+            "dynamic": {},
+            "yarn": {"original_max_position_embeddings": 32},
+            "llama3": {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 40},
+            "longrope": {
+                "short_factor": [1.0, 1.1, 1.2, 1.3, 1.4, 1.5],
+                "long_factor": [2.0] * 6,
+                "original_max_position_embeddings": 16,
+            },
+        }.items()
+    },
 }
 PLAIN = {name: (name, {}) for name in ("gpt2", "opt", "bert", "mpt", "bloom", "vit")}
 

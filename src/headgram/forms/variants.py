@@ -5,6 +5,7 @@ Nothing here imports torch: the plan reads this module at parse time.
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, replace
 
 #: What a name looks like, as a regular expression without groups.
@@ -44,6 +45,11 @@ class Variant:
         """The form of a name."""
         circuit, _, offset = name.partition("@")
         return cls(circuit.removesuffix("-folded"), FOLDED if circuit.endswith("-folded") else RAW, int(offset or 0))
+
+
+def is_made(name: str) -> bool:
+    """Whether a text is the name of a form that is made of an extracted one."""
+    return re.fullmatch(NAME, name) is not None and name != Variant.of(name).circuit
 
 
 def needs(variant: Variant) -> tuple[str, ...]:
