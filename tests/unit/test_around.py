@@ -176,6 +176,10 @@ NONE = NormRule(kind="none")
         ("gpt_neo", "scale", {"scale": ScaleRule()}),
         ("granite", "scale", {"scale": ScaleRule()}),
         ("gemma2", "cap", {"cap": ""}),
+        ("gemma2", "output_norm", {"output_norm": NONE}),
+        ("gemma2", "output_norm", {"output_norm": NormRule(kind="rms", module="post_attention_layernorm")}),  # 1 + w
+        ("olmo2", "output_norm", {"output_norm": NormRule(kind="rms", module="post_feedforward_layernorm")}),
+        ("llama", "output_norm", {"output_norm": NormRule(kind="rms", module="post_attention_layernorm")}),
     ],
 )
 def test_wrong_data_are_off_by_order_one(
@@ -301,6 +305,11 @@ def test_rotary_parameters_that_cannot_be(tmp_path: Path, changes: dict[str, Any
     with open_checkpoint(tmp_path) as checkpoint, pytest.raises(HeadgramError, match=sentence) as error:
         checkpoint.around("self", 0).rotary()
     assert "\n" not in str(error.value)
+
+
+def test_an_odd_number_of_rows_is_no_number_of_pairs() -> None:
+    with pytest.raises(HeadgramError, match="turns 3 pairs of 5 rows, which cannot be"):
+        rotary_of(RotaryRule(kind="halves"), Section({}, "m"), 0, rank=5, start=0, length=None)
 
 
 @pytest.mark.parametrize(

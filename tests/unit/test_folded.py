@@ -16,6 +16,7 @@ from torch.nn.functional import normalize
 from headgram import HeadgramError, open_checkpoint
 from headgram.proofs.around import without_epsilon
 from headgram.proofs.prove import _calls, quiet
+from headgram.results.around import around_of
 from headgram.study.manifest import read_manifest
 from headgram.study.resolve import resolve, unlike_its_lock
 
@@ -103,13 +104,26 @@ def test_forms_between_two_streams_are_the_models_scores(tmp_path: Path, model_t
     assert len(calls) == len(source.layers)
 
 
-def test_values_are_read_through_the_norm_and_outputs_are_not(tmp_path: Path) -> None:
-    model, _ = tiny("gemma2", {})
-    of = extracted(tmp_path, locked(model, tmp_path)).form
-    stored, made = (of(form).read([1]) for form in ("ov", "ov-folded"))
-    gain = 1 + model.layers[1].input_layernorm.weight.detach()
-    torch.testing.assert_close(made.b, stored.b * gain)
-    torch.testing.assert_close(made.a, stored.a, rtol=0, atol=0)
+@pytest.mark.parametrize("model_type", ["gemma2", "olmo2", "llama"])
+def test_values_are_read_through_one_norm_and_outputs_written_through_another(tmp_path: Path, model_type: str) -> None:
+    """What the model adds to its stream, but for one number for each token: the length of what all heads write."""
+    model, entry = tiny(model_type, {})
+    found = extracted(tmp_path, locked(model, tmp_path))
+    if model_type == "gemma2":
+        stored, made = (found.form(form).read([1]) for form in ("ov", "ov-folded"))
+        torch.testing.assert_close(made.b, stored.b * (1 + model.layers[1].input_layernorm.weight.detach()))
+    model.double()
+    without_epsilon(model)
+    with quiet():
+        calls = _calls(model, entry, placed=True)
+    for call in calls:
+        heads = found.form("ov-folded").read([call.layer]).to(torch.float64)
+        written = (call.reading.heads @ heads.left()).sum(0)
+        added = call.added.double().reshape(-1, written.shape[-1])
+        torch.testing.assert_close(normalize(written, dim=-1), normalize(added, dim=-1), rtol=2e-5, atol=2e-6)
+    assert calls
+    said = around_of("ov-folded", found.frames["self"])["not_folded"]
+    assert ("a norm after attention divides what all heads write" in said) == (model_type != "llama")
 
 
 def test_heads_of_a_layer_read_apart_are_those_read_together(tmp_path: Path) -> None:

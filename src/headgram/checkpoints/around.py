@@ -82,6 +82,11 @@ class Around:
         return self._head_norm("key_norm")
 
     @property
+    def output_norm(self) -> Norm | None:
+        """What a norm does to all that heads write together, before it is added to the stream; None if there is none."""
+        return self._norm(self._said("output_norm", self._known.rule.output_norm), 1, [(self._known.dims.output_width,)])
+
+    @property
     def query_bias(self) -> Float[Tensor, "heads rank"] | None:
         """What is added to `W_Q x`; None if nothing is."""
         return self._bias("query_bias")
@@ -145,7 +150,7 @@ class Around:
             return list(self._bias_names(role)[1].values())
         if role == "source_norm":
             return [name for names in self._norm_names(self._source(), 1, self._source_place).values() for name in names]
-        if role not in ("norm", "query_norm", "key_norm"):
+        if role not in ("norm", "query_norm", "key_norm", "output_norm"):
             return []
         rule = self._said(role, getattr(self._known.rule, role))
         return [name for names in self._norm_names(rule, self._heads(role)).values() for name in names]

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal, Protocol, Self
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 #: What can be asked of a layer besides the factors of its heads.
-AROUND = ("norm", "source_norm", "query_norm", "key_norm", "query_bias", "key_bias", "rotary", "scale", "cap")
+AROUND = ("norm", "source_norm", "query_norm", "key_norm", "output_norm", "query_bias", "key_bias", "rotary", "scale", "cap")
 #: What can be asked of a model.
 TABLES = ("embedding", "unembedding")
 
@@ -77,7 +77,7 @@ class AroundRule(Rule):
     """What stands around the projections, for some types, in configurations that state `when`.
 
     Of several, a later one says anew what it names and leaves the rest. Without any, nothing is proven. What a rule does not name
-    is what most models have: no norms of queries and keys, biases where the checkpoint holds them, scores over the rank's root.
+    is what most models have: no norms of queries, keys and outputs, biases where the checkpoint holds them, scores over the rank's root.
     """
 
     types: tuple[str, ...] = ()
@@ -86,6 +86,7 @@ class AroundRule(Rule):
     source: NormRule | None = None  # of another stream, which keys and values read: its module is below the prefix
     query_norm: NormRule | None = None
     key_norm: NormRule | None = None
+    output_norm: NormRule | None = None  # of what all heads write together, before it is added to the stream
     biases: bool | None = None  # True: those that the checkpoint holds beside the weights, if it does
     rotary: RotaryRule | None = None
     scale: ScaleRule | None = None
@@ -108,6 +109,7 @@ class AroundRule(Rule):
 _USUAL: dict[str, Any] = {
     "query_norm": NormRule(kind="none"),
     "key_norm": NormRule(kind="none"),
+    "output_norm": NormRule(kind="none"),
     "biases": True,
     "scale": ScaleRule(),
     "cap": "",

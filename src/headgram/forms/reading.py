@@ -109,6 +109,8 @@ class Frame:
         Likewise of keys and values: the same, but in cross-attention, where it is the output norm of the stack that they read.
     query_norm, key_norm
         Norms of queries and keys, with a row of gains for each head.
+    output_norm
+        What a norm does to all that heads write together, before it is added to the stream.
     query_bias, key_bias : (H, r) and (K, r)
         What is added to `W_Q x` and to `W_K x`.
     rotary
@@ -121,6 +123,7 @@ class Frame:
     source_norm: Norm | None = None
     query_norm: Norm | None = None
     key_norm: Norm | None = None
+    output_norm: Norm | None = None
     query_bias: Float[Tensor, "heads rank"] | None = None
     key_bias: Float[Tensor, "kv_heads rank"] | None = None
     rotary: Rotary | None = None

@@ -45,7 +45,7 @@ def folded(
     """Factors of one layer as functions of the stream that its norm divides, in float64: `diag(γ_q) C_q W diag(γ) C`.
 
     Gains and centring are folded in, of the block's norm and of norms of queries and keys. What is not: divisions, and biases,
-    which add terms that are linear in one token. What is written is not read through the norm, so that outputs stay.
+    which add terms that are linear in one token. Of outputs, it is the norm of what all heads write together, if there is one.
 
     Parameters
     ----------
@@ -60,6 +60,9 @@ def folded(
     """
     result = factors.double()
     if role == "output":
+        if (norm := frame.output_norm) is not None:
+            result = result - result.mean(-1, keepdim=True) if norm.centred else result
+            result = result if norm.gain is None else result * norm.gain.to(result)
         return result
     if (norm := frame.norm if role == "query" else frame.source_norm) is not None:
         result = result if norm.gain is None else result * norm.gain.to(result)

@@ -54,5 +54,5 @@ def is_made(name: str) -> bool:
 
 def needs(variant: Variant) -> tuple[str, ...]:
     """The roles around a layer's projections that a form follows from."""
-    norms = ("norm", "source_norm", *(("query_norm", "key_norm") if variant.circuit == "qk" else ()))
+    norms = ("norm", "source_norm", *(("query_norm", "key_norm") if variant.circuit == "qk" else ("output_norm",)))
     return (norms if variant.norm == FOLDED else ()) + (("rotary",) if variant.offset else ())

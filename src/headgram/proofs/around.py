@@ -59,6 +59,8 @@ def around_residuals(layers: Sequence[Matched]) -> dict[str, float]:
         found["norm"] = max(norm_residual(one.free, one.around) for one in layers)
     if "source_norm" not in missing:
         found["source_norm"] = max(source_residual(one.free, one.around) for one in layers)
+    if "output_norm" not in missing:
+        found["output_norm"] = max(output_residual(one.free, one.around) for one in layers)
     for together in (CHAIN, SOFTMAX):
         known = [role for role in together if role not in missing]
         if known and len(known) < len(together):
@@ -123,6 +125,22 @@ def source_residual(call: Call, around: Around) -> float:
     return _norm_residual(
         call, call.outer.get(call.block) if _reads_one_stream(call) else call.source, around.source_norm, call.y
     )
+
+
+def output_residual(call: Call, around: Around) -> float:
+    """How far what is added to the stream is from what heads write after its norm, or from one multiple of that.
+
+    Raises
+    ------
+    HeadgramError
+        If the family's data name no norm, or nothing was seen to be added.
+    """
+    norm = around.output_norm
+    if call.written is None or call.added is None:
+        raise HeadgramError(f"what the heads at {call.module} write was not seen to be added to a stream")
+    written, added = (each.double().reshape(-1, each.shape[-1]) for each in (call.written, call.added))
+    ours = written if norm is None else _normed(written, norm)
+    return relative(ours * ((ours * added).sum() / ours.square().sum()), added)
 
 
 def _reads_one_stream(call: Call) -> bool:
