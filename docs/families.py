@@ -7,7 +7,7 @@ from pathlib import Path
 
 import headgram
 from headgram.families.around import rule_of
-from headgram.families.registry import families, family_of, others
+from headgram.families.registry import families, others
 from headgram.proofs.prove import Proof, known_types, markdown, prove
 from headgram.study.options_docs import renewed
 
@@ -67,14 +67,23 @@ def remarks() -> list[str]:
     return ["| " + " | ".join(row) + " |" for row in (head, ("---",) * len(head), *dict.fromkeys(rows))]
 
 
-def norm_kind(model_type: str) -> str:
-    """What stands before the attention of a type's first stack, in words."""
-    family = family_of(model_type)
-    if not family.stacks:
-        return "have what their text tower's type has"
-    norm = rule_of(family.stacks[0].around, model_type, {}).norm
-    words = {"rms": "have RMSNorm", "layer": "have LayerNorm", "none": "read the stream as it is"}
-    return "are not known" if norm is None else words[norm.kind]
+def norms() -> list[str]:
+    """A table of what stands around the queries and keys of all types of the registry, in their first stack."""
+    owned = [(family, name) for family in families() if family.stacks for name in family.model_types]
+    rules = [rule_of(family.stacks[0].around, name, {}) for family, name in owned]
+    kinds = {"rms": "RMSNorm", "layer": "LayerNorm", "none": "none: the stream is read as it is"}
+    before = Counter("not proven" if rule.norm is None else kinds[rule.norm.kind] for rule in rules)
+    rows = [(f"norm before attention: {kind}", count) for kind, count in before.most_common()]
+    rotary = Counter(rule.rotary.kind for rule in rules if rule.rotary is not None)
+    rows += [(f"rotary encoding: {kind}", count) for kind, count in rotary.most_common()]
+    rows += [
+        ("gain stored as `γ - 1`", sum(rule.norm is not None and rule.norm.plus == 1 for rule in rules)),
+        ("norms of queries and keys", sum(rule.query_norm is not None and rule.query_norm.kind != "none" for rule in rules)),
+        ("bound of scores", sum(bool(rule.cap) for rule in rules)),
+    ]
+    shares = [(what, str(count), f"{count / len(rules):.0%}") for what, count in rows]
+    head = (f"of {len(rules)} types", "types", "share")
+    return ["| " + " | ".join(row) + " |" for row in (head, ("---",) * len(head), *shares)]
 
 
 def left_out(proofs: list[Proof]) -> list[str]:
@@ -103,11 +112,9 @@ def main() -> None:
     known = {*known_types(), *(name for family in others() for name in family.model_types)}
     opened = [(*row, "yes" if row[-1] in known else "no") for row in PAPER]
     rows = [("kind", "models", "model type", "opened"), ("---",) * 4, *((a, b, f"`{c}`", d) for a, b, c, d in opened)]
-    norms = Counter(norm_kind(proof.model_type) for proof in proofs)
-    kinds = ", ".join(f"{count} {kind}" for kind, count in norms.most_common())
-    summary += f" Before attention, {kinds}."
     page = renewed(PAGE.read_text(encoding="utf-8"), "proofs", "families", [summary, "", *markdown(proofs)])
     page = renewed(page, "remarks", "families", remarks())
+    page = renewed(page, "norms", "families", norms())
     page = renewed(page, "left out", "families", left_out(proofs))
     page = renewed(page, "paper", "families", ["| " + " | ".join(row) + " |" for row in rows])
     PAGE.write_text(page, encoding="utf-8")

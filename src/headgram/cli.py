@@ -187,7 +187,7 @@ def inspect(
 _Results = Annotated[Path, typer.Option(help="The results folder.")]
 _Stack = Annotated[Optional[str], typer.Option(help="Which stack. Without it, what the command's description says.")]  # noqa: UP045
 _Circuit = Annotated[str, typer.Option(help="What heads look for (qk), what they move (ov), or another form that was measured.")]
-_AnyCircuit = Annotated[Optional[Literal["qk", "ov"]], typer.Option(help="Which circuit. Without it, both.")]  # noqa: UP045
+_AnyCircuit = Annotated[Optional[str], typer.Option(help="qk, ov or another form. Without it, all that both have.")]  # noqa: UP045
 _Where = Annotated[
     Optional[list[str]],  # noqa: UP045
     typer.Option(help="COLUMN=VALUE: only models of a lineage, a step or another label of the manifest. May be repeated."),
@@ -223,7 +223,7 @@ def show(
 ) -> None:
     """Show a measured model: its layers, its most and least symmetric heads, and its strongest couplings, for all stacks.
 
-    With --head, show one head of the first stack, or of --stack: its numbers, heads like it, heads that feed or read it, its tokens.
+    With --head, show one head of the first stack, or of --stack: its numbers, heads like it, heads that feed or read it, tokens.
     """
     from headgram.atlas.display import console, show_head, show_model, show_models
 

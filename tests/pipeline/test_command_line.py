@@ -115,6 +115,7 @@ def revisions(tmp_path_factory) -> Project:
     """A model; a later revision of it, with one head turned round, one scaled and one new; and a wider model of its shape."""
     project = new_project(tmp_path_factory.mktemp("revisions") / "project")
     before = llama_tensors(2, 4, 2, 8, 32, seed=0)
+    before |= {f"model.layers.{layer}.input_layernorm.weight": torch.linspace(0.1, 2, 32) for layer in (0, 1)}
     after = {name: tensor.clone() for name, tensor in before.items()}
     query = after["model.layers.1.self_attn.q_proj.weight"]
     query[:8] *= -1
@@ -124,13 +125,13 @@ def revisions(tmp_path_factory) -> Project:
     write_llama(project.folder / "after", layers=2, tensors=after)
     write_llama(project.folder / "wide", layers=2, hidden=48)
     write_manifest(project.folder / "config" / "models.tsv", {name: name for name in ("before", "after", "wide")})
-    project.run()
+    project.run("--config", "weights={norm: [raw, folded]}", "rotary={offsets: [0, 3]}")
     return project
 
 
 def test_compare_finds_the_heads_that_moved(revisions, tmp_path):
     out = tmp_path / "moved.csv"
-    printed = headgram_command(revisions, "compare", "before", "after", "--top", "2", "--out", str(out))
+    printed = headgram_command(revisions, "compare", "before", "after", "--circuit", "qk", "--top", "2", "--out", str(out))
     heads = pd.read_csv(out).set_index(["layer", "head"])
     np.testing.assert_allclose(heads.loc[0, "cosine"], 1)
     np.testing.assert_allclose(heads.loc[1, "cosine"].to_numpy()[[0, 1, 3]], [-1, 1, 1])
@@ -144,6 +145,49 @@ def test_compare_finds_the_heads_that_moved(revisions, tmp_path):
     assert heads.loc[(1, 1), "spectral_norm_b"] == pytest.approx(3 * heads.loc[(1, 1), "spectral_norm_a"])
     assert [row[:3] for row in rows(printed, "Heads that moved most", 3)] == [["1", "0", "-1.000"], ["1", "2", f"{cosine:+.3f}"]]
     assert "Random subspaces overlap by 0.250 on average." in printed
+
+
+@pytest.mark.parametrize("form", ["qk-folded", "qk@3", "qk-folded@3"])
+def test_forms_that_are_made_are_compared_and_shown(revisions, form):
+    """Against gains and angles in NumPy, by the definition of rotary encoding with pairs of halves."""
+    angles = (3 if form.endswith("@3") else 0) * 10_000.0 ** (-np.arange(4) / 4)
+    rotation = np.block([[np.diag(np.cos(angles)), -np.diag(np.sin(angles))], [np.diag(np.sin(angles)), np.diag(np.cos(angles))]])
+    gain = torch.linspace(0.1, 2, 32).double().numpy() if "folded" in form else 1
+    pair = [headgram.open_checkpoint(revisions.folder / name).qk("self", 1) for name in ("before", "after")]
+    one, other = ((k[1].double().numpy() * gain).T @ rotation @ (q[2].double().numpy() * gain) for q, k in pair)
+    found = headgram.compare("before", "after", revisions.folder / "results", circuit=form)
+    assert found.why_no_drift is None
+    assert set(found.heads["circuit"]) == {form}
+    heads = found.heads.set_index(["layer", "head"])
+    cosine = (one * other).sum() / np.linalg.norm(one) / np.linalg.norm(other)
+    assert heads.loc[(1, 2), "cosine"] == pytest.approx(cosine, abs=1e-6)
+    assert heads.loc[(1, 2), "norm_before"] == pytest.approx(np.linalg.norm(one), rel=1e-6)
+    assert heads.loc[(1, 2), "fro_sq_b"] == pytest.approx(np.linalg.norm(other) ** 2, rel=1e-6)
+    assert form in headgram_command(revisions, "compare", "before", "after", "--circuit", form)
+    printed = headgram_command(revisions, "show", "after", "--circuit", form, "--head", "1.2")
+    assert f"after, self, {form}: layer 1, head 2" in printed
+    assert f"circuit {form}, stack self" in headgram_command(revisions, "show", "after", "--circuit", form)
+    atlas = headgram.open_atlas(revisions.folder / "results")
+    assert atlas.pairs("after", circuit=form).shape == atlas.pairs("after").shape
+    assert atlas.gram("before", circuit=form).sel(layer_a=1, layer_b=1, head=2) == pytest.approx(
+        np.linalg.norm(one) ** 2, rel=1e-6
+    )
+
+
+def test_a_form_that_was_not_measured_is_one_sentence(revisions):
+    known = "there are: qk, qk@3, qk-folded, qk-folded@3; the options weights.norm and rotary.offsets ask for more"
+    atlas = headgram.open_atlas(revisions.folder / "results")
+    for ask in (
+        lambda: headgram_command(revisions, "show", "before", "--circuit", "qk@5"),
+        lambda: headgram_command(revisions, "compare", "before", "after", "--circuit", "qk@5"),
+        lambda: atlas.pairs("before", circuit="qk@5"),
+        lambda: atlas.directions("before", "qk@5"),
+    ):
+        with pytest.raises(headgram.HeadgramError) as error:
+            ask()
+        assert str(error.value) == f"the circuit 'qk@5' of 'before' was not measured; {known}"
+    with pytest.raises(headgram.HeadgramError, match=r"there are: qk, qk@3, qk-folded, qk-folded@3$"):
+        headgram_command(revisions, "show", "before", "--circuit", "magic")
 
 
 def test_compare_says_why_there_are_no_cosines(revisions, finished):

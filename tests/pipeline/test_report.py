@@ -1,6 +1,7 @@
 """The page in a real browser: every control changes every picture to the values in Parquet."""
 
 import json
+import re
 import shutil
 
 import numpy as np
@@ -129,10 +130,38 @@ def check_tables(page, project, model, stack, layer, head, measure, **_):
     np.testing.assert_allclose([float(line[1].replace("−", "-")) for line in lines], nearest["value"], rtol=6e-3, atol=1e-6)
 
 
+def check_positions(page, project, model, stack, layer, head, turning, norms, offset, **_):
+    """The card is there of heads that positions turn, whatever norms the rest of the page is about."""
+    at, waves = (
+        table(project, name, model, f"{'qk-folded' if norms == 'folded' else 'qk'}/{stack.split('/')[1]}")
+        for name in ("rotary", "frequencies")
+    )
+    at, waves = at.query("layer == @layer"), waves.query("layer == @layer")
+    assert page.page.is_hidden("#card-positions") == (at.empty or not stack.startswith("qk"))
+    if page.page.is_hidden("#card-positions"):
+        return
+    waves = waves.dropna(subset="wavelength")
+    for picture, rows, x, y in (("turns", at, "offset", turning), ("waves", waves, "wavelength", "share")):
+        chosen, others = (pd.DataFrame(page.rows(picture, part)) for part in ("chosen", "others"))
+        assert set(chosen["head"]) == {head}
+        drawn, expected = pd.concat([chosen, others]).sort_values(["head", "x"]), rows.sort_values(["head", x])
+        assert drawn["head"].tolist() == expected["head"].tolist()
+        np.testing.assert_allclose(drawn["x"], expected[x], **CLOSE)
+        np.testing.assert_allclose(drawn["value"], expected[y], **CLOSE)
+        chance = pd.DataFrame(page.rows(picture, "chance"))
+        assert len(chance) == (0 if picture == "turns" and turning != "cosine" else len(chosen))
+        if len(chance):
+            np.testing.assert_allclose(chance.sort_values("x")["value"], expected.query("head == @head")["expected"], **CLOSE)
+    row = at.query("head == @head and offset == @offset").iloc[0]
+    text = page.page.inner_text("#offset-values").replace("−", "-")
+    for name in ("norm", "trace"):
+        assert float(re.search(rf"{name} (\S+?)[,.]?( |$)", text)[1].rstrip(".")) == pytest.approx(row[name], rel=1e-3)
+
+
 def check_everything(page, project):
     state = page.state()
     compared = {state["model"], *state["with"]}
-    for check in (check_strip, check_forms, check_sides, check_spectra, check_tables):
+    for check in (check_strip, check_forms, check_sides, check_spectra, check_tables, check_positions):
         check(page, project, **state)
     check_profile(page, project, compared=compared, **state)
     assert page.rows("strip", "chosen") == [{"layer": state["layer"], "head": state["head"]}]
@@ -151,7 +180,9 @@ def test_it_opens_from_disk(page, reported):
 def test_every_control_changes_every_picture_to_the_values_in_parquet(page, reported):
     columns = page.page.evaluate("[...document.querySelector('#column').options].map(o => o.value)")
     numbers = table(reported, "heads", "llama", "qk/self").select_dtypes("float64").dropna(axis=1, how="all")
-    assert sorted(columns) == sorted(numbers)
+    assert sorted(columns) == sorted(
+        name for name in numbers if not name.endswith("_expected")
+    )  # which stand beside their columns
     for column in columns:
         page.select("column", column)
         check_strip(page, reported, **page.state())
@@ -164,6 +195,7 @@ def test_every_control_changes_every_picture_to_the_values_in_parquet(page, repo
         "measure": ["right", "left", "signed", "transposed", "cosine"],
         "depth": ["relative", "layer"],
         "scale": ["symlog", "linear"],
+        "turning": ["norm", "transposed", "symmetry", "trace", "cosine"],
         "model": ["t5"],
         "stack": ["qk/decoder", "qk/cross"],
         "circuit": ["ov", "qk"],

@@ -95,7 +95,7 @@ def test_compositions_are_of_the_stacks_that_share_a_stream(measured):
     crossing = headgram.open_atlas(measured.folder / "out").composition("t5", "v", "cross")
     assert crossing.notnull().all()
     assert crossing.attrs["writer"] == "encoder"
-    assert table.set_index("stack")["folded"].to_dict() == {"encoder": True, "decoder": True, "cross": False, "self": True}
+    assert table.set_index("stack")["folded"].to_dict() == {"encoder": True, "decoder": True, "cross": True, "self": True}
     assert table["averaged"].isna().all()  # neither model turns queries and keys
     scores = headgram.open_atlas(measured.folder / "out").composition("t5", "k", "decoder", "times_chance")
     assert int(scores.notnull().sum()) == len(table.query("model == 't5' and stack == 'decoder' and kind == 'k'"))

@@ -176,6 +176,10 @@ NONE = NormRule(kind="none")
         ("gpt_neo", "scale", {"scale": ScaleRule()}),
         ("granite", "scale", {"scale": ScaleRule()}),
         ("gemma2", "cap", {"cap": ""}),
+        ("gemma2", "output_norm", {"output_norm": NONE}),
+        ("gemma2", "output_norm", {"output_norm": NormRule(kind="rms", module="post_attention_layernorm")}),  # 1 + w
+        ("olmo2", "output_norm", {"output_norm": NormRule(kind="rms", module="post_feedforward_layernorm")}),
+        ("llama", "output_norm", {"output_norm": NormRule(kind="rms", module="post_attention_layernorm")}),
     ],
 )
 def test_wrong_data_are_off_by_order_one(
@@ -185,6 +189,32 @@ def test_wrong_data_are_off_by_order_one(
     changes = {"rope_parameters": {**WAVES, "rope_type": "default"}, "attention_multiplier": 0.5} if role != "norm" else {}
     model, entry = tiny(model_type, **(changes if model_type == "granite" else {}))
     assert residuals(model, saved(model, tmp_path), entry)[role] > 1e-3
+
+
+@pytest.mark.parametrize(
+    ("model_type", "role", "wrong"),
+    [
+        ("whisper", "source_norm", {"source": NONE}),
+        ("whisper", "norm", {"norm": NormRule(kind="layer", module="self_attn_layer_norm")}),
+        ("t5", "source_norm", {"source": NormRule(kind="layer", module="encoder.final_layer_norm")}),
+        ("t5", "source_norm", {"source": NormRule(kind="rms", module="decoder.final_layer_norm")}),
+        ("t5", "norm", {"norm": NormRule(kind="rms", module="layer.0.layer_norm")}),
+        ("bart", "source_norm", {"source": NormRule(kind="layer", module="encoder.layernorm_embedding")}),
+        ("bart", "norm", {"norm": NormRule(kind="layer", module="self_attn_layer_norm")}),
+    ],
+)
+def test_wrong_norms_of_cross_attention_are_off_by_order_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, model_type: str, role: str, wrong: dict[str, Any]
+) -> None:
+    def changed(*given: Any) -> AroundRule:
+        said = rule_of(*given)
+        return said.model_copy(update=wrong) if said.source else said
+
+    model, entry = tiny(model_type)
+    folder = saved(model, tmp_path)
+    assert residuals(model, folder, entry)[role] < TOLERANCE
+    monkeypatch.setattr("headgram.checkpoints.stack.rule_of", changed)
+    assert residuals(tiny(model_type)[0], folder, entry)[role] > 1e-3
 
 
 def test_biases_that_are_left_out_are_noticed(tmp_path: Path) -> None:
@@ -229,7 +259,8 @@ def test_defaults_of_rotary_encoding_are_those_of_transformers() -> None:
 @pytest.mark.parametrize(
     ("model_type", "stack", "role", "sentence"),
     [
-        ("bart", "cross", "norm", "no role 'norm' to read: queries read the decoder's stream"),
+        ("hy_v4", "self", "norm", "no role 'norm' to read: it stands before a mixture of several streams"),
+        ("hy_v4", "self", "source_norm", "no role 'source_norm' to read: it stands before a mixture of several streams"),
         ("doge", "self", "scale", "no role 'scale' to read: a mask that depends on"),
         ("ibert", "self", "cap", "no role 'cap' to read: its softmax"),
         ("deberta", "self", "query_bias", "no role 'query_bias' to read: scores are sums"),
@@ -274,6 +305,11 @@ def test_rotary_parameters_that_cannot_be(tmp_path: Path, changes: dict[str, Any
     with open_checkpoint(tmp_path) as checkpoint, pytest.raises(HeadgramError, match=sentence) as error:
         checkpoint.around("self", 0).rotary()
     assert "\n" not in str(error.value)
+
+
+def test_an_odd_number_of_rows_is_no_number_of_pairs() -> None:
+    with pytest.raises(HeadgramError, match="turns 3 pairs of 5 rows, which cannot be"):
+        rotary_of(RotaryRule(kind="halves"), Section({}, "m"), 0, rank=5, start=0, length=None)
 
 
 @pytest.mark.parametrize(

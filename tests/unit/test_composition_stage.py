@@ -110,7 +110,8 @@ def test_norms_are_folded_in_and_positions_averaged_over_where_they_are_known(tm
     gains = {layer: torch.rand(WIDTH, generator=generator, dtype=torch.float64) + 0.5 for layer in LAYERS}
     waves = Rotary(torch.tensor([1.0, 2.0], dtype=torch.float64) * 2 * torch.pi / 8, interleaved=False, start=1)
     frames = {
-        layer: Frame(norm=Norm(centred=layer == 2, gain=gains[layer]), rotary=None if layer == 2 else waves) for layer in LAYERS
+        layer: Frame(norm=norm, source_norm=norm, rotary=None if layer == 2 else waves)
+        for layer, norm in ((layer, Norm(centred=layer == 2, gain=gains[layer])) for layer in LAYERS)
     }
     known = {"decoder": Frames(frames), "encoder": Frames({layer: Frame() for layer in LAYERS}, {"norm": "unproven"})}
     composed = measured(tmp_path / "results", extracted, known)

@@ -49,6 +49,7 @@ def written(path: Path, architecture: str, kv_heads: int, rank: int, fused: bool
             writer.add_tensor(f"blk.{layer}.{name}.weight", random.standard_normal((count, width)).astype(np.float32))
         writer.add_tensor(f"blk.{layer}.attn_output.weight", random.standard_normal((width, HEADS * rank)).astype(np.float32))
         norms = {"attn_norm": width, **(dict.fromkeys(("attn_q_norm", "attn_k_norm"), rank) if "qwen3" in architecture else {})}
+        norms |= {"post_attention_norm": width} if architecture == "gemma2" else {}
         for name, count in norms.items() if around else ():
             writer.add_tensor(f"blk.{layer}.{name}.weight", random.standard_normal(count).astype(np.float32))
         biases = dict.fromkeys(("attn_norm",), width) | rows if architecture == "gpt2" else rows
@@ -134,6 +135,7 @@ def test_what_stands_around_heads_is_what_transformers_reads(
         assert frame.norm.gain is not None
         assert (frame.query_bias is not None) == (architecture in BIASED)
         assert (frame.query_norm is not None) == architecture.startswith("qwen3")
+        assert (frame.output_norm is not None) == (architecture == "gemma2")
 
 
 def parts(value: Any) -> list[Any]:

@@ -16,6 +16,7 @@ from torch.nn.functional import normalize
 from headgram import HeadgramError, open_checkpoint
 from headgram.proofs.around import without_epsilon
 from headgram.proofs.prove import _calls, quiet
+from headgram.results.around import around_of
 from headgram.study.manifest import read_manifest
 from headgram.study.resolve import resolve, unlike_its_lock
 
@@ -27,11 +28,23 @@ ROTARY: dict[str, tuple[str, dict[str, Any]]] = {
         for name in ("gpt_neox", "gptj", "phi", "phi3", "glm4", "stablelm", "deepseek_v3", "modernbert", "falcon")
     },
     **{name: (name, {}) for name in ("qwen3_next", "smollm3", "exaone4", "persimmon", "codegen", "granite", "llama4_text")},
-    "linear": ("llama", {"rope_parameters": {"rope_theta": 1e4, "rope_type": "linear", "factor": 4.0}}),
-    "yarn": (
-        "llama",
-        {"rope_parameters": {"rope_theta": 1e4, "rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}},
-    ),
+    "mrope": ("qwen2_vl_text", {}),
+    "mrope of planes in turn": ("qwen3_vl_text", {}),
+    "mrope, interleaved": ("glm4v_text", {}),
+    **{
+        name: ("llama", {"rope_parameters": {"rope_theta": 1e4, "rope_type": name, "factor": 4.0, **numbers}})
+        for name, numbers in {
+            "linear": {},
+            "dynamic": {},
+            "yarn": {"original_max_position_embeddings": 32},
+            "llama3": {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 40},
+            "longrope": {
+                "short_factor": [1.0, 1.1, 1.2, 1.3, 1.4, 1.5],
+                "long_factor": [2.0] * 6,
+                "original_max_position_embeddings": 16,
+            },
+        }.items()
+    },
 }
 PLAIN = {name: (name, {}) for name in ("gpt2", "opt", "bert", "mpt", "bloom", "vit")}
 
@@ -69,13 +82,48 @@ def test_forms_of_the_stream_are_the_models_scores_at_every_offset(tmp_path: Pat
     assert compared > 0
 
 
-def test_values_are_read_through_the_norm_and_outputs_are_not(tmp_path: Path) -> None:
-    model, _ = tiny("gemma2", {})
-    of = extracted(tmp_path, locked(model, tmp_path)).form
-    stored, made = (of(form).read([1]) for form in ("ov", "ov-folded"))
-    gain = 1 + model.layers[1].input_layernorm.weight.detach()
-    torch.testing.assert_close(made.b, stored.b * gain)
-    torch.testing.assert_close(made.a, stored.a, rtol=0, atol=0)
+@pytest.mark.parametrize("model_type", ["t5", "whisper", "bart", "pegasus"])
+def test_forms_between_two_streams_are_the_models_scores(tmp_path: Path, model_type: str) -> None:
+    """Queries read the decoder's stream through a norm of their own, keys what the encoder's last block has left."""
+    model, entry = tiny(model_type, {})
+    found = extracted(tmp_path, locked(model, tmp_path))
+    model.double()
+    without_epsilon(model)
+    with quiet():
+        calls = [call for call in _calls(model, entry, placed=True) if call.x.shape != call.y.shape or not call.x.equal(call.y)]
+    source, values = found.form("qk-folded", "cross"), found.form("ov-folded", "cross")
+    for call in calls:
+        heads, moved = (each.read([call.layer]).to(torch.float64) for each in (source, values))
+        read, written = (each.double().reshape(-1, each.shape[-1]) for each in (call.source, call.stream))
+        query, key, value = heads.right() @ written.T, heads.left() @ read.T, moved.right() @ read.T
+        cosines = [normalize(q, dim=-1) @ normalize(k, dim=-1).mT for q, k in ((query.mT, key.mT), (call.query, call.key))]
+        torch.testing.assert_close(*cosines, rtol=2e-5, atol=2e-6)
+        if found.frames["cross"].layers[call.layer].source_norm is None or model_type == "t5":  # no bias of a norm
+            of_values = [normalize(each, dim=-1) for each in (value.mT, call.reading.value)]
+            torch.testing.assert_close(*of_values, rtol=2e-5, atol=2e-6)
+    assert len(calls) == len(source.layers)
+
+
+@pytest.mark.parametrize("model_type", ["gemma2", "olmo2", "llama"])
+def test_values_are_read_through_one_norm_and_outputs_written_through_another(tmp_path: Path, model_type: str) -> None:
+    """What the model adds to its stream, but for one number for each token: the length of what all heads write."""
+    model, entry = tiny(model_type, {})
+    found = extracted(tmp_path, locked(model, tmp_path))
+    if model_type == "gemma2":
+        stored, made = (found.form(form).read([1]) for form in ("ov", "ov-folded"))
+        torch.testing.assert_close(made.b, stored.b * (1 + model.layers[1].input_layernorm.weight.detach()))
+    model.double()
+    without_epsilon(model)
+    with quiet():
+        calls = _calls(model, entry, placed=True)
+    for call in calls:
+        heads = found.form("ov-folded").read([call.layer]).to(torch.float64)
+        written = (call.reading.heads @ heads.left()).sum(0)
+        added = call.added.double().reshape(-1, written.shape[-1])
+        torch.testing.assert_close(normalize(written, dim=-1), normalize(added, dim=-1), rtol=2e-5, atol=2e-6)
+    assert calls
+    said = around_of("ov-folded", found.frames["self"])["not_folded"]
+    assert ("a norm after attention divides what all heads write" in said) == (model_type != "llama")
 
 
 def test_heads_of_a_layer_read_apart_are_those_read_together(tmp_path: Path) -> None:
@@ -89,11 +137,11 @@ def test_heads_of_a_layer_read_apart_are_those_read_together(tmp_path: Path) -> 
 
 
 def test_a_form_that_is_not_proven_is_one_sentence(tmp_path: Path) -> None:
-    model, _ = tiny("bart", {})
+    model, _ = tiny("zamba2", {})
     of = extracted(tmp_path, locked(model, tmp_path)).form
-    assert of("qk-folded", "encoder").heads
-    with pytest.raises(HeadgramError, match="the form qk-folded cannot be made: the stack 'cross' has no role 'norm' to read: "):
-        of("qk-folded", "cross")
+    assert of("qk").heads
+    with pytest.raises(HeadgramError, match="the form qk-folded cannot be made: the stack 'self' has no role 'norm' to read: "):
+        of("qk-folded")
 
 
 def rewritten(path: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> None:
@@ -137,7 +185,8 @@ def test_what_cannot_be_read_is_missing_and_the_rest_is_there(tmp_path: Path) ->
     entry = resolve(read_manifest(tmp_path / "models.tsv").rows[0])
     around = entry.stacks[0].around
     assert around is not None
-    assert around.missing == {"norm": "layer 0: the checkpoint lacks tensor layers.0.input_layernorm.weight"}
+    reason = "layer 0: the checkpoint lacks tensor layers.0.input_layernorm.weight"
+    assert around.missing == {"norm": reason, "source_norm": reason}
     of = extracted(tmp_path, entry).form
     assert of("qk@3").heads
     with pytest.raises(HeadgramError, match=r"the checkpoint lacks tensor layers\.0\.input_layernorm\.weight"):

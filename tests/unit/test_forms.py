@@ -136,13 +136,16 @@ def test_norms_are_folded_into_what_reads_through_them(centred, own_centred):
     generator = torch.Generator().manual_seed(0)
     factors = torch.randn(2, 4, 6, generator=generator, dtype=torch.float64)
     gain, own = torch.linspace(-1, 2, 6, dtype=torch.float64), torch.linspace(0.5, 3, 12, dtype=torch.float64).view(3, 4)
-    frame = Frame(norm=Norm(centred, gain), query_norm=Norm(own_centred, own))
-    reads = torch.diag(gain) @ (torch.eye(6, dtype=torch.float64) - centred / 6)
+    frame = Frame(norm=Norm(centred, gain), source_norm=Norm(not centred, gain.flip(0)), query_norm=Norm(own_centred, own))
+    reads, crosses = (
+        torch.diag(each) @ (torch.eye(6, dtype=torch.float64) - taken / 6)
+        for each, taken in ((gain, centred), (gain.flip(0), not centred))
+    )
     turns = torch.eye(4, dtype=torch.float64) - own_centred / 4
     expected = {
         "query": torch.diag_embed(own[1:]) @ turns @ factors @ reads,
-        "key": factors @ reads,
-        "value": factors @ reads,
+        "key": factors @ crosses,
+        "value": factors @ crosses,
         "output": factors,
     }
     for role, truth in expected.items():

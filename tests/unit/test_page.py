@@ -18,6 +18,7 @@ from headgram.report.columns import columns
 from headgram.report.matrix import Feeding, PairMatrix
 from headgram.report.pack import beside, model_pack, unpack
 from headgram.report.page import index_pack, page, page_shell
+from headgram.report.positions import Positions
 from headgram.report.steps import steps_pack
 from headgram.results.tables import DRIFT, HEADS, LAYERS
 from headgram.version import __version__
@@ -52,8 +53,33 @@ def noise(layers: int, heads: int, seed: int):
     earlier = np.arange(layers * heads)[:, None] // heads < np.arange(layers * heads) // heads
     feeding = Feeding({kind: np.where(earlier, 1 + square / 20, 0).astype(np.float32) for kind in "qkv"}, heads)
     summary = dataclasses.replace(made.summary, quartiles=np.quantile(values, [0.25, 0.5, 0.75], axis=-1))
-    made = dataclasses.replace(made, summary=summary, heads=values)
-    return dataclasses.replace(made, pairs=pairs, singular=made.singular * 3e-4, matrix=matrix, feeding=feeding)
+    expected = made.expected.copy()
+    expected[[column.name for column in columns()].index("rotary_speed")] = 0.24
+    return dataclasses.replace(
+        made,
+        summary=summary,
+        pairs=pairs,
+        heads=values,
+        singular=made.singular * 3e-4,
+        matrix=matrix,
+        expected=expected,
+        feeding=feeding,
+        positions={norm: waves(layers, heads, random) for norm in ("raw", "folded")},
+    )
+
+
+def waves(layers: int, heads: int, random: np.random.Generator) -> Positions:
+    """Forms of random energies in eight planes, and in rows that no rotation touches; the last layer does not turn."""
+    offsets = np.array([-3, -2, -1, 0, 1, 2, 3, *(2**power for power in range(2, 14))])
+    lengths = 2 * np.pi * 10_000 ** (np.arange(8) / 8)
+    share = random.dirichlet(np.ones(9), (layers, heads))
+    cosine = np.einsum("lhp,op->lho", share[..., :8], np.cos(2 * np.pi * offsets[:, None] / lengths)) + share[..., 8:]
+    at = np.stack([cosine, 3 + cosine, cosine / 2, (1 + cosine) / 2, 10 * cosine])
+    expected = np.broadcast_to(np.cos(2 * np.pi * offsets[:, None] / lengths).mean(1), (layers, len(offsets))).copy()
+    planes = np.broadcast_to(np.append(lengths, np.nan), (layers, 9)).copy()
+    for values in (at[:, -1], expected[-1], planes[-1], share[-1]):
+        values[...] = np.nan
+    return Positions(offsets, at, expected, planes, share, np.full((layers, 9), 1 / 9))
 
 
 #: What the matrix of all heads is drawn as.
@@ -104,7 +130,18 @@ def place_of(found, picture: str, **row) -> tuple[float, float]:
 def test_three_sizes(chrome, path, size):
     with opened(chrome, path, "#scale=symlog", size=size) as found:
         assert found.page.evaluate("document.documentElement.scrollWidth <= innerWidth")
-        for picture in ("strip", "form-head", "form-mean", "side-head", "side-mean", "singular", "eigenvalues", "profile"):
+        for picture in (
+            "strip",
+            "form-head",
+            "form-mean",
+            "side-head",
+            "side-mean",
+            "singular",
+            "eigenvalues",
+            "turns",
+            "waves",
+            "profile",
+        ):
             texts = found.page.evaluate(
                 """id => {
                 const view = headgram.view(id), axes = [];
@@ -278,6 +315,36 @@ def test_a_models_colour_is_its_own(chrome, path):
         assert len(set(map(tuple, many.values()))) == 4
         found.set(model="m8", **{"with": ["m5"]})
         assert colours(found) == {name: many[name] for name in ("m5", "m8")}
+
+
+def test_a_slider_moves_through_offsets(chrome, path):
+    with opened(chrome, path, "#layer=3&head=2&column=rotary_speed") as found:
+        assert found.state()["offset"] == 1
+        assert "In layer 3 by chance 0.24." in found.page.inner_text("#strip-note")
+        (speed,) = (line for line in found.table("values") if line[0] == "Speed")
+        assert speed[3] == "0.24"
+        found.page.focus("#offset")
+        for key, offset in (("ArrowRight", 2), ("End", 8192), ("ArrowLeft", 4096), ("Home", -3)):
+            found.page.keyboard.press(key)
+            found.settle()
+            assert found.state()["offset"] == offset
+            assert [row["x"] for row in found.rows("turns", "now")] == [offset]
+            (row,) = (row for row in found.rows("turns", "chosen") if row["x"] == offset)
+            number = found.page.inner_text("#offset-values").replace("−", "-").split("the form at 0 ")[1].split()[0]
+            assert float(number) == pytest.approx(row["value"], rel=1e-3)
+            assert found.page.inner_text("#offset-value").replace("−", "-") == str(offset)
+        found.page.mouse.click(*place_of(found, "turns", head=2, x=16))
+        found.settle()
+        assert found.state()["offset"] == 16
+        raw = found.rows("waves", "chosen")
+        found.select("norms", "folded")
+        assert [row["x"] for row in raw] == [row["x"] for row in found.rows("waves", "chosen")]
+        assert [row["value"] for row in raw] != [row["value"] for row in found.rows("waves", "chosen")]
+        found.screenshot("offsets")
+        found.set(layer=11)
+        assert found.page.inner_text("#offset-values") == "Positions do not turn the queries and keys of layer 11."
+        assert found.rows("turns", "chosen") == found.rows("waves", "chosen") == found.rows("turns", "now") == []
+        assert found.complaints == []
 
 
 def test_names_can_be_filtered(chrome, path):

@@ -59,6 +59,7 @@ def stack(layers: int, heads: int, rank: int, seed=0, facts=None) -> StackArrays
         },
         neighbours=dict.fromkeys(("cosine", "transposed", "right", "left", "signed"), neighbours),
         matrix=None,
+        expected=np.full((len(columns()), layers), np.nan),
     )
 
 

@@ -109,7 +109,11 @@ def test_without_biases_and_where_folding_is_not_proven(tmp_path: Path) -> None:
     model, _ = tiny("bart", {}, biased=True)
     tables = measured(extracted(tmp_path, locked(model, tmp_path)))
     places = set(tables["turning"][["circuit", "stack"]].itertuples(index=False, name=None))
-    assert places == {("qk", "encoder"), ("qk", "decoder"), ("qk", "cross"), ("qk-folded", "encoder"), ("qk-folded", "decoder")}
+    assert places == {(form, stack) for form in ("qk", "qk-folded") for stack in ("encoder", "decoder", "cross")}
+    (tmp_path / "zamba2").mkdir()
+    model, _ = tiny("zamba2", {})
+    tables = measured(extracted(tmp_path / "zamba2", locked(model, tmp_path / "zamba2")))
+    assert set(tables["turning"]["circuit"]) == {"qk"}
     (tmp_path / "llama").mkdir()
     model, _ = tiny("llama", {})
     tables = measured(extracted(tmp_path / "llama", locked(model, tmp_path / "llama")))

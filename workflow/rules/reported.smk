@@ -1,4 +1,6 @@
 # What the report reads and writes, and what of it `snakemake --report` shows.
+import itertools
+
 from headgram.report.names import DRAWN, PROFILE_FIGURES, STACK_FIGURES
 from headgram.report.names import TABLES as REPORTED
 
@@ -61,12 +63,12 @@ def reported_figures():
 def render_input(wildcards):
     run_if_stale("render", wildcards)
     model = wildcards.model
-    stages = [
-        "merge",
-        "derive",
-        *(["composition"] if model_of(wildcards).composed else []),
-    ]
-    tables = [*REPORTED, *(["composition"] if model_of(wildcards).composed else [])]
+    further = {
+        "composition": ["composition"] if model_of(wildcards).composed else [],
+        "rotary": TURNED if is_turned(model) else [],
+    }
+    stages = ["merge", "derive", *(stage for stage in further if further[stage])]
+    tables = [*REPORTED, *itertools.chain(*further.values())]
     return {
         **{table: PATHS.table(table, model) for table in tables},
         "records": [PATHS.record(stage, model) for stage in stages],

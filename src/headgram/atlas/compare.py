@@ -13,7 +13,9 @@ import torch
 from headgram.atlas.reader import Atlas, open_atlas
 from headgram.described import Described
 from headgram.errors import HeadgramError, require
+from headgram.forms.variants import Variant, needs
 from headgram.geometry.overlaps import paired_overlaps
+from headgram.results.around import read_around
 from headgram.results.factors import FactorFiles
 from headgram.results.paths import LINEAGE, Place
 from headgram.results.record import has_key, read_record
@@ -76,7 +78,7 @@ def compare(
     a, b
         The earlier model and the later one.
     stack, circuit
-        Which stack and which circuit (`qk` or `ov`) of both; all that both have if not given.
+        Which stack and which circuit (`qk`, `ov`, or a form such as `qk-folded`) of both; all that both have if not given.
 
     Raises
     ------
@@ -116,8 +118,9 @@ def _compared(atlas: Atlas, a: str, b: str, place: Place) -> tuple[pd.DataFrame,
     """Of one circuit of a stack: heads, changes, matches, and why there are only numbers."""
     circuit, stack = place
     numbers = [atlas.of_heads("heads", model, stack, circuit).set_index(_HEAD).sort_index() for model in (a, b)]
-    if a in atlas.others(b) and _planned(atlas, a, b, place, "drift").empty:
-        return _in_tokens(_planned(atlas, a, b, place, "matches"), numbers)
+    undrifted = a in atlas.others(b) and _planned(atlas, a, b, place, "drift").empty
+    if undrifted and len(matches := _planned(atlas, a, b, place, "matches")):
+        return _in_tokens(matches, numbers)
     if not numbers[0].index.equals(numbers[1].index):
         sizes = [f"{model} has {_size(table)}" for model, table in zip((a, b), numbers, strict=True)]
         raise HeadgramError(
@@ -165,7 +168,7 @@ def _shape(table: pd.DataFrame) -> Mapping[str, int]:
 
 def _tables(atlas: Atlas, a: str, b: str, place: Place, shapes: list[Mapping[str, int]]) -> Iterator[tuple[str, pd.DataFrame]]:
     """The three tables as the pipeline wrote them, or else computed."""
-    if a in atlas.others(b):
+    if a in atlas.others(b) and len(_planned(atlas, a, b, place, "drift")):  # which holds forms as they are stored
         yield from ((name, _planned(atlas, a, b, place, name)) for name in LINEAGE)
         return
     ours, theirs = shapes
@@ -179,13 +182,19 @@ def _tables(atlas: Atlas, a: str, b: str, place: Place, shapes: list[Mapping[str
 
 
 def _weights(atlas: Atlas, model: str, place: Place) -> FactorFiles:
-    """The extracted weights from which a model was measured."""
-    circuit, stack = place
-    extract = read_record(Path(atlas.paths.record("merge", model))).stages.get("extract", {}).get(circuit)
-    folder = Path(atlas.paths.record("extract", model, stack, circuit, "*")).parent
+    """The extracted weights from which a form was measured, and what stands around them, if it follows from that."""
+    name, stack = place
+    form = Variant.of(name)
+    stages = read_record(Path(atlas.paths.record("merge", model))).stages
+    extract = stages.get("extract", {}).get(form.circuit)
+    folder = Path(atlas.paths.record("extract", model, stack, form.circuit, "*")).parent
     current = [path for path in sorted(folder.glob("*.json")) if extract and has_key(path, extract.key)]
-    factors = FactorFiles([path.with_suffix(".pt") for path in current], extract.key, circuit) if extract and current else None
-    if factors is None or set(factors.layers) != set(atlas.of_heads("layers", model, stack, circuit)["layer"]):
+    factors = None
+    if extract and current:
+        around = Path(atlas.paths.around(model)), Path(atlas.paths.record("around", model))
+        frames = read_around(*around, stages["around"][""].key)[stack] if needs(form) else None
+        factors = FactorFiles([path.with_suffix(".pt") for path in current], extract.key, name, frames)
+    if factors is None or set(factors.layers) != set(atlas.of_heads("layers", model, stack, name)["layer"]):
         raise HeadgramError(f"the extracted weights of {model} are no longer in {folder}, so there are no cosines")
     return factors
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 from headgram.atlas.labelled import by_heads, by_layers, by_offset, by_plane, symmetric
 from headgram.described import Described
 from headgram.errors import HeadgramError, require
+from headgram.forms.variants import is_made
 from headgram.results.paths import LINEAGE, OPTIONAL, Results
 from headgram.study.manifest import MODEL_NAME
 
@@ -213,11 +214,14 @@ class Atlas(Described):
         self._require(model)
         table = self.table("models", model)
         if circuit not in (circuits := list(dict.fromkeys(table["circuit"]))):
-            raise HeadgramError(f"the circuit '{circuit}' of '{model}' was not measured; there are: {', '.join(circuits)}")
+            options = "; the options weights.norm and rotary.offsets ask for more" if is_made(circuit) else ""
+            raise HeadgramError(
+                f"the circuit '{circuit}' of '{model}' was not measured; there are: {', '.join(circuits)}{options}"
+            )
         return list(table[table["circuit"] == circuit]["stack"])
 
     def circuits(self, model: str) -> list[str]:
-        """The circuits that were measured of a model, `qk` and `ov`."""
+        """The circuits that were measured of a model: `qk`, `ov`, and forms that are made of them, such as `qk-folded`."""
         self._require(model)
         return list(dict.fromkeys(self.table("models", model)["circuit"]))
 

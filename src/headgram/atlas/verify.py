@@ -20,7 +20,7 @@ from headgram.results.asked import asked_for
 from headgram.results.files import link_message
 from headgram.results.paths import FOLDERS, RECORDS
 from headgram.results.record import DescribedIdentity, Record, damages, read_record, record_of
-from headgram.results.tables import COPYING, HEAD_NUMBERS, QUARTILES, SIDES, TABLES, read_parts, read_table
+from headgram.results.tables import QUARTILES, SIDES, SUMMARISED, TABLES, read_parts, read_table
 from headgram.study.lock import Lock
 
 #: Snakemake's, in folders that are a job's output; empty.
@@ -219,18 +219,14 @@ def _derived_problems(files: dict[str, Path]) -> Iterator[str]:
         heads = read_table(files["layers"].parents[2] / "heads" / model / "heads.parquet").to_pandas()
     except (OSError, pa.ArrowException):
         return  # its own record says so
-    empty = dict.fromkeys(COPYING, 0.0)
-    heads = heads.fillna(empty)
-    layers, models = (
-        table.fillna({column: 0.0 for column in table if column.rpartition("_")[0] in empty}) for table in (layers, models)
-    )
     summaries = layers.set_index(["circuit", "stack", "layer"]).sort_index()
-    for name in HEAD_NUMBERS:
-        size = heads[name].abs().max() or 1.0
+    for name in SUMMARISED:
+        size = heads[name].abs().max()
+        size = size if size > 0 else 1.0
         for label, share in QUARTILES.items():
             quartile = heads.groupby(["circuit", "stack", "layer"])[name].quantile(share)
-            yield from _exceptions(f"{name}_{label}", (summaries[f"{name}_{label}"] - quartile) / size)
-        medians = models.set_index(_PLACE)[f"{name}_median"] - heads.groupby(_PLACE)[name].median()
+            yield from _exceptions(f"{name}_{label}", _apart(summaries[f"{name}_{label}"], quartile) / size)
+        medians = _apart(models.set_index(_PLACE)[f"{name}_median"], heads.groupby(_PLACE)[name].median())
         yield from _exceptions(f"{name}_median of the model", medians / size)
     for side in SIDES:
         if not overlap[side].between(0, 1 + _OVERLAP_TOLERANCE).all():
@@ -275,6 +271,13 @@ def _composition_problems(files: dict[str, Path]) -> Iterator[str]:
         kernel = part["kernel"].to_numpy()
         if len(kernel) and not (kernel.min() >= 0 and np.isfinite(kernel).all()):
             yield "a projection kernel is negative or no number"
+
+
+def _apart(one: pd.Series, other: pd.Series) -> pd.Series:
+    """Differences; none where both are empty."""
+    difference = one - other
+    both = one.reindex(difference.index).isna() & other.reindex(difference.index).isna()
+    return difference.mask(both, 0.0)
 
 
 def _exceptions(name: str, difference: pd.Series, tolerance: float = _TOLERANCE) -> Iterator[str]:

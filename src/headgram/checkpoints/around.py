@@ -25,10 +25,14 @@ _UNSAID = "the family's data do not say what it is, for it is not proven"
 
 @dataclass(frozen=True)
 class Surroundings:
-    """What is known of a stack besides its factors; `place` is what the names of a layer's modules begin with."""
+    """What is known of a stack besides its factors.
+
+    The names of a layer's modules begin with `place`; those of modules that all layers share, with `prefix`.
+    """
 
     rule: AroundRule
     section: Section
+    prefix: str
     place: str
     modules: Mapping[str, str]
     layout: str
@@ -38,8 +42,10 @@ class Surroundings:
     @property
     def missing(self) -> dict[str, str]:
         """The roles that cannot be read, each with a sentence that says why."""
-        named = {role: "biases" if role.endswith("_bias") else role for role in AROUND}
-        return {role: self.rule.unproven.get(role, _UNSAID) for role in AROUND if getattr(self.rule, named[role]) is None}
+        reasons = dict(self.rule.unproven)
+        if self.rule.source is None and "norm" in reasons:
+            reasons.setdefault("source_norm", reasons["norm"])
+        return {role: reasons.get(role, _UNSAID) for role in AROUND if self.rule.said(role) is None}
 
 
 @dataclass(frozen=True)
@@ -57,8 +63,13 @@ class Around:
 
     @property
     def norm(self) -> Norm | None:
-        """What the block's norm does to the stream that queries and keys read; None if they read the stream as it is."""
+        """What the block's norm does to the stream that queries read; None if they read the stream as it is."""
         return self._norm(self._said("norm", self._known.rule.norm), 1, [(self._known.dims.hidden,)])
+
+    @property
+    def source_norm(self) -> Norm | None:
+        """Likewise of keys and values: the same, but in cross-attention, where it is the output norm of the stack they read."""
+        return self._norm(self._source(), 1, [(self._known.dims.hidden,)], self._source_place)
 
     @property
     def query_norm(self) -> Norm | None:
@@ -69,6 +80,11 @@ class Around:
     def key_norm(self) -> Norm | None:
         """The norm of keys, with a row of gains for each of `K` heads; None if there is none."""
         return self._head_norm("key_norm")
+
+    @property
+    def output_norm(self) -> Norm | None:
+        """What a norm does to all that heads write together, before it is added to the stream; None if there is none."""
+        return self._norm(self._said("output_norm", self._known.rule.output_norm), 1, [(self._known.dims.output_width,)])
 
     @property
     def query_bias(self) -> Float[Tensor, "heads rank"] | None:
@@ -132,7 +148,9 @@ class Around:
         """The tensors of this layer that hold a norm or a bias; none for other roles."""
         if role in ("query_bias", "key_bias"):
             return list(self._bias_names(role)[1].values())
-        if role not in ("norm", "query_norm", "key_norm"):
+        if role == "source_norm":
+            return [name for names in self._norm_names(self._source(), 1, self._source_place).values() for name in names]
+        if role not in ("norm", "query_norm", "key_norm", "output_norm"):
             return []
         rule = self._said(role, getattr(self._known.rule, role))
         return [name for names in self._norm_names(rule, self._heads(role)).values() for name in names]
@@ -148,21 +166,27 @@ class Around:
         gain, bias = (None if part is None else part.view(-1, rank).expand(heads, rank) for part in (norm.gain, norm.bias))
         return Norm(norm.centred, gain, bias)
 
-    def _norm(self, rule: NormRule, heads: int, shapes: list[tuple[int, ...]]) -> Norm | None:
+    def _source(self) -> NormRule:
+        rule: NormRule = self._said("source_norm", self._known.rule.said("source_norm"))
+        return rule
+
+    def _norm(self, rule: NormRule, heads: int, shapes: list[tuple[int, ...]], place: str | None = None) -> Norm | None:
         if rule.kind == "none" or (self.layer == 0 and rule.not_first):
             return None
         found = {
-            kind: torch.cat([self._read(name, shapes) for name in names]) for kind, names in self._norm_names(rule, heads).items()
+            kind: torch.cat([self._read(name, shapes) for name in names])
+            for kind, names in self._norm_names(rule, heads, place).items()
         }
         gain = found["weight"] + rule.plus if found else None
         return Norm(rule.kind == "layer", gain, found.get("bias"))
 
-    def _norm_names(self, rule: NormRule, heads: int) -> dict[str, list[str]]:
+    def _norm_names(self, rule: NormRule, heads: int, place: str | None = None) -> dict[str, list[str]]:
         """`weight`, and `bias` if the checkpoint holds it -> one tensor, or one for each head."""
+        place = self._place if place is None else place
         if rule.module is None or (self.layer == 0 and rule.not_first):
             return {}
         modules = dict.fromkeys(rule.module.format(head=head) for head in range(heads))
-        names = {kind: [f"{self._place}{module}.{kind}" for module in modules] for kind in ("weight", "gamma", "bias", "beta")}
+        names = {kind: [f"{place}{module}.{kind}" for module in modules] for kind in ("weight", "gamma", "bias", "beta")}
         held = {kind: found for kind, found in names.items() if found[0] in self._store}
         weight, bias = held.get("gamma", names["weight"]), held.get("bias") or held.get("beta")
         return {"weight": weight} | ({} if bias is None else {"bias": bias})
@@ -192,6 +216,10 @@ class Around:
     @property
     def _place(self) -> str:
         return self._known.place.format(layer=self.layer)
+
+    @property
+    def _source_place(self) -> str:
+        return self._place if self._known.rule.source is None else self._known.prefix.format(layer=self.layer)
 
     def _said(self, role: str, value: Any) -> Any:
         if value is None:

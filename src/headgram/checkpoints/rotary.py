@@ -133,6 +133,8 @@ def rotary_of(rule: RotaryRule, section: Section, layer: int, rank: int, start: 
         whole = False
     if not whole:
         raise HeadgramError(f"{section.whose} scales its rotary encoding by numbers that give no frequencies: {stated!r:.200}")
+    if 2 * len(frequencies) > rank - start:
+        raise HeadgramError(f"{section.whose} turns {len(frequencies)} pairs of {rank - start} rows, which cannot be")
     return Rotary(rule.sign * frequencies, rule.kind == "interleaved", start, factor)
 
 

@@ -157,7 +157,8 @@ def stack_of(
             raise HeadgramError(problem)
         missing |= {role: problem for role in part.gives if problem and role not in missing}
     around = rule_of(rule.around, architecture, section)
-    surroundings = Surroundings(around, section.at(layers), prefix + rule.block, rule.modules, rule.layout, dims, permuted)
+    places = prefix, prefix + rule.block
+    surroundings = Surroundings(around, section.at(layers), *places, rule.modules, rule.layout, dims, permuted)
     readable = reads_of(rule.layout, tuple(role for role in ROLES if role not in missing))
     return Stack(
         name=rule.name,

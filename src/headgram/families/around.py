@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal, Protocol, Self
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 #: What can be asked of a layer besides the factors of its heads.
-AROUND = ("norm", "query_norm", "key_norm", "query_bias", "key_bias", "rotary", "scale", "cap")
+AROUND = ("norm", "source_norm", "query_norm", "key_norm", "output_norm", "query_bias", "key_bias", "rotary", "scale", "cap")
 #: What can be asked of a model.
 TABLES = ("embedding", "unembedding")
 
@@ -26,6 +26,8 @@ class Rule(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
+#: The field of a rule that says what a role is, where that has another name.
+_FIELDS = {"query_bias": "biases", "key_bias": "biases", "source_norm": "source"}
 #: A module's name; nothing in braces but the head.
 _Place = Annotated[str, Field(pattern=r"^[^{}]*(\{head\}[^{}]*)?$", max_length=500)]
 
@@ -75,14 +77,17 @@ class AroundRule(Rule):
     """What stands around the projections, for some types, in configurations that state `when`.
 
     Of several, a later one says anew what it names and leaves the rest. Without any, nothing is proven. What a rule does not name
-    is what most models have: no norms of queries and keys, biases where the checkpoint holds them, scores over the rank's root.
+    is what most models have: no norms of queries, keys and outputs, biases where the checkpoint holds them, scores over the
+    rank's root.
     """
 
     types: tuple[str, ...] = ()
     when: dict[str, bool | int | str] = Field(default={})
     norm: NormRule | None = None
+    source: NormRule | None = None  # of another stream, which keys and values read: its module is below the prefix
     query_norm: NormRule | None = None
     key_norm: NormRule | None = None
+    output_norm: NormRule | None = None  # of what all heads write together, before it is added to the stream
     biases: bool | None = None  # True: those that the checkpoint holds beside the weights, if it does
     rotary: RotaryRule | None = None
     scale: ScaleRule | None = None
@@ -95,10 +100,17 @@ class AroundRule(Rule):
             raise ValueError(f"unknown role {sorted(unknown)[0]!r}")
         return self
 
+    def said(self, role: str) -> Any:
+        """What it says of a role; None if nothing. Keys and values read what queries read, where no other source is said."""
+        if role == "source_norm" and role not in self.unproven:
+            return self.source or self.norm
+        return getattr(self, _FIELDS.get(role, role))
+
 
 _USUAL: dict[str, Any] = {
     "query_norm": NormRule(kind="none"),
     "key_norm": NormRule(kind="none"),
+    "output_norm": NormRule(kind="none"),
     "biases": True,
     "scale": ScaleRule(),
     "cap": "",
@@ -118,5 +130,5 @@ def rule_of(rules: Iterable[AroundRule], architecture: str, config: _Stated) -> 
             continue
         named = {name: getattr(rule, name) for name in rule.model_fields_set - {"types", "when", "unproven"}}
         said = {**_USUAL, **said, **named, "unproven": {**said.get("unproven", {}), **rule.unproven}}
-    left_out = {"biases" if role.endswith("_bias") else role: None for role in said.get("unproven", {})}
+    left_out = {_FIELDS.get(role, role): None for role in said.get("unproven", {})}
     return AroundRule(**{**said, **left_out})

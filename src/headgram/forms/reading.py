@@ -104,9 +104,13 @@ class Frame:
     Attributes
     ----------
     norm
-        What the block's norm does to the stream before it is projected.
+        What the block's norm does to the stream before queries are projected from it.
+    source_norm
+        Likewise of keys and values: the same, but in cross-attention, where it is the output norm of the stack that they read.
     query_norm, key_norm
         Norms of queries and keys, with a row of gains for each head.
+    output_norm
+        What a norm does to all that heads write together, before it is added to the stream.
     query_bias, key_bias : (H, r) and (K, r)
         What is added to `W_Q x` and to `W_K x`.
     rotary
@@ -116,8 +120,10 @@ class Frame:
     """
 
     norm: Norm | None = None
+    source_norm: Norm | None = None
     query_norm: Norm | None = None
     key_norm: Norm | None = None
+    output_norm: Norm | None = None
     query_bias: Float[Tensor, "heads rank"] | None = None
     key_bias: Float[Tensor, "kv_heads rank"] | None = None
     rotary: Rotary | None = None

@@ -45,7 +45,7 @@ def folded(
     """Factors of one layer as functions of the stream that its norm divides, in float64: `diag(γ_q) C_q W diag(γ) C`.
 
     Gains and centring are folded in, of the block's norm and of norms of queries and keys. What is not: divisions, and biases,
-    which add terms that are linear in one token. What is written is not read through the norm, so that outputs stay.
+    which add terms that are linear in one token. Of outputs, it is the norm of what all heads write together, if there is one.
 
     Parameters
     ----------
@@ -60,8 +60,11 @@ def folded(
     """
     result = factors.double()
     if role == "output":
+        if (norm := frame.output_norm) is not None:
+            result = result - result.mean(-1, keepdim=True) if norm.centred else result
+            result = result if norm.gain is None else result * norm.gain.to(result)
         return result
-    if (norm := frame.norm) is not None:
+    if (norm := frame.norm if role == "query" else frame.source_norm) is not None:
         result = result if norm.gain is None else result * norm.gain.to(result)
         result = result - result.mean(-1, keepdim=True) if norm.centred else result
     own = {"query": frame.query_norm, "key": frame.key_norm}.get(role)
@@ -85,7 +88,8 @@ def constant(
     bias
         What is added to `W x`.
     """
-    beta = None if frame.norm is None else frame.norm.bias
+    norm = frame.norm if role == "query" else frame.source_norm
+    beta = None if norm is None else norm.bias
     if bias is None and beta is None:
         return None
     wide = factors.double()

@@ -5,6 +5,7 @@ Nothing here imports torch: the plan reads this module at parse time.
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, replace
 
 #: What a name looks like, as a regular expression without groups.
@@ -46,7 +47,12 @@ class Variant:
         return cls(circuit.removesuffix("-folded"), FOLDED if circuit.endswith("-folded") else RAW, int(offset or 0))
 
 
+def is_made(name: str) -> bool:
+    """Whether a text is the name of a form that is made of an extracted one."""
+    return re.fullmatch(NAME, name) is not None and name != Variant.of(name).circuit
+
+
 def needs(variant: Variant) -> tuple[str, ...]:
     """The roles around a layer's projections that a form follows from."""
-    norms = ("norm", "query_norm", "key_norm") if variant.circuit == "qk" else ("norm",)
+    norms = ("norm", "source_norm", *(("query_norm", "key_norm") if variant.circuit == "qk" else ("output_norm",)))
     return (norms if variant.norm == FOLDED else ()) + (("rotary",) if variant.offset else ())

@@ -57,6 +57,10 @@ def around_residuals(layers: Sequence[Matched]) -> dict[str, float]:
     found: dict[str, float] = {}
     if "norm" not in missing:
         found["norm"] = max(norm_residual(one.free, one.around) for one in layers)
+    if "source_norm" not in missing:
+        found["source_norm"] = max(source_residual(one.free, one.around) for one in layers)
+    if "output_norm" not in missing:
+        found["output_norm"] = max(output_residual(one.free, one.around) for one in layers)
     for together in (CHAIN, SOFTMAX):
         known = [role for role in together if role not in missing]
         if known and len(known) < len(together):
@@ -98,22 +102,59 @@ def without_epsilon(model: nn.Module) -> None:
 
 
 def norm_residual(call: Call, around: Around) -> float:
-    """How far what the attention module receives is from the block's input after its norm, relative to the largest.
+    """How far what queries are made of is from the stream after the block's norm, relative to the largest.
+
+    The stream is what the block is given; in cross-attention, which is not a block's first module, what its result is added to.
 
     Raises
     ------
     HeadgramError
         If the family's data name no norm, or the block does not run.
     """
-    norm = around.norm
-    stream = call.outer.get(call.block)
+    return _norm_residual(call, call.outer.get(call.block) if _reads_one_stream(call) else call.stream, around.norm, call.x)
+
+
+def source_residual(call: Call, around: Around) -> float:
+    """Likewise of what keys are made of; in cross-attention their stream is what the last block has left of the stack before.
+
+    Raises
+    ------
+    HeadgramError
+        If the family's data name no norm, or nothing has run before.
+    """
+    return _norm_residual(
+        call, call.outer.get(call.block) if _reads_one_stream(call) else call.source, around.source_norm, call.y
+    )
+
+
+def output_residual(call: Call, around: Around) -> float:
+    """How far what is added to the stream is from what heads write after its norm, or from one multiple of that.
+
+    Raises
+    ------
+    HeadgramError
+        If the family's data name no norm, or nothing was seen to be added.
+    """
+    norm = around.output_norm
+    if call.written is None or call.added is None:
+        raise HeadgramError(f"what the heads at {call.module} write was not seen to be added to a stream")
+    written, added = (each.double().reshape(-1, each.shape[-1]) for each in (call.written, call.added))
+    ours = written if norm is None else _normed(written, norm)
+    return relative(ours * ((ours * added).sum() / ours.square().sum()), added)
+
+
+def _reads_one_stream(call: Call) -> bool:
+    return call.x.shape == call.y.shape and torch.equal(call.x, call.y)
+
+
+def _norm_residual(call: Call, stream: Tensor | None, norm: Norm | None, read: Float[Tensor, "tokens width"]) -> float:
     if stream is None:
         raise HeadgramError(f"the model gives no stream to the block around {call.module}")
     stream = stream.double().reshape(-1, stream.shape[-1])
     ours = stream if norm is None else _normed(stream, norm)
     if norm is None or norm.bias is not None:
-        return relative(ours, call.x)
-    return relative(*(nn.functional.normalize(x, dim=-1) for x in (ours, call.x)))
+        return relative(ours, read)
+    return relative(*(nn.functional.normalize(x, dim=-1) for x in (ours, read)))
 
 
 def chain_residual(one: Matched) -> float:

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 _PRODUCTS = (torch.matmul, torch.bmm, torch.baddbmm, Tensor.matmul, Tensor.__matmul__, Tensor.bmm, Tensor.baddbmm)
+_SUMS = (torch.add, Tensor.add, Tensor.add_, Tensor.__add__, Tensor.__iadd__, Tensor.__radd__)
 _SOFTMAXES = (torch.softmax, nn.functional.softmax, Tensor.softmax)
 _GATES = (torch.sigmoid, Tensor.sigmoid, nn.functional.softplus)
 _SINES, _COSINES = (torch.sin, Tensor.sin), (torch.cos, Tensor.cos)
@@ -64,8 +65,9 @@ class Call:
     """One product of queries and keys, `(H, t, r)` and `(H, s, r)`, and the inputs `(t, d)` and `(s, d)` that they come from.
 
     `reading` is what the module did next with the softmax of that product, if that was a matrix product, and `logits` what that
-    softmax was given. `outer` has what the modules around it were given, by their paths. `between` has what lies between values
-    and outputs besides: a `gate`, a `norm`.
+    softmax was given. `outer` has what the modules around it were given, by their paths. `written` is what all heads
+    write together, which is added to `stream` as `added`; `source` is what the last block left of the stack that ran before.
+    `between` has what lies between values and outputs besides: a `gate`, a `norm`.
     """
 
     module: str
@@ -77,6 +79,10 @@ class Call:
     reading: Attended | None = None
     logits: Float[Tensor, "heads t scores"] | None = None
     outer: dict[str, Tensor] = field(default_factory=dict)
+    written: Tensor | None = None
+    added: Tensor | None = None
+    stream: Tensor | None = None
+    source: Tensor | None = None
     between: set[str] = field(default_factory=set)
 
     @property
@@ -167,6 +173,8 @@ class Watch(TorchFunctionMode):
         super().__init__()
         self._still = still  # rotary encodings are the identity, wherever tokens sit
         self._unwritten: Call | None = None
+        self._unadded: Call | None = None
+        self._left: dict[str, Tensor] = {}
         self.calls: list[Call] = []
         self._model = model
         self._running: list[_Running] = []
@@ -176,7 +184,7 @@ class Watch(TorchFunctionMode):
         for path, module in self._model.named_modules():
             for hook in (
                 module.register_forward_pre_hook(self._enters(path), with_kwargs=True),
-                module.register_forward_hook(lambda *_: self._running.pop() and None),
+                module.register_forward_hook(self._leaves),
             ):
                 self._hooks.callback(hook.remove)
         super().__enter__()  # type: ignore[no-untyped-call]
@@ -198,6 +206,17 @@ class Watch(TorchFunctionMode):
 
         return hook
 
+    def _leaves(self, module: nn.Module, args: tuple[Any, ...], result: Any) -> None:
+        running, made = self._running.pop(), _first(result)
+        if not isinstance(made, Tensor):
+            return
+        self._left[running.module] = made
+        last = self.calls[-1] if self.calls else None
+        projects = last is not None and last.reading is not None and last.reading.project is module
+        call = last if projects else running.call
+        if call is not None and (projects or call.written is None):
+            call.written, self._unadded = made, call
+
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is nn.functional.scaled_dot_product_attention and self._running:
             return self._attention(*args, **(kwargs or {}))
@@ -211,6 +230,8 @@ class Watch(TorchFunctionMode):
         if func in _GATES and self._unwritten is not None:
             self._unwritten.between.add("gate")
             result = torch.ones_like(result)
+        if func in _SUMS and self._unadded is not None:
+            self._adds(self._unadded, args)
         if func in _SOFTMAXES and self._running:
             self._softmax(self._running[-1].call, args[0])
         if func in _PRODUCTS and self._running:
@@ -257,6 +278,23 @@ class Watch(TorchFunctionMode):
         if call is not None and call.logits is None and given.shape[-2] == len(call.x):
             call.logits = given.double().reshape(-1, *given.shape[-2:])
 
+    def _adds(self, call: Call, summands: tuple[Any, ...]) -> None:
+        """The first sum of this size has what heads write, as it is or after a norm, and the stream that they write to."""
+        written, before = call.written, call.outer.get(call.block)
+        assert written is not None
+        if not all(
+            isinstance(one, Tensor) and one.shape[-1:] == written.shape[-1:] and one.numel() == written.numel()
+            for one in summands[:2]
+        ):
+            return
+        with torch._C.DisableTorchFunction():
+            for added, stream in (summands[:2], summands[1::-1]):
+                is_written = torch.equal(added.flatten(), written.flatten())
+                if is_written or (before is not None and torch.equal(stream.flatten(), before.flatten())):
+                    call.added, call.stream = added, stream
+                    break
+        self._unadded = None
+
     def _product(self, running: _Running, left: Tensor, right: Tensor, product: Tensor) -> None:
         x, y, z = running.x, running.y, running.z
         if x is None or y is None or z is None or x.dim() < 2 or y.dim() < 2:
@@ -274,6 +312,9 @@ class Watch(TorchFunctionMode):
                 _rows(z, scores[1]),
                 outer={run.module: run.x.clone() for run in self._running[:-1] if run.x is not None},
             )
+            stack = running.call.block.rpartition(".")[0]
+            before = [call.block for call in self.calls if call.block.rpartition(".")[0] != stack]
+            running.call.source = self._left.get(before[-1]) if before else None
             self.calls.append(running.call)
             self._unwritten = running.call
         elif running.call is not None and running.call.reading is None and tuple(left.shape[-2:]) == scores and heads:

@@ -4,7 +4,7 @@ const element = (id) => document.getElementById(id);
 
 // ---- The state ---------------------------------------------------------------------------------------------------------
 
-const SELECTS = ["side", "measure", "scale", "depth", "pairs", "order", "kind", "along"]; // whose options do not depend on the model
+const SELECTS = ["side", "measure", "scale", "depth", "pairs", "order", "kind", "along", "turning"]; // whose options do not depend on the model
 const COMPARED = 8; // as many models as there are colours
 const state = {};
 let index; // columns, models, stacks; the quartiles of all models
@@ -15,7 +15,7 @@ const stackOf = (model, stack) => index.models[model][stack] ?? Object.values(in
 function offered() {
   const place = Object.keys(index.models[state.model]).find((name) => currentStack() === index.models[state.model][name]);
   const { shape: [, , layers], data } = quartiles[`${state.model}/${place}`];
-  return index.columns.filter((_, i) => !Number.isNaN(data[i * layers]));
+  return index.columns.filter((_, i) => data.subarray(i * layers, (i + 1) * layers).some((value) => !Number.isNaN(value)));
 }
 // Forms are called `qk`, `ov-folded`, `qk@8` or `qk-folded@-1` (headgram/forms/variants.py).
 const formCalled = (name) => {
@@ -30,6 +30,8 @@ const currentStack = () => stackOf(state.model, state.stack);
 function choose(wish) {
   const among = (values, ...wishes) => wishes.find((each) => values.includes(each)) ?? values[0];
   if (wish.circuit && !wish.stack) wish = { ...wish, stack: `${wish.circuit}/${state.stack?.split("/").at(-1)}` };
+  const forms = wish.circuit ?? wish.stack; // whoever chooses a form with norms folded in means that
+  if (forms && !wish.norms) wish = { ...wish, norms: forms.includes("-folded") ? "folded" : "raw" };
   Object.assign(state, wish);
   const names = Object.keys(index.models);
   state.model = among(names, state.model);
@@ -148,7 +150,7 @@ function drawText(data) {
   const { type } = columnColours(data);
   element("strip-note").textContent = `${column.label}${column.meaning && ": "}${column.meaning}. ${type === "log"
     ? "Colours on a logarithmic scale." : "Colours are clipped at the outermost hundredth of heads."}${chanceOf(column.name)
-    ? ` By chance: ${show(chanceOf(column.name).mean)} ± ${show(chanceOf(column.name).deviation)}.` : ""}`;
+    ? ` By chance: ${show(chanceOf(column.name).mean)} ± ${show(chanceOf(column.name).deviation)}.` : byChance(column.name, state.layer).map((text) => ` In layer ${state.layer} ${text}.`).join("")}`;
   const head = `Head ${state.head} of every layer`;
   element("form-head-caption").textContent = head;
   element("side-head-caption").textContent = head;
@@ -202,8 +204,8 @@ function fillTable(id, rows) {
 
 function drawTables(data) {
   fillTable("values", offered().map((column) => {
-    const value = data.headValue(column.name, state.layer, state.head);
-    const line = row(pressed(column.label, () => set({ column: column.name })), show(value), bar(data.standing(column.name, value)));
+    const [value, chance] = [data.headValue(column.name, state.layer, state.head), data.expected(column.name, state.layer)];
+    const line = row(pressed(column.label, () => set({ column: column.name })), show(value), Number.isNaN(value) ? "" : bar(data.standing(column.name, value)), chance === undefined ? "" : show(Number(chance.toPrecision(2))));
     line.title = column.meaning;
     line.classList.toggle("current", column.name === state.column);
     return line;
@@ -271,8 +273,10 @@ async function drawOnce() {
   drawText(data);
   drawTables(data);
   drawFeeding(data);
+  const turned = drawPositions(data);
   for (const picture of pictures) {
     if (outdated) return;
+    if (!turned && [turns, waves].some(({ label }) => label === picture.label)) continue;
     await picture.draw(data);
     if (!performance.getEntriesByName("first-picture").length) performance.mark("first-picture");
   }
@@ -290,9 +294,13 @@ async function start() {
   quartiles = unpacked.arrays;
   makePictures();
   stepsPictureDrawn = new Picture("course", "steps", stepsPicture);
-  for (const id of ["model", "circuit", "stack", "layer", "head", "column", "form", "steps", ...SELECTS]) {
+  for (const id of ["model", "circuit", "stack", "layer", "head", "column", "form", "steps", "norms", ...SELECTS]) {
     element(id).addEventListener("change", (event) => set({ [id]: event.target.value }));
   }
+  element("offset").addEventListener("input", (event) => {
+    replaces = true;
+    set({ offset: stacks.get(JSON.stringify(inStack())).turning.offsets[event.target.value] });
+  });
   element("filter").addEventListener("input", drawControls);
   element("theme").addEventListener("click", () => set({ theme: themeName() === "dark" ? "light" : "dark" }));
   element("compare").addEventListener("keydown", (event) => { if (event.key === "Escape") element("compare").open = false; });

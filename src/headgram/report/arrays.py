@@ -6,7 +6,7 @@ Every array is regular: layers, heads, and for pairs of layers the upper triangl
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +14,11 @@ import numpy as np
 import pandas as pd
 import pyarrow as pa
 
+from headgram.forms.variants import Variant
 from headgram.report.columns import columns
 from headgram.report.matrix import Feeding, PairMatrix, read_feeding, read_matrix
 from headgram.report.names import TABLES
+from headgram.report.positions import Positions, read_positions
 from headgram.results.paths import Place
 from headgram.results.tables import QUARTILES, SIDES, of_place, read_table
 
@@ -65,8 +67,12 @@ class StackArrays:
         Layer, head and value of the nearest heads.
     matrix
         All heads with all heads; None where only heads of the same index were multiplied.
+    expected : (C, L)
+        What chance gives of each column; NaN where no column says it.
     feeding
-        Which heads write for which; of the circuit `qk`, where compositions were measured.
+        Which heads write for which, where compositions were measured; of each stack's first form of `qk` alone, as what follows.
+    positions
+        How forms of `qk` turn with the offset, by what is done with norms, where positions turn them.
     """
 
     summary: StackSummary
@@ -76,7 +82,9 @@ class StackArrays:
     pairs: dict[str, np.ndarray]
     neighbours: dict[str, np.ndarray]
     matrix: PairMatrix | None
+    expected: np.ndarray
     feeding: Feeding | None = None
+    positions: Mapping[str, Positions] = field(default_factory=dict)
 
     def mean_square(self, name: str) -> np.ndarray:
         """Mean over heads of one of `pairs`, (L, L)."""
@@ -87,11 +95,18 @@ class StackArrays:
 
 
 def read_model(paths: Mapping[str, Path]) -> dict[str, StackArrays]:
-    """One model's tables, given by name, as arrays, by `{circuit}/{stack}` in the model's order; `composition` may be missing."""
+    """One model's tables, given by name, as arrays, by `{circuit}/{stack}` in the model's order; `FURTHER` may be missing."""
     tables = {name: read_table(paths[name]) for name in TABLES if name != "pairs"}
+    places = _places(tables["models"])
+    first = {stack: circuit for circuit, stack in reversed(places) if Variant.of(circuit).circuit == "qk"}
     return {
-        "/".join(place): _stack(place, {name: of_place(place, table).to_pandas() for name, table in tables.items()}, paths)
-        for place in _places(tables["models"])
+        "/".join(place): _stack(
+            place,
+            {name: of_place(place, table).to_pandas() for name, table in tables.items()},
+            paths,
+            is_first=first.get(place[1]) == place[0],
+        )
+        for place in places
     }
 
 
@@ -117,7 +132,7 @@ def _summary(models: pd.DataFrame, layers: pd.DataFrame) -> StackSummary:
     )
 
 
-def _stack(place: Place, tables: Mapping[str, pd.DataFrame], paths: Mapping[str, Path]) -> StackArrays:
+def _stack(place: Place, tables: Mapping[str, pd.DataFrame], paths: Mapping[str, Path], is_first: bool) -> StackArrays:
     heads = tables["heads"].sort_values(["layer", "head"])
     layers = np.unique(heads["layer"])
     shape = (len(layers), heads["head"].nunique(), -1)
@@ -134,10 +149,19 @@ def _stack(place: Place, tables: Mapping[str, pd.DataFrame], paths: Mapping[str,
         pairs=_cosines(gram, layers, shape[1]) | {side: overlap[side].to_numpy().reshape(-1, shape[1]) for side in SIDES},
         neighbours=_neighbours(tables["neighbours"], shape),
         matrix=read_matrix(paths["pairs"], place, layers, {name: value.reshape(shape[:2]) for name, value in itself.items()}),
-        feeding=read_feeding(paths["composition"], place[1], layers, shape[1])
-        if place[0] == "qk" and "composition" in paths
-        else None,
+        expected=np.stack([_expected(heads, name, shape[:2]) for name in names]),
+        feeding=read_feeding(paths["composition"], place[1], layers, shape[1]) if is_first and "composition" in paths else None,
+        positions=read_positions(paths, place[1], layers, shape[1]) if is_first and "rotary" in paths else {},
     )
+
+
+def _expected(heads: pd.DataFrame, name: str, shape: tuple[int, ...]) -> np.ndarray:
+    """What a column's neighbour says that chance gives, which is the same for all heads of a layer, (L,)."""
+    beside = f"{name}_expected"
+    if beside not in heads:
+        return np.full(shape[0], np.nan)
+    values: np.ndarray = heads[beside].to_numpy().reshape(shape)[:, 0]
+    return values
 
 
 def _plain(row: pd.Series) -> dict[str, Any]:

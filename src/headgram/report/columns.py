@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from headgram.results.tables import HEAD_NUMBERS
+from headgram.results.tables import SUMMARISED
 
 
 @dataclass(frozen=True)
@@ -41,6 +41,17 @@ _KNOWN = (
     Column("positive", "Positive share", "share of Σ |λ|² at Re λ > 0; by chance 0.5 on average", 0.5),
     Column("departure", "Departure from normality", "if it is near 1, copying says little about the form"),
     Column("trace_z", "Trace against chance", "tr o · √d / ‖o‖", 0.0),
+    Column("rotary_norm", "Norm over offsets", "root of the mean of ‖g(Δ)‖² over all offsets of query and key"),
+    Column("rotary_still", "Still share", "share of that mean in rows that no rotation touches"),
+    Column("rotary_wavelength", "Wavelength", "mean wavelength of what turns with the offset, in tokens, weighted by energy"),
+    Column("rotary_sine", "Sine share", "share of what turns that tells before from after"),
+    Column("rotary_speed", "Speed", "‖g(1) − g(0)‖ / ‖g(0)‖: a head that tells neighbours apart has a form that turns fast"),
+    Column("rotary_beyond", "Beyond the context", "share of energy at wavelengths longer than the context: content, nearly"),
+    Column(
+        "rotary_positional", "Positional share", "0: scores do not depend on the offset; 1: their mean over offsets is nothing"
+    ),
+    Column("linear_query", "Linear in the query", "what biases add that only the query's token says, over the form's norm"),
+    Column("linear_key", "Linear in the key", "what biases add that only the key's token says, over the form's norm"),
     Column("residual", "Residual", "largest residual of the identities that every result is checked against"),
 )
 
@@ -48,5 +59,5 @@ _KNOWN = (
 def columns() -> tuple[Column, ...]:
     """All measured columns of `heads`, those that are known by name first."""
     known = {column.name: column for column in _KNOWN}
-    named = [column for column in _KNOWN if column.name in HEAD_NUMBERS]
-    return (*named, *(Column(name, name, "") for name in HEAD_NUMBERS if name not in known))
+    named = [column for column in _KNOWN if column.name in SUMMARISED]
+    return (*named, *(Column(name, name, "") for name in SUMMARISED if name not in known))

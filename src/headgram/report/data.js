@@ -56,12 +56,13 @@ const labelled = new Intl.NumberFormat("en", { maximumSignificantDigits: 4, useG
 const scientific = (value) => value.toExponential(2).replace("e+", "e");
 
 function show(value) {
+  if (Number.isNaN(value)) return "–";
   const size = Math.abs(value);
   return (size !== 0 && (size < 1e-3 || size >= 1e6) ? scientific(value) : labelled.format(value)).replace("-", "−");
 }
 
 function quantile(values, share) {
-  const sorted = Float32Array.from(values).sort();
+  const sorted = Float32Array.from(values).filter((value) => !Number.isNaN(value)).sort();
   return sorted.length ? sorted[Math.min(sorted.length - 1, Math.floor(share * sorted.length))] : 0;
 }
 
@@ -69,7 +70,9 @@ function quantile(values, share) {
 class StackData {
   constructor(arrays, name, meta) {
     this.at = (part) => arrays[`${name}/${part}`];
-    this.feeding = (part) => arrays[`qk/${name.split("/").at(-1)}/feeding/${part}`]; // of both circuits
+    const ofStack = (part) => arrays[`${name.split("/").at(-1)}/${part}`]; // whatever the circuit
+    this.feeding = (part) => ofStack(`feeding/${part}`);
+    this.positions = (norms, part) => ofStack(`positions/${norms}/${part}`);
     this.meta = meta;
     this.layers = meta.layer_indices;
     this.memory = new Map();
@@ -88,6 +91,12 @@ class StackData {
     return data.subarray(place * size, (place + 1) * size);
   }
 
+  /** What chance gives of a column, in a layer; undefined where nothing says it. */
+  expected(name, layer) {
+    const found = this.at("expected").data[index.columns.findIndex((column) => column.name === name) * this.layers.length + this.position(layer)];
+    return this.meta.chance[name]?.mean ?? (Number.isNaN(found) ? undefined : found);
+  }
+
   position(layer) {
     return this.layers.indexOf(layer);
   }
@@ -98,7 +107,7 @@ class StackData {
 
   /** The share of the stack's heads whose value is not above this one's. */
   standing(name, value) {
-    const sorted = this.once(`sorted ${name}`, () => Float32Array.from(this.column(name)).sort());
+    const sorted = this.once(`sorted ${name}`, () => this.column(name).filter((each) => !Number.isNaN(each)).sort());
     return sorted.filter((each) => each <= value).length / sorted.length;
   }
 

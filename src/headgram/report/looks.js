@@ -68,10 +68,16 @@ function chanceBand(name) {
   return mean === undefined ? [] : [{ low: mean - best, high: mean + best, from: mean - index.pale * best, to: mean + index.pale * best }];
 }
 
+/** What chance gives of a column of heads in a layer, in words. */
+function byChance(name, layer) {
+  const expected = stacks.get(JSON.stringify(inStack()))?.expected(name, layer);
+  return expected === undefined ? [] : [`by chance ${show(expected)}`];
+}
+
 /** A value against chance, in words. */
-function againstChance(name, value, ofMean = false) {
+function againstChance(name, value, layer, ofMean = false) {
   const { mean, deviation } = chanceOf(name) ?? {};
-  if (!deviation) return [];
+  if (!deviation) return index.columns.some((column) => column.name === name) ? byChance(name, layer) : [];
   if (["right", "left", "signed"].includes(name)) return [`${show(Number((value / mean).toPrecision(3)))} × chance`];
   const unit = ofMean ? deviation / Math.sqrt(currentStack().heads) : deviation;
   return [`${show(Number(((value - mean) / unit).toPrecision(2)))} deviations from chance`];

@@ -116,7 +116,8 @@ class Matrix {
         return matrix[(first + head) * size + place];
       };
     }
-    const stack = this.flows() ? `qk/${state.stack.split("/").at(-1)}` : state.stack;
+    const name = state.stack.split("/").at(-1); // compositions lie with the first form of the circuit `qk`
+    const stack = this.flows() ? Object.keys(index.models[state.model]).find((each) => /^qk\b.*\//.test(each) && each.endsWith(`/${name}`)) : state.stack;
     const arrays = await loadModel(`${state.model}/${stack.replace("/", "-")}-${layer}`);
     return (name, head, place) => arrays[name].data[head * arrays[name].shape[1] + place];
   }

@@ -52,12 +52,16 @@ def model_pack(stacks: Mapping[str, StackArrays]) -> str:
     """All arrays of a model but the quartiles, which the page holds of every model."""
     arrays: dict[str, np.ndarray] = {}
     for name, stack in stacks.items():
-        parts = {"heads": stack.heads, "singular": stack.singular, "eigenvalues": stack.eigenvalues}
+        parts = {"heads": stack.heads, "expected": stack.expected, "singular": stack.singular, "eigenvalues": stack.eigenvalues}
         parts |= {f"pairs/{kind}": values for kind, values in stack.pairs.items()}
         parts |= {f"neighbours/{measure}": values for measure, values in stack.neighbours.items()}
         parts |= {f"matrix/{part}": values for part, values in (stack.matrix.arrays() if stack.matrix else {}).items()}
-        parts |= {f"feeding/{part}": values for part, values in (stack.feeding.arrays() if stack.feeding else {}).items()}
         arrays |= {f"{name}/{part}": values for part, values in parts.items()}
+        of_stack = {f"feeding/{part}": values for part, values in (stack.feeding.arrays() if stack.feeding else {}).items()}
+        of_stack |= {
+            f"positions/{norm}/{part}": each for norm, found in stack.positions.items() for part, each in vars(found).items()
+        }
+        arrays |= {f"{name.split('/')[-1]}/{part}": values for part, values in of_stack.items()}
     return pack(None, arrays)
 
 

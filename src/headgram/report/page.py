@@ -17,7 +17,7 @@ from headgram.report.steps import LAYER_COLUMNS
 from headgram.version import __version__
 
 #: One script on the page, in this order: `app` starts it.
-SCRIPTS = ("data", "looks", "picking", "saving", "matrix", "pictures", "steps", "app")
+SCRIPTS = ("data", "looks", "picking", "saving", "matrix", "positions", "pictures", "steps", "app")
 #: Characters of models' data that the page itself holds, in the manifest's order. What goes beyond lies beside the page.
 EMBEDDED = 24 * 2**20
 

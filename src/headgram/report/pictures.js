@@ -90,13 +90,14 @@ const strip = {
   sets: (data) => ({
     cells: [[inStack(), state.column], () => {
       const { heads } = data.meta;
-      return Array.from(data.column(state.column), (value, i) => ({ layer: data.layers[Math.floor(i / heads)], head: i % heads, value }));
+      return Array.from(data.column(state.column), (value, i) => ({ layer: data.layers[Math.floor(i / heads)], head: i % heads, value }))
+        .filter((row) => !Number.isNaN(row.value));
     }],
     chosen: [inHead(), () => [{ layer: state.layer, head: state.head }]],
   }),
   label: () => `All heads of ${state.model}, layer by head, coloured by ${columnOf(state.column).label}`,
   tip: (row) => [`Layer ${row.layer}, head ${row.head}`, `${columnOf(state.column).label}: ${show(row.value)}`,
-    ...againstChance(state.column, row.value)],
+    ...againstChance(state.column, row.value, row.layer)],
   pick: (row) => row.head !== undefined && set({ layer: row.layer, head: row.head }),
 };
 
@@ -117,7 +118,7 @@ function square(control, mean) {
     tip: (row) => [
       `Layers ${row.layer_a} and ${row.layer_b}`,
       `${mean ? "mean over heads" : `head ${state.head}`}: ${show(row.value)}`,
-      ...againstChance(kind(), row.value, mean),
+      ...againstChance(kind(), row.value, row.layer_a, mean),
     ],
     pick: (row) => row.layer_a !== undefined && set({ layer: row.layer_a }),
   };
@@ -226,6 +227,8 @@ function makePictures() {
     new Picture("side-mean", "square", square("side", true)),
     new Picture("singular", "spectrum", lines("singular", "Singular values")),
     new Picture("eigenvalues", "spectrum", lines("eigenvalues", "Signed eigenvalues")),
+    new Picture("turns", "steps", turns),
+    new Picture("waves", "steps", waves),
     new Picture("profile", "profile", profile),
     new Matrix("matrix"),
   ];

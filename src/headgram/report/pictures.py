@@ -98,7 +98,8 @@ def profile(depth: str = "depth") -> Chart:
 def steps() -> Chart:
     """A number of every head of a layer, or of every layer, over the steps of a lineage, the chosen one in front.
 
-    Datasets: `others` and `chosen` (line, x, value), `now` (x) and that of `_chance`.
+    Or of every head over offsets, or by wavelength. Datasets: `others` and `chosen` (line, x, value), `expected` by chance
+    (x, value), `now` (x) and that of `_chance`.
     """
     place: dict[str, Any] = {
         "x": alt.X("x:Q", title="step", axis=alt.Axis(grid=False, labelExpr=_NUMBER), scale=alt.Scale(nice=False, zero=False)),
@@ -107,8 +108,9 @@ def steps() -> Chart:
     }
     others = alt.Chart(alt.NamedData("others")).mark_line(strokeWidth=1.2, opacity=0.5, color=_QUIET)
     now = alt.Chart(alt.NamedData("now")).mark_rule(strokeDash=[4, 3], strokeWidth=1.2, color=_INK).encode(x="x:Q")
+    expected = alt.Chart(alt.NamedData("expected")).mark_line(strokeDash=[2, 3], strokeWidth=1.8, color=_INK)
     chosen = alt.Chart(alt.NamedData("chosen")).mark_line(strokeWidth=2.8, color=_ACCENT, point={"size": 22, "color": _ACCENT})
-    return _layers(*_chance(), others.encode(**place), now, chosen.encode(**place))
+    return _layers(*_chance(), others.encode(**place), now, expected.encode(x=place["x"], y=place["y"]), chosen.encode(**place))
 
 
 def _chance() -> tuple[alt.Chart, ...]:

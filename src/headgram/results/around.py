@@ -38,7 +38,7 @@ def read_around(path: Path, record: Path, key: str) -> dict[str, Frames]:
 
 
 def _frame(values: Mapping[str, Any]) -> Frame:
-    kinds = {"norm": Norm, "query_norm": Norm, "key_norm": Norm, "rotary": Rotary}
+    kinds = {"norm": Norm, "source_norm": Norm, "query_norm": Norm, "key_norm": Norm, "output_norm": Norm, "rotary": Rotary}
     read = {role: kinds[role](**value) for role, value in values.items() if role in kinds and value is not None}
     return Frame(**{**values, **read})
 
@@ -68,13 +68,15 @@ def _not_folded(form: str, frames: Frames) -> Iterator[str]:
         return any(getattr(layer, role) is not None for layer in layers for role in roles)
 
     yield from dict.fromkeys(frames.missing.values())
-    if any_of("norm"):
+    if any_of("norm", "source_norm"):
         yield "the norm divides each token by a number of its own"
     if any(layer.norm is not None and layer.norm.bias is not None for layer in layers):
         yield "the norm's bias adds terms that are linear in one token"
     if frames.latent:
         yield "latent vectors are divided by norms of their own"
     if not form.startswith("qk"):
+        if any_of("output_norm"):
+            yield "a norm after attention divides what all heads write by a number of its own for each token"
         return
     if any_of("query_norm", "key_norm"):
         yield "queries and keys are divided by norms of their own"

@@ -65,6 +65,8 @@ TURNS = tuple(f"rotary_{name}" for name in ("norm", "still", "wavelength", "sine
 LINEAR = ("linear_query", "linear_key")
 #: Columns of `heads` that may be empty.
 AT_TIMES = (*TURNS, *(f"{name}_expected" for name in TURNS[1:]), *LINEAR)
+#: Columns of `heads` that `layers` and `models` summarise, and the page shows.
+SUMMARISED = (*HEAD_NUMBERS, *TURNS, *LINEAR)
 #: What `models` says of what stands around heads; empty where that is not known.
 AROUND_MODELS = {"norm_kind": pa.string(), "score_scale": pa.float64(), "score_cap": pa.float64(), "not_folded": pa.string()}
 #: What `layers` says of each number of its heads.
@@ -80,7 +82,7 @@ def _schema(*columns: tuple[str, pa.DataType] | pa.Field) -> pa.Schema:
 
 
 def _number(name: str, suffix: str = "") -> pa.Field:
-    return pa.field(f"{name}{suffix}", pa.float64(), nullable=name in COPYING)
+    return pa.field(f"{name}{suffix}", pa.float64(), nullable=name in (*COPYING, *TURNS, *LINEAR))
 
 
 _PLACE = (("circuit", pa.string()), ("stack", pa.string()))
@@ -128,7 +130,7 @@ LAYERS = _schema(
     *_PLACE,
     *_FORM,
     ("layer", pa.int32()),
-    *(_number(name, f"_{label}") for name in HEAD_NUMBERS for label in QUARTILES),
+    *(_number(name, f"_{label}") for name in SUMMARISED for label in QUARTILES),
     *((name, pa.float64()) for name in ("cosine_previous", "cosine_next", "cosine_all", *LAYER_SCORES)),
 )
 MODELS = _schema(
@@ -138,7 +140,7 @@ MODELS = _schema(
     pa.field("step", pa.float64()),  # null where the manifest gives none
     ("labels", pa.string()),
     *((name, pa.int32()) for name in ("layers", "heads", "kv_heads", "rank", "hidden", "directions")),
-    *(_number(name, "_median") for name in (*HEAD_NUMBERS, *LAYER_SCORES)),
+    *(_number(name, "_median") for name in (*SUMMARISED, *LAYER_SCORES)),
     *((name, pa.float64()) for name in ("cosine_adjacent", "cosine_all")),
     *((f"overlap_{name}", pa.float64()) for name in (*(f"{side}_adjacent" for side in SIDES), "expected")),
     *(pa.field(name, kind) for name, kind in AROUND_MODELS.items()),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +22,6 @@ from headgram.results.paths import Place
 from headgram.results.record import Provenance, canonical, check, record_of, seal
 from headgram.results.tables import (
     AROUND_MODELS,
-    HEAD_NUMBERS,
     LAYER_SCORES,
     LAYERS,
     MODELS,
@@ -29,6 +29,7 @@ from headgram.results.tables import (
     OVERLAP,
     QUARTILES,
     SIDES,
+    SUMMARISED,
     at_place,
     of_place,
     pair_indices,
@@ -137,7 +138,7 @@ def _stack(place: Place, heads: pa.Table, gram: pa.Table, merged: Merged, shards
             "hidden": hidden,
             "directions": kept,
         },
-        numbers={column: _by_layer(heads, column, count) for column in HEAD_NUMBERS},
+        numbers={column: _by_layer(heads, column, count) for column in SUMMARISED},
         layer_scores={column: _by_layer(measured, column, count)[:, 0] for column in LAYER_SCORES},
         cosine=_square(gram, "cosine", layers, per_layer),
         overlap={side: _overlaps(merged.directions, place, side, device) for side in SIDES},
@@ -262,7 +263,7 @@ def _models_table(stack: _Stack, facts: Mapping[str, Any], frames: Frames | None
         "step": facts["labels"]["step"],
         "labels": canonical(facts["labels"]["others"]),
         **stack.facts,
-        **{f"{name}_median": np.median(values) for name, values in stack.numbers.items()},
+        **{f"{name}_median": _median(values) for name, values in stack.numbers.items()},
         **{f"{name}_median": np.median(values) for name, values in stack.layer_scores.items()},
         "cosine_adjacent": _mean(_adjacent(stack.cosine)),
         "cosine_all": _mean(_to_others(stack.cosine)) if len(stack.layers) > 1 else 0.0,
@@ -300,6 +301,12 @@ def _to_others(square: np.ndarray) -> np.ndarray:
     others = ~np.eye(len(square), dtype=bool)
     values: np.ndarray = square.mean(-1)[others].reshape(len(square), -1).mean(1)
     return values
+
+
+def _median(values: np.ndarray) -> float:
+    """The median of what there is; NaN where there is nothing."""
+    known = values[~np.isnan(values)]
+    return float(np.median(known)) if known.size else math.nan
 
 
 def _mean(values: np.ndarray) -> float:

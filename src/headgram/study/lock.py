@@ -54,7 +54,9 @@ _Digest = Annotated[str, Field(min_length=1, max_length=100)]
 _Layer = Annotated[int, Field(ge=0, lt=10_000)]
 _ModelName = Annotated[str, Field(pattern=f"^{MODEL_NAME.pattern}$")]
 _Circuit = Annotated[str, Field(pattern="^(qk|ov)$")]
-_Role = Literal["norm", "query_norm", "key_norm", "query_bias", "key_bias", "rotary", "scale", "cap"]
+_Role = Literal[
+    "norm", "source_norm", "query_norm", "key_norm", "output_norm", "query_bias", "key_bias", "rotary", "scale", "cap"
+]
 #: What all circuits of a stack have in common.
 _SHAPE = {"layers", "heads", "kv_heads", "hidden"}
 #: Raised when the lock's layout changes.

@@ -295,6 +295,6 @@ def _identities(
         upstream = (*(found["extract", circuit].key for circuit in ("qk", "ov")), *around)
         options = stage_config("composition", config)
         found["composition", ""] = Identity("composition", options, entry.fingerprint, code["composition"], upstream)
-    drawn = tuple(found[stage, ""].key for stage in ("merge", "derive", "composition") if (stage, "") in found)
+    drawn = tuple(found[stage, ""].key for stage in ("merge", "derive", "composition", "rotary") if (stage, "") in found)
     found["render", ""] = Identity("render", canonical({}), entry.fingerprint, code["render"], drawn)
     return found
