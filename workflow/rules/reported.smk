@@ -1,5 +1,5 @@
 # What the report reads and writes, and what of it `snakemake --report` shows.
-from headgram.report.names import DRAWN, PROFILE_FIGURES, STACK_FIGURES
+from headgram.report.names import DRAWN, FURTHER, PROFILE_FIGURES, STACK_FIGURES
 from headgram.report.names import TABLES as REPORTED
 
 
@@ -61,15 +61,15 @@ def reported_figures():
 def render_input(wildcards):
     run_if_stale("render", wildcards)
     model = wildcards.model
-    stages = [
-        "merge",
-        "derive",
-        *(["composition"] if model_of(wildcards).composed else []),
+    # Stages that a model need not have, each with a table of its name.
+    further = [
+        stage for stage in FURTHER if (stage, "") in model_of(wildcards).identities
     ]
-    tables = [*REPORTED, *(["composition"] if model_of(wildcards).composed else [])]
     return {
-        **{table: PATHS.table(table, model) for table in tables},
-        "records": [PATHS.record(stage, model) for stage in stages],
+        **{table: PATHS.table(table, model) for table in (*REPORTED, *further)},
+        "records": [
+            PATHS.record(stage, model) for stage in ("merge", "derive", *further)
+        ],
     }
 
 

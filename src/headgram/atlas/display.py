@@ -13,6 +13,7 @@ from rich.table import Table
 
 from headgram.errors import HeadgramError
 from headgram.foreign import plain
+from headgram.forms.variants import Variant
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -213,6 +214,15 @@ def show_head(atlas: Atlas, model: str, stack: str, circuit: str, layer: int, he
             for (side, direction, sign), row in zip(tokens.index, tokens.to_numpy(), strict=True)
         ]
         _grid(out, "Tokens at both ends of its directions", ["direction", "end", "tokens"], lines)
+    paths = atlas.table("token_paths", model)
+    paths = paths[(paths["stack"] == stack) & (paths["layer"] == layer) & (paths["head"] == head)]
+    numbers = ["copying", "positive", "departure", "trace_z"]
+    fed = paths[paths["path"] == "k"].astype({"layer_a": "Int32", "head_a": "Int32"})
+    own = paths[paths["path"] == Variant.of(circuit).circuit]
+    if len(own):
+        _print(out, "From token to token", own, numbers)
+    if len(fed):
+        _print(out, "From token to token, fed by", fed, ["layer_a", "head_a", *numbers])
 
 
 def _grid(out: Console, title: str | None, names: Sequence[str], lines: Sequence[Sequence[str]]) -> None:

@@ -17,6 +17,7 @@ import pyarrow as pa
 from headgram.report.columns import columns
 from headgram.report.matrix import Feeding, PairMatrix, read_feeding, read_matrix
 from headgram.report.names import TABLES
+from headgram.report.tokens import HeadTokens, read_tokens
 from headgram.results.paths import Place
 from headgram.results.tables import QUARTILES, SIDES, of_place, read_table
 
@@ -67,6 +68,8 @@ class StackArrays:
         All heads with all heads; None where only heads of the same index were multiplied.
     feeding
         Which heads write for which; of the circuit `qk`, where compositions were measured.
+    tokens
+        What directions read and write, in words; where embeddings were read.
     """
 
     summary: StackSummary
@@ -77,6 +80,7 @@ class StackArrays:
     neighbours: dict[str, np.ndarray]
     matrix: PairMatrix | None
     feeding: Feeding | None = None
+    tokens: HeadTokens | None = None
 
     def mean_square(self, name: str) -> np.ndarray:
         """Mean over heads of one of `pairs`, (L, L)."""
@@ -87,7 +91,10 @@ class StackArrays:
 
 
 def read_model(paths: Mapping[str, Path]) -> dict[str, StackArrays]:
-    """One model's tables, given by name, as arrays, by `{circuit}/{stack}` in the model's order; `composition` may be missing."""
+    """One model's tables, given by name, as arrays, by `{circuit}/{stack}` in the model's order.
+
+    `composition` and `tokens` may be missing.
+    """
     tables = {name: read_table(paths[name]) for name in TABLES if name != "pairs"}
     return {
         "/".join(place): _stack(place, {name: of_place(place, table).to_pandas() for name, table in tables.items()}, paths)
@@ -137,6 +144,7 @@ def _stack(place: Place, tables: Mapping[str, pd.DataFrame], paths: Mapping[str,
         feeding=read_feeding(paths["composition"], place[1], layers, shape[1])
         if place[0] == "qk" and "composition" in paths
         else None,
+        tokens=read_tokens(paths["tokens"], place, layers, shape[1]) if "tokens" in paths else None,
     )
 
 

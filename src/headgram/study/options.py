@@ -226,8 +226,8 @@ class Tokens(_Section):
 
     enabled: bool = Field(
         False,
-        description="Write the table `tokens`. Embeddings are read for that, slice by slice, also of models at the hub: they are "
-        "far larger than what else is fetched of those.",
+        description="Write the tables `tokens` and `token_paths`. Embeddings are read for that, slice by slice, also of models "
+        "at the hub: they are far larger than what else is fetched of those.",
     )
     count: Annotated[int, _NUMBER] = Field(5, ge=1, le=1000, description="Tokens kept at either end of every direction.")
 
