@@ -111,6 +111,7 @@ def test_tokens_are_of_the_stacks_that_read_embeddings(measured):
     assert table["text"].eq("").all()  # these checkpoints have no tokenizer
     with headgram.open_checkpoint(measured.folder / "models" / "jamba") as checkpoint:
         embedding = checkpoint.embedding().double()
+        gains = {layer: frame.norm.gain for layer, frame in checkpoint.frames("self").layers.items()}
     embedding -= embedding.mean(0)
     found = atlas.directions("jamba", "qk")["self"]
     rows = table.query("model == 'jamba' and circuit == 'qk' and sign == 1 and place == 0 and direction == 0")
@@ -127,8 +128,8 @@ def test_tokens_are_of_the_stacks_that_read_embeddings(measured):
     assert rows["folded"].all()
     for row in rows.itertuples():
         place = found["layers"].tolist().index(row.layer)
-        gain = checkpoint.around("self", row.layer).norm.gain
-        projections = embedding @ torch.nn.functional.normalize(found[row.side][place, row.head, 0].double() * gain, dim=0)
+        before = found[row.side][place, row.head, 0].double() * gains[row.layer]
+        projections = embedding @ torch.nn.functional.normalize(before, dim=0)
         assert row.token == int(projections.argmax())
         assert row.value == pytest.approx(float(projections.max()), rel=1e-4)
 

@@ -202,9 +202,11 @@ class Small:
         random = {role: torch.randn(layers, n, rank, width, generator=generator) for role, n in counts.items()}
         self.weights = weights or random
         self.gains = torch.rand(layers, width, generator=generator) + 0.5
+        self.final = torch.rand(width, generator=generator) + 0.5
         self.embedding = torch.randn(40, width, generator=generator) + 1
         self.unembedding = self.embedding if tied else torch.randn(43, width, generator=generator)
         tensors = {"model.embed_tokens.weight": self.embedding} | ({} if tied else {"lm_head.weight": self.unembedding})
+        tensors["model.norm.weight"] = self.final
         for layer in range(layers):
             tensors[f"model.layers.{layer}.input_layernorm.weight"] = self.gains[layer]
             for role, each in self.weights.items():
@@ -273,7 +275,7 @@ def test_paths_between_tokens_are_their_definition(tmp_path, monkeypatch, tied, 
     model = Small(tmp_path, tied)
     channels = model.composed()
     _, paths = model.tokens({}, channels)
-    e, u = model.embedding.double(), model.unembedding[:40].double()
+    e, u = model.embedding.double(), model.unembedding[:40].double() * model.final.double()
     e, u = e - e.mean(0), u - u.mean(0)
     assert paths["path"].value_counts().to_dict() == {"qk": 12, "ov": 12, "k": 6}
     assert paths["folded"].all()
@@ -344,10 +346,9 @@ def test_rows_are_projected_on_directions_before_the_norm_where_it_is_known(tmp_
     e = model.embedding.double() - model.embedding.double().mean(0)
     for row in table.sample(60, random_state=0).itertuples():
         reads = (row.circuit, row.side) != ("ov", "left")
-        assert row.folded == (reads and (known or row.circuit == "qk-folded"))
-        direction = directions[row.layer, row.head, row.direction].double()
-        if reads and known and row.circuit != "qk-folded":
-            direction = torch.nn.functional.normalize(direction * model.gains[row.layer].double(), dim=0)
+        assert row.folded == (not reads or known or row.circuit == "qk-folded")
+        gain = 1 if row.circuit == "qk-folded" or (reads and not known) else model.gains[row.layer] if reads else model.final
+        direction = torch.nn.functional.normalize(directions[row.layer, row.head, row.direction].double() * gain, dim=0)
         values = (e @ direction).sort(descending=row.sign > 0).values
         assert row.value == pytest.approx(values[row.place].item(), rel=1e-4)
         assert row.deviations == pytest.approx((values[row.place] / values.square().mean().sqrt()).item(), rel=1e-4)

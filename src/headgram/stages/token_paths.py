@@ -18,8 +18,9 @@ from headgram.results.factors import FactorFiles
 from headgram.results.tables import COPYING, TOKEN_PATHS, labelled, read_table
 from headgram.stages.sources import Sources
 
-#: Of a stack, a circuit and the width of its stream, the products of the tables that its heads meet; None where they meet none.
-Met = Callable[[str, str, int], TokenProducts | None]
+#: Of a stack, a circuit and the width of its stream, the products of the tables that its heads meet, and whether all norms
+#: between are in them; None where they meet none.
+Met = Callable[[str, str, int], tuple[TokenProducts, bool] | None]
 
 
 def token_paths(sources: Sources, channels: Path | None, met: Met, device: str) -> Iterator[pa.Table]:
@@ -33,18 +34,19 @@ def token_paths(sources: Sources, channels: Path | None, met: Met, device: str) 
     yield TOKEN_PATHS.empty_table()
     for stack, circuit in sources.places:
         files = sources.files(stack, circuit, sources.folds(stack, circuit))
-        if (tables := met(stack, circuit, files.width)) is not None:
+        if (meeting := met(stack, circuit, files.width)) is not None:
+            tables, whole = meeting
             for block in files.blocks(files.layers):
                 layers, heads = (np.array(each) for each in block)
                 found = between_tokens(files.read(*block).to(device), tables)
                 places = {"layer": layers.repeat(len(heads)), "head": np.tile(heads, len(layers))}
-                yield _table(stack, circuit, places, found, files.is_folded)
+                yield _table(stack, circuit, places, found, files.is_folded and whole)
     if channels is not None:
         pairs = read_table(channels)
         pairs = pairs.filter((pc.field("kind") == "k") & (pc.field("writer") == pc.field("stack")))
         for stack in pairs["stack"].unique().to_pylist():
-            if (tables := met(stack, "qk", sources.files(stack, "qk", False).width)) is not None:
-                yield _compositions(sources, stack, pairs.filter(pc.field("stack") == stack), tables, device)
+            if (meeting := met(stack, "qk", sources.files(stack, "qk", False).width)) is not None:
+                yield _compositions(sources, stack, pairs.filter(pc.field("stack") == stack), meeting[0], device)
 
 
 def _compositions(sources: Sources, stack: str, pairs: pa.Table, tables: TokenProducts, device: str) -> pa.Table:

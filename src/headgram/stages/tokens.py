@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 import torch
+from jaxtyping import Float
+from torch import Tensor
 
 from headgram.checkpoints.checkpoint import open_checkpoint
 from headgram.checkpoints.vocabulary import token_texts
@@ -103,23 +105,27 @@ def find_tokens(
             texts = token_texts(checkpoint.location)
             if not texts:
                 print("no tokenizer that headgram reads lies beside the weights: tokens have their numbers alone", flush=True)
+            last = checkpoint.token_tables.final_norm()
             parts = [TOKENS.empty_table()]
             for circuit, stacks in torch.load(directions.checked(), mmap=True, weights_only=True).items():
                 form = Variant.of(circuit)
                 for stack, found in stacks.items():
-                    norms = None if form.norm == FOLDED else sources.norms(stack)
+                    before = {} if form.norm == FOLDED else sources.norms(stack)
                     for side, table in zip(("left", "right"), TABLES[form.circuit], strict=True):
                         if why := unread(checkpoint.token_tables, table, stack, found[side].shape[-1]):
                             print(f"{circuit}, {stack}, {side}: without tokens: {why}", flush=True)
                             continue
-                        reads = table == "embedding"  # what a head writes is before no norm that is known
                         for layers, part in _chunks(found, side):
-                            seen = _before(part, [norms[layer] for layer in layers.tolist()]) if reads and norms else part
+                            norms = [(before or {}).get(layer) for layer in layers.tolist()]
+                            if table == "unembedding":
+                                norms = [last] * len(layers)
                             slices = partial(checkpoint.token_tables.slices, table)
-                            columns = _columns(layers, seen, slices, texts, options.tokens.count, provenance.device)
-                            of_stream = reads and (norms is not None or form.norm == FOLDED)
-                            parts.append(_table((circuit, stack), side, columns, of_stream))
-            met = _meeting(checkpoint.token_tables, provenance.device)
+                            columns = _columns(
+                                layers, _before(part, norms), slices, texts, options.tokens.count, provenance.device
+                            )
+                            known = before if table == "embedding" else last
+                            parts.append(_table((circuit, stack), side, columns, known is not None))
+            met = _meeting(checkpoint.token_tables, last, provenance.device)
             paths = list(token_paths(sources, channels.checked() if channels else None, met, provenance.device))
     except HeadgramError as error:
         raise HeadgramError(f"model {provenance.model}: {error}") from None
@@ -128,31 +134,39 @@ def find_tokens(
     seal(written.record, provenance, [written.tokens, written.paths])
 
 
-def _meeting(tables: TokenTables, device: str) -> Met:
-    """What `token_paths` takes of the tables that heads meet; each table is read once."""
+def _meeting(tables: TokenTables, last: Norm | None, device: str) -> Met:
+    """What `token_paths` takes of the tables that heads meet, and whether the norm before the output is in it."""
+
+    def slices(table: str, width: int) -> Iterator[torch.Tensor]:
+        for rows in tables.slices(table, max(1, _SLICE_BYTES // (4 * width))):
+            yield _folded(rows[None].to(device), last)[0] if table == "unembedding" else rows.to(device).double()
 
     @cache
-    def products(*met: str) -> TokenProducts:
-        width = tables.shape(met[0])[1]
-        slices = [(rows.to(device) for rows in tables.slices(table, max(1, _SLICE_BYTES // (4 * width)))) for table in met]
-        if len(met) == 1:
-            same = centred_gram(slices[0])
+    def products(circuit: str, width: int) -> TokenProducts:
+        if circuit == "qk":
+            same = centred_gram(slices("embedding", width))
             return TokenProducts(same, same, same)
-        beside = (torch.cat([rows[: len(other)], other[: len(rows)]], 1) for rows, other in zip(*slices, strict=False))
+        pairs = zip(slices("unembedding", width), slices("embedding", width), strict=False)
+        beside = (torch.cat([rows[: len(other)], other[: len(rows)]], 1) for rows, other in pairs)
         both = centred_gram(beside)  # of the tokens that both tables have
         return TokenProducts(both[:width, :width], both[width:, width:], both[width:, :width])
 
-    def met(stack: str, circuit: str, width: int) -> TokenProducts | None:
+    def met(stack: str, circuit: str, width: int) -> tuple[TokenProducts, bool] | None:
         if any(unread(tables, table, stack, width) for table in TABLES[circuit]):
             return None
-        return products(*{tables.names[table]: table for table in TABLES[circuit]}.values())  # of two that are tied, one
+        return products(circuit, width), circuit == "qk" or last is not None
 
     return met
 
 
+def _folded(rows: Float[Tensor, "n some width"], norm: Norm | None) -> Float[Tensor, "n some width"]:
+    """Vectors `v` that what a norm hands on is multiplied with, as those of the stream before it, `C (γ * v)`; float64."""
+    return folded("value", rows, Frame(norm=norm))
+
+
 def _before(directions: torch.Tensor, norms: Sequence[Norm | None]) -> torch.Tensor:
     """Directions (L, H, k, d) of what norms hand on, as those of the stream before; of unit length."""
-    found = torch.stack([folded("value", part, Frame(norm=norm)) for part, norm in zip(directions, norms, strict=True)])
+    found = torch.stack([_folded(part, norm) for part, norm in zip(directions, norms, strict=True)])
     return ratio(found, found.norm(dim=-1, keepdim=True)).float()
 
 
