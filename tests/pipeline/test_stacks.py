@@ -148,6 +148,14 @@ def test_one_head_and_its_tokens_on_the_command_line(measured):
     assert f"{best['times_chance']:.2f}" in first
     tokens = atlas.tokens("jamba", layer=int(best["layer_b"]), head=int(best["head_b"]))
     assert f"'{tokens.iloc[0, 0]}' '{tokens.iloc[0, 1]}'" in shown.stdout
+    table = atlas.table("composition", "t5").query("stack == 'cross' and kind == 'v' and writer == 'encoder'")
+    best = table.loc[table["times_chance"].idxmax()]
+    ends = [("cross", "b", "feed it, by what it moves", "encoder"), ("encoder", "a", "read it, by what they move", "cross")]
+    for stack, side, title, other in ends:
+        place = f"{best[f'layer_{side}']:.0f}.{best[f'head_{side}']:.0f}"
+        shown = measured.headgram("show", "t5", "--results", "out", "--stack", stack, "--head", place)
+        assert shown.returncode == 0, shown.stderr
+        assert other in shown.stdout.split(title)[1].split("Heads that")[0]
     for head, reason in (("99.0", "has no layer 99 with a head 0"), ("first", "as LAYER.HEAD")):
         refused = measured.headgram(*arguments, head)
         assert refused.returncode == 1

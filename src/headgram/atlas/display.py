@@ -201,12 +201,13 @@ def show_head(atlas: Atlas, model: str, stack: str, circuit: str, layer: int, he
     near = near.rename(columns={"other_layer": "layer_b", "other_head": "near_head"}).drop(columns=["layer", "head"])
     _print(out, "Heads whose forms are most like it", near, ["layer_b", "near_head", "value", "chance"])
     composed = atlas.table("composition", model)
-    composed = composed[composed["stack"] == stack]
-    for name, other, title, kinds in (("b", "a", "Heads that feed it, by", _ITS), ("a", "b", "Heads that read it, by", _KINDS)):
-        found = composed[(composed[f"layer_{name}"] == layer) & (composed[f"head_{name}"] == head)]
-        for kind, rows in found.groupby("kind", sort=False):
-            columns = [f"layer_{other}", f"head_{other}", "score", "times_chance", "z", "acausal"]
-            _print(out, f"{title} {kinds[str(kind)]}", rows.nlargest(top, "times_chance"), columns)
+    sides = (("stack", "b", "writer", "a", "feed", _ITS), ("writer", "a", "stack", "b", "read", _KINDS))
+    for own_stack, name, other_stack, other, verb, kinds in sides:
+        mine = (composed[own_stack] == stack) & (composed[f"layer_{name}"] == layer) & (composed[f"head_{name}"] == head)
+        for kind, rows in composed[mine].groupby("kind", sort=False):
+            columns = [other_stack, f"layer_{other}", f"head_{other}", "score", "times_chance", "z", "acausal"]
+            columns = columns[1:] if (rows[other_stack] == stack).all() else columns  # cross-attention reads the encoder
+            _print(out, f"Heads that {verb} it, by {kinds[str(kind)]}", rows.nlargest(top, "times_chance"), columns)
     if len(atlas.of_heads("tokens", model, stack, circuit)):
         tokens = atlas.tokens(model, layer, head, stack, circuit).iloc[:, :top]
         lines = [

@@ -52,14 +52,14 @@ class TokenTables:
         return self._store.slices(self._found(table)[0], rows)
 
     def final_norm(self) -> Norm | None:
-        """The norm that the last stream passes before the unembedding, read now; None if it is not known.
+        """The norm that the last stream passes before the unembedding, read now; None if there is none, or it is not known.
 
         Raises
         ------
         HeadgramError
             If its gain is no vector of finite numbers, as wide as the unembedding.
         """
-        if self._final is None or f"{self._final[1]}.weight" not in self._store:
+        if self._final is None or "unembedding" in self.missing or f"{self._final[1]}.weight" not in self._store:
             return None
         rule, place = self._final
         width, vectors = self.shape("unembedding")[1], {}

@@ -36,7 +36,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from headgram.forms.heads import Heads, read
+from headgram.forms.heads import Heads, below, read
 from headgram.forms.reading import Rotary
 from headgram.forms.transforms import product, transposed, triangles, with_orthonormal_left
 from headgram.geometry.eigenvalues import ZERO, Eigenvalues, eigenvalues
@@ -98,7 +98,7 @@ def joined(parts: Sequence[Ends]) -> Ends:
     """The ends of several sets of heads, one after the other."""
     if len(parts) == 1:
         return parts[0]
-    return Ends(Heads.symmetric(torch.cat([part.forms.a for part in parts])), torch.cat([part.purity for part in parts]))
+    return Ends(Heads.symmetric(below([part.forms.a for part in parts])), torch.cat([part.purity for part in parts]))
 
 
 def _ends(heads: Heads, rotary: Rotary | None = None) -> Ends:

@@ -21,7 +21,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from headgram.forms.heads import Heads
+from headgram.forms.heads import Heads, below
 from headgram.forms.transforms import triangles
 from headgram.geometry.inner import inner_products
 from headgram.geometry.nulls import Energies, deviations
@@ -68,9 +68,7 @@ def spans(factors: Float[Tensor, "n rank width"]) -> Spans:
 
 def joined(parts: Sequence[Spans]) -> Spans:
     """Several sets, one after the other."""
-    most = max(part.forms.rank for part in parts)
-    bases = [torch.nn.functional.pad(part.forms.a, (0, 0, 0, most - part.forms.rank)) for part in parts]
-    return Spans(Heads.symmetric(torch.cat(bases)), torch.cat([part.ranks for part in parts]))
+    return Spans(Heads.symmetric(below([part.forms.a for part in parts])), torch.cat([part.ranks for part in parts]))
 
 
 @torch.no_grad()
