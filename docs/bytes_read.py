@@ -1,20 +1,22 @@
 """Renew the table of bytes in docs/checkpoints.md: python docs/bytes_read.py
 
-Every row opens a checkpoint and reads all queries and keys. On this machine, what counts is pages of the mapped weight files
-that came into the process, and bytes that it read otherwise (Linux only). At the hub, which is the tests' own server, what
-counts is every byte of the weight files that it sent.
+Every row opens a checkpoint and reads all queries and keys, and again with all values and outputs. On this machine, what counts
+is pages of the mapped weight files that came into the process, and bytes that it read otherwise (Linux only). At the hub, which
+is the tests' own server, what counts is every byte of the weight files that it sent.
 """
 
 import gc
+import json
 import os
 import re
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from safetensors.torch import save
 
 ROOT = Path(__file__).parents[1]
 sys.path.append(str(ROOT / "tests" / "unit"))
@@ -24,6 +26,7 @@ from hub_server import serving  # noqa: E402
 
 PAGE = ROOT / "docs" / "checkpoints.md"
 SIZES = {"num_hidden_layers": 8, "num_attention_heads": 16, "num_key_value_heads": 4, "hidden_size": 1024}
+GPT2 = {"model_type": "gpt2", "n_layer": 8, "n_head": 16, "n_embd": 1024}
 
 
 def main() -> None:
@@ -35,6 +38,17 @@ def main() -> None:
         files = {**sharded(tensors, 4), "config.json": config_bytes(**SIZES)}
         server.add("someone/llama", files)
         local, pickled = Path(folder, "safetensors"), Path(folder, "bin")
+        fused = {
+            f"h.{layer}.attn.{name}.weight": torch.randn(1024, width, dtype=torch.bfloat16)
+            for layer in range(8)
+            for name, width in (("c_attn", 3 * 1024), ("c_proj", 1024))
+        } | {"wte.weight": torch.randn(16384, 1024, dtype=torch.bfloat16)}
+        gpt2 = {"model.safetensors": save(fused), "config.json": json.dumps(GPT2).encode()}
+        server.add("someone/gpt2", gpt2)
+        columns = Path(folder, "gpt2")
+        columns.mkdir()
+        for name, content in gpt2.items():
+            columns.joinpath(name).write_bytes(content)
         for path in (local, pickled):
             path.mkdir()
             path.joinpath("config.json").write_bytes(files["config.json"])
@@ -47,19 +61,31 @@ def main() -> None:
             row("random Llama, 4 safetensors files", str(local)),
             row("the same, pytorch_model.bin", str(pickled)),
             row("the same 4 safetensors files, at a hub", "someone/llama", lambda: server.weight_bytes),
+            row("random GPT-2, queries, keys and values in one tensor", str(columns)),
+            row("the same, at a hub", "someone/gpt2", lambda: server.weight_bytes),
         ]
-    head = ("checkpoint", "weight files", "queries and keys", "read", "read per byte of q and k")
-    lines = ["| " + " | ".join(cells) + " |" for cells in (head, ("---", *("--:",) * 4), *rows)]
+    head = ("checkpoint", "weight files", "queries and keys", "read", "per byte", "and values and outputs", "read", "per byte")
+    lines = ["| " + " | ".join(cells) + " |" for cells in (head, ("---", *("--:",) * 7), *rows)]
     PAGE.write_text(renewed(PAGE.read_text(encoding="utf-8"), "bytes", "bytes", lines), encoding="utf-8")
 
 
 def row(title: str, source: str, count: Callable[[], int] | None = None) -> tuple[str, ...]:
-    """Read a checkpoint's queries and keys, layer after layer."""
+    """Read a checkpoint's queries and keys, layer after layer; and all of its roles."""
     from headgram.checkpoints.checkpoint import open_checkpoint
 
     with open_checkpoint(source) as checkpoint:  # imports what it takes
         location = checkpoint.location
+    whole = sum(location.size(name) for name in location.weights)
+    return title, f"{whole / 1e6:.1f} MB", *read(source, ("query", "key"), count), *read(source, None, count)
+
+
+def read(source: str, roles: Sequence[str] | None, count: Callable[[], int] | None) -> tuple[str, ...]:
+    """Read some roles of a checkpoint, layer after layer, or all: their bytes, what was read, and the ratio of both."""
+    from headgram.checkpoints.checkpoint import open_checkpoint
+
     gc.collect()
+    with open_checkpoint(source) as checkpoint:
+        location = checkpoint.location
     paths = [] if count else [location.path(name) for name in location.weights]
     for path in paths:
         cache_in_pages(path)
@@ -67,11 +93,10 @@ def row(title: str, source: str, count: Callable[[], int] | None = None) -> tupl
     with open_checkpoint(source) as checkpoint:
         for stack in checkpoint.stacks:
             for layer in stack.layers:
-                checkpoint.qk(stack.name, layer)
+                checkpoint.factors(stack.name, layer, roles)
         taken = (count or read_otherwise)() - before + sum(map(mapped, paths))
-    wanted = sum(stack.qk_bytes for stack in checkpoint.stacks)
-    whole = sum(location.size(name) for name in location.weights)
-    return (title, *(f"{size / 1e6:.1f} MB" for size in (whole, wanted, taken)), f"{taken / wanted:.2f}")
+    wanted = sum(stack.nbytes(roles or stack.roles) for stack in checkpoint.stacks)
+    return (*(f"{size / 1e6:.1f} MB" for size in (wanted, taken)), f"{taken / wanted:.2f}")
 
 
 def cache_in_pages(path: Path) -> None:

@@ -13,7 +13,7 @@ from pipeline.conftest import Project, new_project
 from tiny import llama_tensors, write_llama, write_manifest
 
 TABLES = ("heads", "spectra", "gram", "pairs", "overlap", "neighbours", "layers", "models", "drift", "changes", "matches")
-TABLES += ("composition", "channels", "kernels", "tokens", "rotary", "frequencies")
+TABLES += ("composition", "channels", "kernels", "tokens", "token_paths", "rotary", "frequencies")
 
 
 def headgram_command(project: Project, *arguments: str) -> str:

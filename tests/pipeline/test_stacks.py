@@ -111,16 +111,25 @@ def test_tokens_are_of_the_stacks_that_read_embeddings(measured):
     assert table["text"].eq("").all()  # these checkpoints have no tokenizer
     with headgram.open_checkpoint(measured.folder / "models" / "jamba") as checkpoint:
         embedding = checkpoint.embedding().double()
+        gains = {layer: frame.norm.gain for layer, frame in checkpoint.frames("self").layers.items()}
     embedding -= embedding.mean(0)
     found = atlas.directions("jamba", "qk")["self"]
     rows = table.query("model == 'jamba' and circuit == 'qk' and sign == 1 and place == 0 and direction == 0")
     shown = atlas.tokens("jamba", layer=int(rows["layer"].iloc[0]), head=int(rows["head"].iloc[0]))
     assert shown.loc[(rows["side"].iloc[0], 0, 1), 0] == f"#{rows['token'].iloc[0]}"
+    paths = atlas.table("token_paths")
+    # Of T5 the encoder and the decoder meet tokens on both sides, and what feeds within them; cross-attention does not.
+    assert set(zip(paths["model"], paths["stack"], strict=True)) == {("t5", "encoder"), ("t5", "decoder"), ("jamba", "self")}
+    assert set(paths["path"]) == {"qk", "ov", "k"}
+    channels = atlas.table("channels").query("kind == 'k' and stack == writer")
+    assert len(paths.query("path == 'k'")) == len(channels)
     with pytest.raises(headgram.HeadgramError, match="no tokens of layer 99, head 0"):
         atlas.tokens("jamba", layer=99, head=0)
+    assert rows["folded"].all()
     for row in rows.itertuples():
         place = found["layers"].tolist().index(row.layer)
-        projections = embedding @ found[row.side][place, row.head, 0].double()
+        before = found[row.side][place, row.head, 0].double() * gains[row.layer]
+        projections = embedding @ torch.nn.functional.normalize(before, dim=0)
         assert row.token == int(projections.argmax())
         assert row.value == pytest.approx(float(projections.max()), rel=1e-4)
 
@@ -139,6 +148,14 @@ def test_one_head_and_its_tokens_on_the_command_line(measured):
     assert f"{best['times_chance']:.2f}" in first
     tokens = atlas.tokens("jamba", layer=int(best["layer_b"]), head=int(best["head_b"]))
     assert f"'{tokens.iloc[0, 0]}' '{tokens.iloc[0, 1]}'" in shown.stdout
+    table = atlas.table("composition", "t5").query("stack == 'cross' and kind == 'v' and writer == 'encoder'")
+    best = table.loc[table["times_chance"].idxmax()]
+    ends = [("cross", "b", "feed it, by what it moves", "encoder"), ("encoder", "a", "read it, by what they move", "cross")]
+    for stack, side, title, other in ends:
+        place = f"{best[f'layer_{side}']:.0f}.{best[f'head_{side}']:.0f}"
+        shown = measured.headgram("show", "t5", "--results", "out", "--stack", stack, "--head", place)
+        assert shown.returncode == 0, shown.stderr
+        assert other in shown.stdout.split(title)[1].split("Heads that")[0]
     for head, reason in (("99.0", "has no layer 99 with a head 0"), ("first", "as LAYER.HEAD")):
         refused = measured.headgram(*arguments, head)
         assert refused.returncode == 1
@@ -160,11 +177,14 @@ def test_options_of_compositions_and_tokens_make_nothing_else_stale(measured):
     def planned(*options):
         return measured.planned("--config", "results=out/", *options)
 
-    assert planned(TOKENS) == planned() == set()
-    assert planned("tokens={enabled: true, count: 4}") == {f"Tokens of the directions of {model}" for model in ("t5", "jamba")}
+    read = {f"Tokens of the directions of {model}" for model in ("t5", "jamba")}
+    drawn = {f"Rendering {model}" for model in ("t5", "jamba")} | {"Reporting on all models"}
+    assert planned(TOKENS) == set()
+    assert planned() == drawn  # the page has had tokens
+    assert planned("tokens={enabled: true, count: 4}") == read | drawn
     composed = {f"Composition of the heads of {model}" for model in ("t5", "jamba")}
-    drawn = {f"Rendering {model}" for model in ("t5", "jamba")}
-    assert planned("composition={strongest: 3}") == composed | drawn | {"Reporting on all models"}
+    assert planned("composition={strongest: 3}") == composed | drawn
+    assert planned(TOKENS, "composition={strongest: 3}") == composed | read | drawn
 
 
 def test_the_seed_files_describe_the_first_stack(measured, tmp_path):

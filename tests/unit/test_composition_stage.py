@@ -138,6 +138,29 @@ def test_norms_are_folded_in_and_positions_averaged_over_where_they_are_known(tm
     assert not others["folded"].any()
 
 
+def test_heads_may_have_more_rows_than_the_stream_has_channels(tmp_path):
+    """Also where positions turn them: the mean over offsets then has a form of another rank."""
+    generator, files, keys, weights = torch.Generator().manual_seed(2), {}, {}, {}
+    for circuit, roles in (("qk", ("query", "key")), ("ov", ("output", "value"))):
+        path, extract = tmp_path / f"{circuit}.pt", Identity("extract", "{}", circuit, "c")
+        weights |= {role: torch.randn(2, 2, 10, 6, generator=generator) for role in roles}
+        write_factors(path, [0, 1], {role: weights[role] for role in roles})
+        seal(record_of(path), Provenance(extract, "m", "self", circuit), [path])
+        files[circuit], keys[circuit] = [path], extract.key
+    waves = Rotary(torch.tensor([1.0, 2.0], dtype=torch.float64) * 2 * torch.pi / 8, interleaved=False)
+    known = {"self": Frames({layer: Frame(rotary=waves) for layer in range(2)})}
+    provenance = Provenance(Identity("composition", "{}", "f", "c", tuple(keys.values())), "m", None)
+    composed = measured(tmp_path, ({"self": files}, weights, provenance), known)
+    table = read_table(composed.composition).to_pandas().query("kind == 'k'")
+    for row in table.itertuples():
+        one = ov(weights["value"], weights["output"]).to(torch.float64).form(row.head_a)
+        own = qk(weights["query"], weights["key"]).to(torch.float64).take([2 + row.head_b])
+        turns = [rotated(own, waves, offset).form(0) for offset in range(8)]
+        energy = np.mean([float((one.T @ g).square().sum()) for g in turns])
+        norms = np.mean([float(g.square().sum()) for g in turns]) * float(one.square().sum())
+        assert row.averaged == pytest.approx(np.sqrt(energy / norms), rel=1e-5)
+
+
 def test_spans_of_all_roles_are_held_against_each_other(tmp_path, extracted, monkeypatch):
     for block in (2**30, 1):  # all layers at once, and one by one
         monkeypatch.setattr("headgram.stages.kernels.BLOCK_BYTES", block)

@@ -333,6 +333,27 @@ def test_prefixes_that_transformers_reads_but_no_longer_writes(tmp_path: Path, m
         assert [checkpoint.digest(stack.name, 0) for stack in checkpoint.stacks] == digests
 
 
+def test_values_of_width_zero_are_left_out_and_queries_and_keys_are_read(tmp_path: Path) -> None:
+    folder = saved("deepseek_v3", tmp_path)
+    with open_checkpoint(folder) as checkpoint:
+        before = checkpoint.qk("self", 0)
+    config, tensors = json.loads((folder / "config.json").read_text()), load_file(folder / "model.safetensors")
+    heads, nope = config["num_attention_heads"], config["qk_nope_head_dim"]
+    for name, weight in tensors.items():
+        if "kv_b_proj" in name:
+            tensors[name] = weight.view(heads, -1, weight.shape[1])[:, :nope].flatten(0, 1).contiguous()
+        elif "o_proj" in name:
+            tensors[name] = weight[:, :0].contiguous()
+    save_file(tensors, folder / "model.safetensors")
+    (folder / "config.json").write_text(json.dumps(config | {"v_head_dim": 0}))
+    with open_checkpoint(folder) as checkpoint:
+        (stack,) = checkpoint.stacks
+        assert stack.roles == ("query", "key")
+        assert stack.missing["value"] == stack.missing["output"] == "the configuration states that its values have the width 0"
+        for mine, other in zip(checkpoint.qk("self", 0), before, strict=True):
+            assert mine.equal(other)
+
+
 @pytest.mark.parametrize(
     ("statement", "unwanted"),
     [

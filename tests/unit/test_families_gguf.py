@@ -56,6 +56,7 @@ def written(path: Path, architecture: str, kv_heads: int, rank: int, fused: bool
         for name, count in biases.items() if around and architecture in BIASED else ():
             writer.add_tensor(f"blk.{layer}.{name}.bias", random.standard_normal(count).astype(np.float32))
     if around:
+        writer.add_tensor("output_norm.weight", random.standard_normal(width).astype(np.float32))
         writer.add_rope_freq_base(500.0)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
@@ -126,6 +127,11 @@ def test_what_stands_around_heads_is_what_transformers_reads(
         model.save_pretrained(tmp_path / "saved")
     with open_checkpoint(path) as ours, open_checkpoint(tmp_path / "saved") as theirs:
         mine, other = ours.frames("self"), theirs.frames("self")
+        last, expected = ours.token_tables.final_norm(), theirs.token_tables.final_norm()
+    assert last is not None
+    assert expected is not None
+    assert last.centred == expected.centred
+    torch.testing.assert_close(last.gain, expected.gain)
     assert set(mine.missing) <= {"scale", "cap"}
     for layer, frame in mine.layers.items():
         for role in AROUND:

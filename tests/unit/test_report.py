@@ -5,6 +5,8 @@ import itertools
 import json
 
 import numpy as np
+import pandas as pd
+import pyarrow as pa
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -18,6 +20,9 @@ from headgram.report.matrix import Feeding, PairMatrix
 from headgram.report.names import PROFILE_FIGURES, STACK_FIGURES
 from headgram.report.pack import beside, layer_packs, model_pack, pack, unpack
 from headgram.report.page import index_pack, page, page_shell
+from headgram.report.tokens import read_tokens
+from headgram.results.record import Identity, Provenance
+from headgram.results.tables import TOKENS, labelled, write_table
 
 _NUMBERS = st.floats(-1e30, 1e30, allow_subnormal=False)
 
@@ -196,6 +201,56 @@ def test_which_heads_feed_which(chrome, tmp_path, layers, heads):
         assert found.page.is_disabled("#pairs option[value=v]")
         found.screenshot(f"feeding-{count}")
         assert found.complaints == []
+
+
+def test_the_tokens_of_the_chosen_head(chrome, tmp_path):
+    """As the table has them, in either circuit; a text of a stranger neither hides nor turns round what follows."""
+    layers, heads, count = np.array([0, 2, 5]), 2, 4
+    rows = list(itertools.product(layers, range(heads), ("left", "right"), range(4), (1, -1), range(count)))
+    table = pd.DataFrame(rows, columns=["layer", "head", "side", "direction", "sign", "place"])
+    table["token"] = np.arange(len(table)) * 11  # more than a page's numbers hold digits of
+    table["text"] = [f"t{token}" if token % 3 else "" for token in table["token"]]
+    table.loc[0, "text"] = " a\u202eb\n<b>"
+    random = np.random.default_rng(0)
+    for name in ("value", "deviations", "share"):
+        table[name] = random.random(len(table))
+    table = table.assign(chance=4.25, folded=True)
+    both = pa.concat_tables(
+        labelled(
+            pa.Table.from_pandas(table[table["side"] != left_out], preserve_index=False), TOKENS, circuit=circuit, stack="self"
+        )
+        for circuit, left_out in (("qk", ""), ("ov", "left"))
+    )
+    write_table(tmp_path / "tokens.parquet", [both], Provenance(Identity("tokens", "{}", "f", "c"), "m", None))
+    each = stack(len(layers), heads, 4)
+    each = dataclasses.replace(each, summary=dataclasses.replace(each.summary, layers=layers))
+    found = {name: read_tokens(tmp_path / "tokens.parquet", (name, "self"), layers, heads) for name in ("qk", "ov", "qk-folded")}
+    assert found["qk-folded"] is None
+    stacks = {f"{name}/self": dataclasses.replace(each, tokens=tokens) for name, tokens in found.items()}
+    path = tmp_path / "index.html"
+    index = index_pack({"m": {name: one.summary for name, one in stacks.items()}})
+    path.write_text(page(page_shell(), index, {"m": model_pack(stacks)}))
+    named = table.assign(text=table["text"].where(table["text"] != "", "#" + table["token"].astype(str)))
+    with opened(chrome, path) as shown:
+        for circuit, layer, head in itertools.product(("qk", "ov"), layers, range(heads)):
+            shown.set(stack=f"{circuit}/self", layer=int(layer), head=head)
+            sides = {"qk": {"right": "Looks with", "left": "Looks for"}, "ov": {"right": "Reads"}}[circuit]
+            lines = shown.table("tokens")
+            assert [line[0] for line in lines] == [f"{side} {i + 1}" for side in sides.values() for i in range(3)]
+            of_head = named[(named["layer"] == layer) & (named["head"] == head)].set_index(["side", "direction", "sign"])
+            for line, (side, direction) in zip(lines, itertools.product(sides, range(3)), strict=True):
+                for cell, sign in ((1, 1), (3, -1)):
+                    expected = of_head.loc[(side, direction, sign)]
+                    if " a" not in expected["text"].iloc[0]:
+                        assert line[cell].split() == list(expected["text"])
+                    assert float(line[cell + 1]) == pytest.approx(expected["deviations"].iloc[0], rel=1e-3)
+        shown.set(stack="qk/self", layer=0, head=0)
+        assert "␣a\\u202eb\\u000a<b>" in shown.page.inner_text("#tokens")
+        assert "± 4.25 by chance" in shown.page.inner_text("#tokens-note")
+        shown.screenshot("tokens")
+        shown.set(stack="qk-folded/self")
+        assert shown.page.is_hidden("#tokens")
+        assert shown.complaints == []
 
 
 def test_what_a_checkpoint_says_is_text_and_nothing_else(chrome, tmp_path):

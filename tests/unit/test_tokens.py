@@ -13,12 +13,17 @@ from safetensors.torch import load_file, save_file
 from headgram.checkpoints.checkpoint import open_checkpoint
 from headgram.checkpoints.vocabulary import token_texts
 from headgram.errors import HeadgramError
+from headgram.forms.circuits import CIRCUITS, ov
 from headgram.geometry import projections as module
 from headgram.geometry.projections import projections
+from headgram.geometry.token_space import TokenProducts, between_tokens, centred_gram
+from headgram.results.factors import write_factors
 from headgram.results.files import written_whole
-from headgram.results.record import Identity, Provenance, seal
+from headgram.results.record import Identity, Provenance, record_of, seal
 from headgram.results.tables import read_table
-from headgram.stages.tokens import Directions, Written, find_tokens
+from headgram.stages.composition import Composed, compose
+from headgram.stages.sources import Sources
+from headgram.stages.tokens import Artifact, Written, find_tokens
 from headgram.study.options import Config
 from tiny import write_llama, write_llama_gguf
 
@@ -164,16 +169,18 @@ def written(tmp_path, folder, width=32):
     with written_whole(path) as file:
         torch.save(by_circuit, file)
     seal(record, Provenance(merge, "m", None), [path])
-    out = Written(tmp_path / "tokens.parquet", tmp_path / "tokens.json")
+    out = Written(tmp_path / "tokens.parquet", tmp_path / "token_paths.parquet", tmp_path / "tokens.json")
     options = Config.model_validate({"tokens": {"enabled": True, "count": 4}})
     find_tokens(
-        Directions(path, record),
+        Artifact(path, record, merge.key),
+        None,
+        Sources({}, {}, {}),
         out,
         {"source": str(folder)},
         options,
         Provenance(Identity("tokens", "{}", "f", "c", (merge.key,)), "m", None),
     )
-    return read_table(out.table).to_pandas()
+    return read_table(out.tokens).to_pandas()
 
 
 def test_the_table_names_the_tokens_of_every_direction(tmp_path):
@@ -194,6 +201,167 @@ def test_the_table_names_the_tokens_of_every_direction(tmp_path):
     assert (table.query("sign == 1")["value"] > 0).all()
     assert (table.query("sign == -1")["value"] < 0).all()
     assert table["share"].between(0, 1).all()
+
+
+class Small:
+    """A llama of random weights with gains before its layers, and what the stages before make of it."""
+
+    def __init__(self, folder, tied=True, circuits=("qk", "ov"), weights=None, layers=3, heads=4, kv_heads=2, rank=6, width=16):
+        generator = torch.Generator().manual_seed(3)
+        counts = {"query": heads, "key": kv_heads, "value": kv_heads, "output": heads}
+        random = {role: torch.randn(layers, n, rank, width, generator=generator) for role, n in counts.items()}
+        self.weights = weights or random
+        self.gains = torch.rand(layers, width, generator=generator) + 0.5
+        self.final = torch.rand(width, generator=generator) + 0.5
+        self.embedding = torch.randn(40, width, generator=generator) + 1
+        self.unembedding = self.embedding if tied else torch.randn(43, width, generator=generator)
+        tensors = {"model.embed_tokens.weight": self.embedding} | ({} if tied else {"lm_head.weight": self.unembedding})
+        tensors["model.norm.weight"] = self.final
+        for layer in range(layers):
+            tensors[f"model.layers.{layer}.input_layernorm.weight"] = self.gains[layer]
+            for role, each in self.weights.items():
+                rows = each[layer].flatten(0, 1)
+                name = f"model.layers.{layer}.self_attn.{role[0]}_proj.weight"
+                tensors[name] = rows.T.contiguous() if role == "output" else rows.contiguous()
+        self.source = write_llama(folder / "llama", layers, heads, kv_heads, rank, width, tensors=tensors)
+        files, keys = {}, {}
+        for circuit in circuits:
+            path, extract = folder / f"{circuit}.pt", Identity("extract", "{}", f"of {circuit}", "c")
+            roles = CIRCUITS[circuit].roles
+            write_factors(path, range(layers), {role: self.weights[role] for role in roles})
+            seal(record_of(path), Provenance(extract, "m", "self", circuit), [path])
+            files[circuit], keys[circuit] = [path], extract.key
+        with open_checkpoint(self.source) as checkpoint:
+            self.sources = Sources({"self": files}, keys, {"self": checkpoint.frames("self")})
+        self.folder, self.keys = folder, keys
+
+    def composed(self):
+        names = ("composition.parquet", "channels.parquet", "kernels.parquet", "directions.pt", "composition.json")
+        files = Composed(*(self.folder / name for name in names))
+        identity = Identity("composition", "{}", "f", "c", tuple(self.keys.values()))
+        compose(self.sources, files, Config.model_validate({"composition": {"strongest": 6}}), Provenance(identity, "m", None))
+        return Artifact(files.channels, files.record, identity.key)
+
+    def tokens(self, directions, channels=None):
+        """Both tables, given directions by circuit and stack."""
+        path, record, merge = self.folder / "directions.pt", self.folder / "merge.json", Identity("merge", "{}", "f", "c")
+        with written_whole(path) as file:
+            torch.save(directions, file)
+        seal(record, Provenance(merge, "m", None), [path])
+        out = Written(*(self.folder / name for name in ("tokens.parquet", "token_paths.parquet", "tokens.json")))
+        upstream = (merge.key, *self.keys.values(), *([channels.key] if channels else []))
+        provenance = Provenance(Identity("tokens", "{}", "f", "c", upstream), "m", None)
+        options = Config.model_validate({"tokens": {"enabled": True, "count": 4}})
+        find_tokens(Artifact(path, record, merge.key), channels, self.sources, out, {"source": self.source}, options, provenance)
+        return [read_table(table).to_pandas() for table in (out.tokens, out.paths)]
+
+    def form(self, circuit, layer, head):
+        """A head's form with the norm before it folded in, float64."""
+        roles = CIRCUITS[circuit].roles
+        own, shared = (self.weights[role][layer].double() for role in roles)
+        own, shared = own[head], shared[head * len(shared) // len(own)]
+        gain = self.gains[layer].double()
+        return (shared * gain).T @ (own * gain) if circuit == "qk" else own.T @ (shared * gain)
+
+
+def scores_of(matrix, null):
+    """The scores of a matrix of tokens by tokens, by the definition; `null` is the form whose trace is held against chance."""
+    values = torch.linalg.eigvals(matrix)
+    energy = values.abs().square().sum()
+    return {
+        "copying": (values.real.sum() / values.abs().sum()).item(),
+        "positive": (values.abs().square()[values.real > 1e-9 * values.abs().max()].sum() / energy).item(),
+        "departure": ((matrix.square().sum() - energy).clamp_min(0).sqrt() / matrix.norm()).item(),
+        "trace_z": (matrix.trace() * len(null) ** 0.5 / null.norm()).item(),
+    }
+
+
+@pytest.mark.parametrize("block", [2**30, 4 * 6 * 16 * 4])
+@pytest.mark.parametrize("tied", [True, False])
+def test_paths_between_tokens_are_their_definition(tmp_path, monkeypatch, tied, block):
+    """Dense matrices of all tokens by all tokens; the output matrix may have more rows than there are embeddings."""
+    monkeypatch.setattr("headgram.geometry.costs.BLOCK_BYTES", block)
+    monkeypatch.setattr("headgram.stages.tokens._SLICE_BYTES", 4 * 16 * 7)
+    model = Small(tmp_path, tied)
+    channels = model.composed()
+    _, paths = model.tokens({}, channels)
+    e, u = model.embedding.double(), model.unembedding[:40].double() * model.final.double()
+    e, u = e - e.mean(0), u - u.mean(0)
+    assert paths["path"].value_counts().to_dict() == {"qk": 12, "ov": 12, "k": 6}
+    assert paths["folded"].all()
+    pair = ["layer_a", "head_a", "layer", "head"]
+    strongest = read_table(channels.path).to_pandas().query("kind == 'k'").rename(columns={"layer_b": "layer", "head_b": "head"})
+    assert paths.query("path == 'k'")[pair].astype(int).to_numpy().tolist() == strongest[pair].to_numpy().tolist()
+    for row in paths.itertuples():
+        left = u if row.path == "ov" else e
+        form = model.form("ov" if row.path == "ov" else "qk", row.layer, row.head)
+        if row.path == "k":
+            form = model.form("ov", int(row.layer_a), int(row.head_a)).T @ form
+        else:
+            assert np.isnan(row.layer_a)
+        for name, expected in scores_of(left @ form @ e.T, (e.T @ left) @ form).items():
+            assert getattr(row, name) == pytest.approx(expected, abs=1e-6), name  # folded factors are kept in float32
+
+
+def test_chance_of_paths_is_that_of_heads_turned_at_random():
+    generator = torch.Generator().manual_seed(0)
+    width, turns = 12, 4000
+    tables = [torch.randn(30, width, generator=generator, dtype=torch.float64) for _ in range(2)]
+    both = centred_gram([torch.cat(tables, 1)])
+    products = TokenProducts(both[:width, :width], both[width:, width:], both[width:, :width])
+    w_v, w_o = torch.randn(2, 1, 3, width, generator=generator, dtype=torch.float64)
+    turned, upper = torch.linalg.qr(torch.randn(turns, width, width, generator=generator, dtype=torch.float64))
+    turned = turned * upper.diagonal(dim1=1, dim2=2).sign()[:, None]
+    found = between_tokens(ov(w_v @ turned, w_o.expand(turns, -1, -1)), products)
+    assert abs(found.copying.mean()) < 4 * found.copying.std() / turns**0.5
+    assert abs(found.positive.mean() - 0.5) < 4 * found.positive.std() / turns**0.5
+    assert abs(found.trace_z.mean()) < 4 / turns**0.5
+    assert abs(found.trace_z.std() - 1) < 0.05
+
+
+def test_a_circuit_of_one_kind_has_its_own_paths_alone(tmp_path):
+    _, paths = Small(tmp_path, circuits=("qk",)).tokens({})
+    assert set(paths["path"]) == {"qk"}
+
+
+def test_an_induction_circuit_looks_for_tokens_that_follow_one_like_its_own(tmp_path):
+    """As in test_composition, with the token in the first channels, what came before in others; random heads beside it."""
+    token, before = torch.zeros(2, 6, 16)
+    token[:, :6] = before[:, 10:] = torch.eye(6)
+    generator = torch.Generator().manual_seed(1)
+    weights = {role: torch.randn(2, 4, 6, 16, generator=generator) for role in ("query", "key", "value", "output")}
+    weights["value"][0, 1], weights["output"][0, 1] = token, before
+    for role, made in {"query": token, "key": before, "value": token, "output": token}.items():
+        weights[role][1, 2] = made
+    model = Small(tmp_path, weights=weights, layers=2, kv_heads=4)
+    _, paths = model.tokens({}, model.composed())
+    first = paths.query("path == 'k'").iloc[0]
+    assert first[["layer_a", "head_a", "layer", "head"]].tolist() == [0, 1, 1, 2]
+    copying = paths.query("path == 'ov' and layer == 1 and head == 2").iloc[0]
+    for row in (first, copying):
+        assert row["copying"] == pytest.approx(1)
+        assert row["positive"] == pytest.approx(1)
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_rows_are_projected_on_directions_before_the_norm_where_it_is_known(tmp_path, known):
+    model = Small(tmp_path)
+    if not known:
+        model.sources = Sources({}, {}, {})
+    directions = torch.nn.functional.normalize(torch.randn(3, 4, 2, 16, generator=torch.Generator().manual_seed(5)), dim=-1)
+    directions[0, 0, 1] = 0
+    found = {"layers": torch.arange(3), "right": directions, "left": directions}
+    table, _ = model.tokens({"qk": {"self": found}, "qk-folded": {"self": found}, "ov": {"self": found}})
+    assert len(table) == 3 * 2 * (3 * 4 * 2 - 1) * 2 * 4
+    e = model.embedding.double() - model.embedding.double().mean(0)
+    for row in table.sample(60, random_state=0).itertuples():
+        reads = (row.circuit, row.side) != ("ov", "left")
+        assert row.folded == (not reads or known or row.circuit == "qk-folded")
+        gain = 1 if row.circuit == "qk-folded" or (reads and not known) else model.gains[row.layer] if reads else model.final
+        direction = torch.nn.functional.normalize(directions[row.layer, row.head, row.direction].double() * gain, dim=0)
+        values = (e @ direction).sort(descending=row.sign > 0).values
+        assert row.value == pytest.approx(values[row.place].item(), rel=1e-4)
+        assert row.deviations == pytest.approx((values[row.place] / values.square().mean().sqrt()).item(), rel=1e-4)
 
 
 def test_a_model_without_embeddings_has_an_empty_table(tmp_path, capsys):

@@ -1,7 +1,7 @@
 # What each rule of one model reads, as functions of its wildcards; and all that a user reads of a model.
 from dataclasses import asdict
 
-from headgram.results.paths import COMPOSED, DERIVED, MERGED, TURNED
+from headgram.results.paths import COMPOSED, DERIVED, IN_TOKENS, MERGED, TURNED
 from headgram.study.plan import unpinned
 
 
@@ -38,7 +38,8 @@ def final_files(model):
         files += [PATHS.table(table, model) for table in TURNED]
         files += [PATHS.record("rotary", model)]
     if PLAN.config.tokens.enabled:
-        files += [PATHS.table("tokens", model), PATHS.record("tokens", model)]
+        files += [PATHS.table(table, model) for table in IN_TOKENS]
+        files += [PATHS.record("tokens", model)]
     return files + (PATHS.original(model) if ORIGINAL else [])
 
 
@@ -124,16 +125,9 @@ def rotary_input(wildcards):
         )
     fresh = run_if_stale("rotary", wildcards)
     dated = ancient if fresh else str
-    places = [
-        (wildcards.model, stack, "qk", group)
-        for stack in plan.stacks_of("qk")
-        for group in plan.extracted["qk", stack].groups
-    ]
+    places = [("qk", stack) for stack in plan.stacks_of("qk")]
     return {
-        "weights": [
-            dated(file) for place in places for file in PATHS.data("extract", *place)
-        ],
-        "records": [dated(PATHS.record("extract", *place)) for place in places],
+        **extracted(plan, places, dated),
         **around_files(wildcards.model, dated),
     }
 
@@ -195,16 +189,22 @@ def composition_input(wildcards):
             f"The model {wildcards.model} has no composition: it needs both circuits, and the option composition.enabled."
         )
     run_if_stale("composition", wildcards)
-    places = [
-        (wildcards.model, stack, circuit, group)
-        for stack in plan.composed
-        for circuit in ("qk", "ov")
+    places = [(circuit, stack) for stack in plan.composed for circuit in ("qk", "ov")]
+    return {**extracted(plan, places), **around_files(wildcards.model)}
+
+
+def extracted(plan, places, dated=str):
+    """The weight files of circuits of stacks of a model, with their records."""
+    groups = [
+        (plan.name, stack, circuit, group)
+        for circuit, stack in places
         for group in plan.extracted[circuit, stack].groups
     ]
     return {
-        "weights": [file for place in places for file in PATHS.data("extract", *place)],
-        "records": [PATHS.record("extract", *place) for place in places],
-        **around_files(wildcards.model),
+        "weights": [
+            dated(file) for group in groups for file in PATHS.data("extract", *group)
+        ],
+        "records": [dated(PATHS.record("extract", *group)) for group in groups],
     }
 
 
@@ -213,8 +213,17 @@ def tokens_input(wildcards):
         raise WorkflowError(
             "The table tokens is asked for by the option tokens.enabled."
         )
-    run_if_stale("tokens", wildcards)
+    fresh = run_if_stale("tokens", wildcards)
+    dated = ancient if fresh else str
+    plan, model = model_of(wildcards), wildcards.model
+    composed = {
+        "channels": PATHS.table("channels", model),
+        "composed": PATHS.record("composition", model),
+    }
     return {
-        "directions": PATHS.directions(wildcards.model),
-        "record": PATHS.record("merge", wildcards.model),
+        "directions": PATHS.directions(model),
+        "record": PATHS.record("merge", model),
+        **extracted(plan, plan.extracted, dated),
+        **around_files(model, dated),
+        **(composed if plan.composed else {}),
     }

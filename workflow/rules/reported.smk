@@ -64,10 +64,15 @@ def render_input(wildcards):
     run_if_stale("render", wildcards)
     model = wildcards.model
     further = {
-        "composition": ["composition"] if model_of(wildcards).composed else [],
-        "rotary": TURNED if is_turned(model) else [],
+        stage: tables
+        for stage, tables in {
+            "composition": ["composition"],
+            "rotary": TURNED,
+            "tokens": ["tokens"],
+        }.items()
+        if (stage, "") in model_of(wildcards).identities
     }
-    stages = ["merge", "derive", *(stage for stage in further if further[stage])]
+    stages = ["merge", "derive", *further]
     tables = [*REPORTED, *itertools.chain(*further.values())]
     return {
         **{table: PATHS.table(table, model) for table in tables},

@@ -1,9 +1,10 @@
-# A model's directions, and its embeddings -> the tokens that project most on each direction.
+# A model's directions and weights, and its embeddings -> the tokens that project most on each direction; what heads do between tokens.
 rule tokens:
     input:
         unpack(tokens_input),
     output:
         table=PATHS.table("tokens", "{model}"),
+        paths=PATHS.table("token_paths", "{model}"),
         record=RECORDS["tokens"],
     log:
         PATHS.log("tokens", "{model}"),

@@ -13,6 +13,7 @@ from rich.table import Table
 
 from headgram.errors import HeadgramError
 from headgram.foreign import plain
+from headgram.forms.variants import Variant
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -202,12 +203,13 @@ def show_head(atlas: Atlas, model: str, stack: str, circuit: str, layer: int, he
     near = near.rename(columns={"other_layer": "layer_b", "other_head": "near_head"}).drop(columns=["layer", "head"])
     _print(out, "Heads whose forms are most like it", near, ["layer_b", "near_head", "value", "chance"])
     composed = atlas.table("composition", model)
-    composed = composed[composed["stack"] == stack]
-    for name, other, title, kinds in (("b", "a", "Heads that feed it, by", _ITS), ("a", "b", "Heads that read it, by", _KINDS)):
-        found = composed[(composed[f"layer_{name}"] == layer) & (composed[f"head_{name}"] == head)]
-        for kind, rows in found.groupby("kind", sort=False):
-            columns = [f"layer_{other}", f"head_{other}", "score", "times_chance", "z", "acausal"]
-            _print(out, f"{title} {kinds[str(kind)]}", rows.nlargest(top, "times_chance"), columns)
+    sides = (("stack", "b", "writer", "a", "feed", _ITS), ("writer", "a", "stack", "b", "read", _KINDS))
+    for own_stack, name, other_stack, other, verb, kinds in sides:
+        mine = (composed[own_stack] == stack) & (composed[f"layer_{name}"] == layer) & (composed[f"head_{name}"] == head)
+        for kind, rows in composed[mine].groupby("kind", sort=False):
+            columns = [other_stack, f"layer_{other}", f"head_{other}", "score", "times_chance", "z", "acausal"]
+            columns = columns[1:] if (rows[other_stack] == stack).all() else columns  # cross-attention reads the encoder
+            _print(out, f"Heads that {verb} it, by {kinds[str(kind)]}", rows.nlargest(top, "times_chance"), columns)
     if len(atlas.of_heads("tokens", model, stack, circuit)):
         tokens = atlas.tokens(model, layer, head, stack, circuit).iloc[:, :top]
         lines = [
@@ -215,6 +217,15 @@ def show_head(atlas: Atlas, model: str, stack: str, circuit: str, layer: int, he
             for (side, direction, sign), row in zip(tokens.index, tokens.to_numpy(), strict=True)
         ]
         _grid(out, "Tokens at both ends of its directions", ["direction", "end", "tokens"], lines)
+    paths = atlas.table("token_paths", model)
+    paths = paths[(paths["stack"] == stack) & (paths["layer"] == layer) & (paths["head"] == head)]
+    numbers = ["copying", "positive", "departure", "trace_z"]
+    fed = paths[paths["path"] == "k"].astype({"layer_a": "Int32", "head_a": "Int32"})
+    own = paths[paths["path"] == Variant.of(circuit).circuit]
+    if len(own):
+        _print(out, "From token to token", own, numbers)
+    if len(fed):
+        _print(out, "From token to token, fed by", fed, ["layer_a", "head_a", *numbers])
 
 
 def _grid(out: Console, title: str | None, names: Sequence[str], lines: Sequence[Sequence[str]]) -> None:

@@ -5,16 +5,15 @@ from __future__ import annotations
 import io
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, get_args
+from typing import TYPE_CHECKING
 
-from headgram.atlas.reader import Atlas, ComposedColumn, Kind
+from headgram.atlas.reader import Atlas
 from headgram.foreign import plain_cell
 from headgram.results.files import written_whole
 from headgram.results.tables import TABLES
 
 if TYPE_CHECKING:
     import pandas as pd
-    import xarray as xr
 
 
 def export_csv(atlas: Atlas, models: Sequence[str], folder: Path) -> list[Path]:
@@ -37,7 +36,7 @@ def harmless(table: pd.DataFrame) -> pd.DataFrame:
 def export_netcdf(atlas: Atlas, models: Sequence[str], folder: Path) -> list[Path]:
     """Write every model as `{model}.nc`, NetCDF 4 with a group per circuit and one per stack in it, see `Atlas.dataset`.
 
-    Compositions are in the groups `composition/{stack}/{kind}`, see `Atlas.composition`.
+    Compositions are in the groups `composition/{stack}/{kind}`, see `Atlas.compositions`.
     """
     import xarray as xr
 
@@ -45,9 +44,7 @@ def export_netcdf(atlas: Atlas, models: Sequence[str], folder: Path) -> list[Pat
     for model, path in zip(models, paths, strict=True):
         places = [(circuit, stack) for circuit in atlas.circuits(model) for stack in atlas.stacks(model, circuit)]
         stacks = {f"{circuit}/{stack}": atlas.dataset(model, stack, circuit) for circuit, stack in places}
-        stacks |= {
-            f"composition/{stack}/{kind}": _compositions(atlas, model, kind, stack) for kind, stack in _composed(atlas, model)
-        }
+        stacks |= {f"composition/{place}": found for place, found in atlas.compositions(model).items()}
         tree = xr.DataTree.from_dict({"/": xr.Dataset(attrs={"model": model}), **stacks})
         content = io.BytesIO()
         packed = {f"/{stack}": {name: {"zlib": True} for name in data.data_vars} for stack, data in stacks.items()}
@@ -55,16 +52,3 @@ def export_netcdf(atlas: Atlas, models: Sequence[str], folder: Path) -> list[Pat
         with written_whole(path) as file:
             file.write(content.getbuffer())
     return paths
-
-
-def _composed(atlas: Atlas, model: str) -> list[tuple[Kind, str]]:
-    """The kinds of composition that were measured of a model, and of which stacks."""
-    rows = atlas.table("composition", model)[["kind", "stack"]].drop_duplicates()
-    return list(rows.itertuples(index=False, name=None))
-
-
-def _compositions(atlas: Atlas, model: str, kind: Kind, stack: str) -> xr.Dataset:
-    import xarray as xr
-
-    arrays = {value: atlas.composition(model, kind, stack, value) for value in get_args(ComposedColumn)}
-    return xr.Dataset(arrays, attrs=arrays["score"].attrs)

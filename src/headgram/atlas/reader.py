@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
 PairColumn = Literal["gram", "cosine", "transposed", "symmetric", "antisymmetric", "z"]
 Kind = Literal["q", "k", "v"]
 OffsetColumn = Literal["norm", "cosine", "transposed", "symmetry", "trace", "expected", "share", "energy"]
-ComposedColumn = Literal["score", "times_chance", "z", "acausal"]
+ComposedColumn = Literal["score", "times_chance", "z", "acausal", "averaged"]
 
 
 class Atlas(Described):
@@ -346,7 +347,7 @@ class Atlas(Described):
         kind
             What the later head does with it: `q`, its queries read it; `k`, its keys; `v`, it moves it on.
         value
-            A column of the table `composition`.
+            A column of the table `composition`; `averaged` is NaN where positions do not turn what is read.
 
         Returns
         -------
@@ -374,11 +375,33 @@ class Atlas(Described):
         if table.empty:
             needs = "both circuits, two layers, and the option composition.enabled"
             raise HeadgramError(f"'{model}' has no compositions of the stack '{stack}' and the kind '{kind}': they need {needs}")
-        writer = str(table["writer"].iloc[0])
+        return self._composed(table, [value])[value]
+
+    def compositions(self, model: str) -> dict[str, xr.Dataset]:
+        """All that `composition` gives of a model, by `{stack}/{kind}`; nothing where no compositions were measured.
+
+        Raises
+        ------
+        HeadgramError
+            If the model was not measured.
+
+        Examples
+        --------
+        >>> atlas.compositions("smollm2-135m-instruct")["self/k"]["times_chance"].max().item()  # doctest: +SKIP
+        4.3
+        """
+        table = self.table("composition", model).groupby(["stack", "kind"], sort=False)
+        return {"/".join(map(str, place)): self._composed(rows, get_args(ComposedColumn)) for place, rows in table}
+
+    def _composed(self, rows: pd.DataFrame, values: Sequence[str]) -> xr.Dataset:
+        """Columns of one stack and kind of the table `composition`."""
+        import xarray as xr
+
+        model, stack, kind, writer = map(str, rows[["model", "stack", "kind", "writer"]].iloc[0])
         writers, readers = (self.of_heads("heads", model, each, "ov") for each in (writer, stack))
         chance = int(readers["hidden"].iloc[0]) ** -0.5
         attributes = {"model": model, "stack": stack, "kind": kind, "writer": writer, "chance": chance}
-        return by_heads(writers, readers, table, value, attributes)
+        return xr.Dataset({value: by_heads(writers, readers, rows, value, attributes) for value in values}, attrs=attributes)
 
     def tokens(self, model: str, layer: int, head: int, stack: str = "self", circuit: str = "qk") -> pd.DataFrame:
         """The tokens that project most on a head's directions.

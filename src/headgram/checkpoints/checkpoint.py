@@ -27,7 +27,7 @@ from headgram.described import Described
 from headgram.errors import HeadgramError, require
 from headgram.families.around import AROUND
 from headgram.families.layouts import LAYOUTS, QK, undo_gguf_permutation
-from headgram.families.registry import Family, StackRule, family_of, family_of_gguf
+from headgram.families.registry import Family, StackRule, family_of, family_of_gguf, final_norm
 from headgram.forms.reading import Frame, Frames
 from headgram.geometry.checks import is_finite
 
@@ -296,7 +296,8 @@ def open_checkpoint(
     remarks: tuple[str, ...] = ()
     if isinstance(store, GgufStore):
         architecture, family, stacks = _read_gguf(store, given)
-        tables = token_tables(store, ["token_embd"], ["output"], "", None)
+        final = final_norm(family.gguf.final, architecture) if family.gguf else None
+        tables = token_tables(store, ["token_embd"], ["output"], "", None, final)
     else:
         config = location.config()
         architecture, family, config = declared_family(location, config, given, family)
@@ -333,7 +334,8 @@ def _token_tables(
 ) -> TokenTables:
     whole, section = Section(config, architecture), Section.of(rule, config, architecture)
     stated = [tied for where in (whole, section) if isinstance(tied := where.get("tie_word_embeddings"), bool)]
-    return token_tables(store, family.embedding, family.unembedding, prefix, next(iter(stated), None))
+    final = final_norm(family.final, architecture)
+    return token_tables(store, family.embedding, family.unembedding, prefix, next(iter(stated), None), final)
 
 
 def _read_gguf(store: GgufStore, given: dict[str, Any]) -> tuple[str, Family, tuple[Stack, ...]]:

@@ -261,7 +261,9 @@ def find_layers(
         if not rank and rule.head_dim:  # elsewhere, other rows than `hidden / heads` for each head are a contradiction
             rank = _rank_of(store, rule, needed, layers, Dimensions(heads, kv_heads, 1, hidden, 1, hidden, sizes))
         rank = rank or _even_split(hidden, heads)
-    value_rank = section.need(rule.value_rank) if rule.value_rank else rank
+    value_rank = rank
+    if rule.value_rank:  # without values, there are still queries and keys
+        value_rank = 0 if section.find(rule.value_rank, least=0) == 0 else section.need(rule.value_rank)
     output_width = section.need(rule.output_width) if rule.output_width else hidden
     return tensors, layers, Dimensions(heads, kv_heads, rank, hidden, value_rank, output_width, sizes)
 

@@ -151,6 +151,8 @@ def stack_of(
         raise HeadgramError(f"{dims.heads} query heads cannot share {dims.kv_heads} key heads evenly")
     remarks = [remark for remark in rule.remarks if architecture in remark.types or not remark.types]
     missing = {role: remark.text for remark in remarks if remark.unproven for role in remark.roles}
+    if not dims.value_rank:
+        missing |= dict.fromkeys(("value", "output"), "the configuration states that its values have the width 0")
     for part in LAYOUTS[rule.layout]:
         problem = _problem(store, part, tensors, layers, dims)
         if problem and set(part.gives) & set(QK):

@@ -1,4 +1,7 @@
-"""The tables of a checkpoint with a row for every token: what tokens are read as, and what is held against the last stream."""
+"""The tables of a checkpoint with a row for every token: what tokens are read as, and what is held against the last stream.
+
+Between that stream and the unembedding stands a norm.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +13,8 @@ from torch import Tensor
 
 from headgram.checkpoints.stores import TensorStore
 from headgram.errors import HeadgramError
+from headgram.families.around import NormRule
+from headgram.forms.reading import Norm
 from headgram.geometry.checks import is_finite
 
 _NO_TABLE = "the family's data name no such table"
@@ -23,6 +28,7 @@ class TokenTables:
     missing: dict[str, str]  # why the others cannot be read
     _store: TensorStore = field(repr=False)
     contradict: bool = False  # whether the checkpoint stores two, and its configuration says that they are one
+    _final: tuple[NormRule, str] | None = None  # and what its tensors' names begin with
 
     def read(self, table: str) -> Float[Tensor, "tokens width"]:
         """One of the tables, in stored precision.
@@ -46,6 +52,25 @@ class TokenTables:
         """One of the tables from its first row to its last, so many at a time; whether they are finite is not looked at."""
         return self._store.slices(self._found(table)[0], rows)
 
+    def final_norm(self) -> Norm | None:
+        """The norm that the last stream passes before the unembedding, read now; None if there is none, or it is not known.
+
+        Raises
+        ------
+        HeadgramError
+            If its gain is no vector of finite numbers, as wide as the unembedding.
+        """
+        if self._final is None or "unembedding" in self.missing or f"{self._final[1]}.weight" not in self._store:
+            return None
+        rule, place = self._final
+        width, vectors = self.shape("unembedding")[1], {}
+        for kind in (kind for kind in ("weight", "bias") if f"{place}.{kind}" in self._store):
+            name = f"{place}.{kind}"
+            vectors[kind] = self._store.read(name).double()
+            if vectors[kind].shape != (width,) or not is_finite(vectors[kind]):
+                raise HeadgramError(f"tensor {name} should be {width} finite numbers: the checkpoint is damaged")
+        return Norm(rule.kind == "layer", vectors["weight"] + rule.plus, vectors.get("bias"))
+
     def _found(self, table: str) -> tuple[str, tuple[int, int]]:
         """The tensor and its shape."""
         if table in self.missing:
@@ -58,7 +83,12 @@ class TokenTables:
 
 
 def token_tables(
-    store: TensorStore, embedding: Iterable[str], unembedding: Iterable[str], prefix: str, tied: bool | None
+    store: TensorStore,
+    embedding: Iterable[str],
+    unembedding: Iterable[str],
+    prefix: str,
+    tied: bool | None,
+    final: NormRule | None = None,
 ) -> TokenTables:
     """Find the tables of a checkpoint.
 
@@ -70,6 +100,8 @@ def token_tables(
     tied
         What the configuration states: whether one table serves as both. Where it states nothing, a checkpoint without an
         unembedding has one table.
+    final
+        The norm before the unembedding, below the prefix, if it is known.
     """
     names, missing = {}, {}
     beside = [f"{prefix.split('.')[0]}.", ""] if prefix else [""]
@@ -86,4 +118,5 @@ def token_tables(
     if "unembedding" in missing and "embedding" in names and tied is not False:
         names["unembedding"] = names["embedding"]
         del missing["unembedding"]
-    return TokenTables(names, missing, store, tied is True and len(set(names.values())) == 2)
+    contradict = tied is True and len(set(names.values())) == 2
+    return TokenTables(names, missing, store, contradict, None if final is None else (final, f"{prefix}{final.module}"))

@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 #: What can be asked of a layer besides the factors of its heads.
 AROUND = ("norm", "source_norm", "query_norm", "key_norm", "output_norm", "query_bias", "key_bias", "rotary", "scale", "cap")
 #: What can be asked of a model.
-TABLES = ("embedding", "unembedding")
+TABLES = ("embedding", "unembedding", "final_norm")
 
 
 class _Stated(Protocol):

@@ -13,7 +13,7 @@ from typing import Annotated, Any, Self
 from pydantic import Field, model_validator
 
 from headgram.errors import HeadgramError, UnknownTypeError
-from headgram.families.around import AroundRule, Rule, left_out
+from headgram.families.around import AroundRule, NormRule, Rule, left_out
 from headgram.families.layouts import LAYOUTS, QK, ROLES, reads_of, sizes_of
 
 _FOLDER = files("headgram.families")
@@ -92,6 +92,13 @@ class StackRule(Rule):
         return {tensor: name if name.endswith("_weight") else f"{name}{self.leaf}" for tensor, name in names.items()}
 
 
+class FinalRule(Rule):
+    """The norm between the last stream and the unembedding, below the prefix, for some types or all; none: it is not proven."""
+
+    types: tuple[str, ...] = ()
+    norm: NormRule | None = None
+
+
 class GgufRule(Rule):
     """The family in llama.cpp's naming."""
 
@@ -100,6 +107,7 @@ class GgufRule(Rule):
     permuted: bool = False  # llama.cpp's converter reordered the rows of q and k
     modules: dict[str, str] = Field(default={"query": "attn_q", "key": "attn_k", "value": "attn_v", "output": "attn_output"})
     around: tuple[AroundRule, ...] = ()  # in those names; its types are architectures
+    final: tuple[FinalRule, ...] = ()  # likewise
 
 
 class Tower(Rule):
@@ -123,6 +131,7 @@ class Family(Rule):
     unembedding: tuple[str, ...] = (
         "lm_head",
     )  # modules with a row for every token that is predicted, if they are not the embedding
+    final: tuple[FinalRule, ...] = ()  # of several about a type, the last one says
     stacks: tuple[StackRule, ...] = ()
     gguf: GgufRule | None = None
     walked: bool = False  # written by the walk over live models
@@ -131,7 +140,12 @@ class Family(Rule):
     def without_surroundings(self, why: str) -> Family:
         """The family's layouts alone, for a type that is not its own."""
         stacks = tuple(rule.model_copy(update={"around": (left_out(why),)}) for rule in self.stacks)
-        return self.model_copy(update={"stacks": stacks, "embedding": ()})
+        return self.model_copy(update={"stacks": stacks, "embedding": (), "final": ()})
+
+
+def final_norm(rules: Iterable[FinalRule], architecture: str) -> NormRule | None:
+    """What rules say of the norm before the unembedding of a type."""
+    return next((rule.norm for rule in reversed(tuple(rules)) if architecture in rule.types or not rule.types), None)
 
 
 @cache

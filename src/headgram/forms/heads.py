@@ -108,6 +108,12 @@ class Heads:
         return cls(factors, factors, places, places)
 
 
+def below(parts: Sequence[Float[Tensor, "_ _ width"]]) -> Float[Tensor, "n rank width"]:
+    """Factors of several sets, one after the other; rows of zeros fill up those of a lower rank, which changes no form."""
+    most = max(part.shape[1] for part in parts)
+    return torch.cat([torch.nn.functional.pad(part, (0, 0, 0, most - part.shape[1])) for part in parts])
+
+
 def read(factors: Float[Tensor, "some ..."], reads: Int[Tensor, " n"]) -> Float[Tensor, "n ..."]:
     """What of each factor is read at each place; the factors themselves where each is read once, in order."""
     return factors if torch.equal(reads, torch.arange(len(factors))) else factors[reads.to(factors.device)]

@@ -36,11 +36,12 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from headgram.forms.heads import Heads, read
+from headgram.forms.heads import Heads, below, read
 from headgram.forms.reading import Rotary
 from headgram.forms.transforms import product, transposed, triangles, with_orthonormal_left
 from headgram.geometry.eigenvalues import ZERO, Eigenvalues, eigenvalues
 from headgram.geometry.inner import inner_products
+from headgram.geometry.nulls import Energies
 from headgram.geometry.ratios import ratio
 from headgram.geometry.spectra import signs
 
@@ -68,6 +69,12 @@ class Ends:
     forms: Heads
     purity: Float[Tensor, " n"]
 
+    @property
+    def energies(self) -> Energies:
+        """What the null of a score's square follows from; on the CPU."""
+        purity = self.purity.cpu()
+        return Energies((purity > 0).to(purity), purity)
+
 
 @torch.no_grad()
 def reads(kind: str, heads: Heads, rotary: Rotary | None = None) -> Ends:
@@ -91,7 +98,7 @@ def joined(parts: Sequence[Ends]) -> Ends:
     """The ends of several sets of heads, one after the other."""
     if len(parts) == 1:
         return parts[0]
-    return Ends(Heads.symmetric(torch.cat([part.forms.a for part in parts])), torch.cat([part.purity for part in parts]))
+    return Ends(Heads.symmetric(below([part.forms.a for part in parts])), torch.cat([part.purity for part in parts]))
 
 
 def _ends(heads: Heads, rotary: Rotary | None = None) -> Ends:
@@ -155,21 +162,6 @@ def scores(readers: Ends, writers: Ends) -> Float[Tensor, "readers writers"]:
     for i, j in (some.T for some in places.split(step)):
         squares[i, j] = (of_read[i] @ of_write[j].mT).square().sum((-1, -2))
     return squares.sqrt().clamp(max=1)
-
-
-def deviations(
-    score: Float[Tensor, "readers writers"],
-    of_readers: Float[Tensor, " readers"],
-    of_writers: Float[Tensor, " writers"],
-    width: int,
-) -> Float[Tensor, "readers writers"]:
-    """How far `CS²` is from its mean by chance, in deviations of a reader that is turned at random; from the purity of both ends.
-
-    0 where it cannot deviate: where a head is zero, or reads or writes the whole stream evenly.
-    """
-    spread = [(purity - 1 / width).where(purity * width > 1 + 1e-9, 0) for purity in (of_readers, of_writers)]
-    variance = 2 * spread[0][:, None] * spread[1] / (max(1, width - 1) * (width + 2))
-    return ratio(score.square() - 1 / width, variance.sqrt())
 
 
 def times_chance(score: Float[Tensor, "*pairs"], width: int) -> Float[Tensor, "*pairs"]:

@@ -144,21 +144,24 @@ def by_strips(x: Heads, y: Heads) -> Inner:
     same = x is y
     symmetric = x.is_symmetric and y.is_symmetric
     padded_x, padded_y = (len(heads) if at_once(x.device) else _padded(len(heads)) for heads in (x, y))
-    rows = padded_x if same else padded_x + padded_y
+    rows = (padded_x if same else padded_x + padded_y) * (1 if symmetric else 2)
     width = x.widths[0]
-    size = _block(STRIP_BYTES[x.device.type] // (2 * rows * max(4, x.a.itemsize)), width)
-    blocks_x = _Blocks(x, size, padded_x)
-    blocks_y = blocks_x if same else _Blocks(y, size, padded_y)
+    size = _block(STRIP_BYTES[x.device.type] // (rows * max(4, x.a.itemsize)), width)
+    blocks_x = _Blocks(x, size, padded_x, symmetric)
+    blocks_y = blocks_x if same else _Blocks(y, size, padded_y, symmetric)
     even = torch.zeros(padded_x, padded_y, dtype=torch.float64, device=x.device)
     odd = torch.zeros_like(even)
     for i in range(0, width, size):
         for j in range(i, width, size):
             even_x, odd_x = blocks_x.parts(i, j)
             even_y, odd_y = (even_x, odd_x) if same else blocks_y.parts(i, j)
-            share = 0.25 if i == j else 0.5  # a block off the diagonal stands for its mirror too; both parts are twice theirs
+            share = 1.0 if i == j else 2.0  # a block off the diagonal stands for its mirror too
+            if symmetric:
+                even.add_(_summed(even_x, even_y), alpha=share)
+                continue
+            share /= 4  # both parts are twice theirs
             even.add_(_summed(even_x, even_y), alpha=share)
-            if not symmetric:
-                odd.add_(_summed(odd_x, odd_y), alpha=share)
+            odd.add_(_summed(odd_x, odd_y), alpha=share)
     if same:
         even, odd = (whole.triu() + whole.triu(1).mT for whole in (even, odd))
     return Inner((even + odd)[: len(x), : len(y)], (even - odd)[: len(x), : len(y)])
@@ -198,30 +201,39 @@ def _summed_whole(x: Float[Tensor, "some block"], y: Float[Tensor, "more block"]
 
 
 class _Blocks:
-    """Blocks of the forms of a set, in memory that is used again; zero forms fill up to `padded` heads."""
+    """Blocks of the forms of a set, in memory that is used again; zero forms fill up to `padded` heads.
 
-    def __init__(self, heads: Heads, size: int, padded: int) -> None:
+    Where all forms that are multiplied are symmetric, a block is enough; else it takes its mirror too.
+    """
+
+    def __init__(self, heads: Heads, size: int, padded: int, alone: bool) -> None:
+        self._alone = alone
         self._a = heads.left()
         self._b = self._a if heads.is_symmetric else heads.right()
         self._heads, self._width, self._size = len(heads), heads.widths[0], size
         last = self._width % size or size
         dtype = torch.promote_types(heads.b.dtype, torch.float32)
         self._memory = {
-            (rows, columns): heads.b.new_zeros(2, padded, rows * columns, dtype=dtype)
+            (rows, columns): heads.b.new_zeros(1 if alone else 2, padded, rows * columns, dtype=dtype)
             for rows in {min(size, self._width), last}
             for columns in {min(size, self._width), last}
         }
 
     def parts(self, i: int, j: int) -> tuple[Float[Tensor, "padded block"], Float[Tensor, "padded block"]]:
-        """Twice the symmetric and (up to sign) twice the antisymmetric part at rows `i…`, columns `j…`, flattened."""
+        """Twice the symmetric and (up to sign) twice the antisymmetric part at rows `i…`, columns `j…`, flattened.
+
+        Of symmetric forms alone, the block itself, for both.
+        """
         a, b = self._a, self._b
         rows, columns = slice(i, min(i + self._size, self._width)), slice(j, min(j + self._size, self._width))
-        x, y = self._memory[rows.stop - i, columns.stop - j]
+        x, *mirrors = self._memory[rows.stop - i, columns.stop - j]
         shape = (self._heads, rows.stop - i, columns.stop - j)
-        block, mirror = (half[: self._heads].view(shape) for half in (x, y))
+        block = x[: self._heads].view(shape)
         multiplied(a[:, :, rows].mT, b[:, :, columns], out=block)
-        if a is b:
-            return x.mul_(2), y
+        if self._alone:
+            return x, x
+        (y,) = mirrors
+        mirror = y[: self._heads].view(shape)
         if i == j:
             mirror.copy_(block.mT)
         else:

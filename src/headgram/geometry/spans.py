@@ -21,9 +21,10 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from headgram.forms.heads import Heads
+from headgram.forms.heads import Heads, below
 from headgram.forms.transforms import triangles
 from headgram.geometry.inner import inner_products
+from headgram.geometry.nulls import Energies, deviations
 from headgram.geometry.ratios import ratio
 
 #: Diagonals of triangles below this share of the largest say that rows are nearly dependent.
@@ -67,9 +68,7 @@ def spans(factors: Float[Tensor, "n rank width"]) -> Spans:
 
 def joined(parts: Sequence[Spans]) -> Spans:
     """Several sets, one after the other."""
-    most = max(part.forms.rank for part in parts)
-    bases = [torch.nn.functional.pad(part.forms.a, (0, 0, 0, most - part.forms.rank)) for part in parts]
-    return Spans(Heads.symmetric(torch.cat(bases)), torch.cat([part.ranks for part in parts]))
+    return Spans(Heads.symmetric(below([part.forms.a for part in parts])), torch.cat([part.ranks for part in parts]))
 
 
 @torch.no_grad()
@@ -87,9 +86,7 @@ def kernels(x: Spans, y: Spans) -> tuple[Float[Tensor, "n_x n_y"], Float[Tensor,
     tensor([[2., 0.],
             [0., 2.]], dtype=torch.float64)
     """
-    width = x.forms.widths[0]
-    k_a, k_b = x.ranks.double()[:, None], y.ranks.double()
-    kernel = inner_products(x.forms, x.forms if x is y else y.forms).gram.cpu().clamp_min(0).minimum(torch.minimum(k_a, k_b))
-    free = (k_a * (width - k_a)) * (k_b * (width - k_b))
-    deviation = (2 * free / (width**2 * max(1, width - 1) * (width + 2))).sqrt()
-    return kernel, ratio(kernel - k_a * k_b / width, deviation)
+    k_a, k_b = x.ranks.double(), y.ranks.double()
+    kernel = inner_products(x.forms, x.forms if x is y else y.forms).gram.cpu()
+    kernel = kernel.clamp_min(0).minimum(torch.minimum(k_a[:, None], k_b))
+    return kernel, deviations(kernel, Energies(k_a, k_a), Energies(k_b, k_b), x.forms.widths[0])

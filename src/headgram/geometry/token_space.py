@@ -16,7 +16,7 @@ are permuted, so that each token meets another, all that is left is what the tab
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Float, Int
@@ -25,6 +25,8 @@ from torch import Tensor
 from headgram.errors import HeadgramError
 from headgram.forms.heads import Heads
 from headgram.geometry.checks import is_finite
+from headgram.geometry.eigenvalues import Eigenvalues, eigenvalues
+from headgram.geometry.ratios import ratio
 
 #: Bytes of the rows of one table that are in memory at once, as stored; the other table's pass by.
 _KEPT_BYTES = 512 * 2**20
@@ -123,3 +125,71 @@ def moved(heads: Heads, left: Float[Tensor, "width_x width_y"], right: Float[Ten
         `E^T E'` and `F^T F'`.
     """
     return heads.with_factors(heads.a.double() @ left.T, heads.b.double() @ right.T)
+
+
+@dataclass(frozen=True)
+class TokenProducts:
+    """Products of the tables that forms of one model meet, over its tokens, each less its mean row; float64.
+
+    Attributes
+    ----------
+    left, right
+        `E^T E` and `F^T F`, of the tables on both sides.
+    across
+        `F^T E`.
+    """
+
+    left: Float[Tensor, "width width"]
+    right: Float[Tensor, "width width"]
+    across: Float[Tensor, "width width"]
+
+
+@torch.no_grad()
+def centred_gram(slices: Iterable[Float[Tensor, "_ width"]]) -> Float[Tensor, "width width"]:
+    """`sum_t (x_t - mean x) (x_t - mean x)^T` over rows that pass by once, in float64, on their device.
+
+    Raises
+    ------
+    HeadgramError
+        If a row is not finite.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from headgram.geometry.token_space import centred_gram
+    >>> centred_gram(torch.tensor([[1.0], [9.0], [2.0]]).split(2))
+    tensor([[38.]], dtype=torch.float64)
+    """
+    gram, total, count = torch.zeros(()).double(), torch.zeros(()).double(), 0
+    for rows in slices:
+        wide = rows.double()
+        gram, total, count = gram.to(wide.device) + wide.T @ wide, total.to(wide.device) + wide.sum(0), count + len(wide)
+    found = gram - torch.outer(total, total) / max(1, count)
+    if not is_finite(found):
+        raise HeadgramError("a table of tokens holds a NaN or an infinity: the checkpoint is damaged")
+    return found
+
+
+@torch.no_grad()
+def between_tokens(heads: Heads, tables: TokenProducts) -> Eigenvalues:
+    """The eigenvalues of `T = E X F^T` of every head, and the scores that follow.
+
+    The non-zero ones are those of `(F^T E) X`, in the residual stream: of `W_U W_O W_V W_E`, those of `W_V (W_E W_U) W_O`. Chance
+    is that of this form, if what a head reads is turned at random: the means of `copying`, `positive` and `trace_z` are exactly
+    0, 1/2 and 0, the variance of the last 1. The departure from normality is that of `T` itself.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from headgram.forms.circuits import qk
+    >>> from headgram.geometry.token_space import TokenProducts, between_tokens, centred_gram
+    >>> weights = torch.randn(1, 2, 4)
+    >>> embedding = centred_gram([torch.randn(9, 4)])
+    >>> tables = TokenProducts(embedding, embedding, embedding)
+    >>> between_tokens(qk(weights, weights), tables).copying  # a query looks for keys of its own token
+    tensor([1.], dtype=torch.float64)
+    """
+    found = eigenvalues(heads.with_factors(heads.a.double() @ tables.across.T, heads.b.double()))
+    size = norms(heads, tables.left, tables.right).cpu()
+    energy = found.values.abs().square().sum(-1)
+    return replace(found, departure=ratio((size.square() - energy).clamp_min(0).sqrt(), size).clamp(max=1))

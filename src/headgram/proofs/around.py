@@ -8,7 +8,7 @@ norms, biases and positions, is `c tanh(scale x^T g x / c)`, and what is added b
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
@@ -21,6 +21,7 @@ from headgram.checkpoints.around import Around
 from headgram.checkpoints.checkpoint import Checkpoint
 from headgram.checkpoints.stack import Stack
 from headgram.errors import HeadgramError
+from headgram.families.around import NormRule
 from headgram.forms.reading import Norm, Rotary
 from headgram.proofs.probe import Call
 
@@ -91,6 +92,37 @@ def table_residuals(model: Any, checkpoint: Checkpoint) -> dict[str, float]:
             if isinstance(weight, Tensor) and weight.dim() == 2:  # patches of images have more
                 found[role] = relative(ours().double(), weight.double())
     return found
+
+
+def final_norm_residual(model: Any, checkpoint: Checkpoint, rule: NormRule, inputs: Mapping[str, Any]) -> dict[str, float]:
+    """How far what the unembedding is handed is from what the named norm makes of its own input; nothing of a model without one.
+
+    Both at unit length: some models multiply it by a number.
+
+    Raises
+    ------
+    HeadgramError
+        If the model has no such module, or the checkpoint no such tensor.
+    """
+    head = model.get_output_embeddings()
+    if head is None:
+        return {}
+    names = [name for name, _ in model.named_modules() if f".{name}".endswith(f".{rule.module}")]
+    norm = checkpoint.token_tables.final_norm()
+    if not names or norm is None:
+        raise HeadgramError(f"the model has no norm '{rule.module}' before its unembedding")
+    streams: dict[str, Tensor] = {}
+    module = model.get_submodule(min(names, key=len))
+    hooks = [
+        each.register_forward_pre_hook(lambda _, given, name=name: streams.__setitem__(name, given[0]))
+        for name, each in (("norm", module), ("head", head))
+    ]
+    with torch.no_grad():
+        model(**inputs)
+    for hook in hooks:
+        hook.remove()
+    ours, theirs = (nn.functional.normalize(x, dim=-1) for x in (_normed(streams["norm"], norm), streams["head"]))
+    return {"final_norm": relative(ours, theirs)}
 
 
 def without_epsilon(model: nn.Module) -> None:

@@ -33,8 +33,16 @@ from headgram.checkpoints.stack import Stack
 from headgram.errors import HeadgramError
 from headgram.families.around import AROUND, TABLES
 from headgram.families.layouts import ROLES
-from headgram.families.registry import Family, adopting, families, family_of
-from headgram.proofs.around import Matched, around_residuals, forms_of, relative, table_residuals, without_epsilon
+from headgram.families.registry import Family, adopting, families, family_of, final_norm
+from headgram.proofs.around import (
+    Matched,
+    around_residuals,
+    final_norm_residual,
+    forms_of,
+    relative,
+    table_residuals,
+    without_epsilon,
+)
 from headgram.proofs.inputs import attention_only, every_call, inputs_of
 from headgram.proofs.probe import Call, neutralise, scores_of
 from headgram.proofs.shrink import quiet, tiny_data, walked_models
@@ -302,12 +310,17 @@ def _residuals(model: nn.Module, checkpoint: Checkpoint, entry: Mapping[str, Any
     """
     model.double()
     without_epsilon(model)
+    others: dict[str, float] = {}
+    family = family_of(checkpoint.architecture)
+    if family.embedding and checkpoint.architecture in family.model_types:
+        others |= table_residuals(model, checkpoint)
+        if (norm := final_norm(family.final, checkpoint.architecture)) is not None:
+            others |= final_norm_residual(model, checkpoint, norm, inputs_of(model, entry))
     free = {call.module: call for call in _calls(model, entry, placed=True)}
     neutralise(model, {*free, *(() if entry["walked"] else (call.module for call in _calls(model, entry)))})
     calls = [call for call in _calls(model, entry) if call.layer not in entry.get("left_out", [])]
     claimed: set[str] = set()
     scores = writes = 0.0
-    others: dict[str, float] = {}
     for stack in checkpoint.stacks:
         matched = []
         for layer in stack.layers:
@@ -329,9 +342,6 @@ def _residuals(model: nn.Module, checkpoint: Checkpoint, entry: Mapping[str, Any
             others[role] = max(others.get(role, 0.0), residual)
     if unclaimed := sorted({call.module for call in calls} - claimed):
         raise HeadgramError(f"the model's attention at {unclaimed[0]} belongs to no stack")
-    family = family_of(checkpoint.architecture)
-    if family.embedding and checkpoint.architecture in family.model_types:
-        others |= table_residuals(model, checkpoint)
     return scores, writes, others
 
 

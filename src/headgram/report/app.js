@@ -216,6 +216,30 @@ function drawTables(data) {
   if (!found.length) fillTable("neighbours", [row("None was measured.")]);
 }
 
+/** The tokens at both ends of the chosen head's first directions. */
+function drawTokens(data) {
+  const found = data.tokens(state.layer, state.head);
+  element("tokens").hidden = !found.length;
+  element("tokens-note").hidden = !found.length;
+  if (!found.length) return;
+  const sides = state.circuit.startsWith("ov") ? { right: "Reads", left: "Writes" } : { right: "Looks with", left: "Looks for" };
+  fillTable("tokens", found.map(({ side, direction, share, ends }) => row(`${sides[side]} ${direction + 1}`,
+    ...ends.flatMap(({ texts, deviations }) => [words(texts), show(deviations)]), show(share))));
+  element("tokens-note").textContent = `Tokens whose row of the embedding, or of the output matrix, projects most on a direction; beside them the outermost projection in deviations, ± ${show(data.words.chance)} by chance, and the share of all rows' energy along the direction, ${show(1 / data.meta.hidden)} by chance. The two ends of a direction are no more than opposite.`;
+}
+
+/** Texts of tokens, which may be a stranger's: blanks and signs of control are to be seen, and none turns round what follows. */
+function words(texts) {
+  const cell = document.createElement("span");
+  cell.className = "words";
+  cell.append(...texts.flatMap((text) => {
+    const word = document.createElement("bdi");
+    word.textContent = text.replaceAll(" ", "␣").replace(/[\p{C}\p{Z}]/gu, (sign) => `\\u${sign.codePointAt(0).toString(16).padStart(4, "0")}`);
+    return [word, " "];
+  }));
+  return cell;
+}
+
 /** The strongest feeders or readers of the chosen head. */
 function drawFeeding(data) {
   element("card-feeding").hidden = !["q", "k", "v"].some((kind) => data.feeding(kind));
@@ -272,6 +296,7 @@ async function drawOnce() {
   element("status").classList.remove("error");
   drawText(data);
   drawTables(data);
+  drawTokens(data);
   drawFeeding(data);
   const turned = drawPositions(data);
   for (const picture of pictures) {

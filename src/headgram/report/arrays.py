@@ -19,6 +19,7 @@ from headgram.report.columns import columns
 from headgram.report.matrix import Feeding, PairMatrix, read_feeding, read_matrix
 from headgram.report.names import TABLES
 from headgram.report.positions import Positions, read_positions
+from headgram.report.tokens import HeadTokens, read_tokens
 from headgram.results.paths import Place
 from headgram.results.tables import QUARTILES, SIDES, of_place, read_table
 
@@ -69,6 +70,8 @@ class StackArrays:
         All heads with all heads; None where only heads of the same index were multiplied.
     expected : (C, L)
         What chance gives of each column; NaN where no column says it.
+    tokens
+        What directions read and write, in words; where embeddings were read.
     feeding
         Which heads write for which, where compositions were measured; of each stack's first form of `qk` alone, as what follows.
     positions
@@ -85,6 +88,7 @@ class StackArrays:
     expected: np.ndarray
     feeding: Feeding | None = None
     positions: Mapping[str, Positions] = field(default_factory=dict)
+    tokens: HeadTokens | None = None
 
     def mean_square(self, name: str) -> np.ndarray:
         """Mean over heads of one of `pairs`, (L, L)."""
@@ -152,6 +156,7 @@ def _stack(place: Place, tables: Mapping[str, pd.DataFrame], paths: Mapping[str,
         expected=np.stack([_expected(heads, name, shape[:2]) for name in names]),
         feeding=read_feeding(paths["composition"], place[1], layers, shape[1]) if is_first and "composition" in paths else None,
         positions=read_positions(paths, place[1], layers, shape[1]) if is_first and "rotary" in paths else {},
+        tokens=read_tokens(paths["tokens"], place, layers, shape[1]) if "tokens" in paths else None,
     )
 
 

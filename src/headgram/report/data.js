@@ -33,7 +33,7 @@ function loadModel(name) {
   if (!models.has(name)) {
     const embedded = element(`pack-${name}`);
     const text = embedded ? Promise.resolve(embedded.textContent) : loadBeside(name);
-    const loading = text.then(unpack).then((found) => found.arrays);
+    const loading = text.then(unpack).then(({ meta, arrays }) => ({ ...arrays, words: meta?.words ?? {} }));
     loading.catch(() => models.delete(name));
     models.set(name, loading);
   }
@@ -73,6 +73,7 @@ class StackData {
     const ofStack = (part) => arrays[`${name.split("/").at(-1)}/${part}`]; // whatever the circuit
     this.feeding = (part) => ofStack(`feeding/${part}`);
     this.positions = (norms, part) => ofStack(`positions/${norms}/${part}`);
+    this.words = arrays.words[name]; // texts of tokens, where there are any
     this.meta = meta;
     this.layers = meta.layer_indices;
     this.memory = new Map();
@@ -168,6 +169,26 @@ class StackData {
     const { shape: [, heads, length], data } = this.at(part);
     const start = this.position(layer) * heads * length;
     return data.subarray(start, start + heads * length).reduce((most, value) => Math.max(most, Math.abs(value)), 0);
+  }
+
+  /** The directions of a head that tokens were found for, with the tokens at both ends. */
+  tokens(layer, head) {
+    if (!this.words) return [];
+    const [places, deviations, share] = ["places", "deviations", "share"].map((part) => this.at(`tokens/${part}`));
+    const [, , heads, sides, directions, ends, count] = places.shape;
+    const size = places.data.length / 2;
+    const start = (this.position(layer) * heads + head) * sides * directions;
+    return ["right", "left"].flatMap((side, i) => Array.from({ length: directions }, (_, direction) => {
+      const at = start + i * directions + direction;
+      const found = Array.from({ length: ends }, (_, end) => ({
+        deviations: deviations.data[at * ends + end],
+        texts: Array.from({ length: count }, (_, place) => {
+          const cell = (at * ends + end) * count + place;
+          return this.words.texts[4096 * places.data[cell] + places.data[size + cell]];
+        }).filter(Boolean),
+      }));
+      return { side, direction, share: share.data[at], ends: found };
+    })).filter(({ ends: [end] }) => end.texts.length);
   }
 
   neighbours(measure, layer, head) {

@@ -49,20 +49,24 @@ def unpack(text: str) -> tuple[Any, dict[str, np.ndarray]]:
 
 
 def model_pack(stacks: Mapping[str, StackArrays]) -> str:
-    """All arrays of a model but the quartiles, which the page holds of every model."""
+    """All arrays of a model but the quartiles, which the page holds of every model; and the texts of its tokens."""
     arrays: dict[str, np.ndarray] = {}
+    words: dict[str, Any] = {}
     for name, stack in stacks.items():
         parts = {"heads": stack.heads, "expected": stack.expected, "singular": stack.singular, "eigenvalues": stack.eigenvalues}
         parts |= {f"pairs/{kind}": values for kind, values in stack.pairs.items()}
         parts |= {f"neighbours/{measure}": values for measure, values in stack.neighbours.items()}
         parts |= {f"matrix/{part}": values for part, values in (stack.matrix.arrays() if stack.matrix else {}).items()}
+        if stack.tokens:
+            parts |= {f"tokens/{part}": values for part, values in stack.tokens.arrays().items()}
+            words[name] = {"texts": stack.tokens.texts, "chance": stack.tokens.chance}
         arrays |= {f"{name}/{part}": values for part, values in parts.items()}
         of_stack = {f"feeding/{part}": values for part, values in (stack.feeding.arrays() if stack.feeding else {}).items()}
         of_stack |= {
             f"positions/{norm}/{part}": each for norm, found in stack.positions.items() for part, each in vars(found).items()
         }
         arrays |= {f"{name.split('/')[-1]}/{part}": values for part, values in of_stack.items()}
-    return pack(None, arrays)
+    return pack({"words": words}, arrays)
 
 
 def layer_packs(stacks: Mapping[str, StackArrays]) -> dict[str, str]:

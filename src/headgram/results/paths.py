@@ -24,10 +24,12 @@ DERIVED = ("overlap", "neighbours", "layers", "models")
 LINEAGE = ("drift", "changes", "matches")
 #: Tables of models whose stacks are measured in both circuits.
 COMPOSED = ("composition", "channels", "kernels")
+#: Tables of models whose embeddings are read.
+IN_TOKENS = ("tokens", "token_paths")
 #: Tables of models whose lock says what stands around queries and keys.
 TURNED = ("rotary", "frequencies")
 #: Tables that a study need not have of a model.
-OPTIONAL = (*COMPOSED, "tokens", *TURNED)
+OPTIONAL = (*COMPOSED, *IN_TOKENS, *TURNED)
 #: The folders that hold artifacts, their records among them; logs are nobody's results.
 FOLDERS = ("atlas", "models", "provenance", "seed", "report")
 RECORDS = ("models", "provenance", "report")

@@ -225,6 +225,14 @@ TOKENS = _schema(
     *((name, pa.int32()) for name in ("direction", "sign", "place", "token")),
     ("text", pa.string()),
     *((name, pa.float32()) for name in ("value", "deviations", "chance", "share")),
+    ("folded", pa.bool_()),
+)
+TOKEN_PATHS = _schema(
+    *((name, pa.string()) for name in ("stack", "path")),
+    *(pa.field(name, pa.int32()) for name in ("layer_a", "head_a")),  # null but where one head feeds another
+    *((name, pa.int32()) for name in ("layer", "head")),
+    *((name, pa.float64()) for name in COPYING),
+    ("folded", pa.bool_()),
 )
 #: Every table of the atlas, by name.
 TABLES = {
@@ -243,6 +251,7 @@ TABLES = {
     "channels": CHANNELS,
     "kernels": KERNELS,
     "tokens": TOKENS,
+    "token_paths": TOKEN_PATHS,
     "rotary": ROTARY,
     "frequencies": FREQUENCIES,
 }

@@ -18,13 +18,13 @@ from headgram.geometry.composition import (
     Ends,
     acausal,
     channels,
-    deviations,
     joined,
     reads,
     scores,
     times_chance,
     writes,
 )
+from headgram.geometry.nulls import Energies, deviations
 from headgram.results.factors import FactorFiles
 from headgram.results.files import written_whole
 from headgram.results.record import Provenance, seal
@@ -143,7 +143,7 @@ def _parts(stream: _Stream, written: Callable[[FactorFiles, int], Ends], device:
         ends = [written(writing, i) for i in range(len(blocks))]
         both = torch.cat([scores(joined(readers), some) for some in ends], 1).cpu()  # what is written is formed once for both
         score, *turned = both.split(len(heads))
-        z = deviations(score, readers[0].purity.cpu(), torch.cat([some.purity for some in ends]).cpu(), reading.width)
+        z = deviations(score.square(), readers[0].energies, _all_of([some.energies for some in ends]), reading.width)
         share, later = acausal(score, layer, seen)
         print(f"{stream.stack}, {stream.kind}: layers {block[0][0]}-{block[0][-1]} read what all others write", flush=True)
         b, a = (seen < layer[:, None]).nonzero().T
@@ -158,6 +158,10 @@ def _parts(stream: _Stream, written: Callable[[FactorFiles, int], Ends], device:
             "folded": np.full(len(a), reading.is_folded),
         }
         yield _table(stream, columns, COMPOSITION)
+
+
+def _all_of(parts: Sequence[Energies]) -> Energies:
+    return Energies(torch.cat([part.trace for part in parts]), torch.cat([part.square for part in parts]))
 
 
 def _places(block: tuple[Sequence[int], range]) -> tuple[torch.Tensor, torch.Tensor]:

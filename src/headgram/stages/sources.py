@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
 
-from headgram.forms.reading import Frames, Rotary
+from headgram.forms.reading import Frames, Norm, Rotary
 from headgram.forms.variants import FOLDED, RAW, Variant, needs
 from headgram.results.around import read_around
 from headgram.results.factors import FactorFiles
@@ -57,6 +57,18 @@ class Sources:
     @property
     def stacks(self) -> list[str]:
         return list(self._weights)
+
+    @property
+    def places(self) -> list[tuple[str, str]]:
+        """Stacks and their circuits."""
+        return [(stack, circuit) for stack, circuits in self._weights.items() for circuit in circuits]
+
+    def norms(self, stack: str) -> dict[int, Norm | None] | None:
+        """By layer, the norm of what a stack's heads read, None where there is none; None altogether where it is not known."""
+        frames = self._frames.get(stack)
+        if frames is None or "norm" in frames.missing:
+            return None
+        return {layer: frame.norm for layer, frame in frames.layers.items()}
 
     def folds(self, stack: str, circuit: str) -> bool:
         """Whether the norms before a stack's heads are known, so that they are folded into the forms of a circuit."""

@@ -24,13 +24,11 @@ from headgram.results.paths import Place
 from headgram.results.record import Provenance, seal
 from headgram.results.tables import CHANGES, DRIFT, MATCHES, at_place, write_table
 from headgram.stages.lineage import FactorsAndDirections, checked, matched
-from headgram.stages.tokens import unread
+from headgram.stages.tokens import TABLES, unread
 
 if TYPE_CHECKING:
     from headgram.study.options import Config
 
-#: Which table each side of a form meets: only what a head writes is read by the unembedding.
-_TABLES = {"qk": ("embedding", "embedding"), "ov": ("unembedding", "embedding")}
 #: Bytes of a slice of a table, in float32.
 _SLICE_BYTES = 64 * 2**20
 
@@ -136,7 +134,7 @@ def _why_not(place: Place, checkpoints: Sequence[Checkpoint], factors: Sequence[
     """Why the heads of a stack meet no tokens in one of the models; None if they do."""
     circuit, stack = place
     sides = zip(checkpoints, factors, strict=True)
-    reasons = (unread(each.token_tables, table, stack, files.width) for each, files in sides for table in _TABLES[circuit])
+    reasons = (unread(each.token_tables, table, stack, files.width) for each, files in sides for table in TABLES[circuit])
     return next((reason for reason in reasons if reason), None)
 
 
@@ -144,12 +142,12 @@ def _cosines(
     circuit: str, old: FactorFiles, new: FactorFiles, rows: Sequence[Mapping[str, TokenRows]], device: str
 ) -> tuple[Tensor, Tensor]:
     """Of all heads of the later model with all of the earlier one; and the same with the tokens of the latter permuted."""
-    before, after = ({table: side[table] for table in _TABLES[circuit]} for side in rows)
+    before, after = ({table: side[table] for table in TABLES[circuit]} for side in rows)
     order = torch.randperm(len(after["embedding"].rows), generator=torch.Generator().manual_seed(0))
 
     def products(x: Mapping[str, TokenRows], y: Mapping[str, TokenRows]) -> list[Tensor]:
         made = {table: row_products(x[table], y[table]).to(device) for table in x}
-        return [made[table] for table in _TABLES[circuit]]
+        return [made[table] for table in TABLES[circuit]]
 
     crossed = [products(after, before), products(after, {table: each.reordered(order) for table, each in before.items()})]
     own, other = products(after, after), products(before, before)

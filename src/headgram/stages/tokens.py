@@ -1,37 +1,44 @@
-"""Tokens: those whose embedding projects most on what a head reads, or whose output row does on what it writes."""
+"""Tokens: those whose embedding projects most on what a head reads, or whose output row does on what it writes.
+
+A direction is one of what a norm hands on, and tokens enter before it. With `N(x) = γ * C x` but for a division, `<N(x), v>` is
+`<x, C (γ * v)>`: where the norm is known, rows are projected on that.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 import torch
+from jaxtyping import Float
+from torch import Tensor
 
 from headgram.checkpoints.checkpoint import open_checkpoint
 from headgram.checkpoints.vocabulary import token_texts
 from headgram.errors import HeadgramError
-from headgram.forms.variants import Variant
+from headgram.forms.reading import Frame, Norm
+from headgram.forms.transforms import folded
+from headgram.forms.variants import FOLDED, Variant
 from headgram.geometry.nulls import Null
 from headgram.geometry.projections import projections
+from headgram.geometry.ratios import ratio
+from headgram.geometry.token_space import TokenProducts, centred_gram
 from headgram.results.paths import Place, between_streams
 from headgram.results.record import Provenance, check, seal
 from headgram.results.tables import TOKENS, labelled, write_table
+from headgram.stages.sources import Sources
+from headgram.stages.token_paths import Met, token_paths
 
 if TYPE_CHECKING:
     from headgram.checkpoints.token_tables import TokenTables
     from headgram.study.options import Config
 
-#: Sides of directions, and what tokens are to them: only what a head writes is read by the output.
-_USES = {
-    ("qk", "right"): "embedding",
-    ("qk", "left"): "embedding",
-    ("ov", "right"): "embedding",
-    ("ov", "left"): "unembedding",
-}
+#: Which table the left and the right side of a form meet: only what a head writes is read by the output.
+TABLES = {"qk": ("embedding", "embedding"), "ov": ("unembedding", "embedding")}
 #: Words in the names of stacks whose streams begin with something else than tokens.
 _OTHERS = {"vision", "image", "pixel", "audio", "speech", "qformer", "pooling"}
 #: Bytes of the directions that rows are projected on at once, and of a slice of rows, in float32.
@@ -41,26 +48,47 @@ _LONGEST = 200
 
 
 @dataclass(frozen=True)
-class Directions:
-    """The directions of a model, and the record of the merge that wrote them."""
+class Artifact:
+    """A file that another stage has written, its record, and the key that this has."""
 
-    directions: Path
+    path: Path
     record: Path
+    key: str
+
+    def checked(self) -> Path:
+        """The file, whose content is what was written."""
+        check(self.record, self.key, [self.path])
+        return self.path
 
 
 @dataclass(frozen=True)
 class Written:
     """The files that this stage writes."""
 
-    table: Path
+    tokens: Path
+    paths: Path
     record: Path
 
 
-def find_tokens(merged: Directions, written: Written, source: Mapping[str, Any], options: Config, provenance: Provenance) -> None:
-    """Write the table `tokens`; without rows of what tokens neither enter nor leave.
+def find_tokens(
+    directions: Artifact,
+    channels: Artifact | None,
+    sources: Sources,
+    written: Written,
+    source: Mapping[str, Any],
+    options: Config,
+    provenance: Provenance,
+) -> None:
+    """Write the tables `tokens` and `token_paths`; without rows of what tokens neither enter nor leave.
 
     Parameters
     ----------
+    directions
+        Of the merge.
+    channels
+        The table of that name, where compositions were measured.
+    sources
+        The extracted weights of all circuits and stacks, and what stands around them.
     source
         The arguments of `open_checkpoint`, as locked.
     options
@@ -72,28 +100,74 @@ def find_tokens(merged: Directions, written: Written, source: Mapping[str, Any],
         If the checkpoint cannot be opened, a tokenizer's file is damaged, or an artifact is damaged or belongs to another run.
     """
     provenance = replace(provenance, precision="float32")
-    check(merged.record, provenance.identity.upstream[0], [merged.directions])
     try:
         with open_checkpoint(**source) as checkpoint:
             texts = token_texts(checkpoint.location)
             if not texts:
                 print("no tokenizer that headgram reads lies beside the weights: tokens have their numbers alone", flush=True)
+            last = checkpoint.token_tables.final_norm()
             parts = [TOKENS.empty_table()]
-            for circuit, stacks in torch.load(merged.directions, mmap=True, weights_only=True).items():
+            for circuit, stacks in torch.load(directions.checked(), mmap=True, weights_only=True).items():
+                form = Variant.of(circuit)
                 for stack, found in stacks.items():
-                    for side in ("right", "left"):
-                        table = _USES[Variant.of(circuit).circuit, side]
+                    before = {} if form.norm == FOLDED else sources.norms(stack)
+                    for side, table in zip(("left", "right"), TABLES[form.circuit], strict=True):
                         if why := unread(checkpoint.token_tables, table, stack, found[side].shape[-1]):
                             print(f"{circuit}, {stack}, {side}: without tokens: {why}", flush=True)
                             continue
                         for layers, part in _chunks(found, side):
+                            norms = [(before or {}).get(layer) for layer in layers.tolist()]
+                            if table == "unembedding":
+                                norms = [last] * len(layers)
                             slices = partial(checkpoint.token_tables.slices, table)
-                            columns = _columns(layers, part, slices, texts, options.tokens.count, provenance.device)
-                            parts.append(_table((circuit, stack), side, columns))
+                            columns = _columns(
+                                layers, _before(part, norms), slices, texts, options.tokens.count, provenance.device
+                            )
+                            known = before if table == "embedding" else last
+                            parts.append(_table((circuit, stack), side, columns, known is not None))
+            met = _meeting(checkpoint.token_tables, last, provenance.device)
+            paths = list(token_paths(sources, channels.checked() if channels else None, met, provenance.device))
     except HeadgramError as error:
         raise HeadgramError(f"model {provenance.model}: {error}") from None
-    write_table(written.table, [pa.concat_tables(parts)], provenance, options.export.compression)
-    seal(written.record, provenance, [written.table])
+    for path, tables in ((written.tokens, parts), (written.paths, paths)):
+        write_table(path, [pa.concat_tables(tables)], provenance, options.export.compression)
+    seal(written.record, provenance, [written.tokens, written.paths])
+
+
+def _meeting(tables: TokenTables, last: Norm | None, device: str) -> Met:
+    """What `token_paths` takes of the tables that heads meet, and whether the norm before the output is in it."""
+
+    def slices(table: str, width: int) -> Iterator[torch.Tensor]:
+        for rows in tables.slices(table, max(1, _SLICE_BYTES // (4 * width))):
+            yield _folded(rows[None].to(device), last)[0] if table == "unembedding" else rows.to(device).double()
+
+    @cache
+    def products(circuit: str, width: int) -> TokenProducts:
+        if circuit == "qk":
+            same = centred_gram(slices("embedding", width))
+            return TokenProducts(same, same, same)
+        pairs = zip(slices("unembedding", width), slices("embedding", width), strict=False)
+        beside = (torch.cat([rows[: len(other)], other[: len(rows)]], 1) for rows, other in pairs)
+        both = centred_gram(beside)  # of the tokens that both tables have
+        return TokenProducts(both[:width, :width], both[width:, width:], both[width:, :width])
+
+    def met(stack: str, circuit: str, width: int) -> tuple[TokenProducts, bool] | None:
+        if any(unread(tables, table, stack, width) for table in TABLES[circuit]):
+            return None
+        return products(circuit, width), circuit == "qk" or last is not None
+
+    return met
+
+
+def _folded(rows: Float[Tensor, "n some width"], norm: Norm | None) -> Float[Tensor, "n some width"]:
+    """Vectors `v` that what a norm hands on is multiplied with, as those of the stream before it, `C (γ * v)`; float64."""
+    return folded("value", rows, Frame(norm=norm))
+
+
+def _before(directions: torch.Tensor, norms: Sequence[Norm | None]) -> torch.Tensor:
+    """Directions (L, H, k, d) of what norms hand on, as those of the stream before; of unit length."""
+    found = torch.stack([_folded(part, norm) for part, norm in zip(directions, norms, strict=True)])
+    return ratio(found, found.norm(dim=-1, keepdim=True)).float()
 
 
 def unread(tables: TokenTables, table: str, stack: str, width: int) -> str | None:
@@ -153,10 +227,10 @@ def _kept(text: str) -> str:
     return text[:_LONGEST].encode(errors="replace").decode()
 
 
-def _table(place: Place, side: str, columns: Mapping[str, Any]) -> pa.Table:
+def _table(place: Place, side: str, columns: Mapping[str, Any], of_stream: bool) -> pa.Table:
     values = {
         name: value.numpy() if isinstance(value, torch.Tensor) else pa.array(value, pa.string())
         for name, value in columns.items()
     }
     circuit, stack = place
-    return labelled(pa.table(values), TOKENS, circuit=circuit, stack=stack, side=side)
+    return labelled(pa.table(values), TOKENS, circuit=circuit, stack=stack, side=side, folded=of_stream)

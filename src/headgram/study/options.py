@@ -227,8 +227,8 @@ class Tokens(_Section):
 
     enabled: bool = Field(
         False,
-        description="Write the table `tokens`. This reads embeddings, slice by slice. For a model at the hub they are far larger "
-        "than all else that is fetched.",
+        description="Write the tables `tokens` and `token_paths`. This reads embeddings, slice by slice. For a model at the hub "
+        "they are far larger than all else that is fetched.",
     )
     count: Annotated[int, _NUMBER] = Field(5, ge=1, le=1000, description="Tokens kept at either end of every direction.")
 

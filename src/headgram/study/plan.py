@@ -288,13 +288,16 @@ def _identities(
     upstream = (merge.key, *measured["eigen"], *around)
     derive = Identity("derive", stage_config("derive", config), entry.fingerprint, writes_labels, upstream)
     found |= {("merge", ""): merge, ("derive", ""): derive}
-    if config.tokens.enabled:  # embeddings are in no fingerprint: that their files are the locked ones must do
-        reads_files = digest(code["tokens"], canonical([file.model_dump(mode="json") for file in entry.files]))
-        found["tokens", ""] = Identity("tokens", stage_config("tokens", config), entry.fingerprint, reads_files, (merge.key,))
     if composed:
         upstream = (*(found["extract", circuit].key for circuit in ("qk", "ov")), *around)
         options = stage_config("composition", config)
         found["composition", ""] = Identity("composition", options, entry.fingerprint, code["composition"], upstream)
-    drawn = tuple(found[stage, ""].key for stage in ("merge", "derive", "composition", "rotary") if (stage, "") in found)
-    found["render", ""] = Identity("render", canonical({}), entry.fingerprint, code["render"], drawn)
+    if config.tokens.enabled:  # embeddings are in no fingerprint: that their files are the locked ones must do
+        reads_files = digest(code["tokens"], canonical([file.model_dump(mode="json") for file in entry.files]))
+        upstream = (merge.key, *(found["extract", circuit].key for circuit in circuits), *around)
+        upstream += (found["composition", ""].key,) if composed else ()
+        found["tokens", ""] = Identity("tokens", stage_config("tokens", config), entry.fingerprint, reads_files, upstream)
+    drawn = [found.get((stage, "")) for stage in ("merge", "derive", "composition", "rotary", "tokens")]
+    upstream = tuple(each.key for each in drawn if each)
+    found["render", ""] = Identity("render", canonical({}), entry.fingerprint, code["render"], upstream)
     return found

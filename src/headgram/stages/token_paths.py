@@ -1,0 +1,76 @@
+"""The table `token_paths`: what heads do between tokens, and what the strongest K-compositions do."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from torch import Tensor
+
+from headgram.forms.heads import Heads
+from headgram.geometry.composition import composed
+from headgram.geometry.eigenvalues import Eigenvalues
+from headgram.geometry.token_space import TokenProducts, between_tokens
+from headgram.results.factors import FactorFiles
+from headgram.results.tables import COPYING, TOKEN_PATHS, labelled, read_table
+from headgram.stages.sources import Sources
+
+#: Of a stack, a circuit and the width of its stream, the products of the tables that its heads meet, and whether all norms
+#: between are in them; None where they meet none.
+Met = Callable[[str, str, int], tuple[TokenProducts, bool] | None]
+
+
+def token_paths(sources: Sources, channels: Path | None, met: Met, device: str) -> Iterator[pa.Table]:
+    """The rows of every head, circuit by circuit, and of the strongest K-compositions.
+
+    Parameters
+    ----------
+    channels
+        The table `channels`, where compositions were measured.
+    """
+    yield TOKEN_PATHS.empty_table()
+    for stack, circuit in sources.places:
+        files = sources.files(stack, circuit, sources.folds(stack, circuit))
+        if (meeting := met(stack, circuit, files.width)) is not None:
+            tables, whole = meeting
+            for block in files.blocks(files.layers):
+                layers, heads = (np.array(each) for each in block)
+                found = between_tokens(files.read(*block).to(device), tables)
+                places = {"layer": layers.repeat(len(heads)), "head": np.tile(heads, len(layers))}
+                yield _table(stack, circuit, places, found, files.is_folded and whole)
+    if channels is not None:
+        pairs = read_table(channels)
+        pairs = pairs.filter((pc.field("kind") == "k") & (pc.field("writer") == pc.field("stack")))
+        for stack in pairs["stack"].unique().to_pylist():
+            if (meeting := met(stack, "qk", sources.files(stack, "qk", False).width)) is not None:
+                yield _compositions(sources, stack, pairs.filter(pc.field("stack") == stack), meeting[0], device)
+
+
+def _compositions(sources: Sources, stack: str, pairs: pa.Table, tables: TokenProducts, device: str) -> pa.Table:
+    """The strongest K-compositions of a stack, in the coordinates in which they were measured."""
+    fold = sources.folds(stack, "qk") and sources.folds(stack, "ov")
+    ov, qk = (sources.files(stack, circuit, fold) for circuit in ("ov", "qk"))
+    forms = composed("k", _single(ov, pairs, "a", device), _single(qk, pairs, "b", device))
+    places = {name: pairs[f"{name}_b"].to_numpy() for name in ("layer", "head")}
+    places |= {f"{name}_a": pairs[f"{name}_a"].to_numpy() for name in ("layer", "head")}
+    return _table(stack, "k", places, between_tokens(forms, tables), fold)
+
+
+def _single(files: FactorFiles, pairs: pa.Table, side: str, device: str) -> Heads:
+    places = (pairs[f"{name}_{side}"].to_pylist() for name in ("layer", "head"))
+    return files.single(list(zip(*places, strict=True))).to(device)
+
+
+def _table(stack: str, path: str, places: Mapping[str, np.ndarray], found: Eigenvalues, folded: bool) -> pa.Table:
+    numbers: dict[str, Tensor] = {name: getattr(found, name) for name in COPYING}
+    count = len(found.copying)
+    columns = {
+        **{name: pa.nulls(count, pa.int32()) for name in ("layer_a", "head_a")},
+        **places,
+        **{name: values.numpy() for name, values in numbers.items()},
+        "folded": np.full(count, folded),
+    }
+    return labelled(pa.table(columns), TOKEN_PATHS, stack=stack, path=path)
