@@ -165,7 +165,9 @@ def lists(results: dict[str, dict[str, Any]]) -> list[str]:
     rest = {name: problems for name, problems in rest.items() if problems[0] != _NO_MODEL}
     other = sorted(name for name, problems in rest.items() if problems[0] in _OTHER_KIND)
     later = sorted((f"`{name}`", _cell(problems[0])) for name, problems in rest.items() if name not in other)
-    by_hand = sum(name in CONFIG_MAPPING for family in families() if not family.walked for name in family.model_types)
+    by_hand = sum(
+        name in CONFIG_MAPPING for family in families() if family.alone and not family.walked for name in family.model_types
+    )
     unbuilt = sum("cannot be built small" in problem for _, problem in later)
     whole = by_hand + len(proven)
     return [

@@ -87,8 +87,8 @@ def _missing(model: nn.Module, covered: set[str], below: str) -> list[str]:
 
 
 def attention_only(model: nn.Module, calls: list[Call]) -> list[Call]:
-    """Without products that are no softmax attention, such as the likeness of a picture and a text, linear attention, or the choice
-    of one group for each piece of a picture."""
+    """Without products that are no softmax attention: the likeness of a picture and a text, linear attention, the choice of one
+    group for each piece of a picture."""
     named = [(call, model.get_submodule(call.module)) for call in calls]
     return [
         call
