@@ -91,6 +91,7 @@ bench-gpu: $(VENV)/installed-dev ## Time the arithmetic on a GPU, and renew benc
 
 walk: $(VENV)/installed-dev ## Derive and prove families of types of transformers that are not known yet from live models; an hour, goes on where it was stopped
 	$(BIN)/python docs/walk.py
+	$(BIN)/python docs/walk.py --count
 
 families: $(VENV)/installed-dev ## Prove every model type, and renew docs/families.md
 	$(BIN)/python docs/families.py

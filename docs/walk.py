@@ -1,9 +1,10 @@
-"""Walk over all model types of transformers: python docs/walk.py [TYPE ... | --lists]
+"""Walk over all model types of transformers: python docs/walk.py [TYPE ... | --lists | --count]
 
 Each type that no family knows, and each that is named, is derived from tiny live models and proven, in a process of its own with
 limits on time and memory. What is proven is written to src/headgram/families/; what is not is listed with the reason. The walk
 goes on where it was stopped: build/walk/ has a file for every type that is done; remove one to have its type tried again.
-With `--lists`, nothing is tried, and what is done is written.
+With `--lists`, nothing is tried, and what is done is written. With `--count`, every type is built without weights, and the page
+says how many of those with separate modules of queries and keys are read; that takes minutes.
 """
 
 from __future__ import annotations
@@ -28,7 +29,8 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from headgram.errors import HeadgramError
 from headgram.families.registry import Family, families
 from headgram.proofs.candidates import proven_family
-from headgram.proofs.shrink import model_classes
+from headgram.proofs.inputs import looks_like_attention
+from headgram.proofs.shrink import model_classes, tiny_config, way_of
 from headgram.study.options_docs import renewed
 
 ROOT = Path(__file__).parents[1]
@@ -143,6 +145,10 @@ def kept() -> dict[str, dict[str, Any]]:
     return found
 
 
+#: A module that makes queries, and one that makes keys, by their names.
+_TWO = (r"^(to_)?q(uery|_?proj|_?lin|_head)?(_proj|_proj_\w+)?$", r"^(to_)?k(ey|_?proj|_?lin|_head)?(_proj|_proj_\w+)?$")
+#: The family of types of which other towers are not read.
+_TEXT_ALONE = "multimodal_text"
 #: What an attention that is not softmax(q k^T) v says of itself.
 _OTHER_KIND = ("no attention module was found",)
 _NO_MODEL = "transformers has no model of this type alone"
@@ -159,7 +165,9 @@ def lists(results: dict[str, dict[str, Any]]) -> list[str]:
     rest = {name: problems for name, problems in rest.items() if problems[0] != _NO_MODEL}
     other = sorted(name for name, problems in rest.items() if problems[0] in _OTHER_KIND)
     later = sorted((f"`{name}`", _cell(problems[0])) for name, problems in rest.items() if name not in other)
-    by_hand = sum(name in CONFIG_MAPPING for family in families() if not family.walked for name in family.model_types)
+    by_hand = sum(
+        name in CONFIG_MAPPING for family in families() if family.alone and not family.walked for name in family.model_types
+    )
     unbuilt = sum("cannot be built small" in problem for _, problem in later)
     whole = by_hand + len(proven)
     return [
@@ -178,6 +186,34 @@ def lists(results: dict[str, dict[str, Any]]) -> list[str]:
     ]
 
 
+def has_separate_modules(model_type: str) -> bool:
+    """Whether a tiny model of a type can be built, and has attention whose queries and keys are made by two modules."""
+    try:
+        base, way = model_classes(model_type)[0], way_of(model_type)
+        with torch.device("meta"):
+            model: Any = base(tiny_config(model_type, 0, way))
+    except Exception:  # whatever transformers raises
+        return False
+    return any(
+        looks_like_attention(module) and all(any(re.search(one, name) for name in dict(module.named_children())) for one in _TWO)
+        for module in model.modules()
+    )
+
+
+def count() -> list[str]:
+    """How many of the types with separate modules of queries and keys are read: whole, in part, or not."""
+    known = {name: family for family in families() for name in family.model_types}
+    found = [name for name in CONFIG_MAPPING if has_separate_modules(name)]
+    part = [name for name in found if name in known and known[name].name == _TEXT_ALONE]
+    none = [name for name in found if name not in known]
+    whole = len(found) - len(part) - len(none)
+    return [
+        f"Of {len(found)} model types that can be built small and make queries and keys by two modules, {whole} are read whole, "
+        f"{len(part)} in their text tower alone ({', '.join(f'`{name}`' for name in part)}), and {len(none)} not: "
+        f"{', '.join(f'`{name}`' for name in none)}."
+    ]
+
+
 def _cell(text: str) -> str:
     return text.replace("|", "/").replace("<", "").replace(">", "")[:200].strip()
 
@@ -192,6 +228,10 @@ def main(asked: list[str]) -> None:
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     warnings.simplefilter("ignore")
+    if asked == ["--count"]:
+        counted = count()
+        PAGE.write_text(renewed(PAGE.read_text(encoding="utf-8"), "count", "walk", counted), encoding="utf-8")
+        return
     DONE.mkdir(parents=True, exist_ok=True)
     by_hand = {name for family in families() if not family.walked for name in family.model_types}
     known = kept()
@@ -207,7 +247,8 @@ def main(asked: list[str]) -> None:
         result = apart(model_type) if classes else {"problems": ["transformers has no model of this type alone"]}
         path.write_text(json.dumps(result), encoding="utf-8")
         print(model_type, "proven" if "family" in result else result["problems"][0], flush=True)
-    results = known | {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in sorted(DONE.glob("*.json"))}
+    done = {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in sorted(DONE.glob("*.json"))}
+    results = done | {name: data for name, data in known.items() if "family" not in done.get(name, {})}
     write_families({name: result for name, result in results.items() if name not in by_hand})
     PAGE.write_text(renewed(PAGE.read_text(encoding="utf-8"), "walk", "walk", lists(results)), encoding="utf-8")
 

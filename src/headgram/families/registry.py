@@ -135,6 +135,7 @@ class Family(Rule):
     stacks: tuple[StackRule, ...] = ()
     gguf: GgufRule | None = None
     walked: bool = False  # written by the walk over live models
+    alone: bool = True  # False: its types are towers of other models alone, with which they are proven
     towers: tuple[Tower, ...] = ()
 
     def without_surroundings(self, why: str) -> Family:

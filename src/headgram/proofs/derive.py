@@ -267,10 +267,8 @@ def _name(rules: list[dict[str, Any]]) -> None:
     for name in {rule["name"] for rule in rules}:
         same = [rule for rule in rules if rule["name"] == name]
         if len(same) > 1:
-            split = [
-                re.sub(r"\{layer\}|\.(?=\.)", "", rule["block"] + next(iter(rule["modules"].values()))).strip(".").split(".")
-                for rule in same
-            ]
+            paths = [rule["block"] + next(iter(rule["modules"].values())) for rule in same]
+            split = [[word for word in path.replace("{layer}", "").split(".") if word] for path in paths]
             for rule, words in zip(same, split, strict=True):
                 own = [
                     f"{words[place - 1]}_{word}" if word.isdigit() else word

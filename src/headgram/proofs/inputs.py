@@ -87,18 +87,23 @@ def _missing(model: nn.Module, covered: set[str], below: str) -> list[str]:
 
 
 def attention_only(model: nn.Module, calls: list[Call]) -> list[Call]:
-    """Without products that are no softmax attention, such as the likeness of a picture and a text, or linear attention."""
+    """Without products that are no softmax attention: the likeness of a picture and a text, linear attention, the choice of one
+    group for each piece of a picture."""
     named = [(call, model.get_submodule(call.module)) for call in calls]
     return [
         call
         for call, module in named
-        if (call.reading is not None or looks_like_attention(module)) and "Lightning" not in type(module).__name__
+        if (call.reading is not None or looks_like_attention(module)) and not _is_of_another_kind(module)
     ]
 
 
 def looks_like_attention(module: nn.Module) -> bool:
-    """Whether a module is called attention."""
-    return bool(re.search(r"Attention|Attn|MLA", type(module).__name__))
+    """Whether a module is called attention, and not one that takes no softmax of products of queries and keys."""
+    return bool(re.search(r"Attention|Attn|MLA", type(module).__name__)) and not _is_of_another_kind(module)
+
+
+def _is_of_another_kind(module: nn.Module) -> bool:
+    return bool(re.search("Lightning|DeltaAttention|AssignAttention", type(module).__name__))
 
 
 def _noise(*shape: int) -> Tensor:

@@ -123,6 +123,9 @@ def neutralise(model: nn.Module, attention: set[str]) -> None:
         if "Sinusoidal" in type(module).__name__ and isinstance(weight := getattr(module, "weight", None), Tensor):
             sines, cosines = weight.data.chunk(2, -1)  # a rotary encoding, if that is what it is for, is the identity
             sines.zero_(), cosines.fill_(1)
+        for turn in module.buffers(recurse=False) if "Rotary" in type(module).__name__ else ():
+            if turn.is_complex():  # made with the model, and not when it runs
+                turn.fill_(1)
     for path in attention:
         module = model.get_submodule(path)
         for name, weight in module.named_parameters():
@@ -237,7 +240,7 @@ class Watch(TorchFunctionMode):
         if func in _PRODUCTS and self._running:
             query, key = (kwargs["batch1"], kwargs["batch2"]) if kwargs and "batch1" in kwargs else args[-2:]
             self._product(self._running[-1], query, key, result)
-        if func is torch.einsum and self._running and (factors := _as_product(*args, result)):
+        if func is torch.einsum and self._running and (factors := _as_product(*_flat(args), result)):
             self._product(self._running[-1], *factors)
         return result
 
@@ -345,6 +348,11 @@ class Watch(TorchFunctionMode):
 def _sequences(x: Tensor) -> int:
     """How many sequences there are; some models put the tokens of one before it."""
     return 1 if x.dim() < 3 or (x.dim() == 3 and x.shape[1] == 1) else x.shape[0]
+
+
+def _flat(args: tuple[Any, ...]) -> tuple[Any, ...]:
+    """The arguments of an Einstein sum, whose factors may be in a tuple."""
+    return (args[0], *args[1]) if len(args) == 2 and isinstance(args[1], tuple | list) else args
 
 
 def _as_product(equation: Any, *operands: Any) -> tuple[Tensor, Tensor, Tensor] | None:

@@ -117,8 +117,11 @@ class Proof:
 
 
 def known_types(walked: bool = True) -> list[str]:
-    """Every model type of the registry, in order; with or without those whose data the walk has written."""
-    return sorted(name for family in families() if walked or not family.walked for name in family.model_types)
+    """Every model type of the registry, in order; with or without those whose data the walk has written.
+
+    Not those that are towers of other models alone, with which they are proven.
+    """
+    return sorted(name for family in families() if family.alone and (walked or not family.walked) for name in family.model_types)
 
 
 def prove(model_type: str, flags: Mapping[str, bool] = NO_FLAGS) -> Proof:

@@ -215,15 +215,18 @@ def _given(part: Any, dims: Dimensions, tensors: Factors, call: Call) -> bool:
 
 def _gives(role: str, factor: Float[Tensor, "heads rank width"], call: Call) -> bool:
     reading = call.reading
-    assert reading is not None
-    assert reading.given is not None
-    if role == "output":
+    if role in ("query", "key"):
+        x, theirs = (call.x, call.query) if role == "query" else (call.y, call.key)
+    elif reading is None or reading.given is None:
+        return False
+    elif role == "output":
         heads, value_rank = reading.value.shape[0], reading.value.shape[-1]
         if factor.shape[:2] != (heads, value_rank):
             return False
         given = reading.heads.transpose(0, 1).flatten(1)
         return _same(given, reading.given) and _same(reading.heads @ factor, reading.written(reading.heads))
-    x, theirs = {"query": (call.x, call.query), "key": (call.y, call.key), "value": (call.z, reading.value)}[role]
+    else:
+        x, theirs = call.z, reading.value
     if factor.shape[-1] != x.shape[-1]:
         return False
     ours = x @ factor.repeat_interleave(len(theirs) // len(factor), 0).transpose(1, 2)
