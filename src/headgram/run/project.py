@@ -33,7 +33,7 @@ _GITIGNORE = """\
 _README = """\
 # A study of attention heads
 
-What is measured is in `config/models.tsv`, one model a line; how, in `config/config.yaml`. Run it in this folder:
+`config/models.tsv` lists the models, one on each line. `config/config.yaml` holds the options. Run the study in this folder:
 
     headgram run                               # prints the snakemake command, and runs it on all cores
     headgram run -n                            # only says what would run
