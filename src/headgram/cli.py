@@ -223,7 +223,7 @@ def show(
 ) -> None:
     """Show a measured model: its layers, its most and least symmetric heads, and its strongest couplings, for all stacks.
 
-    With --head, show one head of the first stack, or of --stack: its numbers, heads like it, heads that feed or read it, tokens.
+    With --head, show one head of the first stack or of --stack: its numbers, heads like it, heads that feed or read it, tokens.
     """
     from headgram.atlas.display import console, show_head, show_model, show_models
 

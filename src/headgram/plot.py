@@ -15,9 +15,9 @@ import pandas as pd
 
 from headgram.atlas.reader import Atlas
 from headgram.errors import HeadgramError, require
-from headgram.geometry.nulls import Null, cosine_null
+from headgram.geometry.nulls import cosine_null
 from headgram.report import pictures
-from headgram.report.chance import PALE, band, nulls
+from headgram.report.chance import PALE, band, note, nulls
 from headgram.report.columns import columns
 
 if TYPE_CHECKING:
@@ -61,7 +61,7 @@ def heads(atlas: Atlas, model: str, column: str = "symmetry", stack: str = "self
     else:
         best = PALE * (null.best_of(len(rows)) - null.mean) if null else 0.0
         reach = max(float(np.quantile(np.abs(rows["value"] - centre), 0.99)), best) or 1.0
-        chart = pictures.heatmap("head", "layer", (centre - reach, centre + reach), pictures.DIVERGING, _chance(null))
+        chart = pictures.heatmap("head", "layer", (centre - reach, centre + reach), pictures.DIVERGING, note(null))
     return _with(chart, f"{label}: {model}, {stack}, {circuit}", {"cells": rows, "chosen": []})
 
 
@@ -95,9 +95,9 @@ def layers(
     best = min(1.0, PALE * null.best_of(max(1, len(lower))))
     reach = max(float(lower["value"].abs().max()) if len(lower) else 0.0, best)
     if value == "cosine":
-        chart = pictures.heatmap("layer_b", "layer_a", (-reach, reach), pictures.DIVERGING, _chance(null))
+        chart = pictures.heatmap("layer_b", "layer_a", (-reach, reach), pictures.DIVERGING, note(null))
     else:
-        chart = pictures.heatmap("layer_b", "layer_a", (0.0, reach), note=_chance(null))
+        chart = pictures.heatmap("layer_b", "layer_a", (0.0, reach), note=note(null))
     of = "mean over heads" if head is None else f"head {head}"
     return _with(chart, f"{_PAIRS[value]}, {of}: {model}, {stack}, {circuit}", {"cells": pd.concat([upper, lower]), "chosen": []})
 
@@ -122,7 +122,7 @@ def matrix(
     null = cosine_null(int(_facts(atlas, model, stack, circuit)["hidden"]))
     reach = min(1.0, max(float(np.quantile(off, 0.995)) if len(off) else 0.0, PALE * null.best_of(max(1, len(off)))))
     title = f"{'Cosine' if value == 'cosine' else 'Cosine with the transpose'} of all heads: {model}, {stack}, {circuit}"
-    chart = pictures.heatmap("heads_b", "heads_a", (-reach, reach), pictures.DIVERGING, _chance(null))
+    chart = pictures.heatmap("heads_b", "heads_a", (-reach, reach), pictures.DIVERGING, note(null))
     return _with(chart, title, _cells(square))
 
 
@@ -235,11 +235,6 @@ def depth(atlas: Atlas, models: str | Sequence[str], column: str = "symmetry", c
         raise HeadgramError("name at least one model")
     datasets = {"profile": pd.concat(parts), "chosen": [], "chance": chance or []}
     return _with(pictures.profile("relative depth"), f"{_label(column)} along the depth", datasets)
-
-
-def _chance(null: Null | None) -> str | None:
-    """What the legend says of chance."""
-    return f"by chance {null.mean:.4g} ± {null.deviation:.2g}" if null else None
 
 
 def _square(values: xr.DataArray) -> np.ndarray:

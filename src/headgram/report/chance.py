@@ -32,6 +32,11 @@ def nulls(facts: Mapping[str, Any]) -> dict[str, Null]:
     }
 
 
+def note(null: Null | None) -> str | None:
+    """What a legend says of chance."""
+    return f"by chance {null.mean:.4g} ± {null.deviation:.2g}" if null else None
+
+
 def band(null: Null | None, count: int) -> list[dict[str, float]]:
     """Where the best of so many numbers lies by chance, and where its axis must begin and end; nothing without a null."""
     if null is None:

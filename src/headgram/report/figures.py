@@ -7,9 +7,10 @@ from functools import partial
 
 import numpy as np
 
+from headgram.geometry.nulls import Null
 from headgram.report import pictures
 from headgram.report.arrays import StackArrays, StackSummary
-from headgram.report.chance import PALE, band, nulls
+from headgram.report.chance import PALE, band, note, nulls
 from headgram.report.columns import columns
 from headgram.report.names import PROFILE_FIGURES, STACK_FIGURES
 from headgram.results.tables import SIDES
@@ -55,18 +56,20 @@ def _symmetry(title: str, stack: StackArrays) -> str:
         for layer, line in zip(stack.summary.layers, values, strict=True)
         for head, value in enumerate(line)
     ]
-    chart = pictures.heatmap("head", "layer", (null.mean - reach, null.mean + reach), pictures.DIVERGING)
+    chart = pictures.heatmap("head", "layer", (null.mean - reach, null.mean + reach), pictures.DIVERGING, note(null))
     width, height = (max(160, min(640, 22 * size)) for size in values.T.shape)
     return pictures.figure(chart, title, {"cells": rows, "chosen": []}, width, height)
 
 
 def _cosine(title: str, stack: StackArrays) -> str:
-    reach = _reach(stack, "cosine")
-    return _square(pictures.heatmap("layer_b", "layer_a", (-reach, reach), pictures.DIVERGING), title, stack, "cosine")
+    null, reach = _null(stack, "cosine"), _reach(stack, "cosine")
+    chart = pictures.heatmap("layer_b", "layer_a", (-reach, reach), pictures.DIVERGING, note(null))
+    return _square(chart, title, stack, "cosine")
 
 
 def _overlap(side: str, title: str, stack: StackArrays) -> str:
-    return _square(pictures.heatmap("layer_b", "layer_a", (0.0, _reach(stack, side))), title, stack, side)
+    chart = pictures.heatmap("layer_b", "layer_a", (0.0, _reach(stack, side)), note=note(_null(stack, side)))
+    return _square(chart, title, stack, side)
 
 
 def _square(chart: pictures.Chart, title: str, stack: StackArrays, kind: str) -> str:
@@ -79,11 +82,15 @@ def _square(chart: pictures.Chart, title: str, stack: StackArrays, kind: str) ->
     return pictures.figure(chart, title, {"cells": rows, "chosen": []}, 420, 420)
 
 
+def _null(stack: StackArrays, kind: str) -> Null:
+    """Of the mean over heads of a comparison of two layers."""
+    return nulls(stack.summary.facts)[kind].mean_of(stack.summary.facts["heads"])
+
+
 def _reach(stack: StackArrays, kind: str) -> float:
     """Where the colours end: the largest magnitude off the diagonal, but so far from chance that chance is pale."""
     others = stack.mean_square(kind)[~np.eye(len(stack.summary.layers), dtype=bool)]
-    null = nulls(stack.summary.facts)[kind].mean_of(stack.summary.facts["heads"])
-    best = null.best_of(max(1, others.size // 2))
+    best = _null(stack, kind).best_of(max(1, others.size // 2))
     return max(float(np.abs(others).max(initial=0)), min(1.0, PALE * best))
 
 

