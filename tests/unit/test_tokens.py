@@ -364,6 +364,24 @@ def test_rows_are_projected_on_directions_before_the_norm_where_it_is_known(tmp_
         assert row.deviations == pytest.approx((values[row.place] / values.square().mean().sqrt()).item(), rel=1e-4)
 
 
+@pytest.mark.parametrize("gain", [torch.ones(9), torch.full((16,), torch.nan)])
+def test_a_last_norm_that_cannot_be_is_named(tmp_path, gain):
+    model = Small(tmp_path)
+    tensors = load_file(model.source / "model.safetensors")
+    save_file(tensors | {"model.norm.weight": gain}, model.source / "model.safetensors")
+    with pytest.raises(HeadgramError, match=r"model m: tensor model.norm.weight should be finite numbers"):
+        model.tokens({})
+
+
+def test_a_base_model_without_an_output_matrix_has_what_its_heads_look_for(tmp_path):
+    """Its last norm is there, and nothing to be held against what passes it."""
+    model = Small(tmp_path)
+    config = json.loads((model.source / "config.json").read_text())
+    (model.source / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": False}))
+    _, paths = model.tokens({})
+    assert set(paths["path"]) == {"qk"}
+
+
 def test_a_model_without_embeddings_has_an_empty_table(tmp_path, capsys):
     folder = write_llama(tmp_path / "llama", layers=4)
     table = written(tmp_path, folder, width=16)

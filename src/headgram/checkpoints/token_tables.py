@@ -53,22 +53,23 @@ class TokenTables:
         return self._store.slices(self._found(table)[0], rows)
 
     def final_norm(self) -> Norm | None:
-        """The norm that the last stream passes before the unembedding, read now; None if there is none, or it is not known.
+        """The norm that the last stream passes before the unembedding, read now; None if it is not known.
 
         Raises
         ------
         HeadgramError
-            If its gain is no vector of finite numbers, as wide as the unembedding.
+            If it is no vector of finite numbers, as wide as the unembedding.
         """
-        if self._final is None or "unembedding" in self.missing or f"{self._final[1]}.weight" not in self._store:
+        if self._final is None or f"{self._final[1]}.weight" not in self._store:
             return None
         rule, place = self._final
-        width, vectors = self.shape("unembedding")[1], {}
+        vectors = {}
         for kind in (kind for kind in ("weight", "bias") if f"{place}.{kind}" in self._store):
             name = f"{place}.{kind}"
             vectors[kind] = self._store.read(name).double()
-            if vectors[kind].shape != (width,) or not is_finite(vectors[kind]):
-                raise HeadgramError(f"tensor {name} should be {width} finite numbers: the checkpoint is damaged")
+            fitting = "unembedding" in self.missing or vectors[kind].shape == self.shape("unembedding")[1:]
+            if vectors[kind].dim() != 1 or not fitting or not is_finite(vectors[kind]):
+                raise HeadgramError(f"tensor {name} should be finite numbers, as many as the unembedding is wide")
         return Norm(rule.kind == "layer", vectors["weight"] + rule.plus, vectors.get("bias"))
 
     def _found(self, table: str) -> tuple[str, tuple[int, int]]:

@@ -91,7 +91,7 @@ def deviations(products: Float[Tensor, "n_x n_y"], of_x: Energies, of_y: Energie
     >>> from headgram.geometry.nulls import Energies, deviations
     >>> planes = Energies(torch.tensor([2.0]), torch.tensor([2.0]))  # projectors onto planes
     >>> deviations(torch.tensor([[2.0]]), planes, planes, width=8)  # of equal planes
-    tensor([[4.1833]])
+    tensor([[5.9161]])
     """
     even = [each.trace.square() / width for each in (of_x, of_y)]
     spread = [

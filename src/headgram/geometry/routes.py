@@ -38,7 +38,7 @@ STRIP_BYTES = {"cpu": 12 * 2**20, "cuda": 512 * 2**20}
 
 #: Terms that one product sums in its own precision. BLAS on a CPU cuts sums into a few hundred terms itself: errors of 16,384
 #: terms are no larger than of 1,024.
-_TERMS = {"cpu": 2**14, "cuda": 2**10}
+_TERMS = {"cpu": 2**13, "cuda": 2**10}
 #: Relative error of sums of positive terms that is borne, and the most terms that are tried.
 _BIAS = 1e-7
 _LONGEST = 2**14

@@ -151,7 +151,7 @@ def centred_gram(slices: Iterable[Float[Tensor, "_ width"]]) -> Float[Tensor, "w
     Raises
     ------
     HeadgramError
-        If a row is not finite.
+        If there is no row, or one is not finite.
 
     Examples
     --------
@@ -160,11 +160,15 @@ def centred_gram(slices: Iterable[Float[Tensor, "_ width"]]) -> Float[Tensor, "w
     >>> centred_gram(torch.tensor([[1.0], [9.0], [2.0]]).split(2))
     tensor([[38.]], dtype=torch.float64)
     """
-    gram, total, count = torch.zeros(()).double(), torch.zeros(()).double(), 0
+    gram: Tensor | None = None
+    total, count = torch.zeros(()).double(), 0
     for rows in slices:
         wide = rows.double()
-        gram, total, count = gram.to(wide.device) + wide.T @ wide, total.to(wide.device) + wide.sum(0), count + len(wide)
-    found = gram - torch.outer(total, total) / max(1, count)
+        gram = wide.T @ wide if gram is None else gram.addmm_(wide.T, wide)  # in place: it may be as large as all else
+        total, count = total.to(wide.device) + wide.sum(0), count + len(wide)
+    if gram is None:
+        raise HeadgramError("a table of tokens has no rows: the checkpoint is damaged")
+    found = gram.addr_(total, total, alpha=-1 / max(1, count))
     if not is_finite(found):
         raise HeadgramError("a table of tokens holds a NaN or an infinity: the checkpoint is damaged")
     return found
