@@ -77,7 +77,8 @@ class AroundRule(Rule):
     """What stands around the projections, for some types, in configurations that state `when`.
 
     Of several, a later one says anew what it names and leaves the rest. Without any, nothing is proven. What a rule does not name
-    is what most models have: no norms of queries, keys and outputs, biases where the checkpoint holds them, scores over the rank's root.
+    is what most models have: no norms of queries, keys and outputs, biases where the checkpoint holds them, scores over the
+    rank's root.
     """
 
     types: tuple[str, ...] = ()
