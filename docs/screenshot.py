@@ -15,7 +15,7 @@ SIZES = ((390, 844), (1280, 900), (1920, 1080))
 
 
 def main() -> None:
-    """Write `docs/page.png`, and `docs/gallery/page-WIDTH-THEME.png`."""
+    """Write `docs/page.png`, `docs/offsets.png`, and `docs/gallery/page-WIDTH-THEME.png`."""
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=shutil.which("chromium"), args=["--no-sandbox", "--disable-gpu"])
         for width, height in SIZES:
@@ -26,6 +26,8 @@ def main() -> None:
                 page.screenshot(path=f"docs/gallery/page-{width}-{theme}.png")
                 if (width, theme) == (1280, "light"):
                     page.screenshot(path="docs/page.png", full_page=True)
+                    page.evaluate("headgram.set({ layer: 18, head: 8, offset: 64 })")
+                    page.locator("#card-positions").screenshot(path="docs/offsets.png")
                 page.close()
         browser.close()
 

@@ -155,7 +155,7 @@ def check_positions(page, project, model, stack, layer, head, turning, norms, of
     row = at.query("head == @head and offset == @offset").iloc[0]
     text = page.page.inner_text("#offset-values").replace("−", "-")
     for name in ("norm", "trace"):
-        assert float(re.search(rf"{name} (\S+?)[,.]?( |$)", text)[1].rstrip(".")) == pytest.approx(row[name], rel=1e-3)
+        assert float(re.search(rf"{name} (\S+)", text)[1].rstrip(".,")) == pytest.approx(row[name], rel=1e-3)
 
 
 def check_everything(page, project):

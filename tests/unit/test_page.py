@@ -330,7 +330,7 @@ def test_a_slider_moves_through_offsets(chrome, path):
             assert found.state()["offset"] == offset
             assert [row["x"] for row in found.rows("turns", "now")] == [offset]
             (row,) = (row for row in found.rows("turns", "chosen") if row["x"] == offset)
-            number = found.page.inner_text("#offset-values").replace("−", "-").split("the form at 0 ")[1].split()[0]
+            number = found.page.inner_text("#offset-values").replace("−", "-").split("offset 0 is ")[1].split()[0]
             assert float(number) == pytest.approx(row["value"], rel=1e-3)
             assert found.page.inner_text("#offset-value").replace("−", "-") == str(offset)
         found.page.mouse.click(*place_of(found, "turns", head=2, x=16))
