@@ -1,4 +1,4 @@
-"""A thousand models are planned in half a minute; nothing to do is nothing to wait for. Limits leave room for slow machines."""
+"""A thousand models are planned in a minute; nothing to do is nothing to wait for. Limits leave room for slow machines."""
 
 import json
 import os
@@ -36,7 +36,7 @@ def test_a_thousand_models_are_planned_quickly_and_within_a_gibibyte(tmp_path):
     cpu, kibibytes = json.loads(done.stdout.splitlines()[-1])
     print(f"1,000 models planned: {cpu:.1f} s of CPU, {kibibytes >> 10} MiB")
     assert re.search(r"^total +12002$", done.stdout + done.stderr, re.MULTILINE), done.stdout  # with `report` and `all`
-    assert cpu < 60  # 32 beside other work; machines differ
+    assert cpu < 60  # 37 beside other work; machines differ
     assert kibibytes < 2**20
 
 
