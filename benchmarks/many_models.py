@@ -9,6 +9,7 @@ them, once for everything and once with nothing to do. The last lines are the ro
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import resource
 import shutil
@@ -124,13 +125,19 @@ def main() -> None:
     plan = snakemake(folder, "--dry-run", "--quiet")
     whole = snakemake(folder, "--cores", arguments.cores)
     again = snakemake(folder, "--cores", arguments.cores)
-    jobs = sum(1 for part in ("models", "provenance") for _ in (folder / "results" / part).rglob("*.json"))
+    found = [path for part in ("models", "provenance", "report") for path in (folder / "results" / part).rglob("*.json")]
+    jobs, own = len(found), sum(json.loads(path.read_text())["cpu_seconds"] for path in found)
+    start = (whole.cpu - again.cpu - own) / jobs
     running = [size for _, size in whole.memory if size]
     quarters = [max(running[len(running) * i // 4 : len(running) * (i + 1) // 4]) for i in range(4)]
     print(f"models {arguments.count}, jobs {jobs}, cores {arguments.cores}")
     print(f"locked and planned in {plan.wall:.0f} s, at most {max(size for _, size in plan.memory)} MiB")
     print(
         f"run: {whole.wall:.0f} s, {whole.cpu:.0f} s of CPU; per job {whole.wall / jobs:.2f} s, {whole.cpu / jobs:.2f} s of CPU"
+    )
+    print(
+        f"of these, the jobs' own work {own:.0f} s of CPU, and {start:.2f} s to start each; with one start a model instead: "
+        f"about {own + start * arguments.count + again.cpu:.0f} s of CPU"
     )
     print(f"resident memory of the main process in each quarter of the run, at most: {', '.join(map(str, quarters))} MiB")
     print(f"nothing to do: {again.wall:.1f} s")

@@ -48,7 +48,13 @@ def _is_public(name: str, value: Any, module: str) -> bool:
 def _class(name: str, kind: type) -> Iterator[str]:
     yield from (f"### `headgram.{name}`", "", *markdown(inspect.getdoc(kind) or ""), "")
     fields = {field.name for field in dataclasses.fields(kind)} if dataclasses.is_dataclass(kind) else set()
-    for each, value in vars(kind).items():
+    members = {
+        each: value
+        for base in reversed(kind.__mro__)
+        if base.__module__.startswith("headgram")
+        for each, value in vars(base).items()
+    }
+    for each, value in members.items():
         if each.startswith("_") or each in fields:
             continue
         if isinstance(value, property):

@@ -249,6 +249,8 @@ def test_going_back_after_losing_the_memory(finished, tmp_path):
 def test_garbage_in_snakemakes_memory_is_one_sentence_that_helps(finished, tmp_path):
     project = finished.copy(tmp_path / "project")
     memory = project.folder / ".snakemake" / "metadata"
+    ended = (project.folder / "results" / ".lock").stat().st_mtime_ns
+    assert all(path.stat().st_mtime_ns <= ended for path in memory.rglob("*") if path.is_file())  # of which none is read again
     path = next(path for path in memory.rglob("*") if path.is_file())
     for garbage in (b"\xff\xfe", b'{"input": 3}', None):
         path.unlink()

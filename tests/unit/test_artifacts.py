@@ -4,6 +4,7 @@ import errno
 import io
 import json
 import platform
+from dataclasses import replace
 from datetime import datetime
 
 import numpy as np
@@ -47,7 +48,7 @@ def test_every_part_of_the_identity_counts():
         {"upstream": ("other",)},
         {"upstream": ()},
     ):
-        keys.add(Identity(**(vars(IDENTITY) | change)).key)
+        keys.add(replace(IDENTITY, **change).key)
     assert len(keys) == 7
     assert digest("ab", "c") != digest("a", "bc")
     assert canonical({"b": 1, "a": 2}) == canonical({"a": 2, "b": 1})

@@ -69,7 +69,7 @@ def test_the_reference_holds_all_that_is_public(site):
     page = (site / ".." / "pages" / "docs" / "reference.md").read_text()
     sections = dict(re.findall(r"^#{3,4} `([\w. ]+)`\n(.*?)(?=^#|\Z)", page, re.MULTILINE | re.DOTALL))
     assert {f"headgram.{name}" for name in headgram.__all__ if name != "SNAKEFILE"} <= set(sections)
-    assert {f"Atlas.{name}" for name in vars(headgram.Atlas) if not name.startswith("_")} <= set(sections)
+    assert {f"Atlas.{name}" for name in dir(headgram.Atlas) if not name.startswith("_")} <= set(sections)
     assert {f"headgram {name}" for name in get_command(app).commands} <= set(sections)
     assert {"headgram.plot.heads", "headgram.plot.composition", "Checkpoint.factors", "Stack.nbytes"} <= set(sections)
     for name, text in sections.items():

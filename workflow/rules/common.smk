@@ -1,5 +1,6 @@
 # The plan, the folders, and what decides whether a job is stale.
 import contextlib
+import os
 import sys
 import tempfile
 from pathlib import Path
@@ -113,16 +114,15 @@ def identity(stage, wildcards):
 
 def identity_of(stage):
     """A param of a rule: the identity of its artifacts, which decides what is stale."""
-    return lambda wildcards: canonical(identity(stage, wildcards).described())
+    return lambda wildcards: identity(stage, wildcards).text
 
 
 def order_of(stage):
-    """A param of a rule: the results folder, and the record that a job writes there, for it to see what is still asked for."""
+    """A param of a rule: the results folder, and the record that a job writes there, for it to see what is still asked for.
 
-    def param(wildcards):
-        return canonical([RESULTS, PATHS.relative(RECORDS[stage].format(**wildcards))])
-
-    return param
+    No function, which Snakemake would call for every job of a plan: it fills in wildcards by itself.
+    """
+    return [RESULTS, PATHS.relative(RECORDS[stage])]
 
 
 def stages_before(*stages):
@@ -130,16 +130,9 @@ def stages_before(*stages):
 
     def param(wildcards):
         identities = model_of(wildcards).identities
-        return canonical(
-            {
-                stage: {
-                    circuit: found.described()
-                    for (each, circuit), found in identities.items()
-                    if each == stage
-                }
-                for stage in stages
-            }
-        )
+        return {
+            place: found for place, found in identities.items() if place[0] in stages
+        }
 
     return param
 
@@ -164,7 +157,8 @@ def run_if_other(key, record):
         return False
     if STORAGE is None:
         file = record
-        there, fresh = Path(record).exists(), is_fresh(Path(record), key)
+        there = os.path.exists(record)  # most often it is not, of thousands of jobs
+        fresh = there and is_fresh(Path(record), key)
     else:
         file = str(in_storage(record).local_path())
         found = stored_has_key(record, key)

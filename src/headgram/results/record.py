@@ -18,9 +18,9 @@ import stat
 import sys
 import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from functools import cache
+from functools import cache, cached_property
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -82,14 +82,25 @@ class Identity:
     code: str
     upstream: tuple[str, ...] = ()
 
-    @property
+    @cached_property
     def key(self) -> str:
         return digest(str(SCHEMA), self.stage, self.config, self.fingerprint, self.code, *self.upstream)
 
     def described(self) -> dict[str, Any]:
         """As JSON, with the key."""
-        config, upstream = json.loads(self.config), list(self.upstream)
-        return {"key": self.key, **asdict(self), "config": config, "upstream": upstream}
+        return {
+            "key": self.key,
+            "stage": self.stage,
+            "config": json.loads(self.config),
+            "fingerprint": self.fingerprint,
+            "code": self.code,
+            "upstream": list(self.upstream),
+        }
+
+    @cached_property
+    def text(self) -> str:
+        """Canonical JSON of what `described` gives; the jobs of a stage share it."""
+        return canonical(self.described())
 
     @classmethod
     def read(cls, described: Mapping[str, Any]) -> Identity:

@@ -52,7 +52,7 @@ def running(snakemake: Any) -> Iterator[tuple[Provenance, Config]]:
             _limit_threads(snakemake.threads)
             _date_no_later_than_now(snakemake.input)
             identity = Identity.read(json.loads(snakemake.params.identity))
-            results, record = json.loads(snakemake.params.order)
+            results, record = snakemake.params.order
             with working_for(Order(Path(results), record, identity.key)):
                 yield _provenance(snakemake, identity, usable(device)), load_config(json.loads(identity.config))
     except _Failed as failure:
@@ -111,7 +111,10 @@ def _provenance(snakemake: Any, identity: Identity, device: str) -> Provenance:
 
     origin = {}
     if "stages" in snakemake.params.keys():  # noqa: SIM118  (Snakemake's params are a list with names)
-        origin = {"lock": snakemake.params.entry.model_dump(mode="json"), "stages": json.loads(snakemake.params.stages)}
+        stages: dict[str, dict[str, Any]] = {}
+        for (stage, circuit), found in snakemake.params.stages.items():
+            stages.setdefault(stage, {})[circuit] = found.described()
+        origin = {"lock": snakemake.params.entry.model_dump(mode="json"), "stages": stages}
     places = snakemake.wildcards.get("model", ""), snakemake.wildcards.get("stack"), snakemake.wildcards.get("circuit")
     return Provenance(identity, *places, device, origin=origin)
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import json
 import os
 import shlex
+import stat
 import subprocess
 import sys
 import threading
@@ -45,8 +47,12 @@ if TYPE_CHECKING:
 
 #: The options of a working folder.
 OPTIONS = Path("config", "config.yaml")
+#: A plan is made of objects that stay. Python looks for unused ones among them this seldom, which saves a tenth of the planning.
+_RARELY = (100_000, 20, 100)
 #: Where Snakemake remembers with what a file was made.
 _MEMORY = Path(".snakemake", "metadata")
+#: In the results folder: held by a run, and as old as the end of the latest.
+_LOCK = ".lock"
 #: Remembers, in the results folder, the files that were found to be what was locked.
 _SEEN = ".sources.json"
 #: What is remembered of thousands of models is smaller.
@@ -63,6 +69,7 @@ class Run:
 
     def __init__(self, options: Path | None, given: Mapping[str, Any], scripts: Path, is_job: bool = False) -> None:
         _call_the_interpreter_by_name()
+        gc.set_threshold(*_RARELY)
         config = load_config(read_options(options, given))
         self._given = given
         self._manifest = Path(config.manifest)
@@ -128,7 +135,7 @@ class Run:
         """
         try:
             self._results.mkdir(parents=True, exist_ok=True)
-            self._held = filelock.FileLock(self._results / ".lock", timeout=0)
+            self._held = filelock.FileLock(self._results / _LOCK, timeout=0)
             self._held.acquire()
             remove_temporaries(self._results / name for name in (_SEEN, CLAIMS))
             claim(self._results, _writings(workflow, beside))
@@ -168,6 +175,8 @@ class Run:
         if self._held:
             with contextlib.suppress(HeadgramError):  # a full disk: the next run does it
                 settle(self._results)
+            with contextlib.suppress(OSError):
+                (self._results / _LOCK).touch()
         # Snakemake's scheduler leaves one behind, to look again for jobs in a second, for which the process would wait.
         for thread in threading.enumerate():
             if isinstance(thread, threading.Timer):
@@ -230,15 +239,22 @@ def _writings(workflow: Any, beside: Callable[[Any], Sequence[str]]) -> Iterator
 
 
 def _check_snakemakes_memory(results: Path) -> None:
-    """Refuse files of Snakemake's at which it would end with a traceback, whatever it is asked for."""
-    from snakemake.persistence import MetadataRecord  # type: ignore[import-untyped]
+    """Refuse files of Snakemake's at which it would end with a traceback, whatever it is asked for.
 
+    Only files that somebody changed after the latest run's end are opened: Snakemake itself changes none then, unless it was
+    killed, and there may be many.
+    """
+    lock = results / _LOCK
+    ended = lock.stat().st_mtime_ns if lock.exists() else 0
     for folder, _, names in os.walk(_MEMORY):
         for name in names:
             try:
-                record = json.loads(read_bounded(Path(folder, name), _LARGEST).decode())
-                if record:
-                    MetadataRecord.model_validate(record)
+                state = os.lstat(Path(folder, name))
+                if stat.S_ISREG(state.st_mode) and state.st_mtime_ns <= ended:
+                    continue
+                content = json.loads(read_bounded(Path(folder, name), _LARGEST).decode())
+                if content and not (isinstance(content, dict) and "rule" in content):
+                    raise ValueError("it names no rule")
             except json.JSONDecodeError:
                 continue  # Snakemake passes over it
             except (OSError, ValueError, RecursionError):

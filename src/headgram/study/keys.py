@@ -48,6 +48,7 @@ def modules_of(module: str) -> set[Path]:
     return found
 
 
+@cache
 def _source(module: str) -> Path | None:
     parts = module.split(".")
     if parts[0] != "headgram":
