@@ -148,7 +148,7 @@ def check_positions(page, project, model, stack, layer, head, turning, norms, of
         assert drawn["head"].tolist() == expected["head"].tolist()
         np.testing.assert_allclose(drawn["x"], expected[x], **CLOSE)
         np.testing.assert_allclose(drawn["value"], expected[y], **CLOSE)
-        chance = pd.DataFrame(page.rows(picture, "chance"))
+        chance = pd.DataFrame(page.rows(picture, "expected"))
         assert len(chance) == (0 if picture == "turns" and turning != "cosine" else len(chosen))
         if len(chance):
             np.testing.assert_allclose(chance.sort_values("x")["value"], expected.query("head == @head")["expected"], **CLOSE)
