@@ -161,7 +161,7 @@ def _meeting(tables: TokenTables, last: Norm | None, device: str) -> Met:
 
 def _folded(rows: Float[Tensor, "n some width"], norm: Norm | None) -> Float[Tensor, "n some width"]:
     """Vectors `v` that what a norm hands on is multiplied with, as those of the stream before it, `C (γ * v)`; float64."""
-    return folded("value", rows, Frame(norm=norm))
+    return folded("value", rows, Frame(source_norm=norm))
 
 
 def _before(directions: torch.Tensor, norms: Sequence[Norm | None]) -> torch.Tensor:
