@@ -107,15 +107,15 @@ def final_norm_residual(model: Any, checkpoint: Checkpoint, rule: NormRule, inpu
     head = model.get_output_embeddings()
     if head is None:
         return {}
-    names = [name for name, _ in model.named_modules() if f".{name}".endswith(f".{rule.module}")]
+    modules = [module for name, module in model.named_modules() if f".{name}".endswith(f".{rule.module}")]
     norm = checkpoint.token_tables.final_norm()
-    if not names or norm is None:
+    if not modules or norm is None:
         raise HeadgramError(f"the model has no norm '{rule.module}' before its unembedding")
     streams: dict[str, Tensor] = {}
-    module = model.get_submodule(min(names, key=len))
+    # Other towers may have a norm of that name, too: the last that runs before the unembedding is meant.
     hooks = [
         each.register_forward_pre_hook(lambda _, given, name=name: streams.__setitem__(name, given[0]))
-        for name, each in (("norm", module), ("head", head))
+        for name, each in (*(("norm", module) for module in modules), ("head", head))
     ]
     with torch.no_grad():
         model(**inputs)
