@@ -42,6 +42,7 @@ function choose(wish) {
   state.head = Math.min(Math.max(Math.trunc(Number(state.head)) || 0, 0), stack.heads - 1);
   state.column = among(offered().map((column) => column.name), state.column);
   state.form = among(Object.keys(index.forms), state.form);
+  state.offset = state.offset === undefined || Number.isNaN(Number(state.offset)) ? undefined : Number(state.offset);
   state.steps = among(["heads", "median", "first", "previous", ...Object.keys(index.layer_columns)], state.steps);
   for (const id of SELECTS) {
     state[id] = among([...element(id).options].map((option) => option.value), state[id]);
