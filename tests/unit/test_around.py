@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +21,10 @@ from headgram.families.registry import adopting, families, family_of
 from headgram.proofs.prove import TOLERANCE, _models, _residuals, quiet
 
 WAVES = {"rope_theta": 10000.0}
+LINEAR = {"rope_type": "linear", "factor": 4.0}
 #: What `rope_parameters` of a tiny Llama may hold. Its contexts have 7 tokens.
 SCALINGS = {
-    "linear": {"rope_type": "linear", "factor": 4.0},
+    "linear": LINEAR,
     "dynamic": {"rope_type": "dynamic", "factor": 3.0},
     "llama3": {
         "rope_type": "llama3",
@@ -33,6 +35,7 @@ SCALINGS = {
     },
     "yarn": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32},
     "yarn, not rounded": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32, "truncate": False},
+    "yarn, a small base": {"rope_type": "yarn", "rope_theta": 2.0, "factor": 4.0, "original_max_position_embeddings": 100_000},
     "yarn, two shares": {
         "rope_type": "yarn",
         "factor": 40.0,
@@ -108,12 +111,28 @@ def test_a_scale_that_a_section_states_is_refused(tmp_path: Path) -> None:
         _ = checkpoint.around("self", 0).scale
 
 
-OLDER = {
+_SHORT_AND_LONG = {"short_factor": [1.0, 1.1, 1.2, 1.3, 1.4, 1.5], "long_factor": [2.0] * 6}
+OLDER: dict[str, dict[str, Any]] = {
     "llama": {"rope_theta": 500.0, "rope_scaling": {"type": "linear", "factor": 2.0}},
     "gpt_neox": {"rotary_emb_base": 500, "rotary_pct": 0.5},
     "phi": {"rope_theta": 500.0, "partial_rotary_factor": 0.34},
     "gemma3_text": {"rope_theta": 500.0, "rope_local_base_freq": 50.0, "rope_scaling": {"rope_type": "linear", "factor": 8.0}},
     "modernbert": {"global_rope_theta": 500.0, "local_rope_theta": 50.0},
+    "minimax_m2": {"rope_theta": 500.0, "rotary_dim": 6},
+    "cohere2_moe": {"rope_theta": 500.0, "first_k_dense_replace": 1, "layer_types": None, "mlp_layer_types": None},
+    "phi3": {
+        "rope_theta": 500.0,
+        "rope_scaling": {"type": "yarn", **_SHORT_AND_LONG},
+        "original_max_position_embeddings": 32,
+    },
+    "qwen2": {"rope_theta": 500.0, "partial_rotary_factor": 0.5},  # which no Qwen 2 reads
+    "deepseek_v3": {"rope_theta": 500.0, "partial_rotary_factor": 0.5},  # nor this
+    "glm4_moe_lite": {"rope_theta": 500.0, "partial_rotary_factor": 1.0},  # of those rows of its rank that turn
+    "mistral4": {},
+    "laguna": {},
+    "mellum": {"layer_types": None},
+    "gpt_oss": {"rope_theta": 500.0},
+    "ministral3": {"rope_parameters": None},
 }
 
 
@@ -128,8 +147,8 @@ def test_older_names_in_configurations(tmp_path: Path, model_type: str) -> None:
     config.pop("rope_parameters")
     (folder / "config.json").write_text(json.dumps({**config, **OLDER[model_type]}))
     with quiet():
-        model = AutoModel.from_pretrained(folder, attn_implementation="eager").eval()
-    assert max(residuals(model, folder, entry).values()) < TOLERANCE
+        model = AutoModel.from_pretrained(folder, attn_implementation="eager", experts_implementation="eager").eval()
+    assert residuals(model, folder, entry)["rotary"] < TOLERANCE
 
 
 @pytest.mark.parametrize(
@@ -148,6 +167,11 @@ def test_older_names_in_configurations(tmp_path: Path, model_type: str) -> None:
         ("zamba2", 0, {"use_mem_rope": True}),
         ("esm", 0, {"position_embedding_type": "rotary"}),
         ("llama", 0, {"attention_bias": True}),
+        ("granite_swa", 0, {"layer_rope_theta": [0.0, 500.0]}),
+        ("granitemoe_swa", 0, {"layer_rope_theta": [300.0, 500.0]}),
+        ("cohere2_moe", 0, {"mlp_layer_types": ["dense", "sparse"], "layer_types": ["full_attention", "full_attention"]}),
+        ("falcon_h1", 0, {"key_multiplier": 0.37, "attention_in_multiplier": 0.6}),
+        ("hyperclovax", 0, {"attention_multiplier": 0.3}),
         ("exaone4", 0, {"sliding_window": "null", "layer_types": ["full_attention", "full_attention"]}),
     ],
 )
@@ -256,6 +280,61 @@ def test_defaults_of_rotary_encoding_are_those_of_transformers() -> None:
     assert compared > 60
 
 
+def test_a_share_of_the_rows_turns_where_the_model_reads_it() -> None:
+    """As many planes as the model's own."""
+    from transformers import CONFIG_MAPPING
+
+    compared = set()
+    stated = {**WAVES, "rope_type": "default", "partial_rotary_factor": 0.5}
+    for family in families():
+        for model_type in family.model_types:
+            if model_type not in CONFIG_MAPPING or not family.stacks or model_type in ("laguna", "mellum"):
+                continue
+            rule = rule_of(family.stacks[0].around, model_type, Section({}, model_type)).rotary
+            if rule is None or rule.kind == "none" or rule.width or rule.share is False:
+                continue
+            with suppress(Exception):  # models whose parameters are nested, or that have two towers
+                model, _ = tiny(model_type, rope_parameters=stated)
+                rank = model.config.head_dim if "latent" not in family.stacks[0].layout else model.config.qk_rope_head_dim
+                rest = {"layer_types": [rule.only], "max_position_embeddings": 4096, **rule.when}
+                rest |= {rule.flags: [1]} if rule.flags else {}
+                found = rotary_of(rule, Section({**rest, "rope_parameters": stated}, model_type), 0, rank, 0, None)
+                assert found is not None
+                if len(found.frequencies) != len(model.rotary_emb.inv_freq):
+                    pytest.fail(f"{model_type}: {len(found.frequencies)} planes, the model {len(model.rotary_emb.inv_freq)}")
+                compared.add(rule.share)
+    assert compared == {True, None}
+
+
+def test_what_is_read_may_be_multiplied_after_its_norm(tmp_path: Path) -> None:
+    """Falcon-H1's multiplier of what attention reads is part of the norm's gain."""
+    model, _ = tiny("falcon_h1", attention_in_multiplier=0.6)
+    read: list[torch.Tensor] = []
+    layer = model.layers[0]
+    layer.self_attn.register_forward_pre_hook(lambda *given: read.append(given[2]["hidden_states"]), with_kwargs=True)
+    streams: list[torch.Tensor] = []
+    layer.register_forward_pre_hook(lambda _, given: streams.append(given[0]))
+    model(torch.arange(5)[None])
+    with open_checkpoint(saved(model, tmp_path)) as checkpoint:
+        norm = checkpoint.around("self", 0).norm
+    assert norm is not None
+    assert norm.gain is not None
+    divided = streams[0] / streams[0].square().mean(-1, keepdim=True).sqrt()
+    torch.testing.assert_close(read[0].double(), divided.double() * norm.gain, rtol=1e-3, atol=1e-4)
+
+
+def test_factors_of_short_and_long_contexts_are_those_of_the_model(tmp_path: Path) -> None:
+    """PhiMoE scales what turns by `short_mscale` and `long_mscale`."""
+    scaling = {"rope_type": "longrope", **_SHORT_AND_LONG, "original_max_position_embeddings": 16}
+    model, _ = tiny("phimoe", rope_parameters={**WAVES, **scaling, "short_mscale": 1.3, "long_mscale": 1.9})
+    with open_checkpoint(saved(model, tmp_path)) as checkpoint:
+        for length in (16, 17):
+            cosine, sine = model.rotary_emb(torch.zeros(1), torch.arange(length)[None])
+            lengths = (cosine**2 + sine**2).sqrt()
+            rotary = checkpoint.around("self", 0).rotary(length)
+            torch.testing.assert_close(lengths, torch.full_like(lengths, rotary.factor))
+
+
 @pytest.mark.parametrize(
     ("model_type", "stack", "role", "sentence"),
     [
@@ -286,8 +365,8 @@ def test_what_is_not_proven_is_one_sentence(tmp_path: Path, model_type: str, sta
         ({"rope_parameters": {"rope_type": "linear"}}, "has factor = None, which should be a positive number"),
         ({"rope_parameters": {"rope_type": "longrope", "short_factor": [1]}}, "a list short_factor of 6 numbers"),
         ({"rope_parameters": {"full_attention": {"rope_theta": 1e4}}}, "none for 'None'"),
-        ({"rope_parameters": {"partial_rotary_factor": 3.0}}, "turns 36 of 12 rows, which cannot be"),
-        ({"rope_parameters": {"partial_rotary_factor": 1.7e308}}, "turns 156 of 12 rows, which cannot be"),
+        ({"rope_parameters": {**LINEAR, "partial_rotary_factor": 3.0}}, "turns 36 of 12 rows, which cannot be"),
+        ({"rope_parameters": {**LINEAR, "partial_rotary_factor": 1.7e308}}, "turns 156 of 12 rows, which cannot be"),
         ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1, "factor": 4}}, "by numbers that give no frequencies"),
         ({"rope_parameters": {"rope_type": "yarn", "factor": 4, "mscale": "x", "mscale_all_dim": 1}}, "give no frequencies"),
         ({"rope_parameters": {"rope_type": "dynamic", "factor": 2, "partial_rotary_factor": 0.2}}, "give no frequencies"),
