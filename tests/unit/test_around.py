@@ -19,6 +19,7 @@ from headgram.checkpoints.rotary import rotary_of
 from headgram.families.around import AROUND, AroundRule, NormRule, RotaryRule, ScaleRule, rule_of
 from headgram.families.registry import adopting, families, family_of
 from headgram.proofs.prove import TOLERANCE, _models, _residuals, quiet
+from headgram.results.around import around_of
 
 WAVES = {"rope_theta": 10000.0}
 LINEAR = {"rope_type": "linear", "factor": 4.0}
@@ -105,10 +106,12 @@ def test_a_scale_that_a_section_states_is_refused(tmp_path: Path) -> None:
     config = json.loads((folder / "config.json").read_text())
     with open_checkpoint(folder) as checkpoint:
         assert checkpoint.around("self", 0).scale == pytest.approx(checkpoint.stack("self").rank ** -0.5)
-    config["attn_config"] = {**config.get("attn_config", {}), "softmax_scale": 0.5}
+    config["attn_config"] = {**config.get("attn_config", {}), "softmax_scale": 0.5, "clip_qkv": 0.5}
     (folder / "config.json").write_text(json.dumps(config))
     with open_checkpoint(folder) as checkpoint, pytest.raises(HeadgramError, match=r"states attn_config\.softmax_scale"):
         _ = checkpoint.around("self", 0).scale
+    with open_checkpoint(folder) as checkpoint:
+        assert "values are clipped at clip_qkv" in around_of("ov", checkpoint.frames("self"))["not_folded"]
 
 
 _SHORT_AND_LONG = {"short_factor": [1.0, 1.1, 1.2, 1.3, 1.4, 1.5], "long_factor": [2.0] * 6}
@@ -333,6 +336,69 @@ def test_factors_of_short_and_long_contexts_are_those_of_the_model(tmp_path: Pat
             lengths = (cosine**2 + sine**2).sqrt()
             rotary = checkpoint.around("self", 0).rotary(length)
             torch.testing.assert_close(lengths, torch.full_like(lengths, rotary.factor))
+
+
+ADDED = "a number that depends on the distance alone is added to scores"
+
+
+@pytest.mark.parametrize(
+    ("model_type", "flags", "form", "said"),
+    [
+        ("llama4_text", {"use_qk_norm": True}, "qk", "that positions turn are divided by their lengths afterwards"),
+        ("llama4_text", {"attn_temperature_tuning": True}, "qk", "are multiplied by a number that grows with their position"),
+        ("ministral3", {}, "qk", "queries are multiplied by a number that grows with their position"),
+        ("mistral4", {}, "qk", "queries are multiplied by a number that grows with their position"),
+        ("olmo", {"clip_qkv": 0.5}, "qk", "queries and keys are clipped at clip_qkv"),
+        ("olmoe", {"clip_qkv": 0.5}, "ov", "values are clipped at clip_qkv"),
+        ("mpt", {}, "qk", ADDED),
+        ("bloom", {}, "qk", ADDED),
+        ("mpnet", {}, "qk", ADDED),
+        ("t5", {}, "qk", ADDED),
+        ("beit", {"use_relative_position_bias": True}, "qk", ADDED),
+        ("falcon_h1", {}, "ov", "what heads write is multiplied by attention_out_multiplier"),
+        ("phi", {"qk_layernorm": True}, "qk", "biases of these norms add terms that are linear in one token"),
+    ],
+)
+def test_what_stands_between_a_form_and_scores_is_named(
+    tmp_path: Path, model_type: str, flags: dict[str, Any], form: str, said: str
+) -> None:
+    off = {"use_qk_norm": False, "attn_temperature_tuning": False} if model_type == "llama4_text" else {}
+    for switches in (flags, off):
+        model, _ = tiny(model_type, **{**off, **switches})
+        with open_checkpoint(saved(model, tmp_path)) as checkpoint:
+            named = said in around_of(form, checkpoint.frames(checkpoint.stacks[0].name))["not_folded"]
+        assert named == (switches is flags or not flags)
+
+
+def test_roles_that_are_left_out_for_one_reason_are_one_clause(tmp_path: Path) -> None:
+    model, _ = tiny("deberta")
+    with open_checkpoint(saved(model, tmp_path)) as checkpoint:
+        said = around_of("qk", checkpoint.frames("self"))["not_folded"]
+    roles = "query norm, key norm, query bias, key bias, rotary, scale, cap"
+    assert f"{roles} cannot be read: scores are sums over contents and relative positions" in said
+    assert said.count("scores are sums over contents") == 1
+
+
+def with_tensors(folder: Path, added: dict[str, torch.Tensor]) -> None:
+    path = folder / "model.safetensors"
+    save_file({**load_file(path), **added}, path, {"format": "pt"})
+
+
+def test_biases_that_the_configuration_denies(tmp_path: Path) -> None:
+    """Zeros are nothing, and so is a bias of a norm that the model does not have; others are refused."""
+    model, _ = tiny("llama")
+    folder = saved(model, tmp_path)
+    place, rows = "layers.0.self_attn.q_proj", model.layers[0].self_attn.q_proj.out_features
+    with_tensors(folder, {f"{place}.bias": torch.zeros(rows), "layers.0.input_layernorm.bias": torch.ones(48)})
+    with open_checkpoint(folder) as checkpoint:
+        around = checkpoint.around("self", 0)
+        assert around.query_bias is None
+        assert around.norm is not None
+        assert around.norm.bias is None
+    with_tensors(folder, {f"{place}.bias": torch.ones(rows)})
+    sentence = rf"attention_bias = false, but the checkpoint holds {place}\.bias, which is not zero: correct one of them"
+    with open_checkpoint(folder) as checkpoint, pytest.raises(HeadgramError, match=sentence):
+        _ = checkpoint.around("self", 0).query_bias
 
 
 @pytest.mark.parametrize(
