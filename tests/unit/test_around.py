@@ -117,23 +117,19 @@ def test_a_scale_that_a_section_states_is_refused(tmp_path: Path) -> None:
 _SHORT_AND_LONG = {"short_factor": [1.0, 1.1, 1.2, 1.3, 1.4, 1.5], "long_factor": [2.0] * 6}
 OLDER: dict[str, dict[str, Any]] = {
     "llama": {"rope_theta": 500.0, "rope_scaling": {"type": "linear", "factor": 2.0}},
-    "gpt_neox": {"rotary_emb_base": 500, "rotary_pct": 0.5},
+    "gpt_neox": {"rotary_emb_base": 500, "rotary_pct": 0.5, "rope_theta": 50.0, "partial_rotary_factor": 0.34},
     "phi": {"rope_theta": 500.0, "partial_rotary_factor": 0.34},
     "gemma3_text": {"rope_theta": 500.0, "rope_local_base_freq": 50.0, "rope_scaling": {"rope_type": "linear", "factor": 8.0}},
     "modernbert": {"global_rope_theta": 500.0, "local_rope_theta": 50.0},
     "minimax_m2": {"rope_theta": 500.0, "rotary_dim": 6},
     "cohere2_moe": {"rope_theta": 500.0, "first_k_dense_replace": 1, "layer_types": None, "mlp_layer_types": None},
-    "phi3": {
-        "rope_theta": 500.0,
-        "rope_scaling": {"type": "yarn", **_SHORT_AND_LONG},
-        "original_max_position_embeddings": 32,
-    },
+    "phi3": {"rope_theta": 500.0, "rope_scaling": {"type": "yarn", **_SHORT_AND_LONG}, "original_max_position_embeddings": 32},
     "qwen2": {"rope_theta": 500.0, "partial_rotary_factor": 0.5},  # which no Qwen 2 reads
     "deepseek_v3": {"rope_theta": 500.0, "partial_rotary_factor": 0.5},  # nor this
     "glm4_moe_lite": {"rope_theta": 500.0, "partial_rotary_factor": 1.0},  # of those rows of its rank that turn
     "mistral4": {},
     "laguna": {},
-    "mellum": {"layer_types": None},
+    "mellum": {"layer_types": None, "partial_rotary_factor": 0.5},
     "gpt_oss": {"rope_theta": 500.0},
     "ministral3": {"rope_parameters": None},
 }
@@ -152,6 +148,41 @@ def test_older_names_in_configurations(tmp_path: Path, model_type: str) -> None:
     with quiet():
         model = AutoModel.from_pretrained(folder, attn_implementation="eager", experts_implementation="eager").eval()
     assert residuals(model, folder, entry)["rotary"] < TOLERANCE
+
+
+@pytest.mark.parametrize("kinds", [{}, {"full_attention": {**LINEAR}, "sliding_attention": {"rope_type": "default"}}])
+def test_bases_of_sliding_layers_that_are_left_unsaid(tmp_path: Path, kinds: dict[str, Any]) -> None:
+    """Gemma 3's are others than those of its full layers, whether its parameters are stated or not."""
+    from transformers import AutoModel
+
+    model, entry = tiny("gemma3_text")
+    folder = saved(model, tmp_path)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "rope_parameters": kinds or None}))
+    with quiet():
+        model = AutoModel.from_pretrained(folder, attn_implementation="eager").eval()
+    assert residuals(model, folder, entry)["rotary"] < TOLERANCE
+
+
+def test_phi_3_was_trained_on_contexts_of_a_length_that_is_left_unsaid(tmp_path: Path) -> None:
+    """What its scaling states of that does not count."""
+    from transformers import AutoModel
+
+    model, _ = tiny("phi3")
+    folder = saved(model, tmp_path)
+    config = json.loads((folder / "config.json").read_text())
+    for name in ("rope_parameters", "original_max_position_embeddings"):
+        config.pop(name)
+    scaling = {"type": "longrope", "original_max_position_embeddings": 4, **_SHORT_AND_LONG}
+    (folder / "config.json").write_text(json.dumps({**config, "rope_theta": 500.0, "rope_scaling": scaling}))
+    with quiet():
+        model = AutoModel.from_pretrained(folder)
+    cosine, sine = model.rotary_emb(torch.zeros(1), torch.arange(7)[None])
+    lengths = (cosine**2 + sine**2).sqrt()
+    with open_checkpoint(folder) as checkpoint:
+        rotary = checkpoint.around("self", 0).rotary(7)
+    assert rotary is not None
+    torch.testing.assert_close(lengths, torch.full_like(lengths, rotary.factor))
 
 
 @pytest.mark.parametrize(

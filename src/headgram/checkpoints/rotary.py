@@ -125,9 +125,9 @@ def rotary_of(rule: RotaryRule, section: Section, layer: int, rank: int, start: 
         if kind != rule.only:
             return None
     stated = _stated(section, kind)
-    local = rule.local_base and kind == _SLIDING and not isinstance(section.get("rope_parameters"), Mapping)
-    if local:
-        stated = {}
+    local = rule.local_base and kind == _SLIDING
+    if local and not isinstance(section.get("rope_parameters"), Mapping):
+        stated = {}  # older scalings are of full layers alone
     names = (rule.local_base,) if local else rule.bases
     bases = [stated.get("rope_theta"), *(section.get(name) for name in names if name)]
     base = next((value for value in bases if value is not None), _BASE)
@@ -141,7 +141,7 @@ def rotary_of(rule: RotaryRule, section: Section, layer: int, rank: int, start: 
     if name not in _SCALINGS:
         raise HeadgramError(f"{section.whose} scales its rotary encoding by '{name}', which is not known")
     rank -= start
-    shares = [stated.get("partial_rotary_factor"), *(section.get(name) for name in ("partial_rotary_factor", "rotary_pct"))]
+    shares = [stated.get("partial_rotary_factor"), *(section.get(name) for name in ("rotary_pct", "partial_rotary_factor"))]
     reads_share = _SCALINGS[name] is not _default if rule.share is None else rule.share
     share = next((value for value in shares if value is not None), None) if reads_share else None
     width = (section.find(rule.width) if rule.width else None) or rank
