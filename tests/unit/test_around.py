@@ -164,6 +164,15 @@ def test_bases_of_sliding_layers_that_are_left_unsaid(tmp_path: Path, kinds: dic
     assert residuals(model, folder, entry)["rotary"] < TOLERANCE
 
 
+def test_one_base_for_kinds_of_layers_that_have_their_own_is_refused(tmp_path: Path) -> None:
+    """The model passes over it."""
+    model, _ = tiny("gemma3_text")
+    path = saved(model, tmp_path) / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "rope_parameters": {**WAVES, "rope_type": "default"}}))
+    with open_checkpoint(tmp_path) as checkpoint, pytest.raises(HeadgramError, match="reads one for each kind of layer"):
+        checkpoint.around("self", 0).rotary()
+
+
 def test_phi_3_was_trained_on_contexts_of_a_length_that_is_left_unsaid(tmp_path: Path) -> None:
     """What its scaling states of that does not count."""
     from transformers import AutoModel
@@ -196,6 +205,8 @@ def test_phi_3_was_trained_on_contexts_of_a_length_that_is_left_unsaid(tmp_path:
         ("gpt2", 0, {"scale_attn_by_inverse_layer_idx": True}),
         ("gpt_bigcode", 0, {"scale_attn_weights": False}),
         ("deepseek_v3", 0, {"rope_interleave": False}),
+        ("mistral4", 0, {"rope_interleave": False}),
+        ("glm4_moe_lite", 0, {"rope_interleave": False}),
         ("falcon", 0, {"num_ln_in_parallel_attn": 1}),
         ("granitemoehybrid", 0, {"position_embedding_type": "rope"}),
         ("zamba2", 0, {"use_mem_rope": True}),

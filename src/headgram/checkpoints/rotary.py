@@ -125,8 +125,11 @@ def rotary_of(rule: RotaryRule, section: Section, layer: int, rank: int, start: 
         if kind != rule.only:
             return None
     stated = _stated(section, kind)
+    own = section.get("rope_parameters")
+    if rule.local_base and own and isinstance(own, Mapping) and not any(isinstance(value, Mapping) for value in own.values()):
+        raise HeadgramError(f"{section.whose} has one set of rotary parameters, and its model reads one for each kind of layer")
     local = rule.local_base and kind == _SLIDING
-    if local and not isinstance(section.get("rope_parameters"), Mapping):
+    if local and not isinstance(own, Mapping):
         stated = {}  # older scalings are of full layers alone
     names = (rule.local_base,) if local else rule.bases
     bases = [stated.get("rope_theta"), *(section.get(name) for name in names if name)]
