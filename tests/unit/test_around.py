@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +19,13 @@ from headgram.checkpoints.rotary import rotary_of
 from headgram.families.around import AROUND, AroundRule, NormRule, RotaryRule, ScaleRule, rule_of
 from headgram.families.registry import adopting, families, family_of
 from headgram.proofs.prove import TOLERANCE, _models, _residuals, quiet
+from headgram.results.around import around_of
 
 WAVES = {"rope_theta": 10000.0}
+LINEAR = {"rope_type": "linear", "factor": 4.0}
 #: What `rope_parameters` of a tiny Llama may hold. Its contexts have 7 tokens.
 SCALINGS = {
-    "linear": {"rope_type": "linear", "factor": 4.0},
+    "linear": LINEAR,
     "dynamic": {"rope_type": "dynamic", "factor": 3.0},
     "llama3": {
         "rope_type": "llama3",
@@ -33,6 +36,7 @@ SCALINGS = {
     },
     "yarn": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32},
     "yarn, not rounded": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32, "truncate": False},
+    "yarn, a small base": {"rope_type": "yarn", "rope_theta": 2.0, "factor": 4.0, "original_max_position_embeddings": 100_000},
     "yarn, two shares": {
         "rope_type": "yarn",
         "factor": 40.0,
@@ -102,18 +106,32 @@ def test_a_scale_that_a_section_states_is_refused(tmp_path: Path) -> None:
     config = json.loads((folder / "config.json").read_text())
     with open_checkpoint(folder) as checkpoint:
         assert checkpoint.around("self", 0).scale == pytest.approx(checkpoint.stack("self").rank ** -0.5)
-    config["attn_config"] = {**config.get("attn_config", {}), "softmax_scale": 0.5}
+    config["attn_config"] = {**config.get("attn_config", {}), "softmax_scale": 0.5, "clip_qkv": 0.5}
     (folder / "config.json").write_text(json.dumps(config))
     with open_checkpoint(folder) as checkpoint, pytest.raises(HeadgramError, match=r"states attn_config\.softmax_scale"):
         _ = checkpoint.around("self", 0).scale
+    with open_checkpoint(folder) as checkpoint:
+        assert "values are clipped at clip_qkv" in around_of("ov", checkpoint.frames("self"))["not_folded"]
 
 
-OLDER = {
+_SHORT_AND_LONG = {"short_factor": [1.0, 1.1, 1.2, 1.3, 1.4, 1.5], "long_factor": [2.0] * 6}
+OLDER: dict[str, dict[str, Any]] = {
     "llama": {"rope_theta": 500.0, "rope_scaling": {"type": "linear", "factor": 2.0}},
-    "gpt_neox": {"rotary_emb_base": 500, "rotary_pct": 0.5},
+    "gpt_neox": {"rotary_emb_base": 500, "rotary_pct": 0.5, "rope_theta": 50.0, "partial_rotary_factor": 0.34},
     "phi": {"rope_theta": 500.0, "partial_rotary_factor": 0.34},
     "gemma3_text": {"rope_theta": 500.0, "rope_local_base_freq": 50.0, "rope_scaling": {"rope_type": "linear", "factor": 8.0}},
     "modernbert": {"global_rope_theta": 500.0, "local_rope_theta": 50.0},
+    "minimax_m2": {"rope_theta": 500.0, "rotary_dim": 6},
+    "cohere2_moe": {"rope_theta": 500.0, "first_k_dense_replace": 1, "layer_types": None, "mlp_layer_types": None},
+    "phi3": {"rope_theta": 500.0, "rope_scaling": {"type": "yarn", **_SHORT_AND_LONG}, "original_max_position_embeddings": 32},
+    "qwen2": {"rope_theta": 500.0, "partial_rotary_factor": 0.5},  # which no Qwen 2 reads
+    "deepseek_v3": {"rope_theta": 500.0, "partial_rotary_factor": 0.5},  # nor this
+    "glm4_moe_lite": {"rope_theta": 500.0, "partial_rotary_factor": 1.0},  # of those rows of its rank that turn
+    "mistral4": {},
+    "laguna": {},
+    "mellum": {"layer_types": None, "partial_rotary_factor": 0.5},
+    "gpt_oss": {"rope_theta": 500.0},
+    "ministral3": {"rope_parameters": None},
 }
 
 
@@ -128,8 +146,52 @@ def test_older_names_in_configurations(tmp_path: Path, model_type: str) -> None:
     config.pop("rope_parameters")
     (folder / "config.json").write_text(json.dumps({**config, **OLDER[model_type]}))
     with quiet():
+        model = AutoModel.from_pretrained(folder, attn_implementation="eager", experts_implementation="eager").eval()
+    assert residuals(model, folder, entry)["rotary"] < TOLERANCE
+
+
+@pytest.mark.parametrize("kinds", [{}, {"full_attention": {**LINEAR}, "sliding_attention": {"rope_type": "default"}}])
+def test_bases_of_sliding_layers_that_are_left_unsaid(tmp_path: Path, kinds: dict[str, Any]) -> None:
+    """Gemma 3's are others than those of its full layers, whether its parameters are stated or not."""
+    from transformers import AutoModel
+
+    model, entry = tiny("gemma3_text")
+    folder = saved(model, tmp_path)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "rope_parameters": kinds or None}))
+    with quiet():
         model = AutoModel.from_pretrained(folder, attn_implementation="eager").eval()
-    assert max(residuals(model, folder, entry).values()) < TOLERANCE
+    assert residuals(model, folder, entry)["rotary"] < TOLERANCE
+
+
+def test_one_base_for_kinds_of_layers_that_have_their_own_is_refused(tmp_path: Path) -> None:
+    """The model passes over it."""
+    model, _ = tiny("gemma3_text")
+    path = saved(model, tmp_path) / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "rope_parameters": {**WAVES, "rope_type": "default"}}))
+    with open_checkpoint(tmp_path) as checkpoint, pytest.raises(HeadgramError, match="reads one for each kind of layer"):
+        checkpoint.around("self", 0).rotary()
+
+
+def test_phi_3_was_trained_on_contexts_of_a_length_that_is_left_unsaid(tmp_path: Path) -> None:
+    """What its scaling states of that does not count."""
+    from transformers import AutoModel
+
+    model, _ = tiny("phi3")
+    folder = saved(model, tmp_path)
+    config = json.loads((folder / "config.json").read_text())
+    for name in ("rope_parameters", "original_max_position_embeddings"):
+        config.pop(name)
+    scaling = {"type": "longrope", "original_max_position_embeddings": 4, **_SHORT_AND_LONG}
+    (folder / "config.json").write_text(json.dumps({**config, "rope_theta": 500.0, "rope_scaling": scaling}))
+    with quiet():
+        model = AutoModel.from_pretrained(folder)
+    cosine, sine = model.rotary_emb(torch.zeros(1), torch.arange(7)[None])
+    lengths = (cosine**2 + sine**2).sqrt()
+    with open_checkpoint(folder) as checkpoint:
+        rotary = checkpoint.around("self", 0).rotary(7)
+    assert rotary is not None
+    torch.testing.assert_close(lengths, torch.full_like(lengths, rotary.factor))
 
 
 @pytest.mark.parametrize(
@@ -143,11 +205,18 @@ def test_older_names_in_configurations(tmp_path: Path, model_type: str) -> None:
         ("gpt2", 0, {"scale_attn_by_inverse_layer_idx": True}),
         ("gpt_bigcode", 0, {"scale_attn_weights": False}),
         ("deepseek_v3", 0, {"rope_interleave": False}),
+        ("mistral4", 0, {"rope_interleave": False}),
+        ("glm4_moe_lite", 0, {"rope_interleave": False}),
         ("falcon", 0, {"num_ln_in_parallel_attn": 1}),
         ("granitemoehybrid", 0, {"position_embedding_type": "rope"}),
         ("zamba2", 0, {"use_mem_rope": True}),
         ("esm", 0, {"position_embedding_type": "rotary"}),
         ("llama", 0, {"attention_bias": True}),
+        ("granite_swa", 0, {"layer_rope_theta": [0.0, 500.0]}),
+        ("granitemoe_swa", 0, {"layer_rope_theta": [300.0, 500.0]}),
+        ("cohere2_moe", 0, {"mlp_layer_types": ["dense", "sparse"], "layer_types": ["full_attention", "full_attention"]}),
+        ("falcon_h1", 0, {"key_multiplier": 0.37, "attention_in_multiplier": 0.6}),
+        ("hyperclovax", 0, {"attention_multiplier": 0.3}),
         ("exaone4", 0, {"sliding_window": "null", "layer_types": ["full_attention", "full_attention"]}),
     ],
 )
@@ -256,6 +325,124 @@ def test_defaults_of_rotary_encoding_are_those_of_transformers() -> None:
     assert compared > 60
 
 
+def test_a_share_of_the_rows_turns_where_the_model_reads_it() -> None:
+    """As many planes as the model's own."""
+    from transformers import CONFIG_MAPPING
+
+    compared = set()
+    stated = {**WAVES, "rope_type": "default", "partial_rotary_factor": 0.5}
+    for family in families():
+        for model_type in family.model_types:
+            if model_type not in CONFIG_MAPPING or not family.stacks or model_type in ("laguna", "mellum"):
+                continue
+            rule = rule_of(family.stacks[0].around, model_type, Section({}, model_type)).rotary
+            if rule is None or rule.kind == "none" or rule.width or rule.share is False:
+                continue
+            with suppress(Exception):  # models whose parameters are nested, or that have two towers
+                model, _ = tiny(model_type, rope_parameters=stated)
+                rank = model.config.head_dim if "latent" not in family.stacks[0].layout else model.config.qk_rope_head_dim
+                rest = {"layer_types": [rule.only], "max_position_embeddings": 4096, **rule.when}
+                rest |= {rule.flags: [1]} if rule.flags else {}
+                found = rotary_of(rule, Section({**rest, "rope_parameters": stated}, model_type), 0, rank, 0, None)
+                assert found is not None
+                if len(found.frequencies) != len(model.rotary_emb.inv_freq):
+                    pytest.fail(f"{model_type}: {len(found.frequencies)} planes, the model {len(model.rotary_emb.inv_freq)}")
+                compared.add(rule.share)
+    assert compared == {True, None}
+
+
+def test_what_is_read_may_be_multiplied_after_its_norm(tmp_path: Path) -> None:
+    """Falcon-H1's multiplier of what attention reads is part of the norm's gain."""
+    model, _ = tiny("falcon_h1", attention_in_multiplier=0.6)
+    read: list[torch.Tensor] = []
+    layer = model.layers[0]
+    layer.self_attn.register_forward_pre_hook(lambda *given: read.append(given[2]["hidden_states"]), with_kwargs=True)
+    streams: list[torch.Tensor] = []
+    layer.register_forward_pre_hook(lambda _, given: streams.append(given[0]))
+    model(torch.arange(5)[None])
+    with open_checkpoint(saved(model, tmp_path)) as checkpoint:
+        norm = checkpoint.around("self", 0).norm
+    assert norm is not None
+    assert norm.gain is not None
+    divided = streams[0] / streams[0].square().mean(-1, keepdim=True).sqrt()
+    torch.testing.assert_close(read[0].double(), divided.double() * norm.gain, rtol=1e-3, atol=1e-4)
+
+
+def test_factors_of_short_and_long_contexts_are_those_of_the_model(tmp_path: Path) -> None:
+    """PhiMoE scales what turns by `short_mscale` and `long_mscale`."""
+    scaling = {"rope_type": "longrope", **_SHORT_AND_LONG, "original_max_position_embeddings": 16}
+    model, _ = tiny("phimoe", rope_parameters={**WAVES, **scaling, "short_mscale": 1.3, "long_mscale": 1.9})
+    with open_checkpoint(saved(model, tmp_path)) as checkpoint:
+        for length in (16, 17):
+            cosine, sine = model.rotary_emb(torch.zeros(1), torch.arange(length)[None])
+            lengths = (cosine**2 + sine**2).sqrt()
+            rotary = checkpoint.around("self", 0).rotary(length)
+            torch.testing.assert_close(lengths, torch.full_like(lengths, rotary.factor))
+
+
+ADDED = "a number that depends on the distance alone is added to scores"
+
+
+@pytest.mark.parametrize(
+    ("model_type", "flags", "form", "said"),
+    [
+        ("llama4_text", {"use_qk_norm": True}, "qk", "that positions turn are divided by their lengths afterwards"),
+        ("llama4_text", {"attn_temperature_tuning": True}, "qk", "are multiplied by a number that grows with their position"),
+        ("ministral3", {}, "qk", "queries are multiplied by a number that grows with their position"),
+        ("mistral4", {}, "qk", "queries are multiplied by a number that grows with their position"),
+        ("olmo", {"clip_qkv": 0.5}, "qk", "queries and keys are clipped at clip_qkv"),
+        ("olmoe", {"clip_qkv": 0.5}, "ov", "values are clipped at clip_qkv"),
+        ("mpt", {}, "qk", ADDED),
+        ("bloom", {}, "qk", ADDED),
+        ("mpnet", {}, "qk", ADDED),
+        ("t5", {}, "qk", ADDED),
+        ("beit", {"use_relative_position_bias": True}, "qk", ADDED),
+        ("falcon_h1", {}, "ov", "what heads write is multiplied by attention_out_multiplier"),
+        ("phi", {"qk_layernorm": True}, "qk", "biases of these norms add terms that are linear in one token"),
+    ],
+)
+def test_what_stands_between_a_form_and_scores_is_named(
+    tmp_path: Path, model_type: str, flags: dict[str, Any], form: str, said: str
+) -> None:
+    off = {"use_qk_norm": False, "attn_temperature_tuning": False} if model_type == "llama4_text" else {}
+    for switches in (flags, off):
+        model, _ = tiny(model_type, **{**off, **switches})
+        with open_checkpoint(saved(model, tmp_path)) as checkpoint:
+            named = said in around_of(form, checkpoint.frames(checkpoint.stacks[0].name))["not_folded"]
+        assert named == (switches is flags or not flags)
+
+
+def test_roles_that_are_left_out_for_one_reason_are_one_clause(tmp_path: Path) -> None:
+    model, _ = tiny("deberta")
+    with open_checkpoint(saved(model, tmp_path)) as checkpoint:
+        said = around_of("qk", checkpoint.frames("self"))["not_folded"]
+    roles = "query norm, key norm, query bias, key bias, rotary, scale, cap"
+    assert f"{roles} cannot be read: scores are sums over contents and relative positions" in said
+    assert said.count("scores are sums over contents") == 1
+
+
+def with_tensors(folder: Path, added: dict[str, torch.Tensor]) -> None:
+    path = folder / "model.safetensors"
+    save_file({**load_file(path), **added}, path, {"format": "pt"})
+
+
+def test_biases_that_the_configuration_denies(tmp_path: Path) -> None:
+    """Zeros are nothing, and so is a bias of a norm that the model does not have; others are refused."""
+    model, _ = tiny("llama")
+    folder = saved(model, tmp_path)
+    place, rows = "layers.0.self_attn.q_proj", model.layers[0].self_attn.q_proj.out_features
+    with_tensors(folder, {f"{place}.bias": torch.zeros(rows), "layers.0.input_layernorm.bias": torch.ones(48)})
+    with open_checkpoint(folder) as checkpoint:
+        around = checkpoint.around("self", 0)
+        assert around.query_bias is None
+        assert around.norm is not None
+        assert around.norm.bias is None
+    with_tensors(folder, {f"{place}.bias": torch.ones(rows)})
+    sentence = rf"attention_bias = false, but the checkpoint holds {place}\.bias, which is not zero: correct one of them"
+    with open_checkpoint(folder) as checkpoint, pytest.raises(HeadgramError, match=sentence):
+        _ = checkpoint.around("self", 0).query_bias
+
+
 @pytest.mark.parametrize(
     ("model_type", "stack", "role", "sentence"),
     [
@@ -286,8 +473,8 @@ def test_what_is_not_proven_is_one_sentence(tmp_path: Path, model_type: str, sta
         ({"rope_parameters": {"rope_type": "linear"}}, "has factor = None, which should be a positive number"),
         ({"rope_parameters": {"rope_type": "longrope", "short_factor": [1]}}, "a list short_factor of 6 numbers"),
         ({"rope_parameters": {"full_attention": {"rope_theta": 1e4}}}, "none for 'None'"),
-        ({"rope_parameters": {"partial_rotary_factor": 3.0}}, "turns 36 of 12 rows, which cannot be"),
-        ({"rope_parameters": {"partial_rotary_factor": 1.7e308}}, "turns 156 of 12 rows, which cannot be"),
+        ({"rope_parameters": {**LINEAR, "partial_rotary_factor": 3.0}}, "turns 36 of 12 rows, which cannot be"),
+        ({"rope_parameters": {**LINEAR, "partial_rotary_factor": 1.7e308}}, "turns 156 of 12 rows, which cannot be"),
         ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1, "factor": 4}}, "by numbers that give no frequencies"),
         ({"rope_parameters": {"rope_type": "yarn", "factor": 4, "mscale": "x", "mscale_all_dim": 1}}, "give no frequencies"),
         ({"rope_parameters": {"rope_type": "dynamic", "factor": 2, "partial_rotary_factor": 0.2}}, "give no frequencies"),

@@ -114,6 +114,10 @@ def test_without_biases_and_where_folding_is_not_proven(tmp_path: Path) -> None:
     model, _ = tiny("zamba2", {})
     tables = measured(extracted(tmp_path / "zamba2", locked(model, tmp_path / "zamba2")))
     assert set(tables["turning"]["circuit"]) == {"qk"}
+    (tmp_path / "phi").mkdir()
+    model, _ = tiny("phi", {"qk_layernorm": True}, biased=True)  # biases of norms of queries and keys, after a division
+    tables = measured(extracted(tmp_path / "phi", locked(model, tmp_path / "phi")))
+    assert tables["turning"][list(LINEAR)].isna().all().all()
     (tmp_path / "llama").mkdir()
     model, _ = tiny("llama", {})
     tables = measured(extracted(tmp_path / "llama", locked(model, tmp_path / "llama")))

@@ -104,11 +104,12 @@ class Around:
         if rule.refused is not None and section.get(rule.refused) is not None:
             self._lacks("scale", f"{section.whose} states {rule.refused}, which changes it in a way that is not known")
         base = self._known.dims.rank if rule.config is None else self._number(rule.config)
-        scale: float = rule.value * base**rule.power * (self._number(rule.times) if rule.times else 1.0)
+        scale: float = rule.value * base**rule.power * self._factor(rule.times)
         if rule.by_layer is not None and section.get(rule.by_layer):
             scale /= self.layer + 1
         stated = section.get("rope_parameters") or section.get("rope_scaling")
-        if rule.mscale and isinstance(stated, Mapping) and stated.get("mscale_all_dim"):
+        scaled = isinstance(stated, Mapping) and (stated.get("rope_type") or stated.get("type") or "default") != "default"
+        if rule.mscale and scaled and stated.get("mscale_all_dim"):
             factor, share = (positive(section, name, stated.get(name)) for name in ("factor", "mscale_all_dim"))
             scale *= mscale(factor, share) ** 2
         return scale
@@ -177,7 +178,7 @@ class Around:
             kind: torch.cat([self._read(name, shapes) for name in names])
             for kind, names in self._norm_names(rule, heads, place).items()
         }
-        gain = found["weight"] + rule.plus if found else None
+        gain = (found["weight"] + rule.plus) * self._factor(rule.times) if found else None
         return Norm(rule.kind == "layer", gain, found.get("bias"))
 
     def _norm_names(self, rule: NormRule, heads: int, place: str | None = None) -> dict[str, list[str]]:
@@ -189,6 +190,7 @@ class Around:
         names = {kind: [f"{place}{module}.{kind}" for module in modules] for kind in ("weight", "gamma", "bias", "beta")}
         held = {kind: found for kind, found in names.items() if found[0] in self._store}
         weight, bias = held.get("gamma", names["weight"]), held.get("bias") or held.get("beta")
+        bias = bias if rule.kind == "layer" else None  # models have none beside a gain for the rms, and do not read it
         return {"weight": weight} | ({} if bias is None else {"bias": bias})
 
     def _bias(self, role: str) -> Tensor | None:
@@ -204,7 +206,11 @@ class Around:
         side = role.removesuffix("_bias")
         if self._known.permuted:
             weight = undo_gguf_permutation(weight, self._heads(role))
-        return part.split(dims, **{tensor: weight})[side][..., 0]
+        bias = part.split(dims, **{tensor: weight})[side][..., 0]
+        if bias.any() and self._known.section.get("attention_bias") is False:
+            held = f"the checkpoint holds {names[tensor]}, which is not zero: correct one of them"
+            self._lacks(role, f"{self._known.section.whose} has attention_bias = false, but {held}")
+        return bias if bias.any() else None
 
     def _bias_names(self, role: str) -> tuple[Part, dict[str, str]]:
         """The part of the layout that gives a side, and the biases beside its weights that the checkpoint holds."""
@@ -228,6 +234,9 @@ class Around:
 
     def _lacks(self, role: str, why: str) -> NoReturn:
         raise HeadgramError(f"the stack '{self.stack}' has no role '{role}' to read: {why}")
+
+    def _factor(self, name: str | None) -> float:
+        return 1.0 if name is None or self._known.section.get(name) is None else self._number(name)
 
     def _number(self, name: str) -> float:
         return positive(self._known.section, name, self._known.section.get(name))

@@ -126,8 +126,9 @@ class Checkpoint(Described):
             except HeadgramError as error:
                 missing[role] = str(error)
         found = [Frame(**{role: values[i] for role, values in known.items()}) for i in range(len(layers))]
-        latent = stack._layout.startswith("latent")
-        return Frames(dict(zip(stack.layers, found, strict=True)), missing, stack.context, latent)
+        latent, rule = stack._layout.startswith("latent"), stack._around.rule
+        layered = dict(zip(stack.layers, found, strict=True))
+        return Frames(layered, missing, stack.context, latent, rule.scores, rule.writes)
 
     def embedding(self) -> Float[Tensor, "tokens width"]:
         """What every token is read as, in stored precision; a model may scale it, or add positions to it.

@@ -24,6 +24,8 @@ class Section:
 
     def __init__(self, values: Mapping[str, Any], architecture: str, defaults: Mapping[str, Any] | None = None) -> None:
         self._stated = values
+        if defaults and values.get("rope_parameters", {}) is None:
+            values = {name: value for name, value in values.items() if name != "rope_parameters"}
         self._values = {**defaults, **values} if defaults else values
         self._architecture = architecture
 

@@ -63,6 +63,10 @@ class _Parameters:
         own = self.section.get(name)
         return positive(self.section, name, own) if own is not None else self.number(name, self.number("max_position_embeddings"))
 
+    def exceeded(self, length: int | None) -> bool:
+        """Whether a context is longer than those of the training."""
+        return length is not None and length > self.trained
+
 
 def positive(section: Section, name: str, value: Any) -> float:
     """A number of a configuration.
@@ -85,8 +89,19 @@ def _kind(rule: RotaryRule, section: Section, layer: int) -> str | None:
     return None if (full := _is_full(rule, section, layer)) is None else _FULL if full else _SLIDING
 
 
+def _in_prefix(rule: RotaryRule, section: Section, layer: int) -> bool:
+    """Whether the layer is one of the first, dense ones that turn whatever their kind."""
+    if rule.prefix is None:
+        return False
+    kinds = section.get("mlp_layer_types")
+    if isinstance(kinds, list):
+        return layer < len(kinds) and kinds[layer] == "dense"
+    return layer < (section.find(rule.prefix, 0) or 0)
+
+
 def _is_full(rule: RotaryRule, section: Section, layer: int) -> bool | None:
     """Whether the layer is the one in every so many; None if the configuration does not say how many."""
+    layer -= (section.find(rule.prefix, 0) or 0) if rule.prefix else 0
     period = (section.find(rule.every) if rule.every else None) or rule.period
     return None if period is None else layer % period == rule.phase % period
 
@@ -104,37 +119,50 @@ def rotary_of(rule: RotaryRule, section: Section, layer: int, rank: int, start: 
     kind = _kind(rule, section, layer)
     if rule.flags and not _flag(rule, section, layer):
         return None
-    if rule.only and not (rule.unless_null and section.get(rule.unless_null) is None):
+    if rule.only and not (rule.unless_null and section.get(rule.unless_null) is None) and not _in_prefix(rule, section, layer):
         if kind is None:
             raise HeadgramError(f"{section.whose} does not state `layer_types`, of which {rule.only} alone has rotary encoding")
         if kind != rule.only:
             return None
     stated = _stated(section, kind)
-    local = rule.local_base and kind == _SLIDING and not isinstance(section.get("rope_parameters"), Mapping)
-    if local:
-        stated = {}
+    own = section.get("rope_parameters")
+    if rule.local_base and own and isinstance(own, Mapping) and not any(isinstance(value, Mapping) for value in own.values()):
+        raise HeadgramError(f"{section.whose} has one set of rotary parameters, and its model reads one for each kind of layer")
+    local = rule.local_base and kind == _SLIDING
+    if local and not isinstance(own, Mapping):
+        stated = {}  # older scalings are of full layers alone
     names = (rule.local_base,) if local else rule.bases
     bases = [stated.get("rope_theta"), *(section.get(name) for name in names if name)]
     base = next((value for value in bases if value is not None), _BASE)
+    if rule.by_layer and section.get(rule.by_layer) is not None:
+        base = section.get(f"{rule.by_layer}.{layer}")
+        if base == 0:
+            return None
     base = positive(section, "the rotary base", base)
-    shares = [stated.get("partial_rotary_factor"), *(section.get(name) for name in ("partial_rotary_factor", "rotary_pct"))]
-    share = next((value for value in shares if value is not None), None)
-    width = (section.find(rule.width) if rule.width else None) or rank - start
-    width = width if share is None else int(rank * min(positive(section, "the rotary share", share), rank + 1))
     name = str(stated.get("rope_type") or stated.get("type") or "default")[:40]
+    name = rule.renamed.get(name, name)
     if name not in _SCALINGS:
         raise HeadgramError(f"{section.whose} scales its rotary encoding by '{name}', which is not known")
-    if not 0 < width <= rank - start:
-        raise HeadgramError(f"{section.whose} turns {width} of {rank - start} rows, which cannot be")
+    rank -= start
+    shares = [stated.get("partial_rotary_factor"), *(section.get(name) for name in ("rotary_pct", "partial_rotary_factor"))]
+    reads_share = _SCALINGS[name] is not _default if rule.share is None else rule.share
+    share = next((value for value in shares if value is not None), None) if reads_share else None
+    width = (section.find(rule.width) if rule.width else None) or rank
+    width = width if share is None else int(rank * min(positive(section, "the rotary share", share), rank + 1))
+    if not 0 < width <= rank:
+        raise HeadgramError(f"{section.whose} turns {width} of {rank} rows, which cannot be")
+    given = _Parameters(stated, section, rank, width, base)
     try:
-        frequencies, factor = _SCALINGS[name](_Parameters(stated, section, rank, width, base), length)
+        frequencies, factor = _SCALINGS[name](given, length)
         whole = bool(frequencies.isfinite().all()) and math.isfinite(factor)
     except (ArithmeticError, TypeError, ValueError):
         whole = False
     if not whole:
         raise HeadgramError(f"{section.whose} scales its rotary encoding by numbers that give no frequencies: {stated!r:.200}")
-    if 2 * len(frequencies) > rank - start:
-        raise HeadgramError(f"{section.whose} turns {len(frequencies)} pairs of {rank - start} rows, which cannot be")
+    if 2 * len(frequencies) > rank:
+        raise HeadgramError(f"{section.whose} turns {len(frequencies)} pairs of {rank} rows, which cannot be")
+    if rule.factors and _SCALINGS[name] is not _default:
+        factor = given.number("long_mscale" if given.exceeded(length) else "short_mscale")
     return Rotary(rule.sign * frequencies, rule.kind == "interleaved", start, factor)
 
 
@@ -201,14 +229,14 @@ def _yarn(given: _Parameters, length: int | None) -> tuple[Tensor, float]:
     if given.stated.get("truncate", True):
         low, high = math.floor(low), math.ceil(high)
     low, high = max(low, 0), min(high, given.width - 1)
-    ramp = ((torch.arange(len(plain), dtype=torch.float64) - low) / max(high - low, 0.001)).clamp(0, 1)
+    ramp = ((torch.arange(len(plain), dtype=torch.float64) - low) / (high - low or 0.001)).clamp(0, 1)
     return plain / factor * ramp + plain * (1 - ramp), scale
 
 
 def _longrope(given: _Parameters, length: int | None) -> tuple[Tensor, float]:
     """One set of factors for contexts up to the trained length, another for longer ones."""
     trained = given.trained
-    name = "long_factor" if length is not None and length > trained else "short_factor"
+    name = "long_factor" if given.exceeded(length) else "short_factor"
     factors = given.stated.get(name)
     if not isinstance(factors, list) or len(factors) != given.width // 2:
         raise HeadgramError(f"{given.section.whose} should have a list {name} of {given.width // 2} numbers")

@@ -39,6 +39,7 @@ class NormRule(Rule):
     module: _Place | None = None  # below `block`, `{head}` for one of each head; None: a norm without weights
     not_first: bool = False  # layer 0 reads the stream as it is
     plus: int = 0  # its gain is so much more than what is stored: 1 + w
+    times: str | None = None  # what they call a factor of what it gives, where they state one
 
 
 class RotaryRule(Rule):
@@ -59,6 +60,11 @@ class RotaryRule(Rule):
     period: int | None = None  # that number where they leave it unsaid
     phase: int = -1  # which of so many layers is the full one: the last, or number 0
     when: dict[str, str | bool] = Field(default={})  # what they must state for anything to turn
+    by_layer: str | None = None  # what they call a list of bases, one for each layer; layers of base 0 do not turn
+    prefix: str | None = None  # what they call a number of first layers, dense ones, that turn whatever their kind
+    share: bool | None = None  # whether they may state that a share of the rows turns; None: where it is scaled
+    renamed: dict[str, str] = Field(default={})  # scalings that they call by another one's name
+    factors: bool = False  # `short_mscale` and `long_mscale` scale the rows that turn, where these are scaled at all
 
 
 class ScaleRule(Rule):
@@ -67,14 +73,14 @@ class ScaleRule(Rule):
     value: float = 1
     config: str | None = None
     power: float = -0.5
-    times: str | None = None  # a further factor that the configuration states
+    times: str | None = None  # a further factor that the configuration may state
     by_layer: str | None = None  # a switch: layer `l` divides by `l + 1` too
     mscale: bool = False  # YaRN's own factor, as in DeepSeek
     refused: str | None = None  # what would change the scale in a way that is not known
 
 
 class AroundRule(Rule):
-    """What stands around the projections, for some types, in configurations that state `when`.
+    """What stands around the projections, for some types, in configurations that state `when` and anything under `given`.
 
     Of several, a later one says anew what it names and leaves the rest. Without any, nothing is proven. What a rule does not name
     is what most models have: no norms of queries, keys and outputs, biases where the checkpoint holds them, scores over the
@@ -83,6 +89,7 @@ class AroundRule(Rule):
 
     types: tuple[str, ...] = ()
     when: dict[str, bool | int | str] = Field(default={})
+    given: tuple[str, ...] = ()  # names under which null, false and 0 are nothing
     norm: NormRule | None = None
     source: NormRule | None = None  # of another stream, which keys and values read: its module is below the prefix
     query_norm: NormRule | None = None
@@ -93,6 +100,8 @@ class AroundRule(Rule):
     scale: ScaleRule | None = None
     cap: str | None = None  # what the configuration calls the bound of scores, `c tanh(s / c)`; empty: there is none
     unproven: dict[str, str] = Field(default={})  # role -> why it is left out
+    scores: tuple[str, ...] = ()  # what else stands between a form and the model's scores, one clause each
+    writes: tuple[str, ...] = ()  # likewise of what heads write
 
     @model_validator(mode="after")
     def _known(self) -> Self:
@@ -117,6 +126,10 @@ _USUAL: dict[str, Any] = {
 }
 
 
+#: What rules say one after another.
+_GATHERED = ("unproven", "scores", "writes")
+
+
 def left_out(why: str) -> AroundRule:
     """A rule that knows nothing, for one reason."""
     return AroundRule(unproven=dict.fromkeys(AROUND, why))
@@ -128,7 +141,10 @@ def rule_of(rules: Iterable[AroundRule], architecture: str, config: _Stated) -> 
     for rule in rules:
         if (rule.types and architecture not in rule.types) or any(config.get(key) != value for key, value in rule.when.items()):
             continue
-        named = {name: getattr(rule, name) for name in rule.model_fields_set - {"types", "when", "unproven"}}
+        if not all(map(config.get, rule.given)):
+            continue
+        named = {name: getattr(rule, name) for name in rule.model_fields_set - {"types", "when", "given", *_GATHERED}}
         said = {**_USUAL, **said, **named, "unproven": {**said.get("unproven", {}), **rule.unproven}}
+        said |= {name: said.get(name, ()) + getattr(rule, name) for name in ("scores", "writes")}
     left_out = {_FIELDS.get(role, role): None for role in said.get("unproven", {})}
     return AroundRule(**{**said, **left_out})

@@ -143,9 +143,13 @@ class Frames:
         The most tokens that the model was made for; None if its configuration does not say.
     latent
         Whether weights are products of two, between which latent vectors are divided by norms.
+    scores, writes
+        What else stands between a form and the model's scores, and what heads write; one clause each.
     """
 
     layers: Mapping[int, Frame]
     missing: Mapping[str, str] = field(default_factory=dict)
     context: int | None = None
     latent: bool = False
+    scores: tuple[str, ...] = ()
+    writes: tuple[str, ...] = ()

@@ -67,7 +67,8 @@ def _not_folded(form: str, frames: Frames) -> Iterator[str]:
     def any_of(*roles: str) -> bool:
         return any(getattr(layer, role) is not None for layer in layers for role in roles)
 
-    yield from dict.fromkeys(frames.missing.values())
+    yield from _left_out(frames.missing)
+    yield from frames.scores if form.startswith("qk") else frames.writes
     if any_of("norm", "source_norm"):
         yield "the norm divides each token by a number of its own"
     if any(layer.norm is not None and layer.norm.bias is not None for layer in layers):
@@ -80,7 +81,20 @@ def _not_folded(form: str, frames: Frames) -> Iterator[str]:
         return
     if any_of("query_norm", "key_norm"):
         yield "queries and keys are divided by norms of their own"
+    own = [norm for layer in layers for norm in (layer.query_norm, layer.key_norm) if norm is not None]
+    if any(norm.bias is not None for norm in own):
+        yield "biases of these norms add terms that are linear in one token"
     if any_of("query_bias", "key_bias"):
         yield "biases of queries and keys add terms that are linear in one token"
     if any_of("cap"):
         yield "scores are bounded"
+
+
+def _left_out(missing: Mapping[str, str]) -> Iterator[str]:
+    """One clause for all roles that are left out for one reason."""
+    reasons: dict[str, list[str]] = {}
+    for role, sentence in missing.items():
+        _, _, why = sentence.partition(f"has no role '{role}' to read: ")
+        reasons.setdefault(why or sentence, []).append(role.replace("_", " "))
+    for why, roles in reasons.items():
+        yield f"{', '.join(roles)} cannot be read: {why}"

@@ -184,8 +184,9 @@ def _rows(of_heads: Mapping[str, Tensor], offsets: Sequence[int]) -> dict[str, T
 def _linear(stored: Heads, heads: Heads, form: Variant, frames: Frames, frame: Frame) -> dict[str, Tensor | None]:
     """Norms of the terms that are linear in the query's token and in the key's, over the form's, all averaged over offsets."""
     none: dict[str, Tensor | None] = dict.fromkeys(LINEAR)
-    if {"query_bias", "key_bias", "rotary"} & set(frames.missing):
-        return none
+    own = frame.query_norm, frame.key_norm
+    if {"query_bias", "key_bias", "rotary"} & set(frames.missing) or any(norm and norm.bias is not None for norm in own):
+        return none  # a bias of such a norm is added after a division by one number per token, which the form leaves out
     biases = frame.query_bias, frame.key_bias
     if form.norm == FOLDED:
         biases = constant("query", stored.b, biases[0], frame), constant("key", stored.a, biases[1], frame)
