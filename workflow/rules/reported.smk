@@ -3,6 +3,7 @@ import itertools
 
 from headgram.report.names import DRAWN, PROFILE_FIGURES, STACK_FIGURES
 from headgram.report.names import TABLES as REPORTED
+from headgram.results.paths import RENDERED
 
 
 def stack_figures(models):
@@ -65,11 +66,7 @@ def render_input(wildcards):
     model = wildcards.model
     further = {
         stage: tables
-        for stage, tables in {
-            "composition": ["composition"],
-            "rotary": TURNED,
-            "tokens": ["tokens"],
-        }.items()
+        for stage, tables in RENDERED.items()
         if (stage, "") in model_of(wildcards).identities
     }
     stages = ["merge", "derive", *further]

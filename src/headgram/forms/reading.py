@@ -130,6 +130,10 @@ class Frame:
     scale: float | None = None
     cap: float | None = None
 
+    def read_norm(self, role: str) -> Norm | None:
+        """The norm of the stream that a role's projection reads."""
+        return self.norm if role == "query" else self.source_norm
+
 
 @dataclass(frozen=True)
 class Frames:

@@ -7,7 +7,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from headgram.forms.heads import Heads
-from headgram.forms.reading import Frame, Rotary
+from headgram.forms.reading import Frame, Norm, Rotary
 
 #: Smallest pivot of unit rows with which Cholesky's factorisation is trusted.
 _PIVOT = 0.05
@@ -39,6 +39,15 @@ def with_orthonormal_left(heads: Heads) -> Heads:
     return Heads(basis.mT, right, heads.reads_a, torch.arange(len(heads)))
 
 
+def read_through(norm: Norm | None, vectors: Float[Tensor, "*some width"]) -> Float[Tensor, "*some width"]:
+    """Vectors `v` that what a norm hands on is multiplied with, as those of the stream before it: `C (γ * v)`, in float64."""
+    result = vectors.double()
+    if norm is None:
+        return result
+    result = result if norm.gain is None else result * norm.gain.to(result)
+    return result - result.mean(-1, keepdim=True) if norm.centred else result
+
+
 def folded(
     role: str, factors: Float[Tensor, "n rank width"], frame: Frame, heads: slice = slice(None)
 ) -> Float[Tensor, "n rank width"]:
@@ -58,15 +67,13 @@ def folded(
     heads
         Which of the layer's factors these are, where norms of queries and keys have gains of their own for each.
     """
-    result = factors.double()
     if role == "output":
+        result = factors.double()
         if (norm := frame.output_norm) is not None:
             result = result - result.mean(-1, keepdim=True) if norm.centred else result
             result = result if norm.gain is None else result * norm.gain.to(result)
         return result
-    if (norm := frame.norm if role == "query" else frame.source_norm) is not None:
-        result = result if norm.gain is None else result * norm.gain.to(result)
-        result = result - result.mean(-1, keepdim=True) if norm.centred else result
+    result = read_through(frame.read_norm(role), factors)
     own = {"query": frame.query_norm, "key": frame.key_norm}.get(role)
     if own is not None:
         result = result - result.mean(-2, keepdim=True) if own.centred else result
@@ -88,7 +95,7 @@ def constant(
     bias
         What is added to `W x`.
     """
-    norm = frame.norm if role == "query" else frame.source_norm
+    norm = frame.read_norm(role)
     beta = None if norm is None else norm.bias
     if bias is None and beta is None:
         return None

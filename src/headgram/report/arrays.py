@@ -99,7 +99,7 @@ class StackArrays:
 
 
 def read_model(paths: Mapping[str, Path]) -> dict[str, StackArrays]:
-    """One model's tables, given by name, as arrays, by `{circuit}/{stack}` in the model's order; `FURTHER` may be missing."""
+    """One model's tables, given by name, as arrays, by `{circuit}/{stack}` in its order; those of `RENDERED` may be missing."""
     tables = {name: read_table(paths[name]) for name in TABLES if name != "pairs"}
     places = _places(tables["models"])
     first = {stack: circuit for circuit, stack in reversed(places) if Variant.of(circuit).circuit == "qk"}

@@ -41,18 +41,26 @@ function setColours(spec, { type = "linear", domain, range, marks }) {
   const largest = Math.max(...domain.map(Math.abs));
   spec.legends[0].format = largest >= 1e3 ? "~s" : largest < 1e-3 ? "~e" : "~g";
   if (!marks) return;
-  const [values, names] = [marks.map(([value]) => value), marks.map(([value, name]) => name ?? show(Number(value.toPrecision(2))))];
+  const [values, names] = [marks.map(([value]) => value), marks.map(markText)];
   const text = { signal: `${JSON.stringify(names)}[indexof(${JSON.stringify(values)}, datum.value)]` };
   Object.assign(spec.legends[0], { values, encode: { labels: { update: { text } } } });
 }
 
 const chanceOf = (name) => currentStack().chance[name];
 
+/** A mark of a legend: what it is called, or else its value. */
+const markText = ([value, name]) => name ?? show(Number(value.toPrecision(2)));
+
+/** Marks of a legend that reaches equally far to both sides of a centre; the best by chance, where it is apart from the centre. */
+function marksAround(centre, reach, best) {
+  const chance = best > reach / 5 ? [[centre - best, "chance"], [centre + best, "chance"]] : [[centre, best ? "chance" : undefined]];
+  return [[centre - reach], ...chance, [centre + reach]];
+}
+
 /** Colours of what may lie on either side of a centre: they reach so far that what chance gives is pale, and the bar marks it. */
 function around(centre, largest, best = 0) {
   const reach = Math.max(largest, index.pale * best) || 1;
-  const chance = best > reach / 5 ? [[centre - best, "chance"], [centre + best, "chance"]] : [[centre, best ? "chance" : undefined]];
-  return { domain: [centre - reach, centre + reach], range: theme().diverging, marks: [[centre - reach], ...chance, [centre + reach]] };
+  return { domain: [centre - reach, centre + reach], range: theme().diverging, marks: marksAround(centre, reach, best) };
 }
 
 /** The same for what is 0 at least. */

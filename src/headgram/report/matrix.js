@@ -130,7 +130,7 @@ class Matrix {
       for (let j = 0; j < columns.length; j++) if (rows[i][0] !== columns[j][0]) sizes.push(Math.abs(value(i, j)));
     }
     if (this.flows()) return Math.max(quantile(sizes, 0.998), 3);
-    return Math.min(1, Math.max(quantile(sizes, 0.995), 3 * this.best()));
+    return Math.min(1, Math.max(quantile(sizes, 0.995), index.pale * this.best()));
   }
 
   /** The largest cosine of all pairs by chance. */
@@ -168,9 +168,7 @@ class Matrix {
       return label;
     };
     if (this.flows()) return legend.replaceChildren(mark(1, "chance"), mark(this.limit, `${show(this.limit)} × chance`));
-    const [best, end] = [this.best(), show(Number(this.limit.toPrecision(2)))];
-    const chance = best > this.limit / 5 ? [mark(-best, "chance"), mark(best, "chance")] : [mark(0, "chance")];
-    legend.replaceChildren(mark(-this.limit, `−${end}`), ...chance, mark(this.limit, end));
+    legend.replaceChildren(...marksAround(0, this.limit, this.best()).map((each) => mark(each[0], markText(each))));
   }
 
   /** Frames around the chosen head's row and the other's column. */

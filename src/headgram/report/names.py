@@ -2,8 +2,6 @@
 
 #: The tables that a rendering reads.
 TABLES = ("heads", "spectra", "gram", "overlap", "layers", "models", "neighbours", "pairs")
-#: And those that a model need not have.
-FURTHER = ("composition", "rotary", "frequencies", "tokens")
 
 #: Cells along a side of the matrix of all heads that a page holds at most. Of more heads, the rows of every layer lie beside it.
 DRAWN = 512

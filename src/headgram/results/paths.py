@@ -28,6 +28,8 @@ COMPOSED = ("composition", "channels", "kernels")
 IN_TOKENS = ("tokens", "token_paths")
 #: Tables of models whose lock says what stands around queries and keys.
 TURNED = ("rotary", "frequencies")
+#: What a rendering reads of stages that a model need not have, by stage.
+RENDERED = {"composition": ("composition",), "rotary": TURNED, "tokens": ("tokens",)}
 #: Tables that a study need not have of a model.
 OPTIONAL = (*COMPOSED, *IN_TOKENS, *TURNED)
 #: The folders that hold artifacts, their records among them; logs are nobody's results.

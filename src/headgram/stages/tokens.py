@@ -14,14 +14,12 @@ from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 import torch
-from jaxtyping import Float
-from torch import Tensor
 
 from headgram.checkpoints.checkpoint import open_checkpoint
 from headgram.checkpoints.vocabulary import token_texts
 from headgram.errors import HeadgramError
-from headgram.forms.reading import Frame, Norm
-from headgram.forms.transforms import folded
+from headgram.forms.reading import Norm
+from headgram.forms.transforms import read_through
 from headgram.forms.variants import FOLDED, Variant
 from headgram.geometry.nulls import Null
 from headgram.geometry.projections import projections
@@ -139,7 +137,7 @@ def _meeting(tables: TokenTables, last: Norm | None, device: str) -> Met:
 
     def slices(table: str, width: int) -> Iterator[torch.Tensor]:
         for rows in tables.slices(table, max(1, _SLICE_BYTES // (4 * width))):
-            yield _folded(rows[None].to(device), last)[0] if table == "unembedding" else rows.to(device).double()
+            yield read_through(last if table == "unembedding" else None, rows.to(device))
 
     @cache
     def products(circuit: str, width: int) -> TokenProducts:
@@ -159,14 +157,9 @@ def _meeting(tables: TokenTables, last: Norm | None, device: str) -> Met:
     return met
 
 
-def _folded(rows: Float[Tensor, "n some width"], norm: Norm | None) -> Float[Tensor, "n some width"]:
-    """Vectors `v` that what a norm hands on is multiplied with, as those of the stream before it, `C (γ * v)`; float64."""
-    return folded("value", rows, Frame(source_norm=norm))
-
-
 def _before(directions: torch.Tensor, norms: Sequence[Norm | None]) -> torch.Tensor:
     """Directions (L, H, k, d) of what norms hand on, as those of the stream before; of unit length."""
-    found = torch.stack([_folded(part, norm) for part, norm in zip(directions, norms, strict=True)])
+    found = torch.stack([read_through(norm, part) for part, norm in zip(directions, norms, strict=True)])
     return ratio(found, found.norm(dim=-1, keepdim=True)).float()
 
 

@@ -15,7 +15,7 @@ from pydantic import BaseModel
 from headgram.errors import HeadgramError, upgrade_command
 from headgram.families.registry import family_of, family_of_gguf, family_text
 from headgram.forms.variants import Variant
-from headgram.results.paths import Place, Results
+from headgram.results.paths import RENDERED, Place, Results
 from headgram.results.record import Identity, canonical, digest
 from headgram.study.forms import asked_forms, forms
 from headgram.study.jobs import MOST_PAIR_FLOPS, HeadsPlan, composition_flops, plan_heads
@@ -297,7 +297,7 @@ def _identities(
         upstream = (merge.key, *(found["extract", circuit].key for circuit in circuits), *around)
         upstream += (found["composition", ""].key,) if composed else ()
         found["tokens", ""] = Identity("tokens", stage_config("tokens", config), entry.fingerprint, reads_files, upstream)
-    drawn = [found.get((stage, "")) for stage in ("merge", "derive", "composition", "rotary", "tokens")]
+    drawn = [found.get((stage, "")) for stage in ("merge", "derive", *RENDERED)]
     upstream = tuple(each.key for each in drawn if each)
     found["render", ""] = Identity("render", canonical({}), entry.fingerprint, code["render"], upstream)
     return found
