@@ -15,6 +15,9 @@ from headgram.errors import HeadgramError
 #: Devices on which one head after the other is as fast as all at once.
 ONE_BY_ONE = ("cpu",)
 
+#: Bytes of the float64 factors of so many heads as are worked on together: on a CPU they should stay in a cache.
+PIECE_BYTES = {"cpu": 16 * 2**20, "cuda": 2**30}
+
 Result = TypeVar("Result")
 
 _log = logging.getLogger(__name__)

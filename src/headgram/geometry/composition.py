@@ -31,6 +31,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 from jaxtyping import Float, Int
@@ -39,6 +40,7 @@ from torch import Tensor
 from headgram.forms.heads import Heads, below, read
 from headgram.forms.reading import Rotary
 from headgram.forms.transforms import product, transposed, triangles, with_orthonormal_left
+from headgram.geometry.batches import PIECE_BYTES, in_batches
 from headgram.geometry.eigenvalues import ZERO, Eigenvalues, eigenvalues
 from headgram.geometry.inner import inner_products
 from headgram.geometry.nulls import Energies
@@ -50,24 +52,35 @@ KINDS = {"q": "qk", "k": "qk", "v": "ov"}
 
 #: An inner product below this share of the norms' product is taken in float64.
 _WEAK = 1e-3
-#: Bytes of the float64 factors of pairs that are multiplied again at once.
-_PAIR_BYTES = 64 * 2**20
 
 
 @dataclass(frozen=True)
 class Ends:
-    """What heads read, or what they write: symmetric forms of trace 1 (of a zero head: 0), in float64.
+    """What heads read, or what they write: symmetric forms of trace 1 (of a zero head: 0).
 
     Attributes
     ----------
     forms
-        `B_i^T B_i` with `‖B_i‖_F = 1`.
+        `B_i^T B_i` with `‖B_i‖_F = 1`, in float32.
     purity : (n,)
-        `p = ‖B_i^T B_i‖_F²`, between `1/r` for a flat spectrum and 1 for a single direction.
+        `p = ‖B_i^T B_i‖_F²`, between `1/r` for a flat spectrum and 1 for a single direction; float64.
+    roots : (n, m, r)
+        `L_i` of `B_i = L_i W[reads[i]]`; float64.
+    weights : (some, r, d)
+        `W` as it is stored.
+    reads : (n,) int64, on the CPU
+        The weight of each form.
     """
 
     forms: Heads
     purity: Float[Tensor, " n"]
+    roots: Float[Tensor, "n m rank"]
+    weights: Float[Tensor, "some rank width"]
+    reads: Int[Tensor, " n"]
+
+    def exact(self, heads: Int[Tensor, " k"]) -> Float[Tensor, "k m width"]:
+        """`B_i` of some heads in float64."""
+        return self.roots[heads] @ self.weights[self.reads[heads.cpu()].to(self.weights.device)].double()
 
     @property
     def energies(self) -> Energies:
@@ -98,19 +111,34 @@ def joined(parts: Sequence[Ends]) -> Ends:
     """The ends of several sets of heads, one after the other."""
     if len(parts) == 1:
         return parts[0]
-    return Ends(Heads.symmetric(below([part.forms.a for part in parts])), torch.cat([part.purity for part in parts]))
+    weights = list({id(part.weights): part.weights for part in parts}.values())  # parts of one set share theirs
+    starts = {id(each): start for each, start in zip(weights, accumulate(map(len, weights), initial=0), strict=False)}
+    return Ends(
+        Heads.symmetric(below([part.forms.a for part in parts])),
+        torch.cat([part.purity for part in parts]),
+        below([part.roots for part in parts]),
+        torch.cat(weights) if len(weights) > 1 else weights[0],
+        torch.cat([part.reads + starts[id(part.weights)] for part in parts]),
+    )
 
 
 def _ends(heads: Heads, rotary: Rotary | None = None) -> Ends:
     """`X^T X` of every form `X = A^T B`, or its mean over offsets: from factors `L B`, where `L^T L` is `A A^T`, or its mean."""
-    roots = triangles(heads.a) if rotary is None else _mean_roots(rotary.scaled(heads.a), rotary)
-    b = heads.b.double()
-    small = roots[heads.reads_a.to(heads.device)]
-    small = small @ (b @ b.mT)[heads.reads_b.to(heads.device)] @ small.mT
-    trace = small.diagonal(dim1=1, dim2=2).sum(-1)
-    unit = ratio(torch.ones_like(trace), trace.sqrt())
-    factors = (unit[:, None, None] * roots[heads.reads_a.to(heads.device)]) @ read(b, heads.reads_b)
-    return Ends(Heads.symmetric(factors), small.square().sum((-1, -2)) * unit**4)
+
+    def measure(run: slice) -> Ends:
+        some = heads.take(run)
+        roots = triangles(some.a) if rotary is None else _mean_roots(rotary.scaled(some.a), rotary)
+        b = some.b.double()
+        roots = roots[some.reads_a.to(heads.device)]
+        small = roots @ (b @ b.mT)[some.reads_b.to(heads.device)] @ roots.mT
+        trace = small.diagonal(dim1=1, dim2=2).sum(-1)
+        unit = ratio(torch.ones_like(trace), trace.sqrt())
+        roots = unit[:, None, None] * roots
+        forms = Heads.symmetric((roots @ read(b, some.reads_b)).float())
+        return Ends(forms, small.square().sum((-1, -2)) * unit**4, roots, heads.b, heads.reads_b[run])
+
+    step = max(1, PIECE_BYTES[heads.device.type] // (8 * heads.rank * max(heads.widths)))
+    return joined(list(in_batches(range(len(heads)), step, measure)))
 
 
 def _mean_roots(factors: Float[Tensor, "n rank width"], rotary: Rotary) -> Float[Tensor, "n rank rank"]:
@@ -154,13 +182,11 @@ def scores(readers: Ends, writers: Ends) -> Float[Tensor, "readers writers"]:
     >>> scores(reads("k", qk(*weights[:2])), writes(ov(*weights[2:]))).shape
     torch.Size([6, 6])
     """
-    squares = inner_products(readers.forms.to(torch.float32), writers.forms.to(torch.float32)).gram
+    squares = inner_products(readers.forms, writers.forms).gram
     weak = squares < _WEAK * (readers.purity[:, None] * writers.purity).sqrt()
-    of_read, of_write = readers.forms.a, writers.forms.a
-    places = weak.nonzero()
-    step = max(1, _PAIR_BYTES // (8 * (of_read[0].numel() + of_write[0].numel())))
-    for i, j in (some.T for some in places.split(step)):
-        squares[i, j] = (of_read[i] @ of_write[j].mT).square().sum((-1, -2))
+    step = max(1, PIECE_BYTES[squares.device.type] // (8 * (readers.forms.a[0].numel() + writers.forms.a[0].numel())))
+    for i, j in (some.T for some in weak.nonzero().split(step)):
+        squares[i, j] = (readers.exact(i) @ writers.exact(j).mT).square().sum((-1, -2))
     return squares.sqrt().clamp(max=1)
 
 

@@ -9,8 +9,6 @@ from typing import Literal
 
 #: Of a set with itself, only blocks on and above the diagonal are multiplied, of so many in a row.
 TRIANGLE = 8
-#: Of a set with itself, so many long vectors at a time are multiplied with themselves and all that follow.
-TRIANGLE_ROWS = 128
 
 #: Bytes of the own factors of one block of heads in float32; all heads of two blocks are multiplied at once.
 BLOCK_BYTES = 128 * 2**20
@@ -71,10 +69,10 @@ class Sizes:
 
     @property
     def summed(self) -> float:
-        """Operations of the inner products of all forms, once they are formed."""
+        """Operations of the inner products of all forms, once they are formed: of a set with itself, of one triangle."""
         (n_x, n_y) = self.heads
-        share = min(1.0, (1 + TRIANGLE_ROWS / n_x) / 2) if self.same else 1
-        return float((1 if self.symmetric else 2) * share * n_x * n_y * self.width**2)
+        pairs = n_x * (n_x + 1) / 2 if self.same else n_x * n_y
+        return float((1 if self.symmetric else 2) * pairs * self.width**2)
 
 
 def flops(route: Route, sizes: Sizes) -> float:

@@ -223,7 +223,8 @@ def _in_float32(x: Heads, y: Heads, route: Route, dtype: torch.dtype) -> _Part:
 
 def _norms_sq(heads: Heads) -> Float[Tensor, " n"]:
     """`‖X‖²` of every form."""
-    of_a, of_b = (_own_products(factors) for factors in (heads.a, heads.b))
+    of_a = _own_products(heads.a)
+    of_b = of_a if heads.is_symmetric else _own_products(heads.b)
     return (read(of_a, heads.reads_a) * read(of_b, heads.reads_b)).sum((-1, -2), dtype=torch.float64)
 
 

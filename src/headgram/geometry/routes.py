@@ -29,12 +29,15 @@ from torch import Tensor
 
 from headgram.forms.heads import Heads
 from headgram.geometry.batches import at_once
-from headgram.geometry.costs import TRIANGLE, TRIANGLE_ROWS
+from headgram.geometry.costs import TRIANGLE
 
 #: Bytes of the four products of a block of heads, and of one block of all forms. Constants, so that the blocking, and with it
 #: the last bit of the result, does not depend on the machine. A block of forms should lie in a cache.
 PRODUCT_BYTES = {"cpu": 256 * 2**20, "cuda": 2 * 2**30}
-STRIP_BYTES = {"cpu": 12 * 2**20, "cuda": 512 * 2**20}
+STRIP_BYTES = {"cpu": 24 * 2**20, "cuda": 512 * 2**20}
+
+#: On a GPU, so many long vectors of a set at a time are multiplied with themselves and all that follow.
+_TRIANGLE_ROWS = 128
 
 #: Terms that one product sums in its own precision. Most of BLAS on a CPU cuts sums into a few hundred terms itself. Where it
 #: does not, as for few rows without AVX-512, 8,192 positive terms are off by 1e-7 of their sum, and 16,384 by twice as much.
@@ -174,8 +177,8 @@ def _summed(x: Float[Tensor, "padded_x block"], y: Float[Tensor, "padded_y block
     if not at_once(x.device):
         return _summed_triangle(x)
     total = torch.zeros(len(x), len(x), dtype=torch.float64, device=x.device)
-    for start in range(0, len(x), TRIANGLE_ROWS):
-        total[start : start + TRIANGLE_ROWS, start:] = _summed_whole(x[start : start + TRIANGLE_ROWS], x[start:])
+    for start in range(0, len(x), _TRIANGLE_ROWS):
+        total[start : start + _TRIANGLE_ROWS, start:] = _summed_whole(x[start : start + _TRIANGLE_ROWS], x[start:])
     return total
 
 

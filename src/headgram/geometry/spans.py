@@ -23,6 +23,7 @@ from torch import Tensor
 
 from headgram.forms.heads import Heads, below
 from headgram.forms.transforms import triangles
+from headgram.geometry.batches import PIECE_BYTES, in_batches
 from headgram.geometry.inner import inner_products
 from headgram.geometry.nulls import Energies, deviations
 from headgram.geometry.ratios import ratio
@@ -50,20 +51,25 @@ class Spans:
 @torch.no_grad()
 def spans(factors: Float[Tensor, "n rank width"]) -> Spans:
     """The spans of the rows of factors, of numerical rank in float64."""
-    n, rank, width = factors.shape
-    wide = factors.double()
-    length = wide.norm(dim=-1, keepdim=True)
-    wide = ratio(wide, length)
-    bases = torch.zeros(n, min(rank, width), width, dtype=torch.float64, device=factors.device)
-    upper = triangles(wide)
-    pivots = upper.diagonal(dim1=1, dim2=2).abs()
-    plain = (pivots.amin(-1) > _PIVOT) & (rank <= width)
-    if bool(plain.any()):
-        bases[plain] = torch.linalg.solve_triangular(upper[plain].mT, wide[plain], upper=False)
-    if not bool(plain.all()):
-        _, s, v = torch.linalg.svd(wide[~plain], full_matrices=False)
-        bases[~plain] = v * (s > max(rank, width) * torch.finfo(torch.float64).eps * s[:, :1])[:, :, None]
-    return Spans(Heads.symmetric(bases.float()), (bases != 0).any(-1).sum(-1).cpu())
+
+    def measure(run: slice) -> Spans:
+        some = factors[run]
+        _, rank, width = some.shape
+        wide = some.double()
+        wide = ratio(wide, wide.norm(dim=-1, keepdim=True))
+        bases = torch.zeros(len(wide), min(rank, width), width, dtype=torch.float64, device=wide.device)
+        upper = triangles(wide)
+        pivots = upper.diagonal(dim1=1, dim2=2).abs()
+        plain = (pivots.amin(-1) > _PIVOT) & (rank <= width)
+        if bool(plain.any()):
+            bases[plain] = torch.linalg.solve_triangular(upper[plain].mT, wide[plain], upper=False)
+        if not bool(plain.all()):
+            _, s, v = torch.linalg.svd(wide[~plain], full_matrices=False)
+            bases[~plain] = v * (s > max(rank, width) * torch.finfo(torch.float64).eps * s[:, :1])[:, :, None]
+        return Spans(Heads.symmetric(bases.float()), (bases != 0).any(-1).sum(-1).cpu())
+
+    size = max(1, PIECE_BYTES[factors.device.type] // (8 * factors[0].numel()))
+    return joined(list(in_batches(range(len(factors)), size, measure)))
 
 
 def joined(parts: Sequence[Spans]) -> Spans:
