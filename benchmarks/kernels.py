@@ -20,9 +20,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType
 
-# As Snakemake sets it for jobs of one thread; scipy's BLAS reads it when it is loaded, torch is told below.
-os.environ["OPENBLAS_NUM_THREADS"] = "1"
-
 import naive
 import torch
 
@@ -82,6 +79,26 @@ def seconds(*timed: Timed, rounds: int, device: str) -> list[float]:
                 torch.cuda.synchronize()
             best[i] = min(best[i], time.perf_counter() - start)
     return best
+
+
+def set_threads(threads: int) -> None:
+    """How many threads torch and scipy's BLAS use from now on."""
+    import scipy.linalg.blas  # noqa: F401  (loads the library)
+    import threadpoolctl  # which a machine with a GPU may not have
+
+    threadpoolctl.threadpool_limits(threads)
+    torch.set_num_threads(threads)
+
+
+def libraries() -> str:
+    """Which BLAS scipy brings, with the kernels that it chose, and what the environment tells both BLAS."""
+    import scipy.linalg.blas  # noqa: F401  (loads the library)
+    import threadpoolctl
+
+    (scipys,) = (each for each in threadpoolctl.threadpool_info() if "scipy.libs" in each["filepath"])
+    told = [f"{name}={value}" for name, value in os.environ.items() if name.startswith(("OMP_", "MKL_", "OPENBLAS_"))]
+    name = f"{scipys['internal_api']} {scipys['version']}, kernels for {scipys['architecture']}"
+    return f"{name}; {', '.join(told) or 'no variable is set'}"
 
 
 def gemm_rate(dtype: torch.dtype, device: str, size: int) -> float:
@@ -202,17 +219,18 @@ def all_pairs_table(device: str, rounds: int) -> list[str]:
     rate = gemm_rate(torch.float32, device, 1024)
     rows = [
         "| shape | heads | pairs | route | ours, s | share of the bare rate | loop over equal indices / ours | per pair "
-        "| factored, per pair |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "| factored, per pair | loop over both numbers, per pair |",
+        "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for shape in SHAPES[:2]:
         whole = replace(shape, timed_heads=shape.heads, timed_layers=shape.layers)
         q, k = whole.weights(device)
         heads = qk(q, k)
-        ours, loop, factored = seconds(
+        ours, loop, factored, both = seconds(
             lambda heads=heads: inner_products(heads, heads),
             lambda q=q, k=k: naive.gram(q, k),
             lambda q=q, k=k: naive.all_pairs(q, k, SAMPLE),
+            lambda q=q, k=k: naive.both_numbers(q, k, SAMPLE),
             rounds=rounds,
             device=device,
         )
@@ -221,7 +239,8 @@ def all_pairs_table(device: str, rounds: int) -> list[str]:
         equal = whole.heads * whole.layers * (whole.layers + 1) // 2
         rows.append(
             f"| {shape.name} | {len(heads)} | {pairs} | {route} | {ours:.2f} | {share:.0%} | {loop / ours:.2f} "
-            f"| {loop / equal / (ours / pairs):.0f} | {factored / SAMPLE / (ours / pairs):.0f} |"
+            + "".join(f"| {each / (ours / pairs):.0f} " for each in (loop / equal, factored / SAMPLE, both / SAMPLE))
+            + "|"
         )
     return rows
 
@@ -259,9 +278,11 @@ def main() -> None:
         torch.cuda.get_device_name() if device == "cuda" else f"{platform.machine()}, {torch.backends.cpu.get_cpu_capability()}"
     )
     peer = factored_matrix(arguments.peers) if arguments.peers else None
-    print(f"torch {torch.__version__}, {name}.\n")
+    beside = "" if device == "cuda" else f" Beside torch's BLAS, scipy's: {libraries()}."
+    print(f"torch {torch.__version__}, {name}.{beside}\n")
     for threads in (1,) if device == "cuda" else (1, 2):
-        torch.set_num_threads(threads)
+        if device == "cpu":
+            set_threads(threads)
         where = "the GPU" if device == "cuda" else f"{threads} thread{'s' if threads > 1 else ''}"
         if threads == 1:
             print(f"### Spectra of a layer, {where}\n", *spectra_table(device, arguments.rounds, peer), sep="\n", end="\n\n")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
@@ -38,14 +40,25 @@ def gram(w_q: Tensor, w_k: Tensor) -> Tensor:
 def all_pairs(w_q: Tensor, w_k: Tensor, pairs: int) -> list[float]:
     """`<g_a, g_b>` of the first so many pairs of any two heads, in float32, as products of factored matrices are taken in
     TransformerLens: `g_a^T g_b = Q_a^T (K_a K_b^T Q_b)` keeps the left factor, and its trace is the sum over both."""
+    return [float((q_a * (k_a @ k_b.T @ q_b)).sum()) for q_a, k_a, q_b, k_b in _pairs(w_q, w_k, pairs)]
+
+
+def both_numbers(w_q: Tensor, w_k: Tensor, pairs: int) -> list[tuple[float, float]]:
+    """`<g_a, g_b>` and `<g_a, g_b^T>` of the same pairs, each as the script takes the first."""
+    return [
+        (float(((k_a @ k_b.T) * (q_a @ q_b.T)).sum()), float(((q_a @ k_b.T) * (k_a @ q_b.T)).sum()))
+        for q_a, k_a, q_b, k_b in _pairs(w_q, w_k, pairs)
+    ]
+
+
+def _pairs(w_q: Tensor, w_k: Tensor, pairs: int) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
+    """Query and key of both heads, in float32."""
     heads = w_q.shape[1]
-    found = []
+    q, k = w_q.float(), w_k.float()
     for pair in range(pairs):
         (layer_a, head_a), (layer_b, head_b) = (divmod(place, heads) for place in divmod(pair, len(w_q) * heads))
-        q_a, q_b = w_q[layer_a, head_a].float(), w_q[layer_b, head_b].float()
-        k_a, k_b = (w_k[layer, head * w_k.shape[1] // heads].float() for layer, head in ((layer_a, head_a), (layer_b, head_b)))
-        found.append(float((q_a * (k_a @ k_b.T @ q_b)).sum()))
-    return found
+        key_a, key_b = (head * w_k.shape[1] // heads for head in (head_a, head_b))
+        yield q[layer_a, head_a], k[layer_a, key_a], q[layer_b, head_b], k[layer_b, key_b]
 
 
 def composition(w_q: Tensor, w_k: Tensor, w_v: Tensor, w_o: Tensor, pairs: int) -> list[float]:
