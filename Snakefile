@@ -23,16 +23,15 @@ include: "workflow/rules/tokens.smk"
 include: "workflow/rules/reported.smk"
 include: "workflow/rules/render.smk"
 include: "workflow/rules/report.smk"
+include: "workflow/rules/final.smk"
 include: "workflow/rules/handlers.smk"
 
 
 rule all:
     default_target: True
     input:
-        [final_files(model) for model in PLAN.models],
-        [pair_files(*pair) for pair in PLAN.pairs],
-        [PATHS.report("index.html"), RECORDS["report"], *reported_figures()]
-        if PLAN.config.report.enabled
-        else [],
+        final_records(),
+        final_files() if STORAGE else [],
+        reported_figures() if PLAN.config.report.enabled else [],
     message:
         "Every table of this study is there"

@@ -56,6 +56,8 @@ def test_results_in_a_bucket(s3, small, tmp_path, monkeypatch):
     record = json.loads(client.get_object(Bucket="atlas", Key="study/results/provenance/small-bert.json")["Body"].read())
     assert record["config"]["export"]["compression"] == "none"
     assert project.planned(*STORAGE) == set()
+    client.delete_object(Bucket="atlas", Key="study/results/atlas/directions/small-bert.pt")
+    assert project.planned(*STORAGE) == MERGED
 
 
 def test_a_storage_that_does_not_answer_is_named(tmp_path, monkeypatch):

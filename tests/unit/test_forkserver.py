@@ -50,10 +50,14 @@ def started(folder: Path, body: str, before: str = "", **options) -> subprocess.
     return subprocess.Popen([sys.executable, script], text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, **options)
 
 
-def ended(folder: Path, body: str, **options) -> tuple[int, str, str]:
-    process = started(folder, body, **options)
-    output, errors = process.communicate(timeout=120)
+def ended(folder: Path, body: str, typed: str = "", **options) -> tuple[int, str, str]:
+    process = started(folder, body, **{"stdin": subprocess.PIPE, **options})
+    output, errors = process.communicate(typed, timeout=120)
     return process.returncode, output, errors
+
+
+def is_alive(pid: int) -> bool:
+    return psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
 
 
 def comes_true(condition: Callable[[], bool]) -> bool:
@@ -151,6 +155,75 @@ sys.exit(code)
     os.killpg(run.pid, signal.SIGINT)
     assert (run.wait(60) == 0) == ignored
     assert (tmp_path / "done").exists() == ignored
+
+
+@pytest.fixture(scope="module")
+def keeping(tmp_path_factory) -> Iterator[subprocess.Popen]:
+    """A server whose copies run several scripts, once it has imported all that it will."""
+    server = forkserver.start(keeps=True)
+    folder = tmp_path_factory.mktemp("scripts")
+    assert comes_true(lambda: copy_of(folder) == copy_of(folder))
+    yield server
+    forkserver.stop(server)
+
+
+def copy_of(folder: Path, body: str = "") -> int:
+    """The process that runs a script."""
+    return int(ended(folder, f"print(os.getpid()){body}")[1])
+
+
+def test_a_copy_runs_one_script_after_the_other_each_as_if_it_were_alone(keeping, tmp_path):
+    body = "print(os.getcwd(), os.environ.get('COLOUR'), len(sys.path), 'left' in globals(), sys.stdin.read())"
+    home = tmp_path / "home"
+    home.mkdir()
+    first = ended(tmp_path, body + "; left = 1; sys.path.append('x'); os.environ['COLOUR'] = 'red'", typed="typed")
+    second = ended(tmp_path, body, cwd=home, env=os.environ | {"COLOUR": "green"}, typed="more")
+    paths = first[1].split()[2]
+    assert first[1] == f"{Path.cwd()} None {paths} False typed\n"
+    assert second[1] == f"{home} green {paths} False more\n"
+
+
+@pytest.mark.parametrize("last", ["; sys.exit(3)", "; 1 / 0", "; held = b'.' * 2**29"])
+def test_a_script_that_failed_or_held_much_memory_is_its_copys_last(keeping, tmp_path, last):
+    used = copy_of(tmp_path)
+    assert copy_of(tmp_path, last) == used
+    assert copy_of(tmp_path) != used
+
+
+def test_a_kept_copy_is_killed_with_its_script_alone(keeping, tmp_path):
+    used, pid = copy_of(tmp_path), tmp_path / "pid"
+    process = started(tmp_path, f"import time; Path({str(pid)!r}).write_text(str(os.getpid())); time.sleep(300)")
+    assert comes_true(lambda: pid.exists() and pid.read_text() == str(used))
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    assert comes_true(lambda: not is_alive(used))
+    other = copy_of(tmp_path)
+    psutil.Process(other).kill()
+    assert comes_true(lambda: not is_alive(other))
+    assert copy_of(tmp_path) != other
+
+
+def test_a_record_counts_what_its_own_job_used(keeping, tmp_path):
+    """Not what an earlier job of the same process did, which took longer and more memory."""
+    body = """
+import json, time
+from headgram.results.record import Identity, Provenance, seal
+provenance = Provenance(Identity("merge", "{}", "", ""), "model", None)
+held, end = bytearray(SIZE << 20), time.process_time() + SECONDS
+while time.process_time() < end:
+    pass
+seal(Path("record.json"), provenance, [])
+used = json.loads(Path("record.json").read_text())
+print(os.getpid(), used["cpu_seconds"], used["peak_mib"])
+"""
+    large, small = (
+        ended(tmp_path, body.replace("SIZE", size).replace("SECONDS", seconds), cwd=tmp_path)[1].split()
+        for size, seconds in (("128", "1"), ("0", "0"))
+    )
+    assert large[0] == small[0]
+    assert float(large[1]) >= 1
+    assert float(small[1]) < 0.9
+    assert int(large[2]) - int(small[2]) > 100
 
 
 def test_an_impostor_gets_nothing(server, tmp_path, monkeypatch):

@@ -1,7 +1,6 @@
-# What each rule of one model reads, as functions of its wildcards; and all that a user reads of a model.
+# What each rule of one model reads, as functions of its wildcards.
 from dataclasses import asdict
 
-from headgram.results.paths import COMPOSED, DERIVED, IN_TOKENS, MERGED, TURNED
 from headgram.study.plan import unpinned
 
 
@@ -24,23 +23,6 @@ def weights_of(wildcards, layers, fresh):
         ],
         "records": [dated(PATHS.record("extract", *place, group)) for group in groups],
     }
-
-
-def final_files(model):
-    """All files that a user reads of a model, and their records."""
-    files = [PATHS.table(table, model) for table in (*MERGED, *DERIVED)]
-    files += [PATHS.directions(model)]
-    files += [PATHS.record(stage, model) for stage in ("merge", "derive")]
-    if PLAN.models[model].composed:
-        files += [PATHS.table(table, model) for table in COMPOSED]
-        files += [PATHS.channel_directions(model), PATHS.record("composition", model)]
-    if is_turned(model):
-        files += [PATHS.table(table, model) for table in TURNED]
-        files += [PATHS.record("rotary", model)]
-    if PLAN.config.tokens.enabled:
-        files += [PATHS.table(table, model) for table in IN_TOKENS]
-        files += [PATHS.record("tokens", model)]
-    return files + (PATHS.original(model) if ORIGINAL else [])
 
 
 def extract_input(wildcards):

@@ -5,12 +5,6 @@ from headgram.study.plan import PAIR_STAGES
 RECORDS["lineage"] = PATHS.record("lineage", "{model}", name="{other}")
 
 
-def pair_files(model, other):
-    """All files that are written about a model and an earlier one."""
-    tables = [PATHS.pair_table(table, model, other) for table in LINEAGE]
-    return [*tables, PATHS.record("lineage", model, name=other)]
-
-
 def pair_of(wildcards):
     for name in (wildcards.model, wildcards.other):
         if name not in PLAN.models:

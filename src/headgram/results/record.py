@@ -167,6 +167,7 @@ class Provenance:
     residual: float | None = None  # the largest residual of the identities, where any are checked
     origin: Mapping[str, Any] = field(default_factory=dict)  # what the identity's digests stand for, spelled out
     started: float = field(default_factory=time.time, compare=False)
+    spent: float = field(default_factory=time.process_time, compare=False)  # seconds of all cores, by this process before
 
     def metadata(self) -> dict[str, Any]:
         """What the content depends on: the same for every run that gives the same bytes."""
@@ -200,7 +201,8 @@ def seal(record: Path, provenance: Provenance, data: Sequence[Path], measured: M
         "residual": provenance.residual,
         "started": datetime.fromtimestamp(provenance.started, UTC).isoformat(timespec="milliseconds"),
         "seconds": round(time.time() - provenance.started, 3),
-        **_used(),
+        "cpu_seconds": round(time.process_time() - provenance.spent, 3),
+        "peak_mib": _peak_mib(),
         "machine": platform.platform(),
         **(measured or {}),
         **_whereabouts(),
@@ -209,12 +211,10 @@ def seal(record: Path, provenance: Provenance, data: Sequence[Path], measured: M
     write_text(record, _sealed_text(content))
 
 
-def _used() -> dict[str, float]:
-    """What this process has used so far: seconds of all cores, its workers' too, and MiB of memory at the most."""
-    used, workers = (resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
-    largest = used.ru_maxrss if sys.platform == "darwin" else used.ru_maxrss << 10  # in bytes there, in KiB elsewhere
-    seconds = sum(each.ru_utime + each.ru_stime for each in (used, workers))
-    return {"cpu_seconds": round(seconds, 3), "peak_mib": largest >> 20}
+def _peak_mib() -> int:
+    """The most memory that this process has held."""
+    largest = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return largest >> 20 if sys.platform == "darwin" else largest >> 10  # in bytes there, in KiB elsewhere
 
 
 def _whereabouts() -> dict[str, str | None]:

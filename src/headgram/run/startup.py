@@ -25,6 +25,7 @@ from headgram.results.claims import NAME as CLAIMS
 from headgram.results.claims import Writing, claim, settle
 from headgram.results.files import RESULTS, remove_temporaries, write_text
 from headgram.run import forkserver
+from headgram.run.devices import wants_gpu
 from headgram.run.project import FOLDER
 from headgram.study.lineages import misfits
 from headgram.study.lock import (
@@ -160,7 +161,7 @@ class Run:
             write_lock(lock_path(self._manifest), self._new)
         # Jobs elsewhere, or in an environment of their own, cannot be copies of a process of this one.
         if workflow.local_exec and not workflow.deployment_settings.deployment_method:
-            self._forkserver = forkserver.start()
+            self._forkserver = forkserver.start(keeps=not wants_gpu(self.plan.config.device))
 
         from headgram.run.progress import show_progress  # costs time that a dry run need not spend
 
