@@ -1,8 +1,9 @@
 """Renew the table of bytes in docs/checkpoints.md: python docs/bytes_read.py
 
-Every row opens a checkpoint and reads all queries and keys, and again with all values and outputs. On this machine, what counts
-is pages of the mapped weight files that came into the process, and bytes that it read otherwise (Linux only). At the hub, which
-is the tests' own server, what counts is every byte of the weight files that it sent.
+Every row does what the extraction jobs of a run do: one of queries and keys, one of values and outputs. Each opens the
+checkpoint, compares every layer with its digest, and reads its factors. On this machine, what counts is bytes that the process
+reads by system calls, and pages of mapped weight files that come into it (Linux only). At the hub, which is the tests' own
+server, what counts is every byte of the weight files that it sent.
 """
 
 import gc
@@ -27,6 +28,7 @@ from hub_server import serving  # noqa: E402
 PAGE = ROOT / "docs" / "checkpoints.md"
 SIZES = {"num_hidden_layers": 8, "num_attention_heads": 16, "num_key_value_heads": 4, "hidden_size": 1024}
 GPT2 = {"model_type": "gpt2", "n_layer": 8, "n_head": 16, "n_embd": 1024}
+NEOX = {"model_type": "gpt_neox", "num_hidden_layers": 8, "num_attention_heads": 16, "hidden_size": 1024}
 
 
 def main() -> None:
@@ -49,6 +51,17 @@ def main() -> None:
         columns.mkdir()
         for name, content in gpt2.items():
             columns.joinpath(name).write_bytes(content)
+        rows_fused = {
+            f"gpt_neox.layers.{layer}.attention.{name}.weight": torch.randn(rows, 1024, dtype=torch.bfloat16)
+            for layer in range(8)
+            for name, rows in (("query_key_value", 3 * 1024), ("dense", 1024))
+        } | {"gpt_neox.embed_in.weight": torch.randn(16384, 1024, dtype=torch.bfloat16)}
+        neox = {"model.safetensors": save(rows_fused), "config.json": json.dumps(NEOX).encode()}
+        server.add("someone/neox", neox)
+        by_rows = Path(folder, "neox")
+        by_rows.mkdir()
+        for name, content in neox.items():
+            by_rows.joinpath(name).write_bytes(content)
         for path in (local, pickled):
             path.mkdir()
             path.joinpath("config.json").write_bytes(files["config.json"])
@@ -61,42 +74,52 @@ def main() -> None:
             row("random Llama, 4 safetensors files", str(local)),
             row("the same, pytorch_model.bin", str(pickled)),
             row("the same 4 safetensors files, at a hub", "someone/llama", lambda: server.weight_bytes),
-            row("random GPT-2, queries, keys and values in one tensor", str(columns)),
+            row("random GPT-NeoX, queries, keys and values in rows of one tensor", str(by_rows)),
+            row("the same, at a hub", "someone/neox", lambda: server.weight_bytes),
+            row("random GPT-2, queries, keys and values in columns of one tensor", str(columns)),
             row("the same, at a hub", "someone/gpt2", lambda: server.weight_bytes),
         ]
-    head = ("checkpoint", "weight files", "queries and keys", "read", "per byte", "and values and outputs", "read", "per byte")
-    lines = ["| " + " | ".join(cells) + " |" for cells in (head, ("---", *("--:",) * 7), *rows)]
+    head = ("checkpoint", "weight files", "q, k, v, o", "read for qk", "for ov", "per byte", "without headers")
+    lines = ["| " + " | ".join(cells) + " |" for cells in (head, ("---", *("--:",) * 6), *rows)]
     PAGE.write_text(renewed(PAGE.read_text(encoding="utf-8"), "bytes", "bytes", lines), encoding="utf-8")
 
 
 def row(title: str, source: str, count: Callable[[], int] | None = None) -> tuple[str, ...]:
-    """Read a checkpoint's queries and keys, layer after layer; and all of its roles."""
+    """What both jobs read of a checkpoint, beside what its queries, keys, values and outputs take there."""
     from headgram.checkpoints.checkpoint import open_checkpoint
+    from headgram.forms.circuits import CIRCUITS
 
     with open_checkpoint(source) as checkpoint:  # imports what it takes
         location = checkpoint.location
+        wanted = sum(stack.nbytes(stack.roles) for stack in checkpoint.stacks)
+        digests = {
+            name: [checkpoint.digest(stack.name, layer, circuit.roles) for stack in checkpoint.stacks for layer in stack.layers]
+            for name, circuit in CIRCUITS.items()
+        }
     whole = sum(location.size(name) for name in location.weights)
-    return title, f"{whole / 1e6:.1f} MB", *read(source, ("query", "key"), count), *read(source, None, count)
+    paths = [] if count else [location.path(name) for name in location.weights]
+    headers = taken(source, (), [], paths, count or read_otherwise)
+    read = [taken(source, each.roles, digests[name], paths, count or read_otherwise) for name, each in CIRCUITS.items()]
+    sizes = (f"{size / 1e6:.1f} MB" for size in (whole, wanted, *read))
+    return title, *sizes, f"{sum(read) / wanted:.3f}", f"{(sum(read) - 2 * headers) / wanted:.3f}"
 
 
-def read(source: str, roles: Sequence[str] | None, count: Callable[[], int] | None) -> tuple[str, ...]:
-    """Read some roles of a checkpoint, layer after layer, or all: their bytes, what was read, and the ratio of both."""
+def taken(source: str, roles: Sequence[str], digests: Sequence[str], paths: Sequence[Path], count: Callable[[], int]) -> int:
+    """The bytes that a job reads that extracts some roles; without roles, that opens the checkpoint and reads no weight."""
     from headgram.checkpoints.checkpoint import open_checkpoint
 
     gc.collect()
-    with open_checkpoint(source) as checkpoint:
-        location = checkpoint.location
-    paths = [] if count else [location.path(name) for name in location.weights]
     for path in paths:
         cache_in_pages(path)
-    before = (count or read_otherwise)()
+    before = count()
     with open_checkpoint(source) as checkpoint:
-        for stack in checkpoint.stacks:
-            for layer in stack.layers:
-                checkpoint.factors(stack.name, layer, roles)
-        taken = (count or read_otherwise)() - before + sum(map(mapped, paths))
-    wanted = sum(stack.nbytes(roles or stack.roles) for stack in checkpoint.stacks)
-    return (*(f"{size / 1e6:.1f} MB" for size in (wanted, taken)), f"{taken / wanted:.2f}")
+        places = [(stack.name, layer) for stack in checkpoint.stacks for layer in stack.layers] if roles else []
+        for name in dict(places):
+            checkpoint.prefetch(name, [layer for stack, layer in places if stack == name], roles)
+        for (name, layer), digest in zip(places, digests, strict=True):
+            assert checkpoint.holds(name, layer, digest, roles)
+            checkpoint.factors(name, layer, roles)
+        return count() - before + sum(map(mapped, paths))
 
 
 def cache_in_pages(path: Path) -> None:

@@ -45,7 +45,7 @@ def test_only_q_and_k_are_read(tmp_path, monkeypatch):
 
     read = []
     original = stores.SafetensorsStore.read
-    monkeypatch.setattr(stores.SafetensorsStore, "read", lambda self, name: read.append(name) or original(self, name))
+    monkeypatch.setattr(stores.SafetensorsStore, "read", lambda self, name, cut: read.append(name) or original(self, name))
     open_checkpoint(write_llama(tmp_path / "m")).qk("self", 1)
     assert read == ["model.layers.1.self_attn.q_proj.weight", "model.layers.1.self_attn.k_proj.weight"]
 
@@ -294,9 +294,9 @@ class _Counting:
     def __init__(self, store, read):
         self._store, self._read = store, read
 
-    def read(self, name):
+    def read(self, name, cut=None):
         self._read.append(name)
-        return self._store.read(name)
+        return self._store.read(name, cut)
 
     def __exit__(self, *exc):
         self._store.__exit__(*exc)

@@ -97,6 +97,9 @@ def test_the_strongest_pairs_are_looked_at_closely(tmp_path, extracted):
         assert rows["score"].tolist() == all_rows["score"].nlargest(5).tolist()
         assert rows["place"].tolist() == [0, 1, 2, 3, 4]
         found = directions[stack][kind]
+        within = (rows["writer"] == stack).all()  # else the form leads from one stream to another, and has no eigenvalues
+        assert (rows[["copying", "positive", "departure"]].notna() == within).all(axis=None)
+        assert ("eigenvalues" in found) == within
         assert found["pairs"].tolist() == rows[pair].to_numpy().tolist()
         s = found["singular_values"]
         np.testing.assert_allclose(rows["first"], s[:, 0] ** 2 / (s**2).sum(1))

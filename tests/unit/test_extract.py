@@ -9,7 +9,7 @@ import pytest
 from typer.testing import CliRunner
 
 import headgram.stages.extract as stage
-from headgram.checkpoints.checkpoint import open_checkpoint
+from headgram.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from headgram.cli import app
 from headgram.errors import MANIFEST, HeadgramError
 from headgram.results.record import Identity, Provenance
@@ -23,13 +23,14 @@ def test_a_file_that_is_replaced_between_check_and_read_is_refused(tmp_path, mon
     folder = write_llama(tmp_path / "llama")
     with open_checkpoint(folder) as checkpoint:
         digests = [checkpoint.digest("self", layer) for layer in range(4)]
-    read = stage.read_layers
+    read = Checkpoint.factors
 
     def replaced_meanwhile(*arguments):
-        (write_llama(tmp_path / "other", seed=1) / "model.safetensors").replace(folder / "model.safetensors")
+        if arguments[2] == 3:  # the last layer
+            (write_llama(tmp_path / "other", seed=1) / "model.safetensors").replace(folder / "model.safetensors")
         return read(*arguments)
 
-    monkeypatch.setattr(stage, "read_layers", replaced_meanwhile)
+    monkeypatch.setattr(Checkpoint, "factors", replaced_meanwhile)
     provenance = Provenance(Identity("extract", json.dumps({}), "f", "c"), "m", "self", "qk")
     with pytest.raises(HeadgramError, match="self: model.safetensors changed while it was read; ") as refused:
         stage.extract(tmp_path / "out.pt", {"source": folder}, range(4), digests, "stored", provenance, manifest)

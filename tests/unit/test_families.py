@@ -129,7 +129,7 @@ def _changed(layout: str, change: Callable[[layouts.Dimensions, layouts.Factors]
     """A layout that gives something else."""
 
     def wrapped(part: layouts.Part) -> layouts.Part:
-        return dataclasses.replace(part, split=lambda dims, **tensors: change(dims, part.split(dims, **tensors)))
+        return dataclasses.replace(part, split=lambda dims, **tensors: change(dims, part.split(dims, **tensors)), rows=None)
 
     return tuple(wrapped(part) for part in layouts.LAYOUTS[layout])
 

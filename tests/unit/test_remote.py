@@ -79,6 +79,25 @@ def test_fetches_little_more_than_queries_and_keys(hub, monkeypatch):
     assert hub.weight_bytes < 0.2 * sum(map(len, files.values()))
 
 
+def test_of_a_fused_tensor_each_circuit_fetches_its_own_rows(hub, monkeypatch):
+    monkeypatch.setattr(remote, "_REQUEST", 2**10)
+    width = 128
+    block = "gpt_neox.layers.{}.attention.{}.weight"
+    modules = (("query_key_value", 3 * width), ("dense", width))
+    tensors = {block.format(i, name): torch.randn(rows, width) for i in range(2) for name, rows in modules}
+    hub.add(REPO, single(tensors, model_type="gpt_neox", hidden_size=width, num_key_value_heads=None))
+    for roles in (("query", "key"), ("value", "output")):
+        with open_checkpoint(REPO) as checkpoint:
+            stack, of_headers = checkpoint.stacks[0], hub.weight_bytes
+            checkpoint.prefetch("self", stack.layers, roles)
+            assert hub.weight_bytes - of_headers == stack.nbytes(roles) == 2 * 2 * width * width * 4
+            fused = tensors[block.format(1, "query_key_value")].view(4, 3, 32, width)
+            if roles[0] == "query":
+                assert torch.equal(checkpoint.factors("self", 1, roles)["key"], fused[:, 1])
+            else:
+                assert torch.equal(checkpoint.factors("self", 1, roles)["value"], fused[:, 2])
+
+
 def test_slices_are_fetched_one_by_one(hub):
     tensors = llama_tensors()
     name = "model.embed_tokens.weight"
@@ -335,8 +354,8 @@ def test_an_unreachable_hub_is_named(monkeypatch, tmp_path):
         ({"model.gguf": b"x"}, "only safetensors can be read at the hub"),
         ({"README.md": b"x"}, "holds no .safetensors"),
         ({"model.safetensors": (200_000_000).to_bytes(8, "little") + bytes(100)}, "header claims 200000000 bytes"),
-        ({"model.safetensors": b"abc"}, "not a safetensors file"),
-        ({"model.safetensors": b""}, "not a safetensors file"),
+        ({"model.safetensors": b"abc"}, "not a whole safetensors file"),
+        ({"model.safetensors": b""}, "not a whole safetensors file"),
         ({"model.safetensors": safetensors_bytes(b"[]")}, "no JSON object"),
         ({"model.safetensors.index.json": b'{"weight_map": {"a": "../../x.safetensors"}}'}, "leads out of"),
         ({"model.safetensors.index.json": b'{"weight_map": {"a": "absent.safetensors"}}'}, "lacks the file"),
@@ -373,11 +392,12 @@ def test_inspect_prints_a_model_at_the_hub(hub, tmp_path):
     assert not done.stderr
 
 
-def test_spans_join_neighbours_with_little_between():
-    file = hub_module.HubFile(REPO, "a", "c", 10_000, "e")
-    place = lambda start, stop: (file, remote.TensorPlace("BF16", ((stop - start) // 2,), start, stop))  # noqa: E731
-    spans = remote.plan_spans({"q": place(2010, 3010), "k": place(1000, 2000), "far": place(5000, 5002)})
-    assert [(span.start, span.stop, span.names) for span in spans] == [(1000, 3010, ("k", "q")), (5000, 5002, ("far",))]
+def test_one_request_fetches_neighbours_with_little_between():
+    file = hub_module.HubFile(REPO, "a", "c", 10_000_000, "e")
+    tensors = [(file, [(2010, 3010)]), (file, [(1000, 2000)]), (file, [(5000, 5002)])]
+    assert remote.plan_requests(tensors) == [(file, 1000, 3010), (file, 5000, 5002)]
+    columns = [(file, [(0, 100), (150, 250), (1_000_000, 1_000_100)])]  # of one tensor
+    assert remote.plan_requests(columns) == [(file, 0, 250), (file, 1_000_000, 1_000_100)]
 
 
 def test_quantised_weights_at_the_hub(hub):

@@ -7,6 +7,7 @@ import json
 import numpy as np
 import pandas as pd
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -16,7 +17,7 @@ from browser import browser, opened
 from headgram.report.arrays import StackArrays, StackSummary
 from headgram.report.columns import columns
 from headgram.report.figures import profile_figures, stack_figures
-from headgram.report.matrix import Feeding, PairMatrix
+from headgram.report.matrix import Feeding, PairMatrix, read_across
 from headgram.report.names import PROFILE_FIGURES, STACK_FIGURES
 from headgram.report.pack import beside, layer_packs, model_pack, pack, unpack
 from headgram.report.page import index_pack, page, page_shell
@@ -200,6 +201,55 @@ def test_which_heads_feed_which(chrome, tmp_path, layers, heads):
         assert "through keys 9 × chance" in found.page.inner_text("#pair")
         assert found.page.is_disabled("#pairs option[value=v]")
         found.screenshot(f"feeding-{count}")
+        assert found.complaints == []
+
+
+def numbered(stack: StackArrays, layers: np.ndarray) -> StackArrays:
+    """The same with other numbers of its layers."""
+    return dataclasses.replace(stack, summary=dataclasses.replace(stack.summary, layers=layers))
+
+
+def test_heads_of_an_encoder_feed_cross_attention(chrome, tmp_path):
+    """Both stacks list the other's heads, among their own; a choice of one leads to its stack."""
+    random = np.random.default_rng(0)
+    encoder, cross = (np.array([0, 2, 5]), 3), (np.array([1, 4]), 2)
+    rows = [
+        {"stack": "cross", "kind": kind, "writer": "encoder", "layer_a": a, "head_a": i, "layer_b": b, "head_b": j}
+        for kind, a, i, b, j in itertools.product("kv", encoder[0], range(encoder[1]), cross[0], range(cross[1]))
+    ]
+    table = pd.DataFrame(rows).assign(times_chance=random.random(len(rows)).astype(np.float32) + 0.5)
+    pq.write_table(pa.Table.from_pandas(table), tmp_path / "composition.parquet")
+    shapes = {"encoder": encoder, "cross": cross}
+    across = {name: read_across(tmp_path / "composition.parquet", name, shapes) for name in shapes}
+    assert read_across(tmp_path / "composition.parquet", "decoder", shapes) is None
+    own = {"k": np.triu(random.random((9, 9)), 3).astype(np.float32)}
+    stacks = {
+        "qk/encoder": dataclasses.replace(
+            numbered(stack(3, 3, 4), encoder[0]), feeding=Feeding(own, 3), across=across["encoder"]
+        ),
+        "qk/cross": dataclasses.replace(numbered(stack(2, 2, 4), cross[0]), across=across["cross"]),
+    }
+    path = tmp_path / "index.html"
+    index = index_pack({"m": {name: one.summary for name, one in stacks.items()}})
+    path.write_text(page(page_shell(), index, {"m": model_pack(stacks)}))
+    with opened(chrome, path) as found:
+        for kind in "kv":
+            found.set(stack="qk/cross", kind=kind, layer=4, head=1)
+            feeders = table.query("kind == @kind and layer_b == 4 and head_b == 1").sort_values("times_chance", ascending=False)
+            expected = [f"encoder, L{row.layer_a} H{row.head_a}" for row in feeders.head(8).itertuples()]
+            assert [line[0] for line in found.table("feeders")] == expected
+            assert [line[0] for line in found.table("readers")] == ["None."]
+            found.set(stack="qk/encoder", layer=2, head=1)
+            readers = table.query("kind == @kind and layer_a == 2 and head_a == 1")
+            expected = {f"cross, L{row.layer_b} H{row.head_b}": row.times_chance for row in readers.itertuples()}
+            if kind == "k":
+                expected |= {f"L5 H{head}": own["k"][4, 6 + head] for head in range(3) if own["k"][4, 6 + head]}
+            assert [line[0] for line in found.table("readers")] == sorted(expected, key=lambda name: -expected[name])[:8]
+        found.set(kind="k", stack="qk/cross", layer=1, head=0)
+        found.page.click("#feeders button")
+        found.settle()
+        assert found.state()["stack"] == "qk/encoder"
+        found.screenshot("across")
         assert found.complaints == []
 
 

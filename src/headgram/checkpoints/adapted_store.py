@@ -18,9 +18,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from headgram.checkpoints.sources import HUB_DIGEST
-from headgram.checkpoints.stores import TensorStore
+from headgram.checkpoints.stores import TensorStore, cut_of
 from headgram.checkpoints.views import View
 from headgram.errors import HeadgramError
+from headgram.families.layouts import Cut
 
 #: Numbers that are summed at once.
 _BLOCK = 2**22
@@ -73,6 +74,9 @@ class AdaptedStore(View):
         change = self._changes.get(name)
         return [change.base, *change.factors.values()] if change else [name]
 
+    def is_stored(self, name: str) -> bool:
+        return not self._changes.get(name) and super().is_stored(name)
+
     def __contains__(self, name: str) -> bool:
         return name in self._changes or (name in self._untouched and name in self._store)
 
@@ -103,14 +107,17 @@ class AdaptedStore(View):
             return pinned
         return HUB_DIGEST + hashlib.blake2b(pinned.encode() + scales, digest_size=16).hexdigest()
 
-    def raw(self, name: str) -> memoryview:
-        return memoryview(bytes(super().raw(name)) + self._scale_bytes(name))
+    def raw(self, name: str, cut: Cut | None = None) -> memoryview:
+        return memoryview(bytes(super().raw(name, cut)) + self._scale_bytes(name))
 
-    def read(self, name: str) -> Tensor:
-        change = self._changes.get(name)
+    def read(self, name: str, cut: Cut | None = None) -> Tensor:
         self.dtype(name)
-        base = self._store.read(self.sources(name)[0])
-        if not change or not change.factors:
+        return super().read(name, cut) if self.is_stored(name) else cut_of(self._changed(name), cut)
+
+    def _changed(self, name: str) -> Tensor:
+        change = self._changes[name]
+        base = self._store.read(change.base)
+        if not change.factors:
             return base
         factors = {part: self._store.part(key) for part, key in change.factors.items()}
         if "bias" in factors:

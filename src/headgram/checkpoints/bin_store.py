@@ -4,20 +4,21 @@ from __future__ import annotations
 
 import io
 import math
-import mmap
 import struct
 import zipfile
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
-from typing import Any, Self
+from typing import Self
 
 import torch
 from torch import Tensor
 
 from headgram.checkpoints.homes import Homes
+from headgram.checkpoints.local_file import LocalFile
 from headgram.checkpoints.pickle_table import StoredTensor, read_table, read_tensor
-from headgram.checkpoints.stores import TensorStore, bytes_of, word_of
+from headgram.checkpoints.stores import Piece, TensorStore, bytes_of, word_of
 from headgram.errors import HeadgramError
+from headgram.families.layouts import Cut
 
 #: As which zipfile reports a file that it cannot read.
 _DAMAGE = (zipfile.BadZipFile, struct.error, OSError, EOFError, ValueError, LookupError, NotImplementedError, RuntimeError)
@@ -30,14 +31,13 @@ _ZIP_LENGTHS = struct.Struct("<26xHH")
 
 
 class Archive:
-    """One torch file in memory: its tensors, and where the records lie."""
+    """One torch file, or its bytes: its tensors, and where the records lie."""
 
-    def __init__(self, data: mmap.mmap | bytes, where: str | Path) -> None:
+    def __init__(self, data: LocalFile | bytearray, where: str | Path) -> None:
         self._data = data
         self._where = where
         try:
-            file: Any = data if isinstance(data, mmap.mmap) else io.BytesIO(data)
-            with zipfile.ZipFile(file) as archive:
+            with zipfile.ZipFile(data.path if isinstance(data, LocalFile) else io.BytesIO(data)) as archive:
                 records = {record.filename: record for record in archive.infolist()}
                 if len(records) < len(archive.infolist()):
                     raise HeadgramError(f"{where} holds two records of one name: fetch it again")
@@ -75,11 +75,11 @@ class Archive:
 
     def tensor(self, stored: StoredTensor) -> Tensor:
         """A tensor of the file, copied."""
-        start, item = self._starts[stored.record][0], stored.dtype.itemsize
-        elements = stored.elements
-        data = bytearray(memoryview(self._data)[start + elements.start * item : start + elements.stop * item])
-        if not data:
+        elements, item = stored.elements, stored.dtype.itemsize
+        if not elements:
             return torch.zeros(stored.shape, dtype=stored.dtype)
+        start = self._starts[stored.record][0]
+        data = bytearray(self._data[start + elements.start * item : start + elements.stop * item])
         return torch.frombuffer(data, dtype=stored.dtype).as_strided(stored.shape, stored.stride).contiguous()
 
     def _start(self, record: zipfile.ZipInfo) -> int:
@@ -104,14 +104,15 @@ class Archive:
 
 
 class BinStore(TensorStore):
-    """One or several `.bin` files, mapped into memory."""
+    """One or several `.bin` files."""
 
     def __init__(self, paths: Mapping[str, Path], index: Mapping[str, str] | None = None) -> None:
         places: dict[str, dict[str, tuple[Archive, StoredTensor]]] = {}
         for file, path in paths.items():
-            archive = Archive(mapped(path), path)
+            archive = Archive(LocalFile(path), path)
             places[file] = {name: (archive, tensor) for name, tensor in archive.table().items()}
         self._home = Homes(places, index)
+        self._kept: dict[Piece, Tensor] = {}
 
     def __contains__(self, name: str) -> bool:
         return name in self._home
@@ -131,30 +132,27 @@ class BinStore(TensorStore):
     def nbytes(self, name: str) -> int:
         return math.prod(self._tensor(name).shape) * self._tensor(name).dtype.itemsize
 
-    def raw(self, name: str) -> memoryview:
-        return bytes_of(self.part(name))
+    def keep(self, pieces: Iterable[Piece]) -> None:
+        self._kept.clear()
+        self._kept.update((piece, self._read(*piece)) for piece in pieces)
 
-    def part(self, name: str) -> Tensor:
+    def raw(self, name: str, cut: Cut | None = None) -> memoryview:
+        return bytes_of(self._kept[name, cut] if (name, cut) in self._kept else self._read(name, cut))
+
+    def part(self, name: str, cut: Cut | None = None) -> Tensor:
+        return self._kept.pop((name, cut)) if (name, cut) in self._kept else self._read(name, cut)
+
+    def _read(self, name: str, cut: Cut | None) -> Tensor:
         archive, stored = self._home[name]
-        return archive.tensor(stored)
+        if cut is None:
+            return archive.tensor(stored)
+        return torch.cat([archive.tensor(stored.narrowed(cut.axis, *bounds)) for bounds in cut.ranges], cut.axis)
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *exc: object) -> None:
         self._home.clear()
-
-
-class _Mapped(mmap.mmap):
-    def seekable(self) -> bool:
-        """As zipfile asks of a file, and Python 3.11 does not tell of this one."""
-        return True
-
-
-def mapped(path: Path) -> mmap.mmap | bytes:
-    """A file's bytes, which are read when they are looked at."""
-    with path.open("rb") as file:
-        return _Mapped(file.fileno(), 0, access=mmap.ACCESS_READ) if path.stat().st_size else b""
 
 
 def _check_stored(where: str | Path, records: Mapping[str, zipfile.ZipInfo], total: int) -> None:

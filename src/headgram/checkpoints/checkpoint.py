@@ -20,7 +20,7 @@ from headgram.checkpoints.opening import locate, open_store
 from headgram.checkpoints.prefixes import unwrapped
 from headgram.checkpoints.sources import HUB_DIGEST
 from headgram.checkpoints.stack import Stack, stack_of
-from headgram.checkpoints.stores import TensorStore
+from headgram.checkpoints.stores import Piece, TensorStore
 from headgram.checkpoints.token_tables import TokenTables, token_tables
 from headgram.checkpoints.twins import as_turned, turned
 from headgram.described import Described
@@ -189,21 +189,21 @@ class Checkpoint(Described):
         stack = self.stack(stack_name)
         require(roles or (), Iterable, "Roles are a list of names")
         wanted = tuple(stack.roles if roles is None else roles)
-        names = self._names(stack, layer, wanted)
-        stored = {name: self._store.read(name) for name in dict.fromkeys(names.values())}
-        for name, tensor in stored.items():
+        pieces = self._pieces(stack, layer, wanted)
+        read = {piece: self._store.read(*piece) for piece in dict.fromkeys(pieces.values())}
+        for (name, _), tensor in read.items():
             if not is_finite(tensor):
                 raise HeadgramError(
                     f"layer {layer}: tensor {name} holds a NaN or an infinity: the checkpoint is damaged or its training diverged"
                 )
-        tensors = {tensor: stored[name] for tensor, name in names.items()}
+        tensors = {tensor: read[piece] for tensor, piece in pieces.items()}
         if stack._permuted:
             counts = {"query": stack.heads, "key": stack.kv_heads}
             tensors |= {role: undo_gguf_permutation(tensors[role], count) for role, count in counts.items() if role in tensors}
         factors: dict[str, Tensor] = {}
         for part in LAYOUTS[stack._layout]:
             if set(part.gives) & set(wanted):
-                factors |= part.split(stack.dimensions, **{tensor: tensors[tensor] for tensor in part.reads})
+                factors |= part.factors(stack.dimensions, wanted, tensors)
         if self._twin is not None:
             return {role: turned(factors[role], self._twin, stack.name, layer, role) for role in wanted}
         return {role: factors[role] for role in wanted}
@@ -211,7 +211,7 @@ class Checkpoint(Described):
     def prefetch(self, stack_name: str, layers: Iterable[int], roles: Iterable[str] = QK) -> None:
         """Fetch the weights of some layers together, where that is quicker than one by one; they stay in memory until read."""
         stack, roles = self.stack(stack_name), tuple(roles)
-        self._store.prefetch([name for layer in layers for name in self._unique(stack, layer, roles)])
+        self._store.prefetch([piece for layer in layers for piece in self._unique(stack, layer, roles)])
 
     def digest(self, stack_name: str, layer: int, roles: Iterable[str] = QK) -> str:
         """What one layer's tensors of some roles are pinned by in the lock.
@@ -224,42 +224,46 @@ class Checkpoint(Described):
         HeadgramError
             As `factors`.
         """
-        names = self._unique(self.stack(stack_name), layer, roles)
-        return self._store.pin(names) or self._content_digest(names)
+        pieces = self._unique(self.stack(stack_name), layer, roles)
+        return self._store.pin(name for name, _ in pieces) or self._content_digest(pieces)
 
     def holds(self, stack_name: str, layer: int, digest: str, roles: Iterable[str] = QK) -> bool:
-        """Whether a layer is what was pinned by this digest.
+        """Whether a layer is what was pinned by this digest. What is read for that stays in memory for `factors` to take.
 
         What was pinned at the hub and is read from the local cache now rests on the commit, which both were asked for by.
+        Earlier locks pinned whole tensors, also those of which the roles need some rows.
         """
-        names = self._unique(self.stack(stack_name), layer, roles)
+        pieces = self._unique(self.stack(stack_name), layer, roles)
         if digest.startswith(HUB_DIGEST):
-            return self._store.pin(names) in (digest, None)
-        return self._content_digest(names) == digest
+            return self._store.pin(name for name, _ in pieces) in (digest, None)
+        self._store.keep(pieces)
+        whole = [(name, None) for name, _ in pieces]
+        return self._content_digest(pieces) == digest or (pieces != whole and self._content_digest(whole) == digest)
 
-    def _content_digest(self, names: Iterable[str]) -> str:
+    def _content_digest(self, pieces: Iterable[Piece]) -> str:
         state = hashlib.blake2b(digest_size=16)
-        for name in names:
-            state.update(self._store.raw(name))
+        for piece in pieces:
+            state.update(self._store.raw(*piece))
         return state.hexdigest()
 
-    def _names(self, stack: Stack, layer: int, roles: Iterable[str]) -> dict[str, str]:
+    def _pieces(self, stack: Stack, layer: int, roles: Iterable[str]) -> dict[str, Piece]:
+        """What the layout reads for some roles, and where in the checkpoint that is."""
         self._check_layer(stack, layer)
-        return {tensor: stack._tensors[tensor].format(layer=layer) for tensor in stack._reads(roles)}
+        return {tensor: (stack._tensors[tensor].format(layer=layer), cut) for tensor, cut in stack._reads(roles).items()}
 
     def _check_layer(self, stack: Stack, layer: int) -> None:
         if isinstance(layer, bool | float) or layer not in stack.layers:
             raise HeadgramError(f"the stack '{stack.name}' has no layer {layer}; it has {', '.join(map(str, stack.layers))}")
 
-    def _unique(self, stack: Stack, layer: int, roles: Iterable[str]) -> list[str]:
-        """The names of a layer's tensors; one may serve as key and value at once. Of what stands around, those that are there."""
+    def _unique(self, stack: Stack, layer: int, roles: Iterable[str]) -> list[Piece]:
+        """What is read of a layer's tensors; one may serve as key and value at once. Of what stands around, what is there."""
         roles = tuple(roles)
-        names = list(self._names(stack, layer, [role for role in roles if role not in AROUND]).values())
+        pieces = list(self._pieces(stack, layer, [role for role in roles if role not in AROUND]).values())
         around = self.around(stack.name, layer)
         for role in (role for role in roles if role in AROUND):
             with suppress(HeadgramError):
-                names += [name for name in around.names(role) if name in self._store]
-        return list(dict.fromkeys(names))
+                pieces += [(name, None) for name in around.names(role) if name in self._store]
+        return list(dict.fromkeys(pieces))
 
     def __enter__(self) -> Self:
         return self

@@ -12,11 +12,13 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from headgram.checkpoints.bin_store import Archive, mapped
+from headgram.checkpoints.bin_store import Archive
+from headgram.checkpoints.local_file import LocalFile
 from headgram.checkpoints.pickle_walk import OTHER, Global, Walk
-from headgram.checkpoints.stores import TensorStore, bytes_of, word_of
+from headgram.checkpoints.stores import TensorStore, bytes_of, cut_of, word_of
 from headgram.checkpoints.weight_files import DISTRIBUTED_TABLE
 from headgram.errors import HeadgramError
+from headgram.families.layouts import Cut
 from headgram.foreign import read_bounded
 
 _LARGEST_METADATA = 64 * 2**20
@@ -44,11 +46,11 @@ class Whole:
 
 
 class DistcpStore(TensorStore):
-    """A folder with `.metadata` and the files that it names, mapped into memory."""
+    """A folder with `.metadata` and the files that it names."""
 
     def __init__(self, paths: Mapping[str, Path]) -> None:
         self._where = paths[DISTRIBUTED_TABLE]
-        self._files = {name: mapped(path) for name, path in paths.items() if name != DISTRIBUTED_TABLE}
+        self._files = {name: LocalFile(path) for name, path in paths.items() if name != DISTRIBUTED_TABLE}
         try:
             self._tensors = read_metadata(read_bounded(self._where, _LARGEST_METADATA))
         except (OSError, ValueError, LookupError, TypeError, AttributeError, struct.error) as error:
@@ -73,10 +75,13 @@ class DistcpStore(TensorStore):
         whole = self._tensors[name]
         return math.prod(whole.shape) * whole.dtype.itemsize
 
-    def raw(self, name: str) -> memoryview:
-        return bytes_of(self.part(name))
+    def raw(self, name: str, cut: Cut | None = None) -> memoryview:
+        return bytes_of(self.part(name, cut))
 
-    def part(self, name: str) -> Tensor:
+    def part(self, name: str, cut: Cut | None = None) -> Tensor:
+        return cut_of(self._whole(name), cut)
+
+    def _whole(self, name: str) -> Tensor:
         whole = self._tensors[name]
         self._check_places(name, whole)
         if sum(piece.length for piece in whole.pieces) < self.nbytes(name):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import struct
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
@@ -14,8 +14,10 @@ from torch import Tensor
 
 from headgram.checkpoints.gguf_check import LONG, array_bytes, check_header
 from headgram.checkpoints.homes import Homes
-from headgram.checkpoints.stores import TensorStore
+from headgram.checkpoints.local_file import LocalFile
+from headgram.checkpoints.stores import Piece, TensorStore
 from headgram.errors import HeadgramError
+from headgram.families.layouts import Cut
 
 if TYPE_CHECKING:
     from gguf import GGUFReader
@@ -46,8 +48,9 @@ class GgufStore(TensorStore):
                         self._add(field.name, field.contents(), path)
             except _DAMAGE as error:
                 raise HeadgramError(f"{path} is not a whole GGUF file ({error}): fetch it again") from None
-            parts[name] = {tensor.name: tensor for tensor in reader.tensors}
+            parts[name] = {tensor.name: (LocalFile(path), tensor) for tensor in reader.tensors}
         self._tensors = Homes(parts)
+        self._kept: dict[Piece, Any] = {}
 
     def _add(self, key: str, value: Any, path: Path) -> None:
         """Take metadata of a part; parts may repeat it, but differ only in which part they are."""
@@ -61,34 +64,50 @@ class GgufStore(TensorStore):
         return self._tensors.names()
 
     def shape(self, name: str) -> tuple[int, ...]:
-        return tuple(int(size) for size in reversed(self._tensors[name].shape))  # GGUF counts from the fastest axis
+        return tuple(int(size) for size in reversed(self._tensors[name][1].shape))  # GGUF counts from the fastest axis
 
     def dtype(self, name: str) -> str:
         return self.stored(name)
 
     def stored(self, name: str) -> str:
-        return str(self._tensors[name].tensor_type.name)
+        return str(self._tensors[name][1].tensor_type.name)
 
     def nbytes(self, name: str) -> int:
-        return int(self._tensors[name].n_bytes)
+        return int(self._tensors[name][1].n_bytes)
 
-    def raw(self, name: str) -> memoryview:
-        return memoryview(self._tensors[name].data.view("uint8").reshape(-1))
+    def keep(self, pieces: Iterable[Piece]) -> None:
+        self._kept.clear()
+        self._kept.update((piece, self._stored(*piece)) for piece in pieces)
 
-    def read(self, name: str) -> Tensor:
-        return self._values(name, self._tensors[name].data).reshape(self.shape(name))
+    def raw(self, name: str, cut: Cut | None = None) -> memoryview:
+        stored = self._kept[name, cut] if (name, cut) in self._kept else self._stored(name, cut)
+        return memoryview(stored.view("uint8").reshape(-1))
+
+    def read(self, name: str, cut: Cut | None = None) -> Tensor:
+        stored = self._kept.pop((name, cut)) if (name, cut) in self._kept else self._stored(name, cut)
+        return self._values(name, stored).reshape(-1, *self.shape(name)[1:])
 
     def slices(self, name: str, rows: int) -> Iterator[Tensor]:
-        count, *others = self.shape(name)
-        stored = self._tensors[name].data.reshape(count, -1)  # a row holds whole blocks of a quantised format
+        count = self.shape(name)[0]
         for start in range(0, count, rows):
-            yield self._values(name, stored[start : start + rows]).reshape(-1, *others)
+            yield self.read(name, Cut(0, ((start, min(start + rows, count)),)))
+
+    def _stored(self, name: str, cut: Cut | None) -> Any:
+        """What is stored of a tensor, or of some rows: each holds whole blocks of a quantised format."""
+        file, tensor = self._tensors[name]
+        count = self.shape(name)[0]
+        row = int(tensor.n_bytes) // max(1, count)
+        ranges = cut.ranges if cut else [(0, count)]  # never columns: llama.cpp's converter stores all projections as (out, in)
+        stored = file.read(
+            (int(tensor.data_offset) + row * start, int(tensor.data_offset) + row * stop) for start, stop in ranges
+        )
+        return np.frombuffer(stored, tensor.data.dtype).reshape(-1, *tensor.data.shape[1:])
 
     def _values(self, name: str, stored: Any) -> Tensor:
         """What stored data of a tensor stand for."""
         from gguf.quants import dequantize
 
-        kind = self._tensors[name].tensor_type
+        kind = self._tensors[name][1].tensor_type
         if kind.name == "BF16":
             return torch.from_numpy(stored.view("int16").copy()).view(torch.bfloat16)
         if kind.name in ("F16", "F32", "F64"):
@@ -98,8 +117,8 @@ class GgufStore(TensorStore):
         except NotImplementedError:
             raise HeadgramError(f"tensor {name} is stored as {kind.name}, which the gguf library cannot dequantise") from None
 
-    def part(self, name: str) -> Tensor:
-        return self.read(name)
+    def part(self, name: str, cut: Cut | None = None) -> Tensor:
+        return self.read(name, cut)
 
     def __enter__(self) -> Self:
         return self

@@ -14,10 +14,10 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from headgram.checkpoints.stores import TensorStore, bytes_of
+from headgram.checkpoints.stores import TensorStore, bytes_of, cut_of
 from headgram.checkpoints.views import Renamed
 from headgram.errors import HeadgramError
-from headgram.families.layouts import undo_gguf_permutation
+from headgram.families.layouts import Cut, undo_gguf_permutation
 
 _LAYER = re.compile(r"(.*?)layers\.(\d+)\.(attention\.w[qkvo]|feed_forward\.w[123]|attention_norm|ffn_norm)\.(\w+)")
 _LAYER_NAMES = {
@@ -80,11 +80,17 @@ class OriginalLlama(Renamed):
         super().__init__(store, stored)
         self._counts = counts
 
-    def read(self, name: str) -> Tensor:
-        self.dtype(name)
-        return self.part(name)
+    def is_stored(self, name: str) -> bool:
+        return not any(piece in name for piece in self._counts)
 
-    def part(self, name: str) -> Tensor:
+    def read(self, name: str, cut: Cut | None = None) -> Tensor:
+        self.dtype(name)
+        return self.part(name, cut)
+
+    def part(self, name: str, cut: Cut | None = None) -> Tensor:
+        return super().part(name, cut) if self.is_stored(name) else cut_of(self._turned(name), cut)
+
+    def _turned(self, name: str) -> Tensor:
         tensor = super().part(name)
         for piece, count in self._counts.items():
             if piece in name:
@@ -133,13 +139,15 @@ class SlicedStore(TensorStore):
     def nbytes(self, name: str) -> int:
         return sum(store.nbytes(name) for store in self._slices) if self._cut(name) is not None else self._slices[0].nbytes(name)
 
-    def raw(self, name: str) -> memoryview:
-        return bytes_of(self.part(name))
+    def raw(self, name: str, cut: Cut | None = None) -> memoryview:
+        return bytes_of(self.part(name, cut))
 
-    def part(self, name: str) -> Tensor:
+    def part(self, name: str, cut: Cut | None = None) -> Tensor:
         self.shape(name)
         axis = self._cut(name)
-        return self._slices[0].part(name) if axis is None else torch.cat([store.part(name) for store in self._slices], axis)
+        if axis is None:
+            return self._slices[0].part(name, cut)
+        return cut_of(torch.cat([store.part(name) for store in self._slices], axis), cut)
 
     def __enter__(self) -> Self:
         return self

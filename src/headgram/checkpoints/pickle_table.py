@@ -8,7 +8,7 @@ need for a table of tensors are refused.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -82,6 +82,11 @@ class StoredTensor:
             return range(0)
         last = sum((size - 1) * step for size, step in zip(self.shape, self.stride, strict=True))
         return range(self.offset, self.offset + last + 1)
+
+    def narrowed(self, axis: int, start: int, stop: int) -> StoredTensor:
+        """Some of its rows, or what an axis counts."""
+        shape = (*self.shape[:axis], stop - start, *self.shape[axis + 1 :])
+        return replace(self, offset=self.offset + start * self.stride[axis], shape=shape)
 
 
 @dataclass(frozen=True)

@@ -14,9 +14,10 @@ from typing import Any
 from torch import Tensor
 
 from headgram.checkpoints.schemes import SCHEMES, Config, Scheme, Stored
-from headgram.checkpoints.stores import FLOATS, TensorStore
+from headgram.checkpoints.stores import FLOATS, TensorStore, cut_of
 from headgram.checkpoints.views import View
 from headgram.errors import HeadgramError
+from headgram.families.layouts import Cut
 
 #: What transformers calls models that it read from GGUF and saved dequantised.
 _PLAIN = ("gguf",)
@@ -31,6 +32,9 @@ class QuantisedStore(View):
         super().__init__(store)
         self._method = method
         self._settings = settings
+
+    def is_stored(self, name: str) -> bool:
+        return not self._parts(name)
 
     def __contains__(self, name: str) -> bool:
         return bool(self._parts(name)) or name in self._store
@@ -59,16 +63,16 @@ class QuantisedStore(View):
         self._check_whole(name)
         return self._method if self._parts(name) else self._store.dtype(name)
 
-    def read(self, name: str) -> Tensor:
+    def read(self, name: str, cut: Cut | None = None) -> Tensor:
         scheme, keys = self._scheme(name), self._parts(name)
         if scheme is None:
-            return self._store.read(name)
+            return self._store.read(name, cut)
         shape = self.shape(name)
         parts = {part: self._store.part(key) for part, key in keys.items()}
         weight: Tensor = _guarded(name, self._method, lambda: scheme.decode(parts, self._settings, name.removesuffix(".weight")))
         if tuple(weight.shape) != shape:
             raise HeadgramError(f"tensor {name}: its {self._method} parts decode to shape {tuple(weight.shape)}, not {shape}")
-        return weight
+        return cut_of(weight, cut)
 
     def sources(self, name: str) -> list[str]:
         return list(self._parts(name).values()) or [name]

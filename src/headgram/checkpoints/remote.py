@@ -4,47 +4,34 @@ from __future__ import annotations
 
 import hashlib
 import sys
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from bisect import bisect_right
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import dataclass
-from typing import Self, TypeVar
+from operator import itemgetter
+from typing import TypeVar
 
-import torch
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
-from torch import Tensor
 
-from headgram.checkpoints.homes import Homes
 from headgram.checkpoints.hub import HubFile, RemoteLocation, fetch_into
-from headgram.checkpoints.safetensors_header import PREFIX, TensorPlace, header_length, parse_header
+from headgram.checkpoints.local_file import Span
+from headgram.checkpoints.safetensors_header import TensorPlace, read_header
+from headgram.checkpoints.safetensors_store import Safetensors
 from headgram.checkpoints.sources import HUB_DIGEST
-from headgram.checkpoints.stores import DTYPES, TensorStore
-from headgram.errors import HeadgramError
+from headgram.checkpoints.stores import Piece
 
 _A = TypeVar("_A")
 _B = TypeVar("_B")
 _CONNECTIONS = 8
-#: Fetched at once in the hope that it holds the whole header, which saves a request per file.
-_HEADER_GUESS = 8192
 #: One request fetches at most this much; a large tensor comes in parts, in parallel.
 _PART_BYTES = 64 * 2**20
-#: Tensors up to this size stay in memory when they are read: scales and shapes, which are asked for more than once.
-_KEPT_BYTES = 2**16
 #: Bytes between two wanted tensors are fetched along if they are fewer than this share of the tensors.
 _WASTE = 0.01
+#: Between two pieces of one tensor, so many bytes are fetched along: a request takes longer than they do.
+_REQUEST = 2**16
 
 
-@dataclass(frozen=True)
-class Span:
-    """Bytes `[start, stop)` of a file, fetched together, and the names of the tensors in them."""
-
-    file: HubFile
-    start: int
-    stop: int
-    names: tuple[str, ...]
-
-
-class RemoteSafetensorsStore(TensorStore):
+class RemoteSafetensorsStore(Safetensors[HubFile]):
     """The safetensors files of a repository at a commit.
 
     Opening it reads the headers. `prefetch` fetches many tensors in parallel; a large one stays in memory until it is read.
@@ -52,45 +39,33 @@ class RemoteSafetensorsStore(TensorStore):
 
     def __init__(self, location: RemoteLocation) -> None:
         files = [location.file(name) for name in location.weights]
-        self._fetched: dict[str, memoryview] = {}
-        headers = zip(files, _in_parallel(_read_header, files), strict=True)
-        places = {file.name: {name: (file, place) for name, place in header.items()} for file, header in headers}
-        self._home = Homes(places, location.choice.index)
+        headers = _in_parallel(_header, files)
+        super().__init__({file.name: (file, found) for file, found in zip(files, headers, strict=True)}, location.choice.index)
 
-    def __contains__(self, name: str) -> bool:
-        return name in self._home
+    def prefetch(self, pieces: Iterable[Piece]) -> None:
+        self.hold(pieces)
 
-    def names(self) -> Collection[str]:
-        return self._home.names()
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        return self._home[name][1].shape
-
-    def stored(self, name: str) -> str:
-        return self._home[name][1].dtype
-
-    def nbytes(self, name: str) -> int:
-        place = self._home[name][1]
-        return place.stop - place.start
-
-    def prefetch(self, names: Iterable[str]) -> None:
-        missing = {name: self._home[name] for name in names if name not in self._fetched}
-        if not missing:
-            return
-        spans = plan_spans(missing)
-        buffers = [memoryview(bytearray(span.stop - span.start)) for span in spans]
+    def _read(self, wanted: Mapping[Piece, tuple[HubFile, list[Span]]]) -> dict[Piece, memoryview]:
+        requests = plan_requests(wanted.values())
+        buffers = [memoryview(bytearray(stop - start)) for _, start, stop in requests]
         parts = [
-            (span.file, span.start + at, buffer[at : at + _PART_BYTES])
-            for span, buffer in zip(spans, buffers, strict=True)
+            (file, start + at, buffer[at : at + _PART_BYTES])
+            for (file, start, _), buffer in zip(requests, buffers, strict=True)
             for at in range(0, len(buffer), _PART_BYTES)
         ]
         with _progress() as progress:
             task = progress.add_task("weights", total=sum(map(len, buffers)))
             _in_parallel(lambda part: fetch_into(*part, advance=lambda count: progress.advance(task, count)), parts)
-        for span, buffer in zip(spans, buffers, strict=True):
-            for name in span.names:
-                place = self._home[name][1]
-                self._fetched[name] = buffer[place.start - span.start : place.stop - span.start]
+        of_file: dict[HubFile, list[tuple[int, memoryview]]] = {}
+        for (file, start, _), buffer in zip(requests, buffers, strict=True):
+            of_file.setdefault(file, []).append((start, buffer))
+
+        def bytes_at(file: HubFile, span: Span) -> memoryview:
+            begin, buffer = of_file[file][bisect_right(of_file[file], span[0], key=itemgetter(0)) - 1]
+            return buffer[span[0] - begin : span[1] - begin]
+
+        found = {piece: [bytes_at(file, span) for span in spans] for piece, (file, spans) in wanted.items()}
+        return {piece: some[0] if len(some) == 1 else memoryview(b"".join(some)) for piece, some in found.items()}
 
     def pin(self, names: Iterable[str]) -> str:
         """Digest of the hub's hashes of the files, and the tensors' places there."""
@@ -100,62 +75,28 @@ class RemoteSafetensorsStore(TensorStore):
             state.update(f"{file.etag} {file.size} {place.dtype} {place.shape} {place.start}\n".encode())
         return HUB_DIGEST + state.hexdigest()
 
-    def raw(self, name: str) -> memoryview:
-        self.prefetch([name])
-        return self._fetched[name]
 
-    def slices(self, name: str, rows: int) -> Iterator[Tensor]:
-        dtype, (file, place) = DTYPES[self.dtype(name)], self._home[name]
-        count, *others = place.shape
-        size = (place.stop - place.start) // max(1, count)  # bytes of a row
-        for first in range(0, count, rows):
-            some = min(rows, count - first)
-            stored = bytearray(some * size)
-            fetch_into(file, place.start + first * size, memoryview(stored))
-            yield torch.frombuffer(stored, dtype=dtype).reshape(some, *others)
-
-    def part(self, name: str) -> Tensor:
-        place = self._home[name][1]
-        if place.dtype not in DTYPES:
-            raise HeadgramError(f"tensor {name} is stored as {place.dtype}, a type that headgram does not know")
-        self.prefetch([name])
-        # A copy: what lies beside it in the buffer can be freed then, and offsets may be unaligned.
-        stored = bytearray(self._fetched.pop(name))
-        if len(stored) <= _KEPT_BYTES:
-            self._fetched[name] = memoryview(stored)
-        if not stored:
-            return torch.empty(place.shape, dtype=DTYPES[place.dtype])
-        return torch.frombuffer(stored, dtype=DTYPES[place.dtype]).reshape(place.shape)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        self._fetched.clear()
-
-
-def plan_spans(places: dict[str, tuple[HubFile, TensorPlace]]) -> list[Span]:
-    """The ranges to fetch for some tensors; neighbours with little between them share one."""
-    spans: list[Span] = []
-    for name, (file, place) in sorted(places.items(), key=lambda item: (item[1][0].name, item[1][1].start)):
-        last = spans[-1] if spans else None
-        if last and last.file == file and place.start - last.stop <= _WASTE * (place.stop - place.start):
-            spans[-1] = Span(file, last.start, max(last.stop, place.stop), (*last.names, name))
+def plan_requests(wanted: Iterable[tuple[HubFile, Sequence[Span]]]) -> list[tuple[HubFile, int, int]]:
+    """The ranges to fetch, file by file, from first to last; neighbours with little between them share one."""
+    requests: list[tuple[HubFile, int, int]] = []
+    spans = ((file, *span, len(spans) > 1) for file, spans in wanted for span in spans)
+    for file, start, stop, of_many in sorted(spans, key=lambda span: (span[0].name, *span[1:])):
+        last = requests[-1] if requests else None
+        waste = max(_WASTE * (stop - start), _REQUEST if of_many else 0)
+        if last and last[0] == file and start - last[2] <= waste:
+            requests[-1] = (file, last[1], max(last[2], stop))
         else:
-            spans.append(Span(file, place.start, place.stop, (name,)))
-    return spans
+            requests.append((file, start, stop))
+    return requests
 
 
-def _read_header(file: HubFile) -> dict[str, TensorPlace]:
-    first = memoryview(bytearray(min(_HEADER_GUESS, file.size)))
-    fetch_into(file, 0, first)
-    length = header_length(bytes(first[:PREFIX]), file.size, str(file))
-    header = memoryview(bytearray(length))
-    known = first[PREFIX : PREFIX + length]
-    header[: len(known)] = known
-    if len(known) < length:
-        fetch_into(file, PREFIX + len(known), header[len(known) :])
-    return parse_header(bytes(header), file.size, str(file))
+def _header(file: HubFile) -> dict[str, TensorPlace]:
+    def read(start: int, stop: int) -> bytes:
+        found = bytearray(stop - start)
+        fetch_into(file, start, memoryview(found))
+        return bytes(found)
+
+    return read_header(read, file.size, str(file))
 
 
 def _in_parallel(work: Callable[[_A], _B], items: Sequence[_A]) -> list[_B]:

@@ -1,37 +1,47 @@
-"""Safetensors files on this machine."""
+"""Safetensors files, here or elsewhere: only headers and the bytes of asked tensors are read."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Collection, Iterator, Mapping
-from contextlib import ExitStack
+from abc import abstractmethod
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, Self
+from typing import Generic, Self, TypeVar
 
+import torch
 from torch import Tensor
 
 from headgram.checkpoints.homes import Homes
-from headgram.checkpoints.safetensors_header import check_header
-from headgram.checkpoints.stores import TensorStore, bytes_of, known_dtype
-from headgram.errors import HeadgramError
+from headgram.checkpoints.local_file import LocalFile, Span
+from headgram.checkpoints.safetensors_header import TensorPlace, read_header
+from headgram.checkpoints.stores import DTYPES, Piece, TensorStore, known_dtype
+from headgram.families.layouts import Cut
+
+File = TypeVar("File")
+#: Tensors up to this size stay in memory when they are read: scales and shapes, which are asked for more than once.
+_KEPT_BYTES = 2**16
 
 
-class SafetensorsStore(TensorStore):
-    """One or several safetensors files, mapped into memory."""
+class Safetensors(TensorStore, Generic[File]):
+    """Safetensors files, from which a subclass reads bytes.
 
-    def __init__(self, paths: Mapping[str, Path], index: Mapping[str, str] | None = None) -> None:
-        from safetensors import SafetensorError, safe_open
+    Parameters
+    ----------
+    headers
+        By file name, the file, and the places of its tensors.
+    index
+        As of `Homes`.
+    """
 
-        self._stack = ExitStack()
-        files: dict[str, dict[str, Any]] = {}
-        for name, path in paths.items():
-            try:
-                file = self._stack.enter_context(safe_open(path, framework="pt"))
-            except (SafetensorError, OSError) as error:
-                raise HeadgramError(f"{path} is not a whole safetensors file ({error}): fetch it again") from None
-            check_header(path)
-            files[name] = dict.fromkeys(file.keys(), file)
-        self._home = Homes(files, index)
+    def __init__(
+        self, headers: Mapping[str, tuple[File, Mapping[str, TensorPlace]]], index: Mapping[str, str] | None = None
+    ) -> None:
+        places = {key: {name: (file, place) for name, place in found.items()} for key, (file, found) in headers.items()}
+        self._home: Homes[tuple[File, TensorPlace]] = Homes(places, index)
+        self._held: dict[Piece, memoryview] = {}
+
+    @abstractmethod
+    def _read(self, wanted: Mapping[Piece, tuple[File, list[Span]]]) -> dict[Piece, memoryview]:
+        """The bytes of pieces, of each its ranges of a file one after the other."""
 
     def __contains__(self, name: str) -> bool:
         return name in self._home
@@ -40,29 +50,80 @@ class SafetensorsStore(TensorStore):
         return self._home.names()
 
     def shape(self, name: str) -> tuple[int, ...]:
-        return tuple(self._home[name].get_slice(name).get_shape())
+        return self._home[name][1].shape
 
     def stored(self, name: str) -> str:
-        return str(self._home[name].get_slice(name).get_dtype())
+        return self._home[name][1].dtype
 
     def nbytes(self, name: str) -> int:
-        return math.prod(self.shape(name)) * known_dtype(name, self.stored(name)).itemsize
+        place = self._home[name][1]
+        return place.stop - place.start
 
-    def raw(self, name: str) -> memoryview:
-        return bytes_of(self.part(name))
+    def hold(self, pieces: Iterable[Piece]) -> None:
+        """Read those pieces that are not in memory, where they stay until they are read as tensors."""
+        missing = [piece for piece in dict.fromkeys(pieces) if piece not in self._held]
+        if missing:
+            self._held |= self._read({(name, cut): self._spans(name, cut) for name, cut in missing})
+
+    def raw(self, name: str, cut: Cut | None = None) -> memoryview:
+        if (name, cut) in self._held:
+            return self._held[name, cut]
+        return self._read({(name, cut): self._spans(name, cut)})[name, cut]
 
     def slices(self, name: str, rows: int) -> Iterator[Tensor]:
         self.dtype(name)
-        stored = self._home[name].get_slice(name)
-        for start in range(0, self.shape(name)[0], rows):
-            yield stored[start : start + rows]
+        count = self.shape(name)[0]
+        for start in range(0, count, rows):
+            cut = Cut(0, ((start, min(start + rows, count)),))
+            yield self._tensor(name, cut, bytearray(self.raw(name, cut)))
 
-    def part(self, name: str) -> Tensor:
-        tensor: Tensor = self._home[name].get_tensor(name)
-        return tensor
+    def part(self, name: str, cut: Cut | None = None) -> Tensor:
+        known_dtype(name, self.stored(name))
+        self.hold([(name, cut)])
+        # A copy: what lies beside it in the buffer can be freed then, and offsets may be unaligned.
+        stored = bytearray(self._held.pop((name, cut)))
+        if len(stored) <= _KEPT_BYTES:
+            self._held[name, cut] = memoryview(stored)
+        return self._tensor(name, cut, stored)
+
+    def _tensor(self, name: str, cut: Cut | None, stored: bytearray) -> Tensor:
+        shape, dtype = list(self.shape(name)), DTYPES[self.stored(name)]
+        if cut is not None:
+            shape[cut.axis] = cut.count
+        return torch.frombuffer(stored, dtype=dtype).reshape(shape) if stored else torch.empty(shape, dtype=dtype)
+
+    def _spans(self, name: str, cut: Cut | None) -> tuple[File, list[Span]]:
+        """The file that holds a tensor, and the ranges of its bytes."""
+        file, place = self._home[name]
+        if cut is None:
+            return file, [(place.start, place.stop)]
+        outer = 1 if cut.axis == 0 else place.shape[0]  # of columns, a range in every row
+        size = (place.stop - place.start) // max(1, outer * place.shape[cut.axis])
+        row = (place.stop - place.start) // max(1, outer)
+        starts = range(place.start, place.start + outer * row, max(1, row))
+        return file, [(at + first * size, at + last * size) for at in starts for first, last in cut.ranges]
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *exc: object) -> None:
-        self._stack.close()
+        self._held.clear()
+
+
+class SafetensorsStore(Safetensors[LocalFile]):
+    """One or several safetensors files on this machine."""
+
+    def __init__(self, paths: Mapping[str, Path], index: Mapping[str, str] | None = None) -> None:
+        files = {name: LocalFile(path) for name, path in paths.items()}
+        super().__init__({name: (file, _header(file)) for name, file in files.items()}, index)
+
+    def keep(self, pieces: Iterable[Piece]) -> None:
+        self._held.clear()
+        self.hold(pieces)
+
+    def _read(self, wanted: Mapping[Piece, tuple[LocalFile, list[Span]]]) -> dict[Piece, memoryview]:
+        return {piece: memoryview(file.read(spans)) for piece, (file, spans) in wanted.items()}
+
+
+def _header(file: LocalFile) -> dict[str, TensorPlace]:
+    return read_header(lambda start, stop: bytes(file.read([(start, stop)])), len(file), str(file.path))

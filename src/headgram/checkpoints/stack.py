@@ -11,7 +11,7 @@ from headgram.checkpoints.stores import TensorStore
 from headgram.described import Described, spans
 from headgram.errors import HeadgramError
 from headgram.families.around import rule_of
-from headgram.families.layouts import LAYOUTS, QK, ROLES, Dimensions, Part, check_shapes, reads_of
+from headgram.families.layouts import LAYOUTS, QK, ROLES, Cut, Dimensions, Part, check_shapes, reads_of
 from headgram.families.registry import StackRule
 
 #: What configurations call the length of the context, in tokens; of several names, the first that one states.
@@ -75,7 +75,7 @@ class Stack(Described):
 
     @property
     def qk_bytes(self) -> int:
-        """Bytes on disk of the tensors that hold its queries and keys."""
+        """Bytes on disk that hold its queries and keys."""
         return self.nbytes(QK)
 
     @property
@@ -95,14 +95,19 @@ class Stack(Described):
         return f"Stack '{self.name}': {len(self.layers)} layers of {self.heads} heads", [facts]
 
     def nbytes(self, roles: Iterable[str]) -> int:
-        """Bytes on disk of the tensors that hold these roles, each counted once.
+        """Bytes on disk that hold these roles, each counted once; of a tensor that holds others too, their share.
 
         Raises
         ------
         HeadgramError
             As `Checkpoint.factors`.
         """
-        return sum(self._stored[key][0] for key in self._keys(roles))
+        shapes = {tensor: shape for part in LAYOUTS[self._layout] for tensor, shape in part.shapes(self.dimensions).items()}
+        shares = {
+            self._tensors[tensor]: cut.count / shapes[tensor][cut.axis] if cut else 1.0
+            for tensor, cut in self._reads(roles).items()
+        }
+        return round(sum(share * self._stored[key][0] for key, share in shares.items()))
 
     def stored_as(self, roles: Iterable[str]) -> str:
         """The precision in which the tensors of these roles are stored, in the file format's own word; several are joined by `+`.
@@ -112,21 +117,19 @@ class Stack(Described):
         HeadgramError
             As `Checkpoint.factors`.
         """
-        return "+".join(sorted(frozenset().union(*(self._stored[key][1] for key in self._keys(roles)))))
+        return "+".join(sorted(frozenset().union(*(self._stored[self._tensors[tensor]][1] for tensor in self._reads(roles)))))
 
-    def _keys(self, roles: Iterable[str]) -> set[str]:
-        return {self._tensors[tensor] for tensor in self._reads(roles)}
-
-    def _reads(self, roles: Iterable[str]) -> list[str]:
-        """What the layout reads for these roles, in the order of the family's data."""
+    def _reads(self, roles: Iterable[str]) -> dict[str, Cut | None]:
+        """What the layout reads for these roles, in the order of the family's data; None for a whole tensor."""
         roles = tuple(roles)
         for role in roles:
             if role not in ROLES:
                 raise HeadgramError(f"unknown role {role!r:.60}; there are: {', '.join(ROLES)}")
             if role in self.missing:
                 raise HeadgramError(f"the stack '{self.name}' has no role '{role}' to read: {self.missing[role]}")
-        wanted = reads_of(self._layout, roles)
-        return [tensor for tensor in self._tensors if tensor in wanted]
+        parts = [part for part in LAYOUTS[self._layout] if set(part.gives) & set(roles)]
+        cuts = {tensor: part.cuts(self.dimensions, roles).get(tensor) for part in parts for tensor in part.reads}
+        return {tensor: cuts[tensor] for tensor in self._tensors if tensor in cuts}
 
 
 def stack_of(

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from headgram.errors import HeadgramError
+from headgram.families.layouts import Cut
 
 #: The types of safetensors that torch has, in that format's words.
 DTYPES = {
@@ -28,6 +29,9 @@ DTYPES = {
 }
 #: Those that weights are computed with.
 FLOATS = ("F64", "F32", "F16", "BF16")
+
+#: A tensor's name, and the rows or columns that are meant; None for all of it.
+Piece = tuple[str, Cut | None]
 
 
 class TensorStore(Protocol):
@@ -51,32 +55,41 @@ class TensorStore(Protocol):
     def nbytes(self, name: str) -> int:
         """Bytes on disk."""
 
-    def prefetch(self, names: Iterable[str]) -> None:
+    def prefetch(self, pieces: Iterable[Piece]) -> None:
         """Prepare to read these tensors soon; does something only where that is quicker than one by one."""
+        return
+
+    def keep(self, pieces: Iterable[Piece]) -> None:
+        """Read these now, so that `raw` and then `read` take them from memory: until `read`, or until others are kept."""
         return
 
     def pin(self, names: Iterable[str]) -> str | None:
         """A digest that stands for the bytes of these tensors without reading them; None where only the bytes can tell."""
         return None
 
-    def raw(self, name: str) -> memoryview:
-        """The stored bytes."""
+    def raw(self, name: str, cut: Cut | None = None) -> memoryview:
+        """The stored bytes; of some rows or columns, or of the whole tensor where its format has no bytes for these alone."""
 
-    def read(self, name: str) -> Tensor:
-        """The tensor; stored precision, or float32 if the format is quantised."""
+    def read(self, name: str, cut: Cut | None = None) -> Tensor:
+        """The tensor, or some rows or columns; stored precision, or float32 if the format is quantised."""
         self.dtype(name)
-        return self.part(name)
+        return self.part(name, cut)
 
     def slices(self, name: str, rows: int) -> Iterator[Tensor]:
         """The tensor as `read` gives it, so many rows at a time; most stores read no more than that at once."""
         yield from self.read(name).split(rows)
 
-    def part(self, name: str) -> Tensor:
-        """The tensor as stored, of any type: what a quantised weight is made of."""
+    def part(self, name: str, cut: Cut | None = None) -> Tensor:
+        """The tensor, or some rows or columns, as stored, of any type: what a quantised weight is made of."""
 
     def __enter__(self) -> Self: ...
 
     def __exit__(self, *exc: object) -> None: ...
+
+
+def cut_of(tensor: Tensor, cut: Cut | None) -> Tensor:
+    """The tensor, or a copy of some rows or columns."""
+    return tensor if cut is None else cut.of(tensor)
 
 
 def float_dtype(name: str, stored: str) -> str:

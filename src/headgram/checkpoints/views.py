@@ -9,7 +9,8 @@ from typing import Self
 from torch import Tensor
 
 from headgram.checkpoints.sources import HUB_DIGEST
-from headgram.checkpoints.stores import TensorStore
+from headgram.checkpoints.stores import Piece, TensorStore
+from headgram.families.layouts import Cut
 
 
 class View(TensorStore):
@@ -21,6 +22,10 @@ class View(TensorStore):
     def sources(self, name: str) -> list[str]:
         """The tensors beneath that this one is made of."""
         return [name]
+
+    def is_stored(self, name: str) -> bool:
+        """Whether this tensor is one beneath, number for number: then its rows are that one's."""
+        return True
 
     def __contains__(self, name: str) -> bool:
         return all(source in self._store for source in self.sources(name))
@@ -40,27 +45,33 @@ class View(TensorStore):
     def nbytes(self, name: str) -> int:
         return sum(map(self._store.nbytes, self.sources(name)))
 
-    def prefetch(self, names: Iterable[str]) -> None:
-        self._store.prefetch(self._all(names))
+    def prefetch(self, pieces: Iterable[Piece]) -> None:
+        self._store.prefetch(self._beneath(pieces))
+
+    def keep(self, pieces: Iterable[Piece]) -> None:
+        self._store.keep(self._beneath(pieces))
 
     def pin(self, names: Iterable[str]) -> str | None:
-        return self._store.pin(self._all(names))
+        return self._store.pin(list(dict.fromkeys(source for name in names for source in self.sources(name))))
 
-    def raw(self, name: str) -> memoryview:
-        return memoryview(b"".join(map(self._store.raw, self.sources(name))))
+    def raw(self, name: str, cut: Cut | None = None) -> memoryview:
+        pieces = self._beneath([(name, cut)])
+        return self._store.raw(*pieces[0]) if len(pieces) == 1 else memoryview(b"".join(map(self._store.raw, self.sources(name))))
 
-    def read(self, name: str) -> Tensor:
-        return self._store.read(self.sources(name)[0])
+    def read(self, name: str, cut: Cut | None = None) -> Tensor:
+        return self._store.read(self.sources(name)[0], cut)
 
     def slices(self, name: str, rows: int) -> Iterator[Tensor]:
         sources = self.sources(name)
         return self._store.slices(sources[0], rows) if len(sources) == 1 else super().slices(name, rows)
 
-    def part(self, name: str) -> Tensor:
-        return self._store.part(self.sources(name)[0])
+    def part(self, name: str, cut: Cut | None = None) -> Tensor:
+        return self._store.part(self.sources(name)[0], cut)
 
-    def _all(self, names: Iterable[str]) -> list[str]:
-        return list(dict.fromkeys(source for name in names for source in self.sources(name)))
+    def _beneath(self, pieces: Iterable[Piece]) -> list[Piece]:
+        """What is read beneath for some pieces: the whole of whatever a tensor is made of that is not stored as it is."""
+        found = ((source, cut if self.is_stored(name) else None) for name, cut in pieces for source in self.sources(name))
+        return list(dict.fromkeys(found))
 
     def __enter__(self) -> Self:
         return self
@@ -105,9 +116,10 @@ class Joined(TensorStore):
             return self._second, name.removeprefix(self._prefix)
         return self._first, name
 
-    def _split(self, names: Iterable[str]) -> tuple[list[str], list[str]]:
-        found = [self._find(name) for name in names]
-        return [name for store, name in found if store is self._first], [name for store, name in found if store is self._second]
+    def _split(self, pieces: Iterable[Piece]) -> Iterator[tuple[TensorStore, list[Piece]]]:
+        found = [(*self._find(name), cut) for name, cut in pieces]
+        for each in (self._first, self._second):
+            yield each, [(name, cut) for store, name, cut in found if store is each]
 
     def __contains__(self, name: str) -> bool:
         store, inner = self._find(name)
@@ -132,14 +144,17 @@ class Joined(TensorStore):
         store, inner = self._find(name)
         return store.nbytes(inner)
 
-    def prefetch(self, names: Iterable[str]) -> None:
-        first, second = self._split(names)
-        self._first.prefetch(first)
-        self._second.prefetch(second)
+    def prefetch(self, pieces: Iterable[Piece]) -> None:
+        for store, some in self._split(pieces):
+            store.prefetch(some)
+
+    def keep(self, pieces: Iterable[Piece]) -> None:
+        for store, some in self._split(pieces):
+            store.keep(some)
 
     def pin(self, names: Iterable[str]) -> str | None:
         """Of the first's pin, and of the second's or else of its bytes; None if the first has none."""
-        first, second = self._split(names)
+        first, second = ([name for name, _ in some] for _, some in self._split((name, None) for name in names))
         pinned = self._first.pin(first)
         if pinned is None:
             return None
@@ -151,17 +166,17 @@ class Joined(TensorStore):
                 state.update(self._second.raw(name))
         return HUB_DIGEST + state.hexdigest()
 
-    def raw(self, name: str) -> memoryview:
+    def raw(self, name: str, cut: Cut | None = None) -> memoryview:
         store, inner = self._find(name)
-        return store.raw(inner)
+        return store.raw(inner, cut)
 
-    def read(self, name: str) -> Tensor:
+    def read(self, name: str, cut: Cut | None = None) -> Tensor:
         store, inner = self._find(name)
-        return store.read(inner)
+        return store.read(inner, cut)
 
-    def part(self, name: str) -> Tensor:
+    def part(self, name: str, cut: Cut | None = None) -> Tensor:
         store, inner = self._find(name)
-        return store.part(inner)
+        return store.part(inner, cut)
 
     def __enter__(self) -> Self:
         return self

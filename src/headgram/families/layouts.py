@@ -2,13 +2,15 @@
 
 Four roles: `query (H, r, d)` and `key (K, r, d)`; `value (K, r_v, d)`, what a head reads from the tokens that it attends to; and
 `output (H, r_v, d)`, what it writes: the columns of `W_O` that a head owns, transposed. A layout is made of parts. Each takes
-some named tensors, as stored, and gives the factors of one or more roles, so that what nobody asks for is not read. Every part
-says which shapes its tensors must have for the head counts: a shape that merely happens to divide is not enough.
+some named tensors, as stored, and gives the factors of one or more roles, so that what nobody asks for is not read. Of a tensor
+that holds several roles, a part says which of its rows or columns each role needs. Every part says which shapes its tensors must
+have for the head counts: a shape that merely happens to divide is not enough.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import itertools
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -43,6 +45,33 @@ class Dimensions:
 Shapes = dict[str, tuple[int, ...]]
 #: Role -> `(heads, rank, width)`.
 Factors = dict[str, "Tensor"]
+#: The rows of a tensor from first to last: the roles that need the next rows, separated by blanks, and how many rows these are.
+Rows = list[tuple[str, int]]
+
+
+@dataclass(frozen=True)
+class Cut:
+    """Some rows of a tensor, or some columns.
+
+    Attributes
+    ----------
+    axis
+        0 for rows, 1 for columns.
+    ranges
+        First and last, that one excluded; ascending.
+    """
+
+    axis: int
+    ranges: tuple[tuple[int, int], ...]
+
+    @property
+    def count(self) -> int:
+        """How many rows or columns."""
+        return sum(stop - start for start, stop in self.ranges)
+
+    def of(self, tensor: Tensor) -> Tensor:
+        """A copy of these rows or columns."""
+        return tensor[(slice(None),) * self.axis + ([i for bounds in self.ranges for i in range(*bounds)],)]
 
 
 @dataclass(frozen=True)
@@ -50,7 +79,8 @@ class Part:
     """Some tensors that are read together, the roles that they give, and how they are taken apart.
 
     `shapes` has the shape that every tensor must have; its keys are the arguments of `split` besides the dimensions. `sizes`
-    names the entries of `Dimensions.sizes` that they read.
+    names the entries of `Dimensions.sizes` that they read. If a tensor holds several roles, `rows` says in which order, of its
+    rows or (`axis` 1) of its columns; then `split` also takes the roles whose rows it is given.
     """
 
     gives: tuple[str, ...]
@@ -58,6 +88,26 @@ class Part:
     shapes: Callable[[Dimensions], Shapes]
     split: Callable[..., Factors]
     sizes: tuple[str, ...] = ()
+    rows: Callable[[Dimensions], dict[str, Rows]] | None = None
+    axis: int = 0
+
+    def cuts(self, dims: Dimensions, roles: Collection[str]) -> dict[str, Cut]:
+        """By tensor, the rows or columns that some roles need, where they do not need all of it."""
+        found = {}
+        for tensor, every in (self.rows(dims) if self.rows else {}).items():
+            rows = [(of, count) for of, count in every if count]
+            stops = list(itertools.accumulate(count for _, count in rows))
+            needed = [bool(set(of.split()) & set(roles)) for of, _ in rows]
+            if not all(needed):
+                runs = itertools.groupby(zip(needed, [0, *stops], stops, strict=False), key=lambda run: run[0])
+                kept = [list(run) for wanted, run in runs if wanted]
+                found[tensor] = Cut(self.axis, tuple((run[0][1], run[-1][2]) for run in kept))
+        return found
+
+    def factors(self, dims: Dimensions, roles: Collection[str], tensors: Mapping[str, Tensor]) -> Factors:
+        """The factors of some roles, out of what `cuts` leaves of the tensors."""
+        given = {tensor: tensors[tensor] for tensor in self.reads}
+        return self.split(dims, **given, roles=roles) if self.rows else self.split(dims, **given)
 
 
 def _query_shapes(dims: Dimensions) -> Shapes:
@@ -145,37 +195,27 @@ def _gated_shapes(dims: Dimensions) -> Shapes:
     return {"query": (dims.heads * 2 * dims.rank, dims.hidden)}
 
 
-def gated_queries(dims: Dimensions, query: Tensor) -> Factors:
-    """As `queries`, but every head is followed by a gate of the same size: `(H·2·r, d)`."""
-    return {"query": query.view(dims.heads, 2, dims.rank, dims.hidden)[:, 0]}
+def _gated_order(dims: Dimensions) -> list[str]:
+    """Every head is followed by a gate of the same size: `(H·2·r, d)`."""
+    return ["query", "gate"] * dims.heads
 
 
 def _fused_shapes(dims: Dimensions) -> Shapes:
     return {"fused": ((dims.heads + 2 * dims.kv_heads) * dims.rank, dims.hidden)}
 
 
-def blocks(dims: Dimensions, fused: Tensor) -> Factors:
-    """One weight with the blocks `[q; k; v]`, each head after head: `((H + 2K)·r, d)`."""
-    heads = fused.view(-1, dims.rank, dims.hidden)
-    keys_end = dims.heads + dims.kv_heads
-    return {"query": heads[: dims.heads], "key": heads[dims.heads : keys_end], "value": heads[keys_end:]}
-
-
 def _column_shapes(dims: Dimensions) -> Shapes:
     return {"fused": (dims.hidden, (dims.heads + 2 * dims.kv_heads) * dims.rank)}
 
 
-def column_blocks(dims: Dimensions, fused: Tensor) -> Factors:
-    """As `blocks`, but stored `(in, out)`, as GPT-2's `Conv1D` does."""
-    return blocks(dims, fused.t().contiguous())
+def _block_order(dims: Dimensions) -> list[str]:
+    """Blocks `[q; k; v]`, each head after head: `((H + 2K)·r, d)`."""
+    return ["query"] * dims.heads + ["key"] * dims.kv_heads + ["value"] * dims.kv_heads
 
 
-def interleaved(dims: Dimensions, fused: Tensor) -> Factors:
-    """One weight, key head after key head: its query heads, the key head, its value head, `(K·(H/K + 2)·r, d)`."""
-    group = dims.heads // dims.kv_heads
-    heads = fused.view(dims.kv_heads, group + 2, dims.rank, dims.hidden)
-    query = heads[:, :group].reshape(dims.heads, dims.rank, dims.hidden)
-    return {"query": query, "key": heads[:, group], "value": heads[:, group + 1]}
+def _interleaved_order(dims: Dimensions) -> list[str]:
+    """Key head after key head: its query heads, the key head, its value head, `(K·(H/K + 2)·r, d)`."""
+    return (["query"] * (dims.heads // dims.kv_heads) + ["key", "value"]) * dims.kv_heads
 
 
 def _quarter_shapes(dims: Dimensions) -> Shapes:
@@ -184,11 +224,24 @@ def _quarter_shapes(dims: Dimensions) -> Shapes:
     return _fused_shapes(dims)
 
 
-def quarters(dims: Dimensions, fused: Tensor) -> Factors:
-    """CodeGen's one weight in four parts, each a quarter of all heads as `[q; v; k]`: `(4·3·(H/4)·r, d)`."""
-    parts = fused.view(4, 3, dims.heads // 4, dims.rank, dims.hidden)
-    order = {"query": 0, "key": 2, "value": 1}
-    return {role: parts[:, place].reshape(dims.heads, dims.rank, dims.hidden) for role, place in order.items()}
+def _quarter_order(dims: Dimensions) -> list[str]:
+    """CodeGen's four parts, each a quarter of all heads as `[q; v; k]`: `(4·3·(H/4)·r, d)`."""
+    return [role for role in ("query", "value", "key") for _ in range(dims.heads // 4)] * 4
+
+
+def _fused(tensor: str, shapes: Callable[[Dimensions], Shapes], order: Callable[[Dimensions], list[str]], axis: int = 0) -> Part:
+    """One weight with the heads of several roles, in some order; stored `(in, out)` if `axis` is 1, as GPT-2's `Conv1D` does."""
+
+    def split(dims: Dimensions, roles: Collection[str] | None = None, **tensors: Tensor) -> Factors:
+        heads = (tensors[tensor].t().contiguous() if axis else tensors[tensor]).view(-1, dims.rank, dims.hidden)
+        given = [role for role in order(dims) if roles is None or role in roles]
+        return {each: heads[[i for i, role in enumerate(given) if role == each]] for each in ROLES if each in given}
+
+    def rows(dims: Dimensions) -> dict[str, Rows]:
+        return {tensor: [(role, dims.rank) for role in order(dims)]}
+
+    gives = ("query",) if tensor == "query" else ("query", "key", "value")
+    return Part(gives, (tensor,), shapes, split, rows=rows, axis=axis)
 
 
 def _latent_query_shapes(dims: Dimensions) -> Shapes:
@@ -213,17 +266,29 @@ def _latent_shapes(dims: Dimensions) -> Shapes:
     }
 
 
-def latent(dims: Dimensions, key_down: Tensor, key_gain: Tensor, key_up: Tensor) -> Factors:
+def _latent_rows(dims: Dimensions) -> dict[str, Rows]:
+    nope, rope, latent = (dims.sizes[name] for name in ("nope", "rope", "key_latent"))
+    return {
+        "key_down": [("key value", latent), ("key", rope)],
+        "key_up": [("key", nope), ("value", dims.value_rank)] * dims.heads,
+    }
+
+
+def latent(
+    dims: Dimensions, key_down: Tensor, key_gain: Tensor, key_up: Tensor, roles: Collection[str] = ("key", "value")
+) -> Factors:
     """Multi-head latent attention: `W_K` and `W_V` as products of their factors, in float32 or better.
 
     The norm between them as in `latent_queries`. The last `rope` rows of every key head are shared by all heads.
     """
-    nope = dims.sizes["nope"]
+    nope = dims.sizes["nope"] if "key" in roles else 0
     down, gain = _exact(key_down), _exact(key_gain)
-    own = _exact(key_up).view(dims.heads, nope + dims.value_rank, -1) @ (gain[:, None] * down[: len(gain)])
-    key = own.new_empty(dims.heads, dims.rank, dims.hidden)
-    key[:, :nope], key[:, nope:] = own[:, :nope], down[len(gain) :]
-    return {"key": key, "value": own[:, nope:]}
+    own = _exact(key_up).view(dims.heads, -1, len(gain)) @ (gain[:, None] * down[: len(gain)])
+    factors = {"value": own[:, nope:]} if "value" in roles else {}
+    if "key" in roles:
+        factors["key"] = own.new_empty(dims.heads, dims.rank, dims.hidden)
+        factors["key"][:, :nope], factors["key"][:, nope:] = own[:, :nope], down[len(gain) :]
+    return factors
 
 
 def _exact(tensor: Tensor) -> Tensor:
@@ -231,25 +296,25 @@ def _exact(tensor: Tensor) -> Tensor:
     return tensor if tensor.element_size() >= 4 else tensor.float()
 
 
-_FUSED = ("query", "key", "value")
 _QUERY = Part(("query",), ("query",), _query_shapes, queries)
 _KEY = Part(("key",), ("key",), _key_shapes, keys)
 _VALUE = Part(("value",), ("value",), _value_shapes, values)
 _OUTPUT = Part(("output",), ("output",), _output_shapes, outputs)
 _OUTPUT_ROWS = Part(("output",), ("output",), _output_row_shapes, output_rows)
-_GATED = Part(("query",), ("query",), _gated_shapes, gated_queries)
 _LATENT_QUERY = Part(
     ("query",), ("query_down", "query_gain", "query_up"), _latent_query_shapes, latent_queries, ("nope", "rope", "query_latent")
 )
-_LATENT = Part(("key", "value"), ("key_down", "key_gain", "key_up"), _latent_shapes, latent, ("nope", "rope", "key_latent"))
+_LATENT = Part(
+    ("key", "value"), ("key_down", "key_gain", "key_up"), _latent_shapes, latent, ("nope", "rope", "key_latent"), _latent_rows
+)
 
 LAYOUTS: dict[str, tuple[Part, ...]] = {
     "separate": (_QUERY, _KEY, _VALUE, _OUTPUT),
-    "gated": (_GATED, _KEY, _VALUE, _OUTPUT),
-    "blocks": (Part(_FUSED, ("fused",), _fused_shapes, blocks), _OUTPUT),
-    "column_blocks": (Part(_FUSED, ("fused",), _column_shapes, column_blocks), _OUTPUT_ROWS),
-    "interleaved": (Part(_FUSED, ("fused",), _fused_shapes, interleaved), _OUTPUT),
-    "quarters": (Part(_FUSED, ("fused",), _quarter_shapes, quarters), _OUTPUT),
+    "gated": (_fused("query", _gated_shapes, _gated_order), _KEY, _VALUE, _OUTPUT),
+    "blocks": (_fused("fused", _fused_shapes, _block_order), _OUTPUT),
+    "column_blocks": (_fused("fused", _column_shapes, _block_order, axis=1), _OUTPUT_ROWS),
+    "interleaved": (_fused("fused", _fused_shapes, _interleaved_order), _OUTPUT),
+    "quarters": (_fused("fused", _quarter_shapes, _quarter_order), _OUTPUT),
     "by_head": (
         Part(("query",), ("query",), _query_by_head_shapes, queries_by_head),
         Part(("key",), ("key",), _key_by_head_shapes, keys_by_head),

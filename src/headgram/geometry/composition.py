@@ -233,6 +233,7 @@ class Channels:
         `X v = s u` for the `k` largest; zero rows where a singular value is zero.
     eigenvalues
         Of the same forms. Of `k`, positive ones mean that head b looks for tokens that follow one like its own: induction.
+        None of forms from one stream to another.
     carried : (n, k, d)
         For each of the top directions, what head a writes of it into the stream, of unit length.
     """
@@ -240,7 +241,7 @@ class Channels:
     singular_values: Float[Tensor, "n rank"]
     right: Float[Tensor, "n k width"]
     left: Float[Tensor, "n k width"]
-    eigenvalues: Eigenvalues
+    eigenvalues: Eigenvalues | None
     carried: Float[Tensor, "n k width"]
 
     @property
@@ -266,7 +267,7 @@ def composed(kind: str, ov_a: Heads, forms_b: Heads) -> Heads:
 
 
 @torch.no_grad()
-def channels(kind: str, ov_a: Heads, forms_b: Heads, topk: int) -> Channels:
+def channels(kind: str, ov_a: Heads, forms_b: Heads, topk: int, within: bool = True) -> Channels:
     """What flows through pairs of heads, the first of `a` with the first of `b` and so on.
 
     Parameters
@@ -279,6 +280,8 @@ def channels(kind: str, ov_a: Heads, forms_b: Heads, topk: int) -> Channels:
         The forms of the later heads, of the circuit that the kind names.
     topk
         How many directions to keep.
+    within
+        Whether both heads read and write one stream. An encoder's head and one of cross-attention do not.
     """
     forms = composed(kind, ov_a, forms_b)
     exact = with_orthonormal_left(forms)
@@ -296,6 +299,6 @@ def channels(kind: str, ov_a: Heads, forms_b: Heads, topk: int) -> Channels:
         torch.nn.functional.pad(s, (0, forms.rank - s.shape[-1])),
         right,
         left,
-        eigenvalues(forms),
+        eigenvalues(forms) if within else None,
         ratio(written, written.norm(dim=-1, keepdim=True)),
     )

@@ -241,21 +241,25 @@ function words(texts) {
   return cell;
 }
 
+/** Those of an array of strongest partners that are the chosen head's: of its own stack, or of another one, which has a name. */
+function partners(data, found, name) {
+  if (!found) return [];
+  const stack = name ? Object.keys(index.models[state.model]).find((place) => place.endsWith(`/${name}`)) : state.stack;
+  const { shape: [, layers, heads, count], data: values } = found;
+  const [size, start] = [layers * heads * count, (data.position(state.layer) * heads + state.head) * count];
+  return Array.from({ length: count }, (_, i) => start + i).filter((i) => values[2 * size + i] > 0).map((i) => ({
+    layer: stackOf(state.model, stack).layer_indices[values[i]], head: values[size + i], value: values[2 * size + i], stack, of: name ? `${name}, ` : "",
+  }));
+}
+
 /** The strongest feeders or readers of the chosen head. */
 function drawFeeding(data) {
-  element("card-feeding").hidden = !["q", "k", "v"].some((kind) => data.feeding(kind));
+  element("card-feeding").hidden = !["q", "k", "v"].some((kind) => data.feeding(kind)) && !data.partner;
   element("feeding-subject").textContent = `layer ${state.layer}, head ${state.head}`;
   for (const side of ["feeders", "readers"]) {
-    const found = data.feeding(`${state.kind}/${side}`);
-    const rows = [];
-    if (found) {
-      const { shape: [, layers, heads, count], data: values } = found;
-      const [size, start] = [layers * heads * count, (data.position(state.layer) * heads + state.head) * count];
-      for (let i = start; i < start + count && values[2 * size + i] > 0; i++) {
-        const [layer, head, value] = [data.layers[values[i]], values[size + i], values[2 * size + i]];
-        rows.push(row(pressed(`L${layer} H${head}`, () => set({ layer, head }), `layer ${layer}, head ${head}`), show(value), bar(value / Math.sqrt(data.meta.hidden))));
-      }
-    }
+    const found = [...partners(data, data.feeding(`${state.kind}/${side}`)), ...partners(data, data.across(`${state.kind}/${side}`), data.partner)];
+    const rows = found.sort((a, b) => b.value - a.value).slice(0, 8).map(({ layer, head, value, stack, of }) => row(
+      pressed(`${of}L${layer} H${head}`, () => set({ stack, layer, head }), `${of}layer ${layer}, head ${head}`), show(value), bar(value / Math.sqrt(data.meta.hidden))));
     fillTable(side, rows.length ? rows : [row("None.")]);
   }
 }

@@ -16,7 +16,7 @@ import pyarrow as pa
 
 from headgram.forms.variants import Variant
 from headgram.report.columns import columns
-from headgram.report.matrix import Feeding, PairMatrix, read_feeding, read_matrix
+from headgram.report.matrix import Across, Feeding, PairMatrix, read_across, read_feeding, read_matrix
 from headgram.report.names import TABLES
 from headgram.report.positions import Positions, read_positions
 from headgram.report.tokens import HeadTokens, read_tokens
@@ -74,6 +74,8 @@ class StackArrays:
         What directions read and write, in words; where embeddings were read.
     feeding
         Which heads write for which, where compositions were measured; of each stack's first form of `qk` alone, as what follows.
+    across
+        Which heads of another stack do: of an encoder for cross-attention.
     positions
         How forms of `qk` turn with the offset, by what is done with norms, where positions turn them.
     """
@@ -87,6 +89,7 @@ class StackArrays:
     matrix: PairMatrix | None
     expected: np.ndarray
     feeding: Feeding | None = None
+    across: Across | None = None
     positions: Mapping[str, Positions] = field(default_factory=dict)
     tokens: HeadTokens | None = None
 
@@ -103,11 +106,13 @@ def read_model(paths: Mapping[str, Path]) -> dict[str, StackArrays]:
     tables = {name: read_table(paths[name]) for name in TABLES if name != "pairs"}
     places = _places(tables["models"])
     first = {stack: circuit for circuit, stack in reversed(places) if Variant.of(circuit).circuit == "qk"}
+    across = _across(paths["composition"], tables["heads"]) if "composition" in paths else {}
     return {
         "/".join(place): _stack(
             place,
             {name: of_place(place, table).to_pandas() for name, table in tables.items()},
             paths,
+            across=across,
             is_first=first.get(place[1]) == place[0],
         )
         for place in places
@@ -136,7 +141,22 @@ def _summary(models: pd.DataFrame, layers: pd.DataFrame) -> StackSummary:
     )
 
 
-def _stack(place: Place, tables: Mapping[str, pd.DataFrame], paths: Mapping[str, Path], is_first: bool) -> StackArrays:
+def _across(path: Path, heads: pa.Table) -> dict[str, Across]:
+    """By stack, what it has to do with another one."""
+    shapes = {
+        str(stack): (np.unique(rows["layer"]), rows["head"].nunique()) for stack, rows in heads.to_pandas().groupby("stack")
+    }
+    found = {stack: read_across(path, stack, shapes) for stack in shapes}
+    return {stack: across for stack, across in found.items() if across}
+
+
+def _stack(
+    place: Place,
+    tables: Mapping[str, pd.DataFrame],
+    paths: Mapping[str, Path],
+    across: Mapping[str, Across],
+    is_first: bool,
+) -> StackArrays:
     heads = tables["heads"].sort_values(["layer", "head"])
     layers = np.unique(heads["layer"])
     shape = (len(layers), heads["head"].nunique(), -1)
@@ -155,6 +175,7 @@ def _stack(place: Place, tables: Mapping[str, pd.DataFrame], paths: Mapping[str,
         matrix=read_matrix(paths["pairs"], place, layers, {name: value.reshape(shape[:2]) for name, value in itself.items()}),
         expected=np.stack([_expected(heads, name, shape[:2]) for name in names]),
         feeding=read_feeding(paths["composition"], place[1], layers, shape[1]) if is_first and "composition" in paths else None,
+        across=across.get(place[1]) if is_first else None,
         positions=read_positions(paths, place[1], layers, shape[1]) if is_first and "rotary" in paths else {},
         tokens=read_tokens(paths["tokens"], place, layers, shape[1]) if "tokens" in paths else None,
     )

@@ -33,7 +33,7 @@ function loadModel(name) {
   if (!models.has(name)) {
     const embedded = element(`pack-${name}`);
     const text = embedded ? Promise.resolve(embedded.textContent) : loadBeside(name);
-    const loading = text.then(unpack).then(({ meta, arrays }) => ({ ...arrays, words: meta?.words ?? {} }));
+    const loading = text.then(unpack).then(({ meta, arrays }) => ({ ...arrays, words: meta?.words ?? {}, partners: meta?.partners ?? {} }));
     loading.catch(() => models.delete(name));
     models.set(name, loading);
   }
@@ -72,6 +72,8 @@ class StackData {
     this.at = (part) => arrays[`${name}/${part}`];
     const ofStack = (part) => arrays[`${name.split("/").at(-1)}/${part}`]; // whatever the circuit
     this.feeding = (part) => ofStack(`feeding/${part}`);
+    this.across = (part) => ofStack(`across/${part}`); // with the heads of another stack
+    this.partner = arrays.partners[name.split("/").at(-1)];
     this.positions = (norms, part) => ofStack(`positions/${norms}/${part}`);
     this.words = arrays.words[name]; // texts of tokens, where there are any
     this.meta = meta;

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from scipy.spatial.distance import squareform
 
 from headgram.report.names import DRAWN
 from headgram.results.paths import Place
-from headgram.results.tables import pair_indices, read_parts
+from headgram.results.tables import pair_indices, read_parts, read_table
 
 #: What two heads are compared by: columns of the table `pairs`.
 VALUES = ("cosine", "transposed")
@@ -68,18 +69,29 @@ class Feeding:
     def arrays(self) -> dict[str, np.ndarray]:
         """What a page holds: by kind the upper triangle, and the strongest feeders and readers of every head."""
         drawn = {kind: _triangle(_largest(matrix)) for kind, matrix in self.kinds.items()}
-        feeders = {f"{kind}/feeders": self._strongest(matrix.T) for kind, matrix in self.kinds.items()}
-        return drawn | feeders | {f"{kind}/readers": self._strongest(matrix) for kind, matrix in self.kinds.items()}
+        feeders = {f"{kind}/feeders": _strongest(matrix.T, self.heads, self.heads) for kind, matrix in self.kinds.items()}
+        readers = {f"{kind}/readers": _strongest(matrix, self.heads, self.heads) for kind, matrix in self.kinds.items()}
+        return drawn | feeders | readers
 
     def layer(self, position: int) -> dict[str, np.ndarray]:
         """By kind, what the heads of one layer write for all heads, (H, N)."""
         return {kind: matrix[position * self.heads : (position + 1) * self.heads] for kind, matrix in self.kinds.items()}
 
-    def _strongest(self, matrix: np.ndarray) -> np.ndarray:
-        """Place of the layer, head, and value of every row's strongest partners, (3, L, H, n); values are 0 beyond the last."""
-        partners = np.argsort(-matrix, axis=1, kind="stable")[:, :STRONGEST]
-        values = np.take_along_axis(matrix, partners, axis=1)
-        return np.stack([partners // self.heads, partners % self.heads, values]).reshape(3, -1, self.heads, values.shape[1])
+
+@dataclass(frozen=True)
+class Across:
+    """The heads of another stack that write for those of this one, or read what these write: of an encoder and of what reads it.
+
+    Attributes
+    ----------
+    partner
+        The other stack.
+    arrays : by `{kind}/feeders` or `{kind}/readers`, (3, L, H, n)
+        Place of the layer there, head, and value in times chance of the strongest partners of every head.
+    """
+
+    partner: str
+    arrays: dict[str, np.ndarray]
 
 
 def read_feeding(path: Path, stack: str, layers: np.ndarray, heads: int) -> Feeding | None:
@@ -97,6 +109,39 @@ def read_feeding(path: Path, stack: str, layers: np.ndarray, heads: int) -> Feed
             matrix = kinds.setdefault(kind, np.zeros((len(layers) * heads,) * 2, dtype=np.float32))
             matrix[pair_indices(rows, layers, heads)] = rows["times_chance"]
     return Feeding(kinds, heads) if kinds else None
+
+
+def read_across(path: Path, stack: str, shapes: Mapping[str, tuple[np.ndarray, int]]) -> Across | None:
+    """Compositions of a stack with another one from the table `composition`; None if it holds none.
+
+    Parameters
+    ----------
+    shapes
+        By stack, the true indices of its layers, and how many heads each has.
+    """
+    found: dict[str, np.ndarray] = {}
+    partner = ""
+    table = read_table(path)
+    for side, own, other in (("feeders", "stack", "writer"), ("readers", "writer", "stack")):
+        rows = table.filter((pc.field(own) == stack) & (pc.field(other) != stack)).to_pandas()
+        for (kind, name), some in rows.groupby(["kind", other]):
+            partner = str(name)
+            ends = [(f"_{'b' if end == 'stack' else 'a'}", *shapes[stack if end == own else partner]) for end in (own, other)]
+            places = [
+                np.searchsorted(layers, some[f"layer{end}"]) * heads + some[f"head{end}"].to_numpy()
+                for end, layers, heads in ends
+            ]
+            matrix = np.zeros([len(layers) * heads for _, layers, heads in ends], dtype=np.float32)
+            matrix[places[0], places[1]] = some["times_chance"]
+            found[f"{kind}/{side}"] = _strongest(matrix, ends[0][2], ends[1][2])
+    return Across(partner, found) if found else None
+
+
+def _strongest(matrix: np.ndarray, heads: int, of_partners: int) -> np.ndarray:
+    """Place of the layer, head, and value of every row's strongest partners, (3, L, H, n); values are 0 beyond the last."""
+    partners = np.argsort(-matrix, axis=1, kind="stable")[:, :STRONGEST]
+    values = np.take_along_axis(matrix, partners, axis=1)
+    return np.stack([partners // of_partners, partners % of_partners, values]).reshape(3, -1, heads, values.shape[1])
 
 
 def read_matrix(path: Path, place: Place, layers: np.ndarray, itself: dict[str, np.ndarray]) -> PairMatrix | None:

@@ -49,9 +49,11 @@ def unpack(text: str) -> tuple[Any, dict[str, np.ndarray]]:
 
 
 def model_pack(stacks: Mapping[str, StackArrays]) -> str:
-    """All arrays of a model but the quartiles, which the page holds of every model; and the texts of its tokens."""
+    """All arrays of a model but the quartiles, which the page holds of every model; the texts of its tokens; and by stack, the
+    other one whose heads write for its own, or read them."""
     arrays: dict[str, np.ndarray] = {}
     words: dict[str, Any] = {}
+    partners: dict[str, str] = {}
     for name, stack in stacks.items():
         parts = {"heads": stack.heads, "expected": stack.expected, "singular": stack.singular, "eigenvalues": stack.eigenvalues}
         parts |= {f"pairs/{kind}": values for kind, values in stack.pairs.items()}
@@ -62,11 +64,14 @@ def model_pack(stacks: Mapping[str, StackArrays]) -> str:
             words[name] = {"texts": stack.tokens.texts, "chance": stack.tokens.chance}
         arrays |= {f"{name}/{part}": values for part, values in parts.items()}
         of_stack = {f"feeding/{part}": values for part, values in (stack.feeding.arrays() if stack.feeding else {}).items()}
+        if stack.across:
+            partners[name.split("/")[-1]] = stack.across.partner
+            of_stack |= {f"across/{part}": values for part, values in stack.across.arrays.items()}
         of_stack |= {
             f"positions/{norm}/{part}": each for norm, found in stack.positions.items() for part, each in vars(found).items()
         }
         arrays |= {f"{name.split('/')[-1]}/{part}": values for part, values in of_stack.items()}
-    return pack({"words": words}, arrays)
+    return pack({"words": words, "partners": partners}, arrays)
 
 
 def layer_packs(stacks: Mapping[str, StackArrays]) -> dict[str, str]:

@@ -216,7 +216,8 @@ CHANNELS = _schema(
     *_COMPOSED,
     ("place", pa.int32()),
     ("score", pa.float32()),
-    *((name, pa.float64()) for name in ("first", "effective_rank", "copying", "positive", "departure")),
+    *((name, pa.float64()) for name in ("first", "effective_rank")),
+    *(pa.field(name, pa.float64()) for name in ("copying", "positive", "departure")),  # null between two streams
 )
 TOKENS = _schema(
     *_PLACE,

@@ -24,6 +24,7 @@ from headgram.geometry.composition import (
     times_chance,
     writes,
 )
+from headgram.geometry.eigenvalues import Eigenvalues
 from headgram.geometry.nulls import Energies, deviations
 from headgram.results.factors import FactorFiles
 from headgram.results.files import written_whole
@@ -184,18 +185,24 @@ def _flows(stream: _Stream, pairs: pa.Table, device: str) -> tuple[pa.Table, dic
     earlier, later = (
         list(zip(*(pairs[f"{name}_{side}"].to_pylist() for name in ("layer", "head")), strict=True)) for side in "ab"
     )
-    found = channels(stream.kind, stream.writing.single(earlier).to(device), stream.reading.single(later).to(device), DIRECTIONS)
+    both = stream.writing.single(earlier).to(device), stream.reading.single(later).to(device)
+    found = channels(stream.kind, *both, DIRECTIONS, within=stream.writer == stream.stack)
     columns = {
         **{name: pairs[name] for name in (*_PAIR, "score")},
         "place": torch.arange(len(pairs)),
         "first": found.first.cpu(),
         "effective_rank": found.effective_rank.cpu(),
-        **{name: getattr(found.eigenvalues, name) for name in ("copying", "positive", "departure")},
+        **{name: _scores(found.eigenvalues, name, len(pairs)) for name in ("copying", "positive", "departure")},
     }
     kept = {name: getattr(found, name).float().cpu() for name in ("right", "left", "carried")}
-    values = {"singular_values": found.singular_values.cpu(), "eigenvalues": found.eigenvalues.values}
+    values = {"singular_values": found.singular_values.cpu()}
+    values |= {"eigenvalues": found.eigenvalues.values} if found.eigenvalues else {}
     places = torch.tensor([[*a, *b] for a, b in zip(earlier, later, strict=True)])
     return _table(stream, columns, CHANNELS), {"writer": stream.writer, "pairs": places, **values, **kept}
+
+
+def _scores(eigenvalues: Eigenvalues | None, name: str, count: int) -> Any:
+    return getattr(eigenvalues, name) if eigenvalues else pa.nulls(count, pa.float64())
 
 
 def _table(stream: _Stream, columns: Mapping[str, Any], schema: pa.Schema) -> pa.Table:

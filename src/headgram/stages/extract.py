@@ -55,16 +55,17 @@ def extract(
         with open_checkpoint(**source) as checkpoint:
             checkpoint.prefetch(provenance.stack, layers, roles)
             before = _states(checkpoint)
+            read = []
             for layer, digest in zip(layers, digests, strict=True):
                 if not checkpoint.holds(provenance.stack, layer, digest, roles):
                     raise HeadgramError(f"layer {layer} changed since it was locked; {upgrading(provenance.model, manifest)}")
-            factors = read_layers(checkpoint, provenance.stack, layers, roles, dtype)
+                read.append(_rounded(checkpoint.factors(provenance.stack, layer, roles), dtype, layer))
             for name, state in _states(checkpoint).items():
                 if state != before[name]:
                     raise HeadgramError(f"{name} changed while it was read; {upgrading(provenance.model, manifest)}")
     except HeadgramError as error:
         raise HeadgramError(f"model {provenance.model}, stack {provenance.stack}: {error}") from None
-    write_factors(output, layers, factors)
+    write_factors(output, layers, _stacked(read))
     seal(record_of(output), provenance, [output])
 
 
@@ -84,23 +85,20 @@ def read_layers(
         If a weight is not finite, before or after rounding.
     """
     checkpoint.prefetch(stack, layers, roles)
-    read = [checkpoint.factors(stack, layer, roles) for layer in layers]
-    return {
-        role: _stacked([_rounded(factors[role], dtype, layer) for factors, layer in zip(read, layers, strict=True)])
-        for role in roles
-    }
+    return _stacked([_rounded(checkpoint.factors(stack, layer, roles), dtype, layer) for layer in layers])
 
 
-def _stacked(weights: list[Tensor]) -> Tensor:
-    """One tensor in the widest precision among the layers: a checkpoint may store them in several."""
-    widest = functools.reduce(torch.promote_types, (weight.dtype for weight in weights))
-    return torch.stack([weight.to(widest) for weight in weights])
+def _stacked(layers: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """By role, one tensor in the widest precision among the layers: a checkpoint may store them in several."""
+    of_roles = {role: [factors[role] for factors in layers] for role in layers[0]}
+    widest = {role: functools.reduce(torch.promote_types, (weight.dtype for weight in some)) for role, some in of_roles.items()}
+    return {role: torch.stack([weight.to(widest[role]) for weight in some]) for role, some in of_roles.items()}
 
 
-def _rounded(weight: Tensor, dtype: str, layer: int) -> Tensor:
+def _rounded(factors: Mapping[str, Tensor], dtype: str, layer: int) -> Mapping[str, Tensor]:
     if dtype == "stored":
-        return weight
-    rounded = weight.to(_DTYPES[dtype])
-    if not is_finite(rounded):
+        return factors
+    rounded = {role: weight.to(_DTYPES[dtype]) for role, weight in factors.items()}
+    if not all(map(is_finite, rounded.values())):
         raise HeadgramError(f"layer {layer}: a weight is too large for weights.dtype = {dtype}: use 'stored'")
     return rounded
