@@ -249,6 +249,9 @@ NONE = NormRule(kind="none")
         ("gemma2", "output_norm", {"output_norm": NormRule(kind="rms", module="post_attention_layernorm")}),  # 1 + w
         ("olmo2", "output_norm", {"output_norm": NormRule(kind="rms", module="post_feedforward_layernorm")}),
         ("llama", "output_norm", {"output_norm": NormRule(kind="rms", module="post_attention_layernorm")}),
+        ("dinov2", "output_norm", {"output_norm": NONE}),
+        ("dinov2", "output_norm", {"output_norm": NormRule(kind="gain", module="layer_scale2.lambda1")}),
+        ("beit", "output_norm", {"output_norm": NONE}),
     ],
 )
 def test_wrong_data_are_off_by_order_one(
@@ -284,6 +287,19 @@ def test_wrong_norms_of_cross_attention_are_off_by_order_one(
     assert residuals(model, folder, entry)[role] < TOLERANCE
     monkeypatch.setattr("headgram.checkpoints.stack.rule_of", changed)
     assert residuals(tiny(model_type)[0], folder, entry)[role] > 1e-3
+
+
+@pytest.mark.parametrize("stated", [0.1, 0.0, None])
+def test_a_model_without_layer_scale_has_none(tmp_path: Path, stated: float | None) -> None:
+    """A configuration that leaves it unsaid has one."""
+    model, _ = tiny("beit", layer_scale_init_value=0.1 if stated is None else stated)
+    path = saved(model, tmp_path) / "config.json"
+    config = {**json.loads(path.read_text()), "layer_scale_init_value": stated}
+    path.write_text(
+        json.dumps({name: value for name, value in config.items() if name != "layer_scale_init_value" or value is not None})
+    )
+    with open_checkpoint(tmp_path) as checkpoint:
+        assert (checkpoint.around("self", 0).output_norm is None) == (stated == 0.0)
 
 
 def test_biases_that_are_left_out_are_noticed(tmp_path: Path) -> None:

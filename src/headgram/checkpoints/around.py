@@ -83,7 +83,7 @@ class Around:
 
     @property
     def output_norm(self) -> Norm | None:
-        """What a norm does to all that heads write together, before it is added to the stream; None if there is none."""
+        """What a norm, or a gain alone, does to all that heads write together, before it joins the stream; None if neither."""
         return self._norm(self._said("output_norm", self._known.rule.output_norm), 1, [(self._known.dims.output_width,)])
 
     @property
@@ -165,7 +165,7 @@ class Around:
         if norm is None:
             return None
         gain, bias = (None if part is None else part.view(-1, rank).expand(heads, rank) for part in (norm.gain, norm.bias))
-        return Norm(norm.centred, gain, bias)
+        return replace(norm, gain=gain, bias=bias)
 
     def _source(self) -> NormRule:
         rule: NormRule = self._said("source_norm", self._known.rule.said("source_norm"))
@@ -179,7 +179,7 @@ class Around:
             for kind, names in self._norm_names(rule, heads, place).items()
         }
         gain = (found["weight"] + rule.plus) * self._factor(rule.times) if found else None
-        return Norm(rule.kind == "layer", gain, found.get("bias"))
+        return Norm(rule.kind == "layer", gain, found.get("bias"), divides=rule.kind != "gain")
 
     def _norm_names(self, rule: NormRule, heads: int, place: str | None = None) -> dict[str, list[str]]:
         """`weight`, and `bias` if the checkpoint holds it -> one tensor, or one for each head."""
@@ -187,6 +187,8 @@ class Around:
         if rule.module is None or (self.layer == 0 and rule.not_first):
             return {}
         modules = dict.fromkeys(rule.module.format(head=head) for head in range(heads))
+        if rule.kind == "gain":
+            return {"weight": [place + module for module in modules]}
         names = {kind: [f"{place}{module}.{kind}" for module in modules] for kind in ("weight", "gamma", "bias", "beta")}
         held = {kind: found for kind, found in names.items() if found[0] in self._store}
         weight, bias = held.get("gamma", names["weight"]), held.get("bias") or held.get("beta")

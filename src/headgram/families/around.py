@@ -33,10 +33,15 @@ _Place = Annotated[str, Field(pattern=r"^[^{}]*(\{head\}[^{}]*)?$", max_length=5
 
 
 class NormRule(Rule):
-    """One norm: `none` where the block reads the stream as it is, which the norm of the block before may have left."""
+    """One norm: `none` where the block reads the stream as it is, which the norm of the block before may have left.
 
-    kind: Literal["rms", "layer", "none"]
-    module: _Place | None = None  # below `block`, `{head}` for one of each head; None: a norm without weights
+    A `gain` multiplies each channel and divides by nothing, as layer scale does.
+    """
+
+    kind: Literal["rms", "layer", "gain", "none"]
+    module: _Place | None = (
+        None  # below `block`, `{head}` for one of each head, a gain's own tensor; None: a norm without weights
+    )
     not_first: bool = False  # layer 0 reads the stream as it is
     plus: int = 0  # its gain is so much more than what is stored: 1 + w
     times: str | None = None  # what they call a factor of what it gives, where they state one

@@ -17,7 +17,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Norm:
-    """What a norm does to the stream before it is read, but for its division by one number per token.
+    """What a norm does to what it is given, but for its division by one number per token.
 
     Attributes
     ----------
@@ -26,11 +26,14 @@ class Norm:
     gain, bias : (d,) or (heads, r)
         None where the norm has none. A gain that is stored as `w` but used as `1 + w` is `1 + w` here. Norms of queries and keys
         have a row for each head.
+    divides
+        Whether there is such a division: not in layer scale, which is a gain alone.
     """
 
     centred: bool
     gain: Float[Tensor, "*heads width"] | None = None
     bias: Float[Tensor, "*heads width"] | None = None
+    divides: bool = True
 
 
 @dataclass(frozen=True)
@@ -110,7 +113,7 @@ class Frame:
     query_norm, key_norm
         Norms of queries and keys, with a row of gains for each head.
     output_norm
-        What a norm does to all that heads write together, before it is added to the stream.
+        What a norm, or a gain alone, does to all that heads write together, before it is added to the stream.
     query_bias, key_bias : (H, r) and (K, r)
         What is added to `W_Q x` and to `W_K x`.
     rotary

@@ -248,9 +248,9 @@ def relative(ours: Tensor, theirs: Tensor) -> float:
 
 
 def _normed(x: Float[Tensor, "*tokens width"], norm: Norm) -> Float[Tensor, "*tokens width"]:
-    """A norm with its division, without its epsilon."""
+    """A norm with its division, if it divides, without its epsilon."""
     x = x - x.mean(-1, keepdim=True) if norm.centred else x
-    x = x / x.square().mean(-1, keepdim=True).sqrt()
+    x = x / x.square().mean(-1, keepdim=True).sqrt() if norm.divides else x
     x = x if norm.gain is None else x * norm.gain
     return x if norm.bias is None else x + norm.bias
 

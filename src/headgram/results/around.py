@@ -67,19 +67,22 @@ def _not_folded(form: str, frames: Frames) -> Iterator[str]:
     def any_of(*roles: str) -> bool:
         return any(getattr(layer, role) is not None for layer in layers for role in roles)
 
+    def divided(*roles: str) -> bool:
+        return any(norm is not None and norm.divides for layer in layers for norm in (getattr(layer, role) for role in roles))
+
     yield from _left_out(frames.missing)
     yield from frames.scores if form.startswith("qk") else frames.writes
-    if any_of("norm", "source_norm"):
+    if divided("norm", "source_norm"):
         yield "the norm divides each token by a number of its own"
     if any(layer.norm is not None and layer.norm.bias is not None for layer in layers):
         yield "the norm's bias adds terms that are linear in one token"
     if frames.latent:
         yield "latent vectors are divided by norms of their own"
     if not form.startswith("qk"):
-        if any_of("output_norm"):
+        if divided("output_norm"):
             yield "a norm after attention divides what all heads write by a number of its own for each token"
         return
-    if any_of("query_norm", "key_norm"):
+    if divided("query_norm", "key_norm"):
         yield "queries and keys are divided by norms of their own"
     own = [norm for layer in layers for norm in (layer.query_norm, layer.key_norm) if norm is not None]
     if any(norm.bias is not None for norm in own):
