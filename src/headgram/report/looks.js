@@ -73,7 +73,15 @@ function above({ mean }, largest, best) {
 /** Of pictures of lines: where the best of all heads lies by chance, and where the axis must begin and end. */
 function chanceBand(name) {
   const { mean, best } = chanceOf(name) ?? {};
-  return mean === undefined ? [] : [{ low: mean - best, high: mean + best, from: mean - index.pale * best, to: mean + index.pale * best }];
+  if (mean === undefined) return expectedOf(name).map((value) => ({ name: "chance", low: value, high: value, from: value, to: value }));
+  return [{ name: "chance", low: mean - best, high: mean + best, from: mean - index.pale * best, to: mean + index.pale * best }];
+}
+
+/** What chance gives of a column where only that is known, and only if it is the same in all layers. */
+function expectedOf(name) {
+  const data = stacks.get(JSON.stringify(inStack()));
+  const found = new Set(data?.layers.map((layer) => data.expected(name, layer)).filter((value) => value !== undefined));
+  return found.size === 1 ? [...found] : [];
 }
 
 /** What chance gives of a column of heads in a layer, in words. */
@@ -98,8 +106,12 @@ function columnColours(data) {
     const middle = chanceOf(name)?.mean ?? centre;
     return around(middle, quantile(values.map((value) => Math.abs(value - middle)), 0.99), chanceOf(name)?.best);
   }
-  const [low, high] = [quantile(values, 0), quantile(values, 1)];
-  if (spansDecades(low, high)) return { type: "log", domain: [low, high], range: "viridis" };
-  const [first, last] = [quantile(values, 0.01), quantile(values, 0.99)];
-  return { domain: first < last ? [first, last] : [low, low + 1], range: "viridis" };
+  const [chance] = expectedOf(name);
+  const reached = (...shares) => [...shares.map((share) => quantile(values, share)), ...(chance === undefined ? [] : [chance])];
+  const [all, most] = [reached(0, 1), reached(0.01, 0.99)].map((found) => [Math.min(...found), Math.max(...found)]);
+  const type = spansDecades(...all) ? "log" : "linear";
+  const [low, high] = type === "log" ? all : most[0] < most[1] ? most : [all[0], all[0] + 1];
+  const share = (value) => (type === "log" ? Math.log(value / low) / Math.log(high / low) : (value - low) / (high - low));
+  const ends = [low, high].filter((end) => Math.abs(share(end) - share(chance)) > 0.2).map((end) => [end]);
+  return { type, domain: [low, high], range: "viridis", marks: chance === undefined ? undefined : [[chance, "chance"], ...ends] };
 }
