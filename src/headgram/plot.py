@@ -115,7 +115,7 @@ def matrix(
     require(atlas, Atlas, _WHAT)
     square = _square(atlas.pairs(model, stack, value, circuit))
     if np.isnan(square).any():
-        raise HeadgramError(f"not all pairs of heads of {model} were measured: the option gram.pairs asks for that")
+        raise HeadgramError(f"not all pairs of heads of {model} were measured: set gram.pairs to all, and run `snakemake` again")
     off = np.abs(square[np.triu_indices(len(square), 1)])
     null = nulls(_facts(atlas, model, stack, circuit))[value]
     largest = float(np.quantile(off, 0.995)) if len(off) else 0.0

@@ -34,8 +34,9 @@ def test_a_random_model_is_pale_and_chance_is_marked(column, of_mean):
 
 @pytest.mark.parametrize("largest", [0.0, 1e-9, 1e-3, 0.5, 1.0])
 @pytest.mark.parametrize("column", ["symmetry", "cosine", "right"])
-def test_marks_lie_in_the_colours_and_apart(largest, column):
-    null = nulls(FACTS)[column]
+@pytest.mark.parametrize("width", [1, 2, 8, 16, 8192])
+def test_marks_lie_in_the_colours_and_apart(largest, column, width):
+    null = nulls(FACTS | {"hidden": width})[column]
     found = [above(largest, null, 9), spread((0.0, largest), null.mean), spread((largest, largest)), times_chance(10 * largest)]
     found += [around(null.mean, largest, null, 9), around(0.5, largest)]
     for colours in found:

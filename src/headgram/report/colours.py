@@ -54,8 +54,8 @@ def around(centre: float, largest: float, null: Null | None = None, count: int =
 def above(largest: float, null: Null, count: int) -> Colours:
     """Of `count` numbers between 0 and `largest`."""
     reach = max(largest, min(1.0, PALE * null.best_of(count))) or 1.0
-    between = [(reach / 2, _number(reach / 2))] if reach > 4 * null.mean else []
-    return Colours((0.0, reach), "viridis", ((null.mean, "chance"), *between, (reach, _number(reach))), _note(null))
+    apart = [(reach * share, _number(reach * share)) for share in (0.5, 1) if null.mean < (share - _APART) * reach]
+    return Colours((0.0, reach), "viridis", ((null.mean, "chance"), *apart), _note(null))
 
 
 def times_chance(largest: float) -> Colours:

@@ -31,6 +31,16 @@ function vegaConfig() {
   };
 }
 
+/** A long name without its middle: names of checkpoints differ at their ends. */
+function cut(name, most) {
+  return name.length <= most ? name : `${name.slice(0, Math.ceil(most / 2) - 1)}…${name.slice(-Math.floor(most / 2))}`;
+}
+
+/** An axis of whole numbers names nothing between them. */
+function whole(axis) {
+  axis.encode = { ...axis.encode, labels: { update: { text: { signal: "datum.value % 1 ? '' : format(datum.value, 'd')" } } } };
+}
+
 // ---- Colours of heatmaps -----------------------------------------------------------------------------------------------
 
 /** `marks` are the values that the bar names, and what it calls them. */
@@ -38,8 +48,6 @@ function setColours(spec, { type = "linear", domain, range, marks }) {
   const scale = spec.scales.find((each) => each.name === "color");
   Object.assign(scale, { type, domain, range: { scheme: range } });
   delete scale.interpolate;
-  const largest = Math.max(...domain.map(Math.abs));
-  spec.legends[0].format = largest >= 1e3 ? "~s" : largest < 1e-3 ? "~e" : "~g";
   if (!marks) return;
   const [values, names] = [marks.map(([value]) => value), marks.map(markText)];
   const text = { signal: `${JSON.stringify(names)}[indexof(${JSON.stringify(values)}, datum.value)]` };
@@ -67,7 +75,7 @@ function around(centre, largest, best = 0) {
 function above({ mean }, largest, best) {
   const reach = Math.max(largest, Math.min(1, index.pale * (mean + best))) || 1;
   const between = reach > 4 * mean ? [[reach / 2]] : [];
-  return { domain: [0, reach], range: "viridis", marks: [[mean, "chance"], ...between, [reach]] };
+  return { domain: [0, reach], range: "viridis", marks: [[mean, "chance"], ...between, ...(reach > 1.25 * mean ? [[reach]] : [])] };
 }
 
 /** Of pictures of lines: where the best of all heads lies by chance, and where the axis must begin and end. */

@@ -22,8 +22,11 @@ _VEGA_LITE = "6.4"
 _COLOURS = {"accent": "#c8500a", "quiet": "#8a939c", "ink": "#14181c", "halo": "#ffffff"}
 _ACCENT, _QUIET, _INK, _HALO = (alt.ExprRef(name) for name in _COLOURS)
 _SERIES = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#5b6570", "#a39200")
-#: As many digits as needed, and no more: axes of numbers of any size.
-_NUMBER = "format(datum.value, '.4~g')"
+#: As many digits as needed, and no more: axes and bars of numbers of any size.
+_NUMBER = """datum.value === 0 || (abs(datum.value) >= 1e-3 && abs(datum.value) < 1e6)
+    ? format(datum.value, '.4~r') : replace(format(datum.value, '.3~e'), 'e+', 'e')"""
+#: Between two whole numbers nothing is named.
+_WHOLE = "datum.value % 1 ? '' : format(datum.value, 'd')"
 
 
 def heatmap(x: str, y: str, colours: Colours | None = None) -> Chart:
@@ -38,9 +41,8 @@ def heatmap(x: str, y: str, colours: Colours | None = None) -> Chart:
         "y": alt.Y(f"{y}:O", axis=axis, title=y.split("_")[0]),
     }
     scale = alt.Scale(clamp=True, zero=False, nice=False, interpolate="rgb")
-    legend = alt.Legend(
-        orient="bottom", direction="horizontal", title=None, tickCount=4, gradientThickness=9, gradientLength=240, format="~g"
-    )
+    legend = alt.Legend(orient="bottom", direction="horizontal", title=None, tickCount=4, gradientThickness=9, gradientLength=240)
+    legend["labelExpr"] = _NUMBER
     if colours is not None:
         named = isinstance(colours.colours, str)
         scale["domain"], scale["scheme" if named else "range"] = list(colours.domain), colours.colours
@@ -63,7 +65,9 @@ def spectrum() -> Chart:
     Datasets: `others` and `chosen` (head, index, value).
     """
     place: dict[str, Any] = {
-        "x": alt.X("index:Q", title="index", axis=alt.Axis(tickMinStep=1, grid=False), scale=alt.Scale(nice=False, zero=False)),
+        "x": alt.X(
+            "index:Q", title="index", axis=alt.Axis(labelExpr=_WHOLE, grid=False), scale=alt.Scale(nice=False, zero=False)
+        ),
         "y": alt.Y("value:Q", title=None, axis=alt.Axis(labelExpr=_NUMBER)),
         "detail": "head:N",
     }
