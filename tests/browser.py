@@ -64,6 +64,23 @@ class Opened:
         """What a picture draws."""
         return self.page.evaluate("([id, set]) => headgram.rows(id, set)", [picture, dataset])
 
+    def labels(self, picture: str) -> list[list[dict]]:
+        """What each axis and legend of a picture names: texts, and the corners of their boxes."""
+        return self.page.evaluate(
+            """id => {
+            const view = headgram.view(id), axes = [];
+            const visit = item => {
+                if (["axis-label", "legend-label"].includes(item.role)) axes.push(item.items.filter(seen).map(described));
+                (item.items ?? []).forEach(visit);
+            };
+            const seen = ({ opacity, text }) => opacity !== 0 && text !== "";
+            const described = ({ text, bounds: { x1, x2, y1, y2 } }) => ({ text: String(text), x1, x2, y1, y2 });
+            visit(view.scenegraph().root);
+            return axes;
+        }""",
+            picture,
+        )
+
     def table(self, name: str) -> list[list[str]]:
         """The texts of a table's rows."""
         rows = "id => [...document.querySelectorAll(`#${id} tbody tr`)].map(row => [...row.cells].map(cell => cell.innerText))"
@@ -94,3 +111,16 @@ def opened(running, path: Path, fragment="", size=(1280, 900), theme="light", to
     found.settle()
     yield found
     page.close()
+
+
+def assert_legible(found: Opened, picture: str) -> None:
+    """No two labels of an axis or a legend are equal, and none lies over another; chance may be marked on both sides."""
+    texts = found.labels(picture)
+    assert texts
+    for labels in texts:
+        named = [label["text"] for label in labels if label["text"] != "chance"]
+        assert len(set(named)) == len(named), (picture, named)
+        for i, a in enumerate(labels):
+            for b in labels[i + 1 :]:
+                beside = a["x2"] <= b["x1"] or b["x2"] <= a["x1"]
+                assert beside or a["y2"] <= b["y1"] + 1 or b["y2"] <= a["y1"] + 1, (picture, a, b)

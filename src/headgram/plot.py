@@ -15,9 +15,10 @@ import pandas as pd
 
 from headgram.atlas.reader import Atlas
 from headgram.errors import HeadgramError, require
-from headgram.geometry.nulls import cosine_null
+from headgram.geometry.nulls import Null
 from headgram.report import pictures
-from headgram.report.chance import PALE, band, note, nulls
+from headgram.report.chance import band, nulls
+from headgram.report.colours import above, around, spread, times_chance
 from headgram.report.columns import columns
 
 if TYPE_CHECKING:
@@ -40,7 +41,8 @@ def heads(atlas: Atlas, model: str, column: str = "symmetry", stack: str = "self
     Returns
     -------
     altair.LayerChart
-        Colours of a column with a null reach at least three times as far as the best head by chance.
+        The bar marks what chance gives, where that is known. Colours of a column with a null reach at least three times as far
+        as the best head by chance.
 
     Raises
     ------
@@ -52,17 +54,16 @@ def heads(atlas: Atlas, model: str, column: str = "symmetry", stack: str = "self
     >>> headgram.plot.heads(headgram.open_atlas("results"), "smollm2-135m-instruct").save("heads.svg")  # doctest: +SKIP
     """
     table = _rows(atlas, "heads", model, stack, circuit)
-    label = _label(column)
-    rows = table[["layer", "head"]].assign(value=_column(table, column))
+    rows = _known(table[["layer", "head"]].assign(value=_column(table, column)), "value", column)
+    values = rows["value"].to_numpy()
     null = nulls(_facts(atlas, model, stack, circuit)).get(column)
     centre = null.mean if null else next((each.centre for each in columns() if each.name == column), None)
     if centre is None:
-        chart = pictures.heatmap("head", "layer")
+        colours = spread((float(np.quantile(values, 0.01)), float(np.quantile(values, 0.99))), _expected(table, column))
     else:
-        best = PALE * (null.best_of(len(rows)) - null.mean) if null else 0.0
-        reach = max(float(np.quantile(np.abs(rows["value"] - centre), 0.99)), best) or 1.0
-        chart = pictures.heatmap("head", "layer", (centre - reach, centre + reach), pictures.DIVERGING, note(null))
-    return _with(chart, f"{label}: {model}, {stack}, {circuit}", {"cells": rows, "chosen": []})
+        colours = around(centre, float(np.quantile(np.abs(values - centre), 0.99)), null, len(values))
+    chart = pictures.heatmap("head", "layer", colours)
+    return _with(chart, f"{_label(column)}: {model}, {stack}, {circuit}", {"cells": rows, "chosen": []})
 
 
 def layers(
@@ -92,12 +93,9 @@ def layers(
     lower = upper[upper["layer_a"] != upper["layer_b"]].rename(columns={"layer_a": "layer_b", "layer_b": "layer_a"})
     facts = _facts(atlas, model, stack, circuit)
     null = nulls(facts)[value].mean_of(int(facts["heads"]) if head is None else 1)
-    best = min(1.0, PALE * null.best_of(max(1, len(lower))))
-    reach = max(float(lower["value"].abs().max()) if len(lower) else 0.0, best)
-    if value == "cosine":
-        chart = pictures.heatmap("layer_b", "layer_a", (-reach, reach), pictures.DIVERGING, note(null))
-    else:
-        chart = pictures.heatmap("layer_b", "layer_a", (0.0, reach), note=note(null))
+    largest, count = float(lower["value"].abs().max()) if len(lower) else 0.0, max(1, len(lower))
+    colours = around(0.0, largest, null, count) if value == "cosine" else above(largest, null, count)
+    chart = pictures.heatmap("layer_b", "layer_a", colours)
     of = "mean over heads" if head is None else f"head {head}"
     return _with(chart, f"{_PAIRS[value]}, {of}: {model}, {stack}, {circuit}", {"cells": pd.concat([upper, lower]), "chosen": []})
 
@@ -117,12 +115,12 @@ def matrix(
     require(atlas, Atlas, _WHAT)
     square = _square(atlas.pairs(model, stack, value, circuit))
     if np.isnan(square).any():
-        raise HeadgramError(f"not all pairs of heads of {model} were measured: the option gram.pairs asks for that")
+        raise HeadgramError(f"not all pairs of heads of {model} were measured: set gram.pairs to all, and run `snakemake` again")
     off = np.abs(square[np.triu_indices(len(square), 1)])
-    null = cosine_null(int(_facts(atlas, model, stack, circuit)["hidden"]))
-    reach = min(1.0, max(float(np.quantile(off, 0.995)) if len(off) else 0.0, PALE * null.best_of(max(1, len(off)))))
+    null = nulls(_facts(atlas, model, stack, circuit))[value]
+    largest = float(np.quantile(off, 0.995)) if len(off) else 0.0
     title = f"{'Cosine' if value == 'cosine' else 'Cosine with the transpose'} of all heads: {model}, {stack}, {circuit}"
-    chart = pictures.heatmap("heads_b", "heads_a", (-reach, reach), pictures.DIVERGING, note(null))
+    chart = pictures.heatmap("heads_b", "heads_a", around(0.0, largest, null, max(1, len(off))))
     return _with(chart, title, _cells(square))
 
 
@@ -141,8 +139,7 @@ def composition(atlas: Atlas, model: str, kind: Kind = "k", stack: str = "self")
     """
     require(atlas, Atlas, _WHAT)
     square = _square(atlas.composition(model, kind, stack, "times_chance"))
-    reach = max(float(np.nanquantile(square, 0.998)), float(PALE))
-    chart = pictures.heatmap("heads_b", "heads_a", (1.0, reach), pictures.DIVERGING[3:], "1 is chance")
+    chart = pictures.heatmap("heads_b", "heads_a", times_chance(float(np.nanquantile(square, 0.998))))
     return _with(chart, f"Composition by {kind}, in times chance: {model}, {stack}", _cells(square))
 
 
@@ -157,7 +154,7 @@ def trajectory(
 ) -> alt.LayerChart:
     """A number over the steps of a lineage: of each layer the median and quartiles over heads, or of one layer every head.
 
-    A grey band says where heads lie by chance, if the column has a null.
+    A grey band says where heads lie by chance, if that is known.
 
     Parameters
     ----------
@@ -184,9 +181,9 @@ def trajectory(
         for step, low, middle, high in zip(found["step"], *(each.sel({name: which}) for each in values), strict=True)
     ]
     title = f"{_label(column)}: {lineage}, {stack}, {circuit}" + ("" if layer is None else f", layer {layer}")
-    first = _facts(atlas, next(iter(atlas.lineage(lineage))), stack, circuit)
-    chance = [] if to else band(nulls(first).get(column), int(first["layers"] * first["heads"]))
-    return _with(pictures.profile("step"), title, {"profile": rows, "chosen": [], "chance": chance})
+    chance = [] if to else _band(atlas, next(iter(atlas.lineage(lineage))), stack, circuit, column)
+    datasets = {"profile": _known(pd.DataFrame(rows), "median", column), "chosen": [], "chance": chance}
+    return _with(pictures.profile("step"), title, datasets)
 
 
 def spectrum(
@@ -214,26 +211,27 @@ def spectrum(
 def depth(atlas: Atlas, models: str | Sequence[str], column: str = "symmetry", circuit: str = "qk") -> alt.LayerChart:
     """Median and quartiles over heads of a column along the relative depth of some models, each by its first stack.
 
-    A grey band says where the heads of the first model lie by chance, if the column has a null.
+    A grey band says where the heads of the first model lie by chance, if that is known.
 
     Raises
     ------
     HeadgramError
         If a model, the circuit or the column was not measured.
     """
-    parts, chance = [], None
-    for model in [models] if isinstance(models, str) else models:
-        stack = atlas.stacks(model, circuit)[0]
-        table = _rows(atlas, "layers", model, stack, circuit).sort_values("layer")
-        if chance is None:
-            facts = _facts(atlas, model, stack, circuit)
-            chance = band(nulls(facts).get(column), int(facts["layers"] * facts["heads"]))
+    require(atlas, Atlas, _WHAT)
+    require(models, (str, Sequence), "models are named by a text or by a list of texts")
+    names = [models] if isinstance(models, str) else list(models)
+    if not names:
+        raise HeadgramError("name at least one model")
+    parts = []
+    for model in names:
+        table = _rows(atlas, "layers", model, atlas.stacks(model, circuit)[0], circuit).sort_values("layer")
         place = np.linspace(0, 1, len(table)) if len(table) > 1 else np.zeros(1)
         quartiles = {name: _column(table, f"{column}_{name}") for name in ("q25", "median", "q75")}
         parts.append(pd.DataFrame({"series": model, "x": place, **quartiles}))
-    if not parts:
-        raise HeadgramError("name at least one model")
-    datasets = {"profile": pd.concat(parts), "chosen": [], "chance": chance or []}
+    called = "chance" if len(names) == 1 else f"chance: {names[0]}"
+    chance = _band(atlas, names[0], atlas.stacks(names[0], circuit)[0], circuit, column, called)
+    datasets = {"profile": _known(pd.concat(parts), "median", column), "chosen": [], "chance": chance}
     return _with(pictures.profile("relative depth"), f"{_label(column)} along the depth", datasets)
 
 
@@ -264,6 +262,27 @@ def _column(table: pd.DataFrame, name: str) -> pd.Series:
         numbers = ", ".join(column.name for column in columns())
         raise HeadgramError(f"heads have no column '{name.partition('_q25')[0]}'; there are: {numbers}")
     return table[name]
+
+
+def _known(rows: pd.DataFrame, value: str, column: str) -> pd.DataFrame:
+    """The rows with a number."""
+    found = rows.dropna(subset=[value])
+    if found.empty:
+        raise HeadgramError(f"the column '{column}' is empty for these heads: docs/artifacts.md says which heads have it")
+    return found
+
+
+def _expected(heads: pd.DataFrame, column: str) -> float | None:
+    """What the tables say that chance gives, where that is the same for all heads."""
+    values = heads.get(f"{column}_expected", pd.Series(dtype=float)).dropna().unique()
+    return float(values[0]) if len(values) == 1 else None
+
+
+def _band(atlas: Atlas, model: str, stack: str, circuit: str, column: str, name: str = "chance") -> list[dict[str, float | str]]:
+    """Where the heads of a stack lie by chance; a line where only their mean is known."""
+    facts = _facts(atlas, model, stack, circuit)
+    null, expected = nulls(facts).get(column), _expected(_rows(atlas, "heads", model, stack, circuit), column)
+    return band(null or (None if expected is None else Null(expected, 0.0)), int(facts["layers"] * facts["heads"]), name)
 
 
 def _label(column: str) -> str:

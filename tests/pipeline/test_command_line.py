@@ -206,4 +206,5 @@ def test_compare_without_the_extracted_weights(revisions, tmp_path):
         path.unlink()
     printed = headgram_command(project, "compare", "before", "after")
     assert "No cosines: the extracted weights of after are no longer in" in printed
+    assert "`headgram run --forcerun extract`" in printed
     assert rows(printed, "Heads that moved most", 2)[0] == ["1", "2"]  # by the overlap of the query side

@@ -6,7 +6,7 @@ import re
 
 from pipeline.conftest import Project
 
-LAST = "headgram: 1 of 1 jobs (derive 1/1) in "
+LAST = "headgram: 1 of 1 jobs in "
 
 
 def unfinished(finished: Project, folder) -> Project:

@@ -257,7 +257,7 @@ def test_the_lock_covers_base_and_adapter(pair):
 
 
 REFUSED = {
-    "another kind": ({"peft_type": "IA3"}, "peft_type = 'IA3': headgram reads LoRA and DoRA only"),
+    "another kind": ({"peft_type": "IA3"}, "peft_type = 'IA3': headgram reads LoRA and DoRA; merge it"),
     "no kind": ({"peft_type": None}, "peft_type = None"),
     "acts on some tokens": ({"alora_invocation_tokens": [1]}, "alora_invocation_tokens"),
     "repeats layers": ({"layer_replication": [[0, 2], [1, 2]]}, "layer_replication"),

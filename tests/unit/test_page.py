@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 from test_report import stack
 
-from browser import SCREENSHOTS, browser, opened
+from browser import SCREENSHOTS, assert_legible, browser, opened
 from headgram.report.chance import nulls
 from headgram.report.columns import columns
 from headgram.report.matrix import Feeding, PairMatrix
@@ -142,31 +142,7 @@ def test_three_sizes(chrome, path, size):
             "waves",
             "profile",
         ):
-            texts = found.page.evaluate(
-                """id => {
-                const view = headgram.view(id), axes = [];
-                const visit = item => {
-                    if (["axis-label", "legend-label"].includes(item.role)) axes.push(item.items.filter(seen).map(described));
-                    (item.items ?? []).forEach(visit);
-                };
-                const seen = ({ opacity, text }) => opacity !== 0 && text !== "";
-                const described = ({ text, bounds: { x1, x2, y1, y2 } }) => ({ text: String(text), x1, x2, y1, y2 });
-                visit(view.scenegraph().root);
-                return axes;
-            }""",
-                picture,
-            )
-            assert texts
-            for labels in filter(None, texts):
-                assert len({label["text"] for label in labels if label["text"] != "chance"}) == len(
-                    [x for x in labels if x["text"] != "chance"]
-                )
-                apart = [
-                    (a["x2"] <= b["x1"] or b["x2"] <= a["x1"] or a["y2"] <= b["y1"] + 1 or b["y2"] <= a["y1"] + 1)
-                    for i, a in enumerate(labels)
-                    for b in labels[i + 1 :]
-                ]
-                assert all(apart), (picture, labels)
+            assert_legible(found, picture)
         assert all(button.is_visible() for button in found.page.locator(".card:not([hidden]) .saves button").all())
         found.screenshot(f"noise-{size[0]}")
         assert found.complaints == []
@@ -391,7 +367,7 @@ def test_what_is_read_aloud_is_right_at_once(chrome, path):
         assert {role for _, role, _ in first} == {"application"}
         assert ["form-head", "application", "g (cosine) between layers, head 0"] in first
         assert found.page.inner_text("#origin") == (
-            "random twin 7: heads turned at random, spectra kept · "
+            f"{NAMES[0]} · random twin 7: heads turned at random, spectra kept · "
             "source org/model · revision main · commit 0123456789ab · measured 2026-11-26 by headgram 0.9.9"
         )
         found.set(model=NAMES[1])

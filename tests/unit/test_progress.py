@@ -37,12 +37,12 @@ def test_time_left_follows_from_what_jobs_took(clock):
     tally.start(6)
     clock.now += 4
     assert tally.left(tally.whole) == pytest.approx(6)
-    assert tally.line() == ("headgram: 4 of 6 jobs (eigen 4/4, merge 0/2) in 24 s, 10 per minute, about 6 s left")
+    assert tally.line() == ("headgram: 4 of 6 jobs in 24 s (merge 0/2), 10 per minute, about 6 s left")
     clock.now += 26
     tally.finish(5)
     assert tally.left(tally.stages["merge"]) == pytest.approx(0)
     tally.finish(6)
-    assert tally.line() == "headgram: 6 of 6 jobs (eigen 4/4, merge 2/2) in 50 s"
+    assert tally.line() == "headgram: 6 of 6 jobs in 50 s"
 
 
 def test_failed_jobs_are_told_and_not_waited_for(clock):

@@ -338,6 +338,7 @@ def test_figures_are_pictures_of_their_own():
     for text in drawn.values():
         assert text.startswith("<svg")
         assert "http://" not in text.replace("http://www.w3.org/", "")
+    assert all(">chance<" in drawn[name] for name in [*STACK_FIGURES, "symmetry_score"])
     assert "Cosine of layer pairs, mean over heads: m0, cross" in drawn["cosine"]
     assert "m7" in drawn["stable_rank"]
     assert "m8" not in drawn["stable_rank"]

@@ -110,7 +110,7 @@ def _places(atlas: Atlas, a: str, b: str, stack: str | None, circuit: str | None
             raise HeadgramError(f"the model '{model}' has no stack '{stack}'; there are: {known}")
         both = [place for place in both if place in wanted] if i else wanted
     if not both:
-        raise HeadgramError(f"'{a}' and '{b}' have no circuit of a stack in common")
+        raise HeadgramError(f"'{a}' and '{b}' have no circuit of a stack in common: measure both with the same `circuits`")
     return both
 
 
@@ -195,7 +195,10 @@ def _weights(atlas: Atlas, model: str, place: Place) -> FactorFiles:
         frames = read_around(*around, stages["around"][""].key)[stack] if needs(form) else None
         factors = FactorFiles([path.with_suffix(".pt") for path in current], extract.key, name, frames)
     if factors is None or set(factors.layers) != set(atlas.of_heads("layers", model, stack, name)["layer"]):
-        raise HeadgramError(f"the extracted weights of {model} are no longer in {folder}, so there are no cosines")
+        raise HeadgramError(
+            f"the extracted weights of {model} are no longer in {folder}, so there are no cosines: `headgram run "
+            "--forcerun extract` extracts them again"
+        )
     return factors
 
 

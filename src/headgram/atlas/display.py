@@ -194,7 +194,8 @@ def show_head(atlas: Atlas, model: str, stack: str, circuit: str, layer: int, he
     heads = atlas.of_heads("heads", model, stack, circuit)
     own = heads[(heads["layer"] == layer) & (heads["head"] == head)]
     if own.empty:
-        raise HeadgramError(f"the stack '{stack}' of '{model}' has no layer {layer} with a head {head}")
+        most = f"its heads are {heads['layer'].min()}.{heads['head'].min()} to {heads['layer'].max()}.{heads['head'].max()}"
+        raise HeadgramError(f"the stack '{stack}' of '{model}' has no head {layer}.{head}; {most}")
     out.print(f"{plain(model)}, {stack}, {circuit}: layer {layer}, head {head}", markup=False)
     numbers = own.iloc[0].drop(["model", "stack", "circuit", "layer", "head"]).dropna()
     _grid(out, None, ["", ""], [[name, _number(value)] for name, value in numbers.items() if isinstance(value, float)])

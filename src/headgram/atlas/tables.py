@@ -63,7 +63,7 @@ class Tables(Described):
                 raise HeadgramError(f"models have no '{name}'; there are: {', '.join(map(str, table.columns))}")
             chosen = chosen[chosen[column].isin(value if isinstance(value, list | tuple | set) else [value])]
         if chosen.empty:
-            given = ", ".join(f"{name} {value!r}" for name, value in wanted.items())
+            given = " and ".join(f"{name} = {_either(value)}" for name, value in wanted.items())
             raise HeadgramError(f"{self.results} holds no model with {given}")
         return type(self)(self.results, frozenset(chosen["model"]))
 
@@ -98,7 +98,7 @@ class Tables(Described):
         try:
             labels = pd.DataFrame([dict(json.loads(text)) for text in table["labels"]], index=table.index)
         except (ValueError, TypeError, RecursionError):
-            raise HeadgramError(f"a table `models` of {self.results} holds labels that are none: run `snakemake` again") from None
+            raise HeadgramError(f"labels in the table `models` of {self.results} cannot be read: run `snakemake` again") from None
         return table.drop(columns="labels").join(labels.add_prefix("label_"))
 
     def table(self, name: str, model: str | None = None) -> pd.DataFrame:
@@ -132,7 +132,7 @@ class Tables(Described):
             except (OSError, pa.ArrowException) as error:
                 raise HeadgramError(f"{path} cannot be read ({error}): run `snakemake` again") from None
             if not table.schema.equals(TABLES[name]):
-                raise HeadgramError(f"{path} has not the columns of the table '{name}': run `snakemake` again")
+                raise HeadgramError(f"{path} lacks columns of the table '{name}': run `snakemake` again")
             tables.append(table.to_pandas().assign(**keys))
         if not files:
             keys = dict.fromkeys(("model", "other") if name in LINEAGE else ("model",), "")
@@ -235,3 +235,9 @@ class Tables(Described):
     def _require(self, model: str) -> None:
         if model not in self.models:
             raise HeadgramError(f"the model '{model}' is not in {self.results}; there are: {', '.join(self.models)}")
+
+
+def _either(wanted: object) -> str:
+    """What a filter asks for, as people write it: `--where` gives a number also as its text."""
+    values = wanted if isinstance(wanted, list | tuple | set) else [wanted]
+    return " or ".join(dict.fromkeys(f"{value:g}" if isinstance(value, float) else str(value) for value in values))

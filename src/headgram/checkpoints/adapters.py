@@ -85,13 +85,19 @@ class Settings:
         """
         whose = f"the {ADAPTER_CONFIG} of {where}"
         if config.get("peft_type") != "LORA":
-            raise HeadgramError(f"{whose} has peft_type = {config.get('peft_type')!r:.60}: headgram reads LoRA and DoRA only")
+            raise HeadgramError(
+                f"{whose} has peft_type = {config.get('peft_type')!r:.60}: headgram reads LoRA and DoRA; merge it with peft first"
+            )
         for name, why in _OTHER_VARIANTS.items():
             if config.get(name):
-                raise HeadgramError(f"{whose} has {name}: such an adapter is not read, since {why}")
+                raise HeadgramError(
+                    f"{whose} has {name}: headgram does not read such an adapter, since {why}; if peft can merge it, do so"
+                )
         for name, value in config.items():
             if value and (name.startswith("use_") or name.endswith("_config")) and name not in _KNOWN_VARIANTS:
-                raise HeadgramError(f"{whose} has {name:.60}, a variant of LoRA that headgram does not know")
+                raise HeadgramError(
+                    f"{whose} has {name:.60}, a variant of LoRA that headgram does not know: merge it with peft first"
+                )
         start = config.get("init_lora_weights", True)
         if isinstance(start, str) and start not in _PLAIN_STARTS and not base_is_changed:
             raise HeadgramError(
@@ -121,7 +127,9 @@ class Settings:
         """
         stated = _first_match(self.ranks, module, self.rank)
         if stated != rank:
-            raise HeadgramError(f"the adapter's factors of {module} have rank {rank}, but {ADAPTER_CONFIG} says {stated:g}")
+            raise HeadgramError(
+                f"the adapter's factors of {module} have rank {rank}, but {ADAPTER_CONFIG} says {stated:g}: fetch both again"
+            )
         return _first_match(self.alphas, module, self.alpha) / (math.sqrt(rank) if self.stabilised else rank)
 
 
@@ -191,7 +199,8 @@ def with_adapters_merged(store: TensorStore, config: Mapping[str, Any] | None, w
     settings = Settings.read(config, where, base_is_changed=True)
     if any("^" in pattern for pattern in (*settings.ranks, *settings.alphas)) and not any(_WRAPPED in name for name in names):
         raise HeadgramError(
-            f"{where} holds names without '{_WRAPPED}', so that patterns of {ADAPTER_CONFIG} with '^' mean nothing"
+            f"{where} holds names without '{_WRAPPED}', so patterns of {ADAPTER_CONFIG} that begin with '^' match "
+            "nothing: save it with peft"
         )
     factors, rest = _sorted_out(names, where)
     plain = {name.replace(".base_layer.", "."): key for name, key in rest.items()}
@@ -199,7 +208,9 @@ def with_adapters_merged(store: TensorStore, config: Mapping[str, Any] | None, w
     for module, parts in factors.items():
         for name, change in _changes_of(store, module, module, parts, settings).items():
             if name not in plain:
-                raise HeadgramError(f"{where} holds an adapter's factors of {module!r:.200}, but not the weight that they change")
+                raise HeadgramError(
+                    f"{where} holds an adapter's factors of {module!r:.200}, but not the weight that they change: fetch it again"
+                )
             changes[name] = replace(change, base=plain[name])
     return AdaptedStore(store, changes, settings.transposed, plain)
 
@@ -270,7 +281,10 @@ def _sorted_out(names: Iterable[str], where: str) -> tuple[dict[str, dict[str, s
             rest[f"{found['module']}.{found['leaf']}"] = key
             saved.add(found["adapter"])
         elif ".lora_" in name or ".parametrizations." in name:
-            raise HeadgramError(f"{where} holds {name!r:.200}, which is no part of LoRA or DoRA as headgram reads them")
+            raise HeadgramError(
+                f"{where} holds {name!r:.200}, which headgram does not know as a part of LoRA or DoRA: merge the "
+                "adapter with peft first"
+            )
         elif name in rest:
             raise HeadgramError(f"{where} holds {name!r:.200} twice: save one adapter alone")
         else:
@@ -307,7 +321,7 @@ def _patterns(config: Mapping[str, Any], name: str, whose: str) -> dict[str, flo
     """Regular expressions and numbers; only such expressions as take no time to speak of."""
     patterns = config.get(name) or {}
     if not isinstance(patterns, Mapping) or not all(_is_number(value) for value in patterns.values()):
-        raise HeadgramError(f"{whose} has a {name} that does not give numbers")
+        raise HeadgramError(f"{whose} gives something else than numbers in {name}: correct it")
     for pattern in patterns:
         costly = len(pattern) > _LONGEST_PATTERN or len(re.findall(r"[*+?{]", pattern)) > 3 or re.search(r"\)[*+?{]", pattern)
         try:

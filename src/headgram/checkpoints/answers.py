@@ -73,7 +73,9 @@ def chunks(response: httpx.Response, where: str) -> Iterator[bytes]:
         If it is compressed, which nobody asked for, or so slow that it will not end.
     """
     if response.headers.get("Content-Encoding", "identity") != "identity":
-        raise HeadgramError(f"the server of {where} compresses what it was asked to send as it is: it cannot be read from there")
+        raise HeadgramError(
+            f"the server of {where} compresses what it was asked to send as it is: fetch the checkpoint with `hf download`"
+        )
     began, come = time.monotonic(), 0
     for chunk in response.iter_raw():
         yield chunk
@@ -99,7 +101,9 @@ def fetch(url: str, most: int, where: str, params: Mapping[str, bool] | None = N
                 for chunk in chunks(response, where):
                     content += chunk
                     if len(content) > most:
-                        raise HeadgramError(f"the hub sends more of {where} than the {most:,} bytes that it may have")
+                        raise HeadgramError(
+                            f"the hub sends more of {where} than the {most:,} bytes that it should have: try again"
+                        )
             return bytes(content)
         except (httpx.ReadError, httpx.RemoteProtocolError):
             if attempt == ATTEMPTS:

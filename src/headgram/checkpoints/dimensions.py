@@ -91,7 +91,7 @@ class Section:
         stated = next(lists, None)
         count = self.find(names) if stated is None else len(stated)
         if count == 0:
-            raise HeadgramError(f"{self.whose} declares no layers")
+            raise HeadgramError(f"{self.whose} declares no layers: correct config.json")
         if count is not None and count > _MOST_LAYERS:
             raise HeadgramError(f"{self.whose} declares {count:,} layers, which no real model has")
         return count
@@ -173,7 +173,10 @@ def find_rules(store: TensorStore, family: Family, config: Mapping[str, Any], ar
     if required:
         layer = (_candidates(required[0], Section.of(required[0], config, architecture)) or [0])[0]
         wanted = family.prefixes[0] + next(iter(required[0].tensors(QK).values()))
-        raise HeadgramError(f"the checkpoint lacks tensor {wanted.format(layer=layer)}, under any known prefix")
+        raise HeadgramError(
+            f"the checkpoint lacks tensor {wanted.format(layer=layer)}, under any known prefix: if its names begin "
+            "otherwise, set `prefix` in the manifest"
+        )
     return [(one, prefix) for rule, prefix in found for one in _by_counts(rule, Section.of(rule, config, architecture))]
 
 
@@ -207,7 +210,7 @@ def gguf_rule(family: Family, architecture: str) -> tuple[StackRule, bool]:
         If the family has none.
     """
     if family.gguf is None:
-        raise HeadgramError(f"the family '{family.name}' has no known GGUF naming")
+        raise HeadgramError(f"the family '{family.name}' has no known names of tensors in GGUF: use the safetensors of the model")
     rule = StackRule(
         name=family.stacks[0].name,
         layout=family.gguf.layout,

@@ -212,7 +212,7 @@ def locate_at_hub(repo: str, revision: str | None) -> RemoteLocation:
             f"{constants.ENDPOINT} describes '{repo}' in a way that headgram does not understand ({reason})"
         ) from None
     if not listing.sha or not _COMMIT.fullmatch(listing.sha):
-        raise HeadgramError(f"{constants.ENDPOINT} names no commit for '{repo}', so that it cannot be pinned")
+        raise HeadgramError(f"{constants.ENDPOINT} names no commit for '{repo}', so headgram cannot pin it: try again")
     location = RemoteLocation(repo, listing.sha, files)
     _ = location.weights  # refuse what cannot be read now, not in the middle of a job
     return location
@@ -248,7 +248,9 @@ def fetch_into(file: HubFile, start: int, buffer: memoryview, advance: Callable[
                 _check_range(response, file, start + done)
                 for chunk in chunks(response, str(file)):
                     if done + len(chunk) > len(buffer):
-                        raise HeadgramError(f"the server sends more of {file} than was asked for: it cannot be read from there")
+                        raise HeadgramError(
+                            f"the server sends more of {file} than it was asked for: fetch the checkpoint with `hf download`"
+                        )
                     buffer[done : done + len(chunk)] = chunk
                     done += len(chunk)
                     advance(len(chunk))
@@ -274,7 +276,9 @@ def _check_range(response: httpx.Response, file: HubFile, first: int) -> None:
             f"the whole file unasked: do so with `hf download {file.repo} --revision {file.commit}`"
         )
     if not response.headers.get("Content-Range", "").replace(" ", "").startswith(f"bytes{first}-"):
-        raise HeadgramError(f"the server of {file} sends another range than was asked for: it cannot be read from there")
+        raise HeadgramError(
+            f"the server of {file} sends other bytes than it was asked for: fetch the checkpoint with `hf download`"
+        )
     total = response.headers["Content-Range"].rpartition("/")[2].strip()
     etag = _etag_of(response)
     other_etag = etag is not None and len(etag) == len(file.etag) and etag != file.etag  # a tag of another kind says nothing
@@ -327,4 +331,4 @@ def _refusal(error: Exception, repo: str, revision: str | None) -> str:
     if status is not None:
         return f"the hub answers {status} for '{repo}': try again later"
     reason = next(iter(str(error).splitlines()), repr(error))
-    return f"the hub cannot be reached at {constants.ENDPOINT} for '{repo}' ({reason})"
+    return f"the hub cannot be reached at {constants.ENDPOINT} ({reason}): check the name, or run again when the network is back"

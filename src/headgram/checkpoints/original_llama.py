@@ -95,7 +95,10 @@ class OriginalLlama(Renamed):
         for piece, count in self._counts.items():
             if piece in name:
                 if len(tensor) % (2 * count):
-                    raise HeadgramError(f"tensor {name} has {len(tensor)} rows, which are no pairs of {count} heads")
+                    raise HeadgramError(
+                        f"tensor {name} has {len(tensor)} rows, which do not divide into pairs for {count} heads: "
+                        "correct `n_heads` in params.json"
+                    )
                 return undo_gguf_permutation(tensor.reshape(len(tensor), -1), count).reshape(tensor.shape)
         return tensor
 

@@ -83,7 +83,8 @@ class QuantisedStore(View):
         markers = [scheme.marker for scheme in SCHEMES[self._method] if stem + scheme.marker in self._store]
         if len(markers) > 1 and name.endswith(".weight"):
             raise HeadgramError(
-                f"tensor {name} has two kinds of scales, {' and '.join(markers)}, and nothing says which is meant"
+                f"tensor {name} has two kinds of scales, {' and '.join(markers)}, and nothing says which is meant: "
+                "remove one of them"
             )
         scheme, parts = self._scheme(name), self._parts(name)
         if scheme and name in self._store and ("weight" not in parts or "weight_packed" in parts):
@@ -95,7 +96,8 @@ class QuantisedStore(View):
         if not scheme and name.endswith(".weight") and name in self._store and self._store.stored(name) not in FLOATS:
             wanted = " or ".join(stem + scheme.marker for scheme in SCHEMES[self._method])
             raise HeadgramError(
-                f"tensor {name} is stored as {self._store.stored(name)}, but its scale is missing: there is no {wanted}"
+                f"tensor {name} is stored as {self._store.stored(name)}, but its scale is missing: there is no "
+                f"{wanted}; fetch the checkpoint again"
             )
 
     def _scheme(self, name: str) -> Scheme | None:
@@ -140,7 +142,8 @@ def with_plain_weights(store: TensorStore, config: Config | None) -> TensorStore
         return store
     if method not in SCHEMES:
         raise HeadgramError(
-            f"the weights are quantised by '{method:.60}', which headgram does not read; it reads {', '.join(SCHEMES)}"
+            f"the weights are quantised by '{method:.60}', which headgram does not read; it reads {', '.join(SCHEMES)}, "
+            "and weights that are not quantised"
         )
     return QuantisedStore(store, method, settings)
 

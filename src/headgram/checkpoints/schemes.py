@@ -83,7 +83,9 @@ def _scaled(marker: str, weight: str = "weight", packed: tuple[str, ...] = ()) -
         first, *rest = shapes[weight]  # gpt-oss keeps groups in an axis of their own
         reading = reading_of(words[weight], (first, math.prod(rest)), words[marker], shapes[marker], _blocks(settings))
         if (reading.packed and reading.packed not in packed) or more[3] in shapes:
-            raise HeadgramError(f"weights in {words[weight]} with scales in {words[marker]} are not read of this method")
+            raise HeadgramError(
+                f"headgram does not read weights in {words[weight]} with scales in {words[marker]} of this method"
+            )
         if (words[marker] == "F8_E4M3") != ("weight_scale_2" in shapes):
             stands = "lack the second scale" if words[marker] == "F8_E4M3" else "have a second scale"
             raise HeadgramError(f"weights with scales in {words[marker]} {stands}, weight_scale_2: fetch the checkpoint again")
@@ -91,7 +93,7 @@ def _scaled(marker: str, weight: str = "weight", packed: tuple[str, ...] = ()) -
 
     def decode(parts: Parts, settings: Config, module: str) -> Tensor:
         if zeros in parts and bool(parts[zeros].count_nonzero()):
-            raise HeadgramError(f"the weight of {module} has zero points, which are not read of this method")
+            raise HeadgramError(f"the weight of {module} has zero points, which headgram does not read of this method")
         second, columns = parts.get("weight_scale_2"), parts.get("pre_quant_scale")
         return scaled_weight(parts[weight].flatten(1), parts[marker], _blocks(settings), second, columns)
 
@@ -137,7 +139,7 @@ def _decode_gptq(parts: Parts, settings: Config, module: str) -> Tensor:
 def _compressed_shape(stored: Stored, settings: Config) -> tuple[int, ...]:
     if settings.get("transform_config") or "weight_g_idx" in stored.shapes:
         raise HeadgramError(
-            "compressed-tensors weights that are rotated (transform_config) or reordered (weight_g_idx) are not read"
+            "headgram does not read weights of compressed-tensors that are rotated (transform_config) or reordered (weight_g_idx)"
         )
     if "weight_shape" in stored.shapes:
         return tuple(int(size) for size in stored.read("weight_shape").tolist())

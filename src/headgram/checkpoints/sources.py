@@ -156,11 +156,11 @@ def locate_here(source: str, revision: str | None = None) -> Location:
             path = Path(source).expanduser()
             boundary = path if path.is_dir() else path.parent
         except (OSError, RuntimeError, ValueError) as error:
-            raise HeadgramError(f"{source!r:.200} is no path that this system knows ({error})") from None
+            raise HeadgramError(f"{source!r:.200} is not a path of this system ({error})") from None
         if is_hub_id(source):
             return _locate_in_cache(source, revision)
     if revision is not None:
-        raise HeadgramError(f"revision '{revision}' is given, but '{source}' is not a hub id")
+        raise HeadgramError(f"revision '{revision}' is given, but '{source}' is not a hub id: leave the revision out")
     if not path.exists():
         not_asked = (
             f"; the folder '{path.parent}' is here, so it is not looked for at the hub" if _HUB_ID.fullmatch(source) else ""

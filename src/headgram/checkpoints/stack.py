@@ -151,7 +151,9 @@ def stack_of(
         If its queries or keys cannot be read.
     """
     if dims.heads % dims.kv_heads:
-        raise HeadgramError(f"{dims.heads} query heads cannot share {dims.kv_heads} key heads evenly")
+        raise HeadgramError(
+            f"{dims.heads} query heads cannot share {dims.kv_heads} key heads evenly: set `heads` and `kv_heads` in the manifest"
+        )
     remarks = [remark for remark in rule.remarks if architecture in remark.types or not remark.types]
     missing = {role: remark.text for remark in remarks if remark.unproven for role in remark.roles}
     if not dims.value_rank:

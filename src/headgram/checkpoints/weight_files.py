@@ -155,7 +155,7 @@ def _shards(index: dict[str, Any], whole: str, where: str) -> WeightFiles:
     """The files that an index names. They may only be weight files of the same format."""
     named = index.get("weight_map")
     if not isinstance(named, dict) or not named or not all(isinstance(name, str) for name in named.values()):
-        raise HeadgramError(f"{where}: {whole}.index.json has no usable 'weight_map'")
+        raise HeadgramError(f"{where}: {whole}.index.json has no 'weight_map' of tensors and files: fetch it again")
     files = tuple(sorted(set(named.values())))
     if len(files) > _MOST_SHARDS:
         raise HeadgramError(f"{where}: {whole}.index.json names {len(files)} files, which no real checkpoint's does")

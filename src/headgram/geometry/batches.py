@@ -56,7 +56,7 @@ def in_batches(indices: range, size: int, measure: Callable[[slice], Result]) ->
             continue
         count = run.stop - run.start
         if count == 1:
-            raise HeadgramError(f"Memory does not suffice for one head ({reason}): use another device.")
+            raise HeadgramError(f"There is too little memory for one head ({reason}): use another device.")
         size, released = count // 2, False
         _log.warning("headgram: memory ran out with %d heads at once; going on with %d", count, size)
 

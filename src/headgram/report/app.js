@@ -143,10 +143,10 @@ function originText() {
 function drawText(data) {
   const { meta } = data;
   const column = columnOf(state.column);
-  const facts = [meta.architecture, `${data.layers.length} layers × ${meta.heads} heads`, meta.kv_heads === meta.heads ? null : `${meta.kv_heads} ${state.circuit.startsWith("ov") ? "value" : "key"} heads`,
+  const facts = [meta.architecture, `${counted(data.layers.length, "layer")} × ${counted(meta.heads, "head")}`, meta.kv_heads === meta.heads ? null : counted(meta.kv_heads, `${state.circuit.startsWith("ov") ? "value" : "key"} head`),
     `rank ${meta.rank}`, `width ${meta.hidden}`, meta.stored_dtype];
   element("facts").textContent = facts.filter((fact) => fact !== null && fact !== undefined).join(" · ");
-  element("origin").textContent = originText();
+  element("origin").textContent = `${state.model} · ${originText()}`;
   element("strip-subject").textContent = `by ${column.label.toLowerCase()}`;
   const { type } = columnColours(data);
   element("strip-note").textContent = `${column.label}${column.meaning && ": "}${column.meaning}. ${type === "log"
@@ -158,7 +158,7 @@ function drawText(data) {
   const forms = chanceOf(state.form);
   element("form-note").textContent = `The frame is layer ${state.layer}. By chance 0 ± ${show(forms.deviation)}, and in the mean over heads 0 ± ${show(forms.deviation / Math.sqrt(meta.heads))}. The bar marks the best of all by chance.`;
   const sides = chanceOf(state.side);
-  element("side-note").textContent = `‖V_a V_bᵀ‖² / k. It is 1 for equal spans, and by chance k/d = ${show(sides.mean)} ± ${show(sides.deviation)}.`;
+  element("side-note").textContent = `How much the spans of the top k = ${meta.directions} directions of two layers share, ‖V_a V_bᵀ‖² / k: 1 for equal spans, and by chance k/d = ${show(sides.mean)} ± ${show(sides.deviation)}.`;
   element("neighbours-note").textContent = `Among all other heads, of this layer too: ${{
     cosine: "cosine of the two forms; at −1 one is the other's negative.",
     transposed: "cosine of this form with the other's transpose: near 1, what one looks for with queries the other looks for with keys.",

@@ -1,4 +1,4 @@
-"""What chance gives of what is drawn, and how far colours reach, so that noise looks like noise."""
+"""What chance gives of what is drawn."""
 
 from __future__ import annotations
 
@@ -32,31 +32,27 @@ def nulls(facts: Mapping[str, Any]) -> dict[str, Null]:
     }
 
 
-def note(null: Null | None) -> str | None:
-    """What a legend says of chance."""
-    return f"by chance {null.mean:.4g} ± {null.deviation:.2g}" if null else None
-
-
-def band(null: Null | None, count: int) -> list[dict[str, float]]:
+def band(null: Null | None, count: int, name: str = "chance") -> list[dict[str, float | str]]:
     """Where the best of so many numbers lies by chance, and where its axis must begin and end; nothing without a null."""
     if null is None:
         return []
     best = null.best_of(count) - null.mean
     ends = {"low": -best, "high": best, "from": -PALE * best, "to": PALE * best}
-    return [{name: null.mean + end for name, end in ends.items()}]
+    return [{"name": name, **{end: null.mean + place for end, place in ends.items()}}]
 
 
 def for_page(facts: Mapping[str, Any]) -> dict[str, dict[str, float]]:
     """By what is drawn: mean and deviation by chance, and how far from the mean the best is of all heads, of all pairs of layers
-    and heads, and of the means over heads of all pairs of layers."""
+    and heads, of the means over heads of all pairs of layers, and of all heads with all heads."""
     layers, heads = facts["layers"], facts["heads"]
-    pairs = max(1, layers * (layers - 1) // 2)
+    pairs, of_heads = (max(1, count * (count - 1) // 2) for count in (layers, layers * heads))
     return {
         name: {
             "mean": null.mean,
             "deviation": null.deviation,
             "best": null.best_of((layers if name in HEAD_NUMBERS else pairs) * heads) - null.mean,
             "best_mean": null.mean_of(heads).best_of(pairs) - null.mean,
+            "best_pair": null.best_of(of_heads) - null.mean,
         }
         for name, null in nulls(facts).items()
     }

@@ -45,13 +45,14 @@ function loadBeside(name, path = `data/${name}.js`) {
     awaited.set(name, resolve);
     const script = document.createElement("script");
     script.src = path.split("/").map(encodeURIComponent).join("/");
-    script.onerror = () => reject(new Error(`The data of ${name} are not there: they lie beside this page, in ${path}.`));
+    script.onerror = () => reject(new Error(`The data of ${name} are missing: keep this page together with the folders beside it, so that it finds ${path}.`));
     document.head.append(script);
   });
 }
 
 // ---- Numbers -----------------------------------------------------------------------------------------------------------
 
+const counted = (count, what) => `${count} ${what}${count === 1 ? "" : "s"}`;
 const labelled = new Intl.NumberFormat("en", { maximumSignificantDigits: 4, useGrouping: false });
 const scientific = (value) => value.toExponential(2).replace("e+", "e");
 

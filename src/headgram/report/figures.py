@@ -7,16 +7,18 @@ from functools import partial
 
 import numpy as np
 
-from headgram.geometry.nulls import Null
 from headgram.report import pictures
 from headgram.report.arrays import StackArrays, StackSummary
-from headgram.report.chance import PALE, band, note, nulls
+from headgram.report.chance import band, nulls
+from headgram.report.colours import above, around
 from headgram.report.columns import columns
 from headgram.report.names import PROFILE_FIGURES, STACK_FIGURES
 from headgram.results.tables import SIDES
 
 #: As many models as colours that are told apart.
 COMPARED = 8
+#: Pixels: wide enough for the bar of colours below.
+LEAST = 260
 
 
 def stack_figures(model: str, name: str, stack: StackArrays) -> dict[str, str]:
@@ -50,52 +52,33 @@ def _relative(layers: np.ndarray) -> np.ndarray:
 def _symmetry(title: str, stack: StackArrays) -> str:
     values = stack.heads[[column.name for column in columns()].index("symmetry")]
     null = nulls(stack.summary.facts)["symmetry"]
-    reach = max(float(np.quantile(np.abs(values - null.mean), 0.99)), PALE * (null.best_of(values.size) - null.mean))
+    colours = around(null.mean, float(np.quantile(np.abs(values - null.mean), 0.99)), null, values.size)
     rows = [
         {"layer": int(layer), "head": head, "value": float(value)}
         for layer, line in zip(stack.summary.layers, values, strict=True)
         for head, value in enumerate(line)
     ]
-    chart = pictures.heatmap("head", "layer", (null.mean - reach, null.mean + reach), pictures.DIVERGING, note(null))
-    width, height = (max(160, min(640, 22 * size)) for size in values.T.shape)
-    return pictures.figure(chart, title, {"cells": rows, "chosen": []}, width, height)
+    width, height = (max(LEAST, min(640, 22 * size)) for size in values.T.shape)
+    return pictures.figure(pictures.heatmap("head", "layer", colours), title, {"cells": rows, "chosen": []}, width, height)
 
 
-def _cosine(title: str, stack: StackArrays) -> str:
-    null, reach = _null(stack, "cosine"), _reach(stack, "cosine")
-    chart = pictures.heatmap("layer_b", "layer_a", (-reach, reach), pictures.DIVERGING, note(null))
-    return _square(chart, title, stack, "cosine")
-
-
-def _overlap(side: str, title: str, stack: StackArrays) -> str:
-    chart = pictures.heatmap("layer_b", "layer_a", (0.0, _reach(stack, side)), note=note(_null(stack, side)))
-    return _square(chart, title, stack, side)
-
-
-def _square(chart: pictures.Chart, title: str, stack: StackArrays, kind: str) -> str:
+def _square(kind: str, title: str, stack: StackArrays) -> str:
+    """The mean over heads of a comparison of every two layers."""
     mean = stack.mean_square(kind)
+    others = mean[np.triu_indices(len(mean), 1)]
+    null = nulls(stack.summary.facts)[kind].mean_of(stack.summary.facts["heads"])
+    largest, count = float(np.abs(others).max(initial=0)), max(1, others.size)
+    colours = around(0.0, largest, null, count) if kind == "cosine" else above(largest, null, count)
     rows = [
         {"layer_a": int(a), "layer_b": int(b), "value": float(mean[i, j])}
         for i, a in enumerate(stack.summary.layers)
         for j, b in enumerate(stack.summary.layers)
     ]
-    return pictures.figure(chart, title, {"cells": rows, "chosen": []}, 420, 420)
-
-
-def _null(stack: StackArrays, kind: str) -> Null:
-    """Of the mean over heads of a comparison of two layers."""
-    return nulls(stack.summary.facts)[kind].mean_of(stack.summary.facts["heads"])
-
-
-def _reach(stack: StackArrays, kind: str) -> float:
-    """Where the colours end: the largest magnitude off the diagonal, but so far from chance that chance is pale."""
-    others = stack.mean_square(kind)[~np.eye(len(stack.summary.layers), dtype=bool)]
-    best = _null(stack, kind).best_of(max(1, others.size // 2))
-    return max(float(np.abs(others).max(initial=0)), min(1.0, PALE * best))
+    return pictures.figure(pictures.heatmap("layer_b", "layer_a", colours), title, {"cells": rows, "chosen": []}, 420, 420)
 
 
 _FIGURES: dict[str, Callable[[str, StackArrays], str]] = {
     "symmetry": _symmetry,
-    "cosine": _cosine,
-    **{f"overlap-{side}": partial(_overlap, side) for side in SIDES},
+    "cosine": partial(_square, "cosine"),
+    **{f"overlap-{side}": partial(_square, side) for side in SIDES},
 }

@@ -31,6 +31,16 @@ function vegaConfig() {
   };
 }
 
+/** A long name without its middle: names of checkpoints differ at their ends. */
+function cut(name, most) {
+  return name.length <= most ? name : `${name.slice(0, Math.ceil(most / 2) - 1)}…${name.slice(-Math.floor(most / 2))}`;
+}
+
+/** An axis of whole numbers names nothing between them. */
+function whole(axis) {
+  axis.encode = { ...axis.encode, labels: { update: { text: { signal: "datum.value % 1 ? '' : format(datum.value, 'd')" } } } };
+}
+
 // ---- Colours of heatmaps -----------------------------------------------------------------------------------------------
 
 /** `marks` are the values that the bar names, and what it calls them. */
@@ -38,8 +48,6 @@ function setColours(spec, { type = "linear", domain, range, marks }) {
   const scale = spec.scales.find((each) => each.name === "color");
   Object.assign(scale, { type, domain, range: { scheme: range } });
   delete scale.interpolate;
-  const largest = Math.max(...domain.map(Math.abs));
-  spec.legends[0].format = largest >= 1e3 ? "~s" : largest < 1e-3 ? "~e" : "~g";
   if (!marks) return;
   const [values, names] = [marks.map(([value]) => value), marks.map(markText)];
   const text = { signal: `${JSON.stringify(names)}[indexof(${JSON.stringify(values)}, datum.value)]` };
@@ -67,13 +75,21 @@ function around(centre, largest, best = 0) {
 function above({ mean }, largest, best) {
   const reach = Math.max(largest, Math.min(1, index.pale * (mean + best))) || 1;
   const between = reach > 4 * mean ? [[reach / 2]] : [];
-  return { domain: [0, reach], range: "viridis", marks: [[mean, "chance"], ...between, [reach]] };
+  return { domain: [0, reach], range: "viridis", marks: [[mean, "chance"], ...between, ...(reach > 1.25 * mean ? [[reach]] : [])] };
 }
 
 /** Of pictures of lines: where the best of all heads lies by chance, and where the axis must begin and end. */
 function chanceBand(name) {
   const { mean, best } = chanceOf(name) ?? {};
-  return mean === undefined ? [] : [{ low: mean - best, high: mean + best, from: mean - index.pale * best, to: mean + index.pale * best }];
+  if (mean === undefined) return expectedOf(name).map((value) => ({ name: "chance", low: value, high: value, from: value, to: value }));
+  return [{ name: "chance", low: mean - best, high: mean + best, from: mean - index.pale * best, to: mean + index.pale * best }];
+}
+
+/** What chance gives of a column where only that is known, and only if it is the same in all layers. */
+function expectedOf(name) {
+  const data = stacks.get(JSON.stringify(inStack()));
+  const found = new Set(data?.layers.map((layer) => data.expected(name, layer)).filter((value) => value !== undefined));
+  return found.size === 1 ? [...found] : [];
 }
 
 /** What chance gives of a column of heads in a layer, in words. */
@@ -98,8 +114,12 @@ function columnColours(data) {
     const middle = chanceOf(name)?.mean ?? centre;
     return around(middle, quantile(values.map((value) => Math.abs(value - middle)), 0.99), chanceOf(name)?.best);
   }
-  const [low, high] = [quantile(values, 0), quantile(values, 1)];
-  if (spansDecades(low, high)) return { type: "log", domain: [low, high], range: "viridis" };
-  const [first, last] = [quantile(values, 0.01), quantile(values, 0.99)];
-  return { domain: first < last ? [first, last] : [low, low + 1], range: "viridis" };
+  const [chance] = expectedOf(name);
+  const reached = (...shares) => [...shares.map((share) => quantile(values, share)), ...(chance === undefined ? [] : [chance])];
+  const [all, most] = [reached(0, 1), reached(0.01, 0.99)].map((found) => [Math.min(...found), Math.max(...found)]);
+  const type = spansDecades(...all) ? "log" : "linear";
+  const [low, high] = type === "log" ? all : most[0] < most[1] ? most : [all[0], all[0] + 1];
+  const share = (value) => (type === "log" ? Math.log(value / low) / Math.log(high / low) : (value - low) / (high - low));
+  const ends = [low, high].filter((end) => Math.abs(share(end) - share(chance)) > 0.2).map((end) => [end]);
+  return { type, domain: [low, high], range: "viridis", marks: chance === undefined ? undefined : [[chance, "chance"], ...ends] };
 }

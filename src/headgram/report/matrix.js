@@ -135,8 +135,7 @@ class Matrix {
 
   /** The largest cosine of all pairs by chance. */
   best() {
-    const heads = this.data.meta.heads * this.data.layers.length;
-    return Math.sqrt(2 * Math.log(Math.max(2, (heads * (heads - 1)) / 2))) / this.data.meta.hidden;
+    return chanceOf(state.pairs).best_pair;
   }
 
   paint() {

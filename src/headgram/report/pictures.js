@@ -129,7 +129,8 @@ function lines(part, name) {
     kind: (data) => [state.scale, state.scale === "linear" || inLayer()],
     adapt: (spec, data) => {
       if (state.scale === "linear") return;
-      const largest = data.largest(part, state.layer) || 1;
+      const largest = data.largest(part, state.layer);
+      if (!largest) return;
       Object.assign(spec.scales.find((each) => each.name === "y"), { type: "symlog", constant: largest / 100, nice: false });
       const powers = [0, 1, 2].map((step) => 10 ** (Math.floor(Math.log10(largest)) - step));
       spec.axes.filter((axis) => axis.scale === "y").forEach((axis) => { axis.values = [0, ...powers, ...powers.map((power) => -power)]; });
@@ -190,23 +191,25 @@ const profile = {
   kind: () => [state.depth, profileIsWide(), compared(), state.stack, element("profile").clientWidth],
   adapt: (spec) => {
     const names = compared().map((model) => seriesOf(model).series);
-    const longest = Math.max(...names.map((name) => name.length));
     const width = element("profile").clientWidth;
+    const most = Math.floor((width - 60) / 7); // characters that fit on a line
+    const longest = Math.min(most, Math.max(...names.map((name) => name.length)));
+    const text = { signal: `${JSON.stringify(names.map((name) => cut(name, most)))}[indexof(${JSON.stringify(names)}, datum.value)]` };
     for (const [scale, look] of [["color", "colour"], ["strokeDash", "dash"]]) {
       Object.assign(spec.scales.find((each) => each.name === scale), { domain: names, range: compared().map((model) => looks(model)[look]) });
     }
     for (const legend of spec.legends) {
-      Object.assign(legend, { strokeDash: "strokeDash", columns: Math.max(1, Math.floor(width / (7 * longest + 40))), labelLimit: width - 50 });
+      Object.assign(legend, { strokeDash: "strokeDash", columns: Math.max(1, Math.floor(width / (7 * longest + 40))), labelLimit: width - 50, encode: { labels: { update: { text } } } });
     }
     if (profileIsWide()) Object.assign(spec.scales.find((each) => each.name === "y"), { type: "log", nice: false, zero: false });
     spec.axes.filter((axis) => axis.title === "depth").forEach((axis) => {
       axis.title = state.depth === "layer" ? "layer" : "relative depth";
-      if (state.depth === "layer") Object.assign(axis, { tickMinStep: 1, format: "d", labelSeparation: 6 });
+      if (state.depth === "layer") whole(Object.assign(axis, { labelSeparation: 6 }));
     });
   },
   sets: (data) => ({
     profile: [[state.model, state.stack, state.with, state.column, state.depth], profileRows],
-    chance: [[inStack(), state.column, profileIsWide()], () => (profileIsWide() ? [] : chanceBand(state.column))],
+    chance: [[inStack(), state.column, profileIsWide()], () => chanceBand(state.column).filter(({ from }) => from > 0 || !profileIsWide())],
     chosen: [[...inLayer(), state.depth], () => [{ x: depthOf(data.meta, data.position(state.layer)) }]],
   }),
   label: () => `${columnOf(state.column).label} along the depth of ${compared().join(", ")}: median and quartiles over heads`,

@@ -6,6 +6,7 @@ parameters, which the page sets by its theme, and the scale `color` of a heatmap
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -13,29 +14,26 @@ from typing import Any
 import altair as alt
 import vl_convert
 
+from headgram.report.colours import Colours
+
 Chart = alt.LayerChart
 _VEGA_LITE = "6.4"
 #: Parameters and their values on white: of what is chosen, of what is not, of frames and around them.
 _COLOURS = {"accent": "#c8500a", "quiet": "#8a939c", "ink": "#14181c", "halo": "#ffffff"}
 _ACCENT, _QUIET, _INK, _HALO = (alt.ExprRef(name) for name in _COLOURS)
-#: Blue, neutral, orange: told apart by everybody.
-DIVERGING = ("#1f4e9c", "#5a8fd0", "#b4cfea", "#f5f4f2", "#f3c69a", "#d98032", "#8f4a06")
 _SERIES = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#5b6570", "#a39200")
-#: As many digits as needed, and no more: axes of numbers of any size.
-_NUMBER = "format(datum.value, '.4~g')"
+#: As many digits as needed, and no more: axes and bars of numbers of any size.
+_NUMBER = """datum.value === 0 || (abs(datum.value) >= 1e-3 && abs(datum.value) < 1e6)
+    ? format(datum.value, '.4~r') : replace(format(datum.value, '.3~e'), 'e+', 'e')"""
+#: Between two whole numbers nothing is named.
+_WHOLE = "datum.value % 1 ? '' : format(datum.value, 'd')"
 
 
-def heatmap(
-    x: str,
-    y: str,
-    domain: Sequence[float] | None = None,
-    colours: str | Sequence[str] = "viridis",
-    note: str | None = None,
-) -> Chart:
+def heatmap(x: str, y: str, colours: Colours | None = None) -> Chart:
     """Cells of two indices coloured by `value`, and a frame around what is chosen.
 
-    Datasets: `cells` (x, y, value) and `chosen`, which holds x and y, or y alone in a square of layers: a whole row. The legend
-    has a `note` above it.
+    Datasets: `cells` (x, y, value) and `chosen`, which holds x and y, or y alone in a square of layers: a whole row. The page
+    gives the colours later.
     """
     axis = alt.Axis(labelOverlap=True, labelSeparation=6, labelAngle=0, ticks=False, domain=False, grid=False)
     place: dict[str, Any] = {
@@ -43,12 +41,14 @@ def heatmap(
         "y": alt.Y(f"{y}:O", axis=axis, title=y.split("_")[0]),
     }
     scale = alt.Scale(clamp=True, zero=False, nice=False, interpolate="rgb")
-    scale["scheme" if isinstance(colours, str) else "range"] = colours if isinstance(colours, str) else list(colours)
-    if domain is not None:
-        scale["domain"] = list(domain)
-    legend = alt.Legend(
-        orient="bottom", direction="horizontal", title=note, tickCount=4, gradientThickness=9, gradientLength=240, format="~g"
-    )
+    legend = alt.Legend(orient="bottom", direction="horizontal", title=None, tickCount=4, gradientThickness=9, gradientLength=240)
+    legend["labelExpr"] = _NUMBER
+    if colours is not None:
+        named = isinstance(colours.colours, str)
+        scale["domain"], scale["scheme" if named else "range"] = list(colours.domain), colours.colours
+        values, names = zip(*colours.marks, strict=True)
+        legend["title"], legend["values"] = colours.note, list(values)
+        legend["labelExpr"] = f"{json.dumps(names)}[indexof({json.dumps(values)}, datum.value)]"
     cells = alt.Chart(alt.NamedData("cells")).mark_rect()
     frame = {"y": place["y"]} if "_" in y else place
     chosen = alt.Chart(alt.NamedData("chosen")).encode(**frame)
@@ -65,7 +65,9 @@ def spectrum() -> Chart:
     Datasets: `others` and `chosen` (head, index, value).
     """
     place: dict[str, Any] = {
-        "x": alt.X("index:Q", title="index", axis=alt.Axis(tickMinStep=1, grid=False), scale=alt.Scale(nice=False, zero=False)),
+        "x": alt.X(
+            "index:Q", title="index", axis=alt.Axis(labelExpr=_WHOLE, grid=False), scale=alt.Scale(nice=False, zero=False)
+        ),
         "y": alt.Y("value:Q", title=None, axis=alt.Axis(labelExpr=_NUMBER)),
         "detail": "head:N",
     }
@@ -114,16 +116,16 @@ def steps() -> Chart:
 
 
 def _chance() -> tuple[alt.Chart, ...]:
-    """A grey band, called chance: no head lies outside of it by chance. The axis reaches further, so that noise stays flat.
+    """A grey band with its name: no head lies outside of it by chance. The axis reaches further, so that noise stays flat.
 
-    Dataset: `chance` (low, high, from, to), one row or none.
+    Dataset: `chance` (name, low, high, from, to), one row or none.
     """
     base = alt.Chart(alt.NamedData("chance"))
     low = alt.Y("low:Q", title=None)
     axis = base.mark_rule(opacity=0).encode(y=alt.Y("from:Q", title=None), y2="to:Q")
-    name = base.mark_text(text="chance", align="right", baseline="top", dx=-2, dy=2, fontSize=10, color=_QUIET)
-    band = base.mark_rect(opacity=0.22, color=_QUIET).encode(y=low, y2="high:Q")
-    return axis, band, name.encode(x=alt.value("width"), y=low)
+    name = base.mark_text(align="right", baseline="top", dx=-2, dy=2, fontSize=10, color=_QUIET)
+    band = base.mark_rect(opacity=0.22, color=_QUIET, stroke=_QUIET).encode(y=low, y2="high:Q")
+    return axis, band, name.encode(x=alt.value("width"), y=low, text="name:N")
 
 
 def _layers(*charts: alt.Chart) -> Chart:

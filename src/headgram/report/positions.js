@@ -134,7 +134,7 @@ function drawPositions(data) {
   element("positions-subject").textContent = `layer ${state.layer}, head ${state.head}`;
   const [still, ofChance] = found.still();
   const [cosine, norm, transposed, symmetry, trace] = AT_OFFSETS.map((name) => show(found.at(name, state.head, place)));
-  element("offset-values").textContent = found.turns ? `At ${show(state.offset)} tokens the form has norm ${norm}, symmetry ${symmetry} and trace ${trace}. Its cosine with the form at offset 0 is ${cosine} (by chance ${show(found.expected(place))}), with the transpose of that ${transposed}.` : `Positions do not turn the queries and keys of layer ${state.layer}.`;
+  element("offset-values").textContent = found.turns ? `At offset ${show(state.offset)} the form has norm ${norm}, symmetry ${symmetry} and trace ${trace}. Its cosine with the form at offset 0 is ${cosine} (by chance ${show(found.expected(place))}), with the transpose of that ${transposed}.` : `Positions do not turn the queries and keys of layer ${state.layer}.`;
   element("positions-note").textContent = `A positive offset is a query after its key. Grey: the other heads of the layer; dotted: by chance.${Number.isNaN(still) ? "" : ` Rows that no rotation touches hold ${show(still)} of the energy, by chance ${show(ofChance)}.`}`;
   return true;
 }

@@ -89,7 +89,7 @@ const stepsPicture = {
     }
     axis.forEach((each) => {
       each.title = state.along === "order" ? "checkpoint, in the order of steps" : "step";
-      if (state.along === "order") Object.assign(each, { tickMinStep: 1, format: "d" });
+      if (state.along === "order") whole(each);
       else each.encode = { ...each.encode, labels: { update: { text: { signal: "format(datum.value, '~s')" } } } };
     });
   },

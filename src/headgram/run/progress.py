@@ -122,10 +122,12 @@ class Tally:
         return ahead / max(busy / max(self.elapsed, 1e-9), 1.0)
 
     def line(self) -> str:
-        """The run in one line."""
+        """The run in one line, with the stages that are under way."""
         whole = self.whole
-        parts = ", ".join(f"{name} {stage.done}/{stage.total}" for name, stage in self.stages.items())
-        line = f"headgram: {whole.done} of {whole.total} jobs ({parts}) in {_duration(self.elapsed)}"
+        line = f"headgram: {whole.done} of {whole.total} jobs in {_duration(self.elapsed)}"
+        begun = [(name, stage) for name, stage in self.stages.items() if stage.began is not None and stage.waiting]
+        if begun:
+            line += f" ({', '.join(f'{name} {stage.done}/{stage.total}' for name, stage in begun)})"
         if whole.failed:
             line += f", {whole.failed} failed"
         rate, left = self.per_minute(whole), self.left(whole)
@@ -258,7 +260,8 @@ def show_progress(workflow: Any) -> ProgressHandler | None:
         order = [rule.name for rule in workflow.rules]
         jobs = [job for job in workflow.dag.needrun_jobs() if job.output]
         stages = {job.jobid: job.rule.name for job in sorted(jobs, key=lambda job: order.index(job.rule.name))}
-        dag, quiet = workflow.dag, workflow.output_settings.quiet
+        dag = workflow.dag
+        quiet = {each.name for each in workflow.output_settings.quiet or ()} - {"REASON", "HOST"}  # which say nothing of progress
         handler = ProgressHandler(Tally(stages), logger, lambda: [job.jobid for job in dag.finished_jobs], draws=not quiet)
         logger.addHandler(handler)
         return handler

@@ -227,7 +227,9 @@ def _by_layer(shards: pa.Table, values: np.ndarray) -> tuple[np.ndarray, np.ndar
     layers = shards["layer"].to_numpy()
     unique = np.unique(layers)
     if len(values) % len(unique) or not np.array_equal(layers, np.repeat(unique, len(values) // len(unique))):
-        raise HeadgramError("the shards of a stack do not hold every layer once, in order: delete them and run again")
+        raise HeadgramError(
+            "the shards of a stack lack a layer, or hold one twice: run `headgram verify --repair`, and then again"
+        )
     positions = np.zeros(unique[-1] + 1, dtype=int)
     positions[unique] = np.arange(len(unique))
     return values.reshape(len(unique), -1), positions

@@ -105,7 +105,9 @@ def read_manifest(path: Path) -> Manifest:
         text = read_bounded(path, _LARGEST).decode("utf-8-sig")
         lines = list(enumerate(csv.reader(io.StringIO(text, newline=""), delimiter="\t", quoting=csv.QUOTE_NONE), start=1))
     except FileNotFoundError:
-        raise HeadgramError(f"There is no manifest {path}: create it, {_FORM}.") from None
+        raise HeadgramError(
+            f"There is no manifest {path}: begin a project with `headgram init DIR`, or create it, {_FORM}."
+        ) from None
     except (OSError, ValueError, csv.Error) as error:
         raise HeadgramError(f"The manifest {path} cannot be read ({error}).") from None
     lines = [(number, cells) for number, cells in lines if any(cell.strip() for cell in cells) and not cells[0].startswith("#")]
