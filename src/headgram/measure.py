@@ -13,7 +13,8 @@ from headgram.geometry.same_index import same_index_products
 from headgram.geometry.spectra import spectra
 from headgram.proofs.adopt import open_checkpoint
 from headgram.results.original import directions_path, write_seed_files
-from headgram.run.devices import leased_device, require_device, usable
+from headgram.run.devices import leased_device, require_device
+from headgram.run.job import usable
 from headgram.stages.extract import read_layers
 
 

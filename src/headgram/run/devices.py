@@ -70,16 +70,6 @@ def leased_device(on_gpu: bool) -> Iterator[str]:
         yield "cuda"
 
 
-def usable(device: str) -> str:
-    """The leased device, or `cpu` where this torch has no CUDA, although the machine has a GPU."""
-    import torch
-
-    if device == "cuda" and not torch.cuda.is_available():
-        print("headgram: the installed torch cannot use the GPU; computing on the CPU")
-        return "cpu"
-    return device
-
-
 @contextlib.contextmanager
 def _first_free(locks: list[filelock.BaseFileLock]) -> Iterator[int]:
     while True:

@@ -44,7 +44,7 @@ def running(snakemake: Any) -> Iterator[tuple[Provenance, Config]]:
     # Only now: a script that hands itself over need not wait for it.
     from headgram.results.asked import Order, working_for
     from headgram.results.record import Identity
-    from headgram.run.devices import leased_device, usable
+    from headgram.run.devices import leased_device
     from headgram.study.options import load_config
 
     try:
@@ -126,6 +126,16 @@ def _date_no_later_than_now(paths: Iterable[str]) -> None:
         with contextlib.suppress(OSError):
             if path.stat().st_mtime > now:
                 os.utime(path, (now, now))
+
+
+def usable(device: str) -> str:
+    """The leased device, or `cpu` where this torch has no CUDA, although the machine has a GPU."""
+    import torch
+
+    if device == "cuda" and not torch.cuda.is_available():
+        print("headgram: the installed torch cannot use the GPU; computing on the CPU")
+        return "cpu"
+    return device
 
 
 def _limit_threads(threads: int) -> None:
