@@ -81,7 +81,7 @@ test-peers: peers ## Compositions and eigenvalues against TransformerLens
 	$(BIN)/python -m pytest tests/peers
 
 bench: peers ## Time the arithmetic and the pipeline, and renew benchmarks/RESULTS.md; ten quiet minutes
-	( cat benchmarks/about.md && $(BIN)/python benchmarks/kernels.py --peers build/peers && $(BIN)/python benchmarks/pipeline.py ) > build/bench.md
+	( cat benchmarks/about.md && $(BIN)/python benchmarks/kernels.py --peers build/peers && $(BIN)/python benchmarks/pipeline.py && $(BIN)/python benchmarks/many_models.py ) > build/bench.md
 	mv build/bench.md benchmarks/RESULTS.md
 
 bench-gpu: $(VENV)/installed-dev ## Time the arithmetic on a GPU, and renew benchmarks/RESULTS-GPU.md

@@ -1,9 +1,10 @@
-"""Many small models, end to end: how long a run over them takes, what a job costs, and how much memory Snakemake holds.
+"""Many small models, end to end: what a run over them costs, and what it would cost if one job measured one model, or eight.
 
-    python benchmarks/many_models.py 250 --cores 2 --folder /tmp/many
+    python benchmarks/many_models.py 1 8 64        # Markdown; a quiet minute for eight models
 
-Checkpoints of a few KB, of eight architectures in turn, are written with random weights; then the real `snakemake` runs over
-them, once for everything and once with nothing to do. The last lines are the rows of the table in docs/scaling.md.
+Checkpoints of a few KB, of eight architectures in turn, are written with random weights. Then the real `snakemake` runs over
+them, once for everything and once with nothing to do. It keeps the scripts of its jobs. `fused.smk` runs the same scripts
+again, those of one model or of eight in one process, and the report last. Its jobs, too, are copies of the fork server.
 """
 
 from __future__ import annotations
@@ -17,8 +18,9 @@ import subprocess
 import sys
 import time
 from dataclasses import dataclass
-from itertools import cycle, islice
+from itertools import chain, cycle, islice
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from safetensors.numpy import load_file, save_file
@@ -41,10 +43,12 @@ _SIZES = {
     "pad_token_id": 0,
 }
 _SAMPLE_SECONDS = 1.0
+#: What a run over so many would cost is computed.
+_MANY = 1000
 
 
 def write_models(folder: Path, count: int) -> None:
-    """Write `count` checkpoints and the manifest `models.tsv` that lists them by absolute paths."""
+    """Write `count` checkpoints and the manifest that lists them by absolute paths."""
     from transformers import AutoConfig, AutoModel
     from transformers.utils import logging
 
@@ -68,7 +72,8 @@ def write_models(folder: Path, count: int) -> None:
         tensors = {name: chance.standard_normal(value.shape, dtype=np.float32) for name, value in patterns[kind].items()}
         save_file(tensors, home / "model.safetensors")
         rows.append(f"{home.name}\t{home}\t")
-    (folder / "models.tsv").write_text("\n".join(rows) + "\n")
+    (folder / "config").mkdir()
+    (folder / "config" / "models.tsv").write_text("\n".join(rows) + "\n")
 
 
 @dataclass(frozen=True)
@@ -77,31 +82,34 @@ class Run:
 
     wall: float
     cpu: float
-    memory: list[tuple[float, int]]  # seconds since the start, MiB resident in the main process
+    memory: list[int]  # MiB resident in the main process, once a second
+
+    def __str__(self) -> str:
+        return f"{self.wall:.0f} / {self.cpu:.0f}"
 
 
 def snakemake(folder: Path, *arguments: str) -> Run:
-    """Run snakemake, sampling the memory of its main process.
+    """Run snakemake in a folder, sampling the memory of its main process.
 
     Raises
     ------
     SystemExit
         If it fails; its output is in `snakemake.log`.
     """
-    command = [sys.executable, "-m", "snakemake", "--config", f"manifest={folder}/models.tsv", f"results={folder}/results"]
+    command = [sys.executable, "-m", "snakemake", "--workflow-profile", str(ROOT / "profiles" / "default")]
     before, start = resource.getrusage(resource.RUSAGE_CHILDREN), time.monotonic()
     memory = []
     with (folder / "snakemake.log").open("w") as log:
         environment = os.environ | {"PYTHONPATH": str(ROOT / "src"), "HF_HUB_OFFLINE": "1"}
-        process = subprocess.Popen([*command, *arguments], cwd=ROOT, env=environment, stdout=log, stderr=log)
+        process = subprocess.Popen([*command, *arguments], cwd=folder, env=environment, stdout=log, stderr=log)
         while process.poll() is None:
-            memory.append((time.monotonic() - start, _resident(process.pid)))
+            memory.append(_resident(process.pid))
             time.sleep(_SAMPLE_SECONDS)
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     if process.returncode:
         sys.exit(f"snakemake failed: see {folder}/snakemake.log")
     cpu = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
-    return Run(time.monotonic() - start, cpu, memory)
+    return Run(time.monotonic() - start, cpu, [size for size in memory if size])
 
 
 def _resident(pid: int) -> int:
@@ -111,36 +119,90 @@ def _resident(pid: int) -> int:
         return 0
 
 
+def fused(folder: Path, models: int, cores: str) -> Run:
+    """Run the scripts that an earlier run kept, those of so many models in one job."""
+    scripts = sorted((folder / ".snakemake" / "scripts").iterdir(), key=lambda script: script.stat().st_mtime_ns)
+    of_model: dict[str, list[str]] = {}
+    for script in scripts:
+        of_model.setdefault(_model_of(script), []).append(str(script))
+    report = of_model.pop("")
+    each = list(of_model.values())
+    groups = [list(chain(*each[i : i + models])) for i in range(0, len(each), models)]
+    (folder / "groups.json").write_text(json.dumps([*groups, report]))
+    shutil.rmtree(folder / "fused", ignore_errors=True)
+    for part in (folder / "results").iterdir():
+        if part.is_dir():
+            shutil.rmtree(part)
+    return snakemake(folder, "--snakefile", str(ROOT / "benchmarks" / "fused.smk"), "--cores", cores)
+
+
+def _model_of(script: Path) -> str:
+    """The model of a job, from the script that Snakemake wrote for it; empty for the report."""
+    found: dict[str, Any] = {"__file__": str(script)}
+    exec(script.read_text().splitlines()[1], found)
+    return str(found["snakemake"].wildcards.get("model", ""))
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Runs over so many models, with as many jobs; `own` is the CPU time of the jobs' own work, as their records have it."""
+
+    models: int
+    jobs: int
+    stages: Run
+    own: float
+    one: Run
+    eight: Run
+    idle: Run
+
+    def row(self) -> str:
+        return (
+            f"| {self.models} | {self.jobs} | {self.stages} | {self.own:.0f} | {self.one} | {self.eight} "
+            f"| {self.idle.wall:.1f} | {max(self.stages.memory)} |"
+        )
+
+
+def measured(folder: Path, count: int, cores: str) -> Measured:
+    """Run over so many models in each way."""
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    write_models(folder, count)
+    run = ("--snakefile", str(ROOT / "Snakefile"), "--cores", cores)
+    snakemake(folder, *run[:2], "--dry-run", "--quiet")
+    whole = snakemake(folder, *run, "--skip-script-cleanup")
+    idle = snakemake(folder, *run)
+    records = [path for part in ("models", "provenance", "report") for path in (folder / "results" / part).rglob("*.json")]
+    own = sum(json.loads(path.read_text())["cpu_seconds"] for path in records)
+    one, eight = (fused(folder, models, cores) for models in (1, 8))
+    return Measured(count, len(records), whole, own, one, eight, idle)
+
+
 def main() -> None:
     """Write the models, run, and print what was measured."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("count", type=int, nargs="?", default=1000, help="how many models")
+    parser.add_argument("counts", type=int, nargs="*", default=[1, 8], help="how many models")
     parser.add_argument("--cores", default="2")
     parser.add_argument("--folder", type=Path, default=ROOT / "build" / "many", help="where everything is written; made anew")
     arguments = parser.parse_args()
-    folder = arguments.folder.resolve()
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
-    write_models(folder, arguments.count)
-    plan = snakemake(folder, "--dry-run", "--quiet")
-    whole = snakemake(folder, "--cores", arguments.cores)
-    again = snakemake(folder, "--cores", arguments.cores)
-    found = [path for part in ("models", "provenance", "report") for path in (folder / "results" / part).rglob("*.json")]
-    jobs, own = len(found), sum(json.loads(path.read_text())["cpu_seconds"] for path in found)
-    start = (whole.cpu - again.cpu - own) / jobs
-    running = [size for _, size in whole.memory if size]
-    quarters = [max(running[len(running) * i // 4 : len(running) * (i + 1) // 4]) for i in range(4)]
-    print(f"models {arguments.count}, jobs {jobs}, cores {arguments.cores}")
-    print(f"locked and planned in {plan.wall:.0f} s, at most {max(size for _, size in plan.memory)} MiB")
     print(
-        f"run: {whole.wall:.0f} s, {whole.cpu:.0f} s of CPU; per job {whole.wall / jobs:.2f} s, {whole.cpu / jobs:.2f} s of CPU"
+        f"\n### Many small models, {arguments.cores} cores: seconds of wall / of CPU\n\n"
+        "| models | jobs | a job a stage | of this, the jobs' own work | a job a model | a job for eight models "
+        "| nothing to do, wall | Snakemake, MiB |\n|---|---|---|---|---|---|---|---|"
     )
-    print(
-        f"of these, the jobs' own work {own:.0f} s of CPU, and {start:.2f} s to start each; with one start a model instead: "
-        f"about {own + start * arguments.count + again.cpu:.0f} s of CPU"
-    )
-    print(f"resident memory of the main process in each quarter of the run, at most: {', '.join(map(str, quarters))} MiB")
-    print(f"nothing to do: {again.wall:.1f} s")
+    found = []
+    for count in arguments.counts:
+        found.append(measured(arguments.folder.resolve(), count, arguments.cores))
+        print(found[-1].row(), flush=True)
+    first, last = found[0], found[-1]
+    if last.models > first.models:
+        ways = [(first.stages, last.stages), (first.one, last.one), (first.eight, last.eight)]
+        many = [
+            after.cpu + (after.cpu - before.cpu) / (last.models - first.models) * (_MANY - last.models) for before, after in ways
+        ]
+        print(
+            f"\nComputed from the first and the last row, for {_MANY} models: {many[0] / 60:.0f} minutes of CPU with a job a "
+            f"stage, {many[1] / 60:.0f} with a job a model, {many[2] / 60:.0f} with a job for eight."
+        )
 
 
 if __name__ == "__main__":

@@ -11,7 +11,8 @@ import torch
 
 from headgram.forms.reading import Frames
 from headgram.forms.variants import Variant
-from headgram.proofs.prove import _models, quiet
+from headgram.proofs.listed import listed_models
+from headgram.proofs.prove import quiet
 from headgram.results.around import read_around
 from headgram.results.factors import FactorFiles
 from headgram.results.record import Identity, Provenance
@@ -26,7 +27,7 @@ from tiny import write_manifest
 def tiny(model_type: str, changes: Mapping[str, Any], biased: bool = False) -> tuple[Any, dict[str, Any]]:
     """A tiny model with random weights, and its entry in the data of proofs; without biases, unless they are wanted."""
     with quiet():
-        model, entry = next(_models(model_type, changes))
+        model, entry = next(listed_models(model_type, changes))
     with torch.no_grad():
         for name, weight in model.named_parameters():
             if name.endswith("bias") and not biased:

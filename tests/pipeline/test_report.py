@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 
 from browser import LOCAL, SCREENSHOTS, browser, opened
-from headgram.proofs.prove import _models
+from headgram.proofs.listed import listed_models
 from headgram.report.names import PROFILE_FIGURES, STACK_FIGURES
 from headgram.results.record import read_record
 from pipeline.conftest import edit, new_project
@@ -25,7 +25,7 @@ def reported(tmp_path_factory):
     project = new_project(tmp_path_factory.mktemp("report") / "project")
     write_llama(project.folder / "models" / "llama", layers=6)
     write_bert(project.folder / "models" / "bert")
-    model, _ = next(_models("t5"))
+    model, _ = next(listed_models("t5"))
     model.save_pretrained(project.folder / "models" / "t5")
     write_manifest(project.folder / "config" / "models.tsv", {name: f"models/{name}" for name in ("llama", "bert", "t5")})
     project.run()

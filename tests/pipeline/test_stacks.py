@@ -11,7 +11,7 @@ import xarray as xr
 import headgram
 from headgram.forms.circuits import CIRCUITS
 from headgram.measure import measure_model
-from headgram.proofs.prove import _models
+from headgram.proofs.listed import listed_models
 from pipeline.conftest import edit, new_project
 from tiny import write_manifest
 
@@ -23,7 +23,7 @@ def measured(tmp_path_factory):
     """A T5 and a Jamba, as transformers saves them, in shards of one layer; run from another folder than the workflow's."""
     project = new_project(tmp_path_factory.mktemp("stacks") / "project")
     for name in ("t5", "jamba"):
-        model, _ = next(_models(name))
+        model, _ = next(listed_models(name))
         model.save_pretrained(project.folder / "models" / name, max_shard_size="20KB")
     write_manifest(project.folder / "config" / "models.tsv", {name: f"models/{name}" for name in ("t5", "jamba")})
     edit(project.folder / "config" / "config.yaml", "layers_per_job: auto", "layers_per_job: 1")

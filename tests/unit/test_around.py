@@ -18,7 +18,8 @@ from headgram.checkpoints.dimensions import Section
 from headgram.checkpoints.rotary import rotary_of
 from headgram.families.around import AROUND, AroundRule, NormRule, RotaryRule, ScaleRule, rule_of
 from headgram.families.registry import adopting, families, family_of
-from headgram.proofs.prove import TOLERANCE, _models, _residuals, quiet
+from headgram.proofs.listed import listed_models
+from headgram.proofs.prove import TOLERANCE, _residuals, quiet
 from headgram.results.around import around_of
 
 WAVES = {"rope_theta": 10000.0}
@@ -62,7 +63,7 @@ SCALINGS = {
 def tiny(model_type: str, **changes: Any) -> Any:
     """The first tiny model of a type, with other switches."""
     with quiet():
-        return next(_models(model_type, changes))
+        return next(listed_models(model_type, changes))
 
 
 def residuals(model: Any, folder: Path, entry: Mapping[str, Any]) -> dict[str, float]:

@@ -9,7 +9,7 @@ import torch
 import headgram.families.registry as registry
 from headgram import HeadgramError, open_checkpoint
 from headgram.checkpoints.checkpoint import open_checkpoint as open_by_lock
-from headgram.proofs.prove import _models
+from headgram.proofs.listed import listed_models
 from headgram.proofs.shrink import walked_models
 from headgram.study.lock import read_lock, write_lock
 from headgram.study.manifest import read_manifest
@@ -32,7 +32,7 @@ def forgetful(monkeypatch):
 
 @pytest.fixture
 def row(tmp_path):
-    model, _ = next(_models("minimax_m2"))
+    model, _ = next(listed_models("minimax_m2"))
     model.save_pretrained(tmp_path / "m")
     return read_manifest(write_manifest(tmp_path / "models.tsv", {"m": tmp_path / "m"})).rows[0]
 

@@ -20,7 +20,8 @@ from headgram.checkpoints.dimensions import find_rules
 from headgram.errors import HeadgramError
 from headgram.families import layouts
 from headgram.families.registry import Family, StackRule, families, family_of, others
-from headgram.proofs.prove import TOLERANCE, Proof, _models, known_types, prove
+from headgram.proofs.listed import listed_models
+from headgram.proofs.prove import TOLERANCE, Proof, known_types, prove
 
 #: Prefixes of published checkpoints that transformers reads, but no longer writes: type, what it writes, what it reads.
 OLD_PREFIXES = [
@@ -34,7 +35,7 @@ WALKED = ["apertus", "axk1", "blip", "donut-swin", "fsmt", "funnel", "kimi_linea
 
 def saved(model_type: str, folder: Path, number: int = 0) -> Path:
     """The type's tiny model of this number, on disk."""
-    model = [model for model, _ in _models(model_type)][number]
+    model = [model for model, _ in listed_models(model_type)][number]
     model.save_pretrained(folder)
     return folder
 

@@ -5,7 +5,7 @@ def begin_run():
     with headgram_errors():
         if workflow.local_exec:
             require_device(PLAN.config.device)
-        RUN.begin(workflow, beside_outputs)
+        RUN.begin(workflow, beside_outputs, on_gpu=bool(GPUS))
 
 
 onstart:

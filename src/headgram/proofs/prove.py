@@ -16,15 +16,12 @@ between values and outputs must be in a remark of the family's data.
 from __future__ import annotations
 
 import math
-import tempfile
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass, fields, replace
+from collections.abc import Iterable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
-from pathlib import Path
 from typing import Any
 
-import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
@@ -44,8 +41,9 @@ from headgram.proofs.around import (
     without_epsilon,
 )
 from headgram.proofs.inputs import attention_only, every_call, inputs_of
+from headgram.proofs.listed import NO_FLAGS, listed_models, saved
 from headgram.proofs.probe import Call, neutralise, scores_of
-from headgram.proofs.shrink import quiet, tiny_data, walked_models
+from headgram.proofs.shrink import quiet, walked_models
 
 #: The columns of a table of proofs, and what `Proof.cells` holds.
 COLUMNS = ("model type", "family", "layout", "stacks", "heads/key heads×rank", "roles", "around them", "residual", "ok")
@@ -55,20 +53,6 @@ TOLERANCE = 1e-5
 _SUM_TOLERANCE = 1e-2
 #: Where there are towers to run besides, each shape is tried with one class alone: of three pairs, these are left out.
 _SKIPPED = (1, 2, 5)
-_LARGEST_MODEL = 20_000_000
-_SEED = 0
-
-NO_FLAGS: Mapping[str, bool] = {}
-
-_HEADS_ON_TOP = (
-    "MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING",
-    "MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING",
-    "MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING",
-    "MODEL_FOR_CAUSAL_LM_MAPPING",
-    "MODEL_FOR_MASKED_LM_MAPPING",
-    "MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING",
-    "MODEL_FOR_CTC_MAPPING",
-)
 
 
 @dataclass(frozen=True)
@@ -142,12 +126,12 @@ def prove(model_type: str, flags: Mapping[str, bool] = NO_FLAGS) -> Proof:
     problem = None
     try:
         with quiet():
-            models = walked_models(model_type) if family.walked else _models(model_type, flags)
+            models = walked_models(model_type) if family.walked else listed_models(model_type, flags)
             for place, (model, tiny) in enumerate(models):
                 if family.towers and place in _SKIPPED:
                     continue
                 entry = {**tiny, "walked": family.walked, "whole": family.walked or bool(family.towers)}
-                with _saved(model) as folder, open_checkpoint(folder) as checkpoint:
+                with saved(model) as folder, open_checkpoint(folder) as checkpoint:
                     if family.walked and checkpoint.architecture != model_type:
                         raise HeadgramError(f"transformers saves it as '{checkpoint.architecture}'")
                     found += checkpoint.stacks
@@ -240,66 +224,16 @@ def _openers(model_type: str, flags: Mapping[str, bool]) -> list[Family]:
     found = []
     try:
         with quiet():
-            model, _ = next(_models(model_type, flags))
+            model, _ = next(listed_models(model_type, flags))
     except Exception as error:  # whatever transformers raises
         reason = f"{type(error).__name__} {error!s:.200}".splitlines()[0].strip()
         raise HeadgramError(f"transformers cannot build a tiny '{model_type}', so that nothing can be proven: {reason}") from None
-    with quiet(), _saved(model) as folder:
+    with quiet(), saved(model) as folder:
         for family in (one for one in families() if not one.walked):
             with suppress(HeadgramError), adopting(model_type, family), open_checkpoint(folder) as checkpoint:
                 if checkpoint.architecture == model_type:  # some types are saved under another one's name
                     found.append(family)
     return sorted(found, key=lambda family: any(rule.sparse for rule in family.stacks))
-
-
-def _models(model_type: str, flags: Mapping[str, bool] = NO_FLAGS) -> Iterator[tuple[nn.Module, dict[str, Any]]]:
-    """The tiny models of a type, with random weights and biases, and the type's entry in `tiny_models.toml`."""
-    from transformers import AutoConfig
-    from transformers.models.auto import modeling_auto
-
-    entry = tiny_data()["types"].get(model_type, {})
-    for shape in entry.get("shapes", tiny_data()["shapes"]):
-        config = AutoConfig.for_model(model_type, **_tiny(model_type, {**shape, **flags}, entry))
-        config._attn_implementation = config._experts_implementation = "eager"
-        mappings = [modeling_auto.MODEL_MAPPING, *(getattr(modeling_auto, name) for name in _HEADS_ON_TOP)]
-        classes = [mapping[type(config)] for mapping in mappings if type(config) in mapping]
-        for chosen in classes[0 if entry.get("base", True) else 1 : 2]:
-            cls = chosen[0] if isinstance(chosen, tuple) else chosen
-            with torch.device("meta"):
-                size = sum(weight.numel() for weight in cls(config).parameters())
-            if size > _LARGEST_MODEL:
-                raise HeadgramError(f"the tiny {cls.__name__} has {size:,} weights: tiny_models.toml leaves a size out")
-            torch.manual_seed(_SEED)
-            model = cls(config).eval()
-            with torch.no_grad():
-                for weight in model.parameters():
-                    weight.normal_(0, 0.2)
-            yield model, entry
-
-
-def _tiny(model_type: str, shape: Mapping[str, Any], entry: Mapping[str, Any]) -> dict[str, Any]:
-    """The overrides that make a type's configuration tiny, in its sections too."""
-    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
-
-    own = entry.get("config", {})
-    cls = CONFIG_MAPPING[model_type]
-    kinds = tiny_data()["two_kinds"]
-    small = {**tiny_data()["common"], **(kinds["config"] if model_type in kinds["types"] else {}), **shape}
-    sections = {
-        name: {**(small if "text" in name else tiny_data()["vision"]), **own.get(name, {})}
-        for name in getattr(cls, "sub_configs", {})
-    }
-    known = {item.name for item in fields(cls)} | set(cls.attribute_map)
-    chosen = {**{name: value for name, value in small.items() if name in known}, **own, **sections}
-    return {name: None if value == "null" else value for name, value in chosen.items()}
-
-
-@contextmanager
-def _saved(model: Any) -> Iterator[Path]:
-    """A folder with the model as transformers saves it."""
-    with tempfile.TemporaryDirectory() as folder:
-        model.save_pretrained(folder)
-        yield Path(folder)
 
 
 def _residuals(model: nn.Module, checkpoint: Checkpoint, entry: Mapping[str, Any]) -> tuple[float, float, dict[str, float]]:

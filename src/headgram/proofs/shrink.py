@@ -70,8 +70,8 @@ _NEVER_NONE = {
     "num_local_experts": 4,
     "prediction_length": 4,
 }
-_LARGEST_MODEL = 20_000_000
-_SEED = 0
+LARGEST_MODEL = 20_000_000
+SEED = 0
 _TOKENS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 _SPEECH = {"conv_dim": [16], "conv_stride": [25], "conv_kernel": [10]}
 
@@ -229,7 +229,7 @@ def way_of(model_type: str) -> Way:
                 config = tiny_config(model_type, number, way)
                 with torch.device("meta"):
                     size = sum(weight.numel() for weight in base(config).parameters())
-                if size > _LARGEST_MODEL:
+                if size > LARGEST_MODEL:
                     raise HeadgramError(f"the tiny {base.__name__} has {size:,} weights: tiny_models.toml leaves a size out")
         except Exception as error:  # whatever transformers raises
             reasons.append(f"{type(error).__name__}: {error!s:.200}".replace("\n", " "))
@@ -269,7 +269,7 @@ def tiny_model(model_type: str, model_class: Any, number: int) -> nn.Module:
     HeadgramError
         As `way_of`.
     """
-    torch.manual_seed(_SEED)
+    torch.manual_seed(SEED)
     model: nn.Module = model_class(tiny_config(model_type, number, way_of(model_type))).eval()
     with torch.no_grad():
         for weight in model.parameters():

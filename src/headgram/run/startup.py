@@ -25,7 +25,6 @@ from headgram.results.claims import NAME as CLAIMS
 from headgram.results.claims import Writing, claim, settle
 from headgram.results.files import RESULTS, remove_temporaries, write_text
 from headgram.run import forkserver
-from headgram.run.devices import wants_gpu
 from headgram.run.project import FOLDER
 from headgram.study.lineages import misfits
 from headgram.study.lock import (
@@ -118,7 +117,7 @@ class Run:
             and seen.get(name) != _sighting(known[name], times)
         ]
 
-    def begin(self, workflow: Any, beside: Callable[[Any], Sequence[str]]) -> None:
+    def begin(self, workflow: Any, beside: Callable[[Any], Sequence[str]], on_gpu: bool) -> None:
         """Take the results folder, claim what jobs will write, remove what killed jobs left, write the lock, show the progress.
 
         Parameters
@@ -127,6 +126,8 @@ class Run:
             Snakemake's, as the Snakefile knows it.
         beside
             The files that a job writes beside the outputs that Snakemake knows.
+        on_gpu
+            Whether jobs use a GPU.
 
         Raises
         ------
@@ -161,7 +162,7 @@ class Run:
             write_lock(lock_path(self._manifest), self._new)
         # Jobs elsewhere, or in an environment of their own, cannot be copies of a process of this one.
         if workflow.local_exec and not workflow.deployment_settings.deployment_method:
-            self._forkserver = forkserver.start(keeps=not wants_gpu(self.plan.config.device))
+            self._forkserver = forkserver.start(keeps=not on_gpu)
 
         from headgram.run.progress import show_progress  # costs time that a dry run need not spend
 
@@ -178,9 +179,9 @@ class Run:
                 settle(self._results)
             with contextlib.suppress(OSError):
                 (self._results / _LOCK).touch()
-        # Snakemake's scheduler leaves one behind, to look again for jobs in a second, for which the process would wait.
+        # Snakemake's scheduler leaves a timer behind, to look again for jobs in a second, for which the process would wait.
         for thread in threading.enumerate():
-            if isinstance(thread, threading.Timer):
+            if isinstance(thread, threading.Timer) and thread.function.__module__.startswith("snakemake.scheduling"):
                 thread.cancel()
 
 
