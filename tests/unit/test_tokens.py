@@ -155,7 +155,7 @@ def test_slices_are_the_tensor_cut_into_rows(tmp_path, kind):
 def written(tmp_path, folder, width=32):
     """The table `tokens` of made up directions: the first of every head is a row of the embedding or of the output."""
     tensors = load_file(folder / "model.safetensors")
-    merge, directions = Identity("merge", "{}", "f", "c"), torch.zeros(2, 3, 2, width)
+    directions = torch.zeros(2, 3, 2, width)
     rows = tensors["model.embed_tokens.weight"].clone()
     rows -= rows.mean(0)
     directions[..., 0, :] = torch.nn.functional.normalize(rows[:6, :width].view(2, 3, width), dim=-1)
@@ -165,6 +165,12 @@ def written(tmp_path, folder, width=32):
         }
         for circuit in ("qk", "ov")
     }
+    return tokens_of(tmp_path, folder, by_circuit)
+
+
+def tokens_of(tmp_path, folder, by_circuit):
+    """The table `tokens` of some directions, with nothing known of what stands around heads."""
+    merge = Identity("merge", "{}", "f", "c")
     path, record = tmp_path / "directions.pt", tmp_path / "merge.json"
     with written_whole(path) as file:
         torch.save(by_circuit, file)
@@ -362,6 +368,29 @@ def test_rows_are_projected_on_directions_before_the_norm_where_it_is_known(tmp_
         values = (e @ direction).sort(descending=row.sign > 0).values
         assert row.value == pytest.approx(values[row.place].item(), rel=1e-4)
         assert row.deviations == pytest.approx((values[row.place] / values.square().mean().sqrt()).item(), rel=1e-4)
+
+
+def test_the_output_reads_what_the_last_norm_hands_on_of_a_direction(tmp_path):
+    """LayerNorm takes the mean over channels away before its gain, and not after: `<row, gain * C v>`."""
+    generator = torch.Generator().manual_seed(6)
+    shapes = {"h.0.attn.c_attn.weight": (16, 48), "h.0.attn.c_proj.weight": (16, 16), "wte.weight": (40, 16), "ln_f.bias": (16,)}
+    tensors = {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
+    tensors["ln_f.weight"] = torch.rand(16, generator=generator) + 0.1
+    save_file(tensors, tmp_path / "model.safetensors")
+    config = {"model_type": "gpt2", "n_layer": 1, "n_head": 2, "n_embd": 16}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    v = torch.nn.functional.normalize(torch.randn(1, 2, 2, 16, generator=generator), dim=-1)
+    table = tokens_of(tmp_path, tmp_path, {"ov": {"self": {"layers": torch.tensor([0]), "right": v, "left": v}}})
+    rows, norm = tensors["wte.weight"].double(), torch.nn.LayerNorm(16, eps=0, bias=False, dtype=torch.float64)
+    norm.weight.data = tensors["ln_f.weight"].double()
+    left = table.query("side == 'left'")
+    assert left["folded"].all()
+    for row in left.itertuples():
+        logits = rows @ norm(v[0, row.head, row.direction].double())
+        logits -= logits.mean()
+        expected = (logits / logits.square().mean().sqrt()).sort(descending=row.sign > 0)
+        assert row.token == expected.indices[row.place]
+        assert row.deviations == pytest.approx(expected.values[row.place].item(), rel=1e-4)
 
 
 @pytest.mark.parametrize("gain", [torch.ones(9), torch.full((16,), torch.nan)])
