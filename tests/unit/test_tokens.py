@@ -87,6 +87,80 @@ def test_texts_are_read_from_every_format(tmp_path, name):
         assert token_texts(checkpoint.location) == dict(enumerate(expected))
 
 
+def tokenizers_of_each_kind():
+    """Libraries' own tokenizers, trained on a few words of several scripts, one of which looks like GPT-2's letters for bytes."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    words = ["Ġublesija Ġdid café über ▁ ▁a", "Ġdid café nàixer", "über naïve a\u2028b"] * 20
+    special = {"special_tokens": ["<s>", "[UNK]", "Ġ▁é"]}
+    for kind, model, trainer in (
+        ("word pieces", models.WordPiece(unk_token="[UNK]"), trainers.WordPieceTrainer(vocab_size=90, **special)),
+        ("words", models.WordLevel(unk_token="[UNK]"), trainers.WordLevelTrainer(vocab_size=90, **special)),
+        ("bytes", models.BPE(), trainers.BpeTrainer(vocab_size=330, **special)),
+        ("bytes without blanks", models.BPE(end_of_word_suffix="</w>"), trainers.BpeTrainer(vocab_size=330, **special)),
+        ("pieces", models.Unigram(), trainers.UnigramTrainer(vocab_size=60, unk_token="[UNK]", **special)),
+    ):
+        found = Tokenizer(model)
+        found.pre_tokenizer = {"bytes": pre_tokenizers.ByteLevel(), "pieces": pre_tokenizers.Metaspace()}.get(
+            kind, pre_tokenizers.WhitespaceSplit()
+        )
+        if kind == "bytes without blanks":
+            found.pre_tokenizer = pre_tokenizers.Sequence(
+                [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+            )
+        found.decoder = decoders.ByteLevel() if kind.startswith("bytes") else decoders.Fuse()
+        found.train_from_iterator(words, trainer)
+        yield pytest.param(found, id=kind)
+
+
+@pytest.mark.parametrize("tokenizer", tokenizers_of_each_kind())
+def test_texts_are_those_of_the_library(tmp_path, tokenizer):
+    """Words of people whose letters elsewhere stand for bytes or blanks stay as they are."""
+    folder = write_llama(tmp_path / "llama", layers=1)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    added = tokenizer.get_added_tokens_decoder()
+    with open_checkpoint(folder) as checkpoint:
+        found = token_texts(checkpoint.location)
+    assert found.keys() == set(tokenizer.get_vocab().values())
+    is_pieces = type(tokenizer.model).__name__ == "Unigram"
+    for number, text in found.items():
+        token = tokenizer.id_to_token(number)
+        if number in added:
+            assert text == token
+        elif is_pieces:
+            assert text == token.replace("▁", " ")
+        else:
+            assert text == tokenizer.decoder.decode([token])
+
+
+def test_a_line_of_a_vocabulary_ends_at_a_line_feed_alone(tmp_path):
+    """As transformers reads it: some vocabularies hold other signs at which Python would begin a line."""
+    folder = write_llama(tmp_path / "llama", layers=1)
+    lines = ["[PAD]", "a", "\x85", "\u2028", "\x0b", "##b"]
+    (folder / "vocab.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    with open_checkpoint(folder) as checkpoint:
+        assert token_texts(checkpoint.location) == dict(enumerate(lines))
+
+
+@pytest.mark.parametrize(
+    ("model_type", "file", "shift"),
+    [
+        ("xlm-roberta", "sentencepiece.bpe.model", 1),
+        ("camembert", "sentencepiece.bpe.model", 4),
+        ("pegasus", "spiece.model", 103),
+    ],
+)
+def test_numbers_are_the_models_where_its_own_tokens_come_before_those_of_the_file(tmp_path, model_type, file, shift):
+    pieces = ["<unk>", "<s>", "</s>", "▁the", "cat"]
+    location = open_checkpoint(folder := write_llama(tmp_path / "llama", layers=1)).location
+    (folder / file).write_bytes(sentencepiece(pieces))
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"model_type": model_type}))
+    assert token_texts(location) == {3 + shift: " the", 4 + shift: "cat"}
+    (folder / "config.json").write_text(json.dumps(config | {"model_type": "another"}))
+    assert token_texts(location) == ({} if file == "sentencepiece.bpe.model" else dict(enumerate([*pieces[:3], " the", "cat"])))
+
+
 @pytest.mark.parametrize("times", [1, 1000])
 def test_texts_are_read_from_a_gguf_file_however_long(tmp_path, times):
     write_llama_gguf(tmp_path / "model.gguf", layers=1, metadata={"tokenizer.ggml.tokens": TEXTS * times})
@@ -155,7 +229,7 @@ def test_slices_are_the_tensor_cut_into_rows(tmp_path, kind):
 def written(tmp_path, folder, width=32):
     """The table `tokens` of made up directions: the first of every head is a row of the embedding or of the output."""
     tensors = load_file(folder / "model.safetensors")
-    merge, directions = Identity("merge", "{}", "f", "c"), torch.zeros(2, 3, 2, width)
+    directions = torch.zeros(2, 3, 2, width)
     rows = tensors["model.embed_tokens.weight"].clone()
     rows -= rows.mean(0)
     directions[..., 0, :] = torch.nn.functional.normalize(rows[:6, :width].view(2, 3, width), dim=-1)
@@ -165,6 +239,12 @@ def written(tmp_path, folder, width=32):
         }
         for circuit in ("qk", "ov")
     }
+    return tokens_of(tmp_path, folder, by_circuit)
+
+
+def tokens_of(tmp_path, folder, by_circuit):
+    """The table `tokens` of some directions, with nothing known of what stands around heads."""
+    merge = Identity("merge", "{}", "f", "c")
     path, record = tmp_path / "directions.pt", tmp_path / "merge.json"
     with written_whole(path) as file:
         torch.save(by_circuit, file)
@@ -362,6 +442,29 @@ def test_rows_are_projected_on_directions_before_the_norm_where_it_is_known(tmp_
         values = (e @ direction).sort(descending=row.sign > 0).values
         assert row.value == pytest.approx(values[row.place].item(), rel=1e-4)
         assert row.deviations == pytest.approx((values[row.place] / values.square().mean().sqrt()).item(), rel=1e-4)
+
+
+def test_the_output_reads_what_the_last_norm_hands_on_of_a_direction(tmp_path):
+    """LayerNorm takes the mean over channels away before its gain, and not after: `<row, gain * C v>`."""
+    generator = torch.Generator().manual_seed(6)
+    shapes = {"h.0.attn.c_attn.weight": (16, 48), "h.0.attn.c_proj.weight": (16, 16), "wte.weight": (40, 16), "ln_f.bias": (16,)}
+    tensors = {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
+    tensors["ln_f.weight"] = torch.rand(16, generator=generator) + 0.1
+    save_file(tensors, tmp_path / "model.safetensors")
+    config = {"model_type": "gpt2", "n_layer": 1, "n_head": 2, "n_embd": 16}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    v = torch.nn.functional.normalize(torch.randn(1, 2, 2, 16, generator=generator), dim=-1)
+    table = tokens_of(tmp_path, tmp_path, {"ov": {"self": {"layers": torch.tensor([0]), "right": v, "left": v}}})
+    rows, norm = tensors["wte.weight"].double(), torch.nn.LayerNorm(16, eps=0, bias=False, dtype=torch.float64)
+    norm.weight.data = tensors["ln_f.weight"].double()
+    left = table.query("side == 'left'")
+    assert left["folded"].all()
+    for row in left.itertuples():
+        logits = rows @ norm(v[0, row.head, row.direction].double())
+        logits -= logits.mean()
+        expected = (logits / logits.square().mean().sqrt()).sort(descending=row.sign > 0)
+        assert row.token == expected.indices[row.place]
+        assert row.deviations == pytest.approx(expected.values[row.place].item(), rel=1e-4)
 
 
 @pytest.mark.parametrize("gain", [torch.ones(9), torch.full((16,), torch.nan)])

@@ -5,6 +5,8 @@ Nothing of a tokenizer is run. Where none of its files is there, tokens have the
 
 from __future__ import annotations
 
+import io
+import json
 import struct
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
@@ -23,6 +25,14 @@ _LARGEST = 128 * 2**20
 _MOST = 2**21
 #: What marks a blank at the beginning of a word in SentencePiece.
 _BLANK = "\u2581"
+#: Of these types, a token's number is that of its piece in a SentencePiece file and this: tokens of the model's own come first.
+_SHIFTS = {"camembert": 4, "pegasus": 103, "bigbird_pegasus": 103} | dict.fromkeys(
+    ("m2m_100", "mbart", "nllb-moe", "xglm", "xlm-roberta", "xlm-roberta-xl"), 1
+)
+#: Pieces of a file that stand for no text; such models have numbers of their own for them.
+_CONTROLS = 3
+#: The file of types whose tokens are shifted. That of a type that is not known here says nothing of its numbers.
+_SHIFTED = "sentencepiece.bpe.model"
 
 
 def token_texts(location: AnyLocation) -> dict[int, str]:
@@ -45,6 +55,8 @@ def token_texts(location: AnyLocation) -> dict[int, str]:
             path = location.path(name)
             try:
                 texts = read(read_bounded(path, _LARGEST))
+                if read is _sentencepiece:
+                    texts = _shifted(texts, (location.config() or {}).get("model_type"), name)
                 "".join(texts.values()).encode()  # no table holds anything but text, nor half of a pair of surrogates
                 return texts
             except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError, struct.error, RecursionError) as error:
@@ -75,7 +87,11 @@ def _tokenizer_json(content: bytes) -> dict[int, str]:
     whole = parse_json(content)
     vocabulary = whole["model"]["vocab"]
     texts = _numbered(vocabulary) if isinstance(vocabulary, Mapping) else {i: str(text) for i, (text, _) in enumerate(vocabulary)}
-    return _decoded(texts) | _numbered({each["content"]: each["id"] for each in whole.get("added_tokens") or []})
+    if '"ByteLevel"' in json.dumps([whole.get("pre_tokenizer"), whole.get("decoder")]):
+        texts = {number: _of_bytes(text) for number, text in texts.items()}
+    elif whole["model"].get("type") not in ("WordPiece", "WordLevel"):  # these have no marks
+        texts = _decoded(texts)
+    return texts | _numbered({each["content"]: each["id"] for each in whole.get("added_tokens") or []})
 
 
 def _vocab_json(content: bytes) -> dict[int, str]:
@@ -84,8 +100,8 @@ def _vocab_json(content: bytes) -> dict[int, str]:
 
 
 def _vocab_txt(content: bytes) -> dict[int, str]:
-    """A token a line, as of BERT."""
-    return dict(enumerate(content.decode().splitlines()))
+    """A token a line, as of BERT; other signs at which Python begins a line are tokens."""
+    return {i: line.rstrip("\n") for i, line in enumerate(io.TextIOWrapper(io.BytesIO(content), "utf-8"))}
 
 
 def _sentencepiece(content: bytes) -> dict[int, str]:
@@ -93,6 +109,14 @@ def _sentencepiece(content: bytes) -> dict[int, str]:
     pieces = (piece for number, piece in _fields(content) if number == 1)
     texts = (next((value for number, value in _fields(piece) if number == 1), b"") for piece in pieces)
     return _decoded({i: text.decode() for i, text in enumerate(texts)})
+
+
+def _shifted(texts: dict[int, str], model_type: Any, file: str) -> dict[int, str]:
+    """Texts by the model's numbers, given those by the numbers of pieces in its SentencePiece file."""
+    shift = _SHIFTS.get(model_type) if isinstance(model_type, str) else None
+    if shift is None:
+        return {} if file == _SHIFTED else texts
+    return {number + shift: text for number, text in texts.items() if number >= _CONTROLS}
 
 
 def _fields(message: bytes) -> Iterator[tuple[int, bytes]]:
@@ -167,5 +191,5 @@ _READERS: dict[str, Callable[[bytes], dict[int, str]]] = {
     "vocab.txt": _vocab_txt,
     "tokenizer.model": _sentencepiece,
     "spiece.model": _sentencepiece,
-    "sentencepiece.bpe.model": _sentencepiece,
+    _SHIFTED: _sentencepiece,
 }

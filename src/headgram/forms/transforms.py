@@ -48,6 +48,15 @@ def read_through(norm: Norm | None, vectors: Float[Tensor, "*some width"]) -> Fl
     return result - result.mean(-1, keepdim=True) if norm.centred else result
 
 
+def handed_on(norm: Norm | None, vectors: Float[Tensor, "*some width"]) -> Float[Tensor, "*some width"]:
+    """What a norm makes of vectors `v` of the stream before it, but for the division: `γ * C v`, in float64."""
+    result = vectors.double()
+    if norm is None:
+        return result
+    result = result - result.mean(-1, keepdim=True) if norm.centred else result
+    return result if norm.gain is None else result * norm.gain.to(result)
+
+
 def folded(
     role: str, factors: Float[Tensor, "n rank width"], frame: Frame, heads: slice = slice(None)
 ) -> Float[Tensor, "n rank width"]:
@@ -68,11 +77,7 @@ def folded(
         Which of the layer's factors these are, where norms of queries and keys have gains of their own for each.
     """
     if role == "output":
-        result = factors.double()
-        if (norm := frame.output_norm) is not None:
-            result = result - result.mean(-1, keepdim=True) if norm.centred else result
-            result = result if norm.gain is None else result * norm.gain.to(result)
-        return result
+        return handed_on(frame.output_norm, factors)
     result = read_through(frame.read_norm(role), factors)
     own = {"query": frame.query_norm, "key": frame.key_norm}.get(role)
     if own is not None:

@@ -1,12 +1,13 @@
 """Tokens: those whose embedding projects most on what a head reads, or whose output row does on what it writes.
 
-A direction is one of what a norm hands on, and tokens enter before it. With `N(x) = γ * C x` but for a division, `<N(x), v>` is
-`<x, C (γ * v)>`: where the norm is known, rows are projected on that.
+A direction that is read is one of what a norm hands on, and tokens enter before it. With `N(x) = γ * C x` but for a division,
+`<N(x), v>` is `<x, C (γ * v)>`: where the norm is known, rows are projected on that. A direction that is written passes the last
+norm, and rows of the unembedding are projected on `N(v) = γ * C v`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from pathlib import Path
@@ -19,7 +20,7 @@ from headgram.checkpoints.checkpoint import open_checkpoint
 from headgram.checkpoints.vocabulary import token_texts
 from headgram.errors import HeadgramError
 from headgram.forms.reading import Norm
-from headgram.forms.transforms import read_through
+from headgram.forms.transforms import handed_on, read_through
 from headgram.forms.variants import FOLDED, Variant
 from headgram.geometry.nulls import Null
 from headgram.geometry.projections import projections
@@ -114,17 +115,17 @@ def find_tokens(
                             print(f"{circuit}, {stack}, {side}: without tokens: {why}", flush=True)
                             continue
                         for layers, part in _chunks(found, side):
-                            norms = [(before or {}).get(layer) for layer in layers.tolist()]
                             if table == "unembedding":
-                                norms = [last] * len(layers)
+                                met = handed_on(last, part)
+                            else:
+                                norms = [(before or {}).get(layer) for layer in layers.tolist()]
+                                met = torch.stack(list(map(read_through, norms, part)))
                             slices = partial(checkpoint.token_tables.slices, table)
-                            columns = _columns(
-                                layers, _before(part, norms), slices, texts, options.tokens.count, provenance.device
-                            )
+                            columns = _columns(layers, _unit(met), slices, texts, options.tokens.count, provenance.device)
                             known = before if table == "embedding" else last
                             parts.append(_table((circuit, stack), side, columns, known is not None))
-            met = _meeting(checkpoint.token_tables, last, provenance.device)
-            paths = list(token_paths(sources, channels.checked() if channels else None, met, provenance.device))
+            meeting = _meeting(checkpoint.token_tables, last, provenance.device)
+            paths = list(token_paths(sources, channels.checked() if channels else None, meeting, provenance.device))
     except HeadgramError as error:
         raise HeadgramError(f"model {provenance.model}: {error}") from None
     for path, tables in ((written.tokens, parts), (written.paths, paths)):
@@ -157,10 +158,8 @@ def _meeting(tables: TokenTables, last: Norm | None, device: str) -> Met:
     return met
 
 
-def _before(directions: torch.Tensor, norms: Sequence[Norm | None]) -> torch.Tensor:
-    """Directions (L, H, k, d) of what norms hand on, as those of the stream before; of unit length."""
-    found = torch.stack([read_through(norm, part) for part, norm in zip(directions, norms, strict=True)])
-    return ratio(found, found.norm(dim=-1, keepdim=True)).float()
+def _unit(directions: torch.Tensor) -> torch.Tensor:
+    return ratio(directions, directions.norm(dim=-1, keepdim=True)).float()
 
 
 def unread(tables: TokenTables, table: str, stack: str, width: int) -> str | None:
