@@ -6,12 +6,22 @@ from pathlib import Path
 
 import matplotlib.pyplot as plt
 import numpy as np
+from matplotlib.colorbar import Colorbar
 
 import headgram
+from headgram.geometry.nulls import Null, cosine_null, symmetry_null
 
 SMOLLM2, MINILM = "smollm2-135m-instruct", "all-minilm-l6-v2"
 NAMES = {SMOLLM2: "SmolLM2", MINILM: "MiniLM"}
 RED, BLUE = "#b2182b", "#2166ac"
+
+
+def mark_chance(bar: Colorbar, null: Null, count: int) -> None:
+    """Lines on a bar of colours between which so many random numbers lie."""
+    best = null.best_of(count) - null.mean
+    bar.ax.hlines([null.mean - best, null.mean + best], 0, 1, transform=bar.ax.get_yaxis_transform(), color="#14181c", lw=0.8)
+    bar.ax.annotate("chance", (0, null.mean), (-3, 0), xycoords=bar.ax.get_yaxis_transform(), textcoords="offset points",
+                    rotation=90, ha="right", va="center", fontsize=7)  # fmt: skip
 
 
 def model(atlas: headgram.Atlas) -> plt.Figure:
@@ -20,16 +30,19 @@ def model(atlas: headgram.Atlas) -> plt.Figure:
     cosine = atlas.gram(SMOLLM2, value="cosine")
     figure, (left, middle, right) = plt.subplots(1, 3, figsize=(11, 3.6), layout="constrained", width_ratios=[1, 0.62, 1])
 
+    width, count = int(heads["hidden"].iloc[0]), len(cosine)
     limit = float(np.abs(np.triu(cosine.mean("head"), 1)).max())
     image = left.imshow(cosine.mean("head"), cmap="RdBu_r", vmin=-limit, vmax=limit)
     left.set(title="Cosine of layer pairs, mean over heads", xlabel="layer", ylabel="layer")
-    figure.colorbar(image, ax=left, shrink=0.85, extend="max")
+    bar = figure.colorbar(image, ax=left, shrink=0.85, extend="max")
+    mark_chance(bar, cosine_null(width).mean_of(heads["head"].nunique()), count * (count - 1) // 2)
 
     symmetry = heads.pivot(index="layer", columns="head", values="symmetry")
-    reach = float(np.abs(symmetry - 0.5).max().max())
-    image = middle.imshow(symmetry, cmap="PuOr_r", vmin=0.5 - reach, vmax=0.5 + reach, aspect="auto")
+    null = symmetry_null(width)
+    reach = float(np.abs(symmetry - null.mean).max().max())
+    image = middle.imshow(symmetry, cmap="PuOr_r", vmin=null.mean - reach, vmax=null.mean + reach, aspect="auto")
     middle.set(title="Symmetry of every head", xlabel="head", ylabel="layer", xticks=symmetry.columns)
-    figure.colorbar(image, ax=middle, shrink=0.85)
+    mark_chance(figure.colorbar(image, ax=middle, shrink=0.85), null, symmetry.size)
 
     layer = int(symmetry.max(axis=1).idxmax())
     head = int(symmetry.loc[layer].idxmax())

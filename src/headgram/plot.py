@@ -14,7 +14,7 @@ import numpy as np
 import pandas as pd
 
 from headgram.atlas.reader import Atlas
-from headgram.errors import HeadgramError, require
+from headgram.errors import HeadgramError, door, require
 from headgram.geometry.nulls import Null
 from headgram.report import pictures
 from headgram.report.chance import band, nulls
@@ -35,6 +35,7 @@ _PAIRS = {
 }
 
 
+@door
 def heads(atlas: Atlas, model: str, column: str = "symmetry", stack: str = "self", circuit: str = "qk") -> alt.LayerChart:
     """Every head of a stack, layer by head, coloured by a column of the table `heads`.
 
@@ -66,6 +67,7 @@ def heads(atlas: Atlas, model: str, column: str = "symmetry", stack: str = "self
     return _with(chart, f"{_label(column)}: {model}, {stack}, {circuit}", {"cells": rows, "chosen": []})
 
 
+@door
 def layers(
     atlas: Atlas, model: str, value: str = "cosine", head: int | None = None, stack: str = "self", circuit: str = "qk"
 ) -> alt.LayerChart:
@@ -100,6 +102,7 @@ def layers(
     return _with(chart, f"{_PAIRS[value]}, {of}: {model}, {stack}, {circuit}", {"cells": pd.concat([upper, lower]), "chosen": []})
 
 
+@door
 def matrix(
     atlas: Atlas, model: str, value: Literal["cosine", "transposed"] = "cosine", stack: str = "self", circuit: str = "qk"
 ) -> alt.LayerChart:
@@ -124,6 +127,7 @@ def matrix(
     return _with(chart, title, _cells(square))
 
 
+@door
 def composition(atlas: Atlas, model: str, kind: Kind = "k", stack: str = "self") -> alt.LayerChart:
     """How much of what every head writes (rows) every head of a later layer reads (columns), in times chance.
 
@@ -143,6 +147,7 @@ def composition(atlas: Atlas, model: str, kind: Kind = "k", stack: str = "self")
     return _with(chart, f"Composition by {kind}, in times chance: {model}, {stack}", _cells(square))
 
 
+@door
 def trajectory(
     atlas: Atlas,
     column: str,
@@ -186,6 +191,7 @@ def trajectory(
     return _with(pictures.profile("step"), title, datasets)
 
 
+@door
 def spectrum(
     atlas: Atlas, model: str, layer: int, head: int, signed: bool = False, stack: str = "self", circuit: str = "qk"
 ) -> alt.LayerChart:
@@ -208,6 +214,7 @@ def spectrum(
     return _with(pictures.spectrum(), title, {"others": rows[rows["head"] != head], "chosen": rows[rows["head"] == head]})
 
 
+@door
 def depth(atlas: Atlas, models: str | Sequence[str], column: str = "symmetry", circuit: str = "qk") -> alt.LayerChart:
     """Median and quartiles over heads of a column along the relative depth of some models, each by its first stack.
 
@@ -219,7 +226,6 @@ def depth(atlas: Atlas, models: str | Sequence[str], column: str = "symmetry", c
         If a model, the circuit or the column was not measured.
     """
     require(atlas, Atlas, _WHAT)
-    require(models, (str, Sequence), "models are named by a text or by a list of texts")
     names = [models] if isinstance(models, str) else list(models)
     if not names:
         raise HeadgramError("name at least one model")

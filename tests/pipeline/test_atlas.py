@@ -70,7 +70,7 @@ def test_unknown_names_are_refused(atlas, tmp_path):
         with pytest.raises(headgram.HeadgramError, match="circuit 'vo'; there are: qk"):
             rows_of("vo")
     for of_model in (atlas.gram, atlas.pairs, atlas.overlap, atlas.circuits, atlas.stacks, atlas.by_offset, atlas.dataset):
-        with pytest.raises(headgram.HeadgramError, match="'None' is not in"):
+        with pytest.raises(headgram.HeadgramError, match="`model` is a text, not NoneType"):
             of_model(None)
     with pytest.raises(headgram.HeadgramError, match=r"no tokens .* tokens\.enabled"):
         atlas.tokens("tiny-bert", 0, 0)

@@ -1,10 +1,12 @@
 """What a caller may hand to the public functions: numbers of every kind are taken, all else is refused in one sentence."""
 
+import inspect
 import re
 import warnings
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 
@@ -108,16 +110,55 @@ def test_other_arguments_of_a_checkpoint_are_refused(tmp_path):
             with pytest.raises(headgram.HeadgramError):
                 checkpoint.qk(stack, layer)
         for roles in (3, [3], ["gate"]):
-            with pytest.raises(headgram.HeadgramError, match="role|Roles"):
+            with pytest.raises(headgram.HeadgramError, match="role"):
                 checkpoint.factors("self", 0, roles)
 
 
 def test_other_arguments_of_an_atlas_are_refused(tmp_path):
     for wrong in (None, 3, ["a"]):
-        with pytest.raises(headgram.HeadgramError, match="A model's name is a text"):
+        with pytest.raises(headgram.HeadgramError, match="`a` is a text"):
             headgram.compare(wrong, "b", tmp_path)
-        with pytest.raises(headgram.HeadgramError, match="A model's name is a text"):
+        with pytest.raises(headgram.HeadgramError, match="`b` is a text"):
             headgram.compare("a", wrong, tmp_path)
-    for name in (None, 3, ["heads"], "none"):
-        with pytest.raises(headgram.HeadgramError, match="has no table"):
-            headgram.Atlas(tmp_path).table(name)
+    with pytest.raises(headgram.HeadgramError, match="has no table"):
+        headgram.Atlas(tmp_path).table("none")
+
+
+#: Of no door's type.
+NOTHINGS = [3.5, True, [], ["x"], {}, (1,), {1}, b"x", object(), np.array([1, 2]), torch.zeros(2), str, len]
+
+
+def test_models_without_a_lineage_are_none(tmp_path, monkeypatch):
+    table = pd.DataFrame({"model": ["a", "b"], "lineage": ["", "l"], "step": [0.0, 1.0], "layers": [2, 3]})
+    monkeypatch.setattr(headgram.Atlas, "summary", lambda self: table)
+    atlas = headgram.Atlas(tmp_path)
+    assert atlas.lineage("l") == {"b": 1.0}
+    with pytest.raises(headgram.HeadgramError, match="no lineage ''; there are: l"):
+        atlas.lineage("")
+    for wrong in (10**30, "none", [1, "x"]):
+        with pytest.raises(headgram.HeadgramError, match="holds no model with layers = "):
+            atlas.where(layers=wrong)
+    for wrong in (None, [None], object(), pd.DataFrame(), True, b"x"):
+        with pytest.raises(headgram.HeadgramError, match="`layers` is compared with texts and numbers, not "):
+            atlas.where(layers=wrong)
+
+
+def _arguments():
+    """Every argument of every method of an atlas, and of every chart, that is a text or a whole number."""
+    methods = inspect.getmembers(headgram.Atlas, inspect.isfunction)
+    charts = inspect.getmembers(headgram.plot, lambda each: getattr(each, "__module__", "") == "headgram.plot" and callable(each))
+    for name, function in [*methods, *charts]:
+        if not name.startswith("_"):
+            for argument, each in list(inspect.signature(function).parameters.items())[1:]:
+                if each.kind is each.POSITIONAL_OR_KEYWORD and argument not in ("models", "signed"):
+                    yield pytest.param(function, argument, id=f"{name}-{argument}")
+
+
+@pytest.mark.parametrize(("function", "argument"), list(_arguments()))
+def test_every_argument_of_another_type_is_refused_by_its_name(function, argument, tmp_path):
+    parameters = inspect.signature(function).parameters
+    wanted = [each for each in list(parameters.values())[1:] if each.default is each.empty or each.name == argument]
+    good = {each.name: 0 if str(each.annotation).startswith("int") else "a" for each in wanted}
+    for wrong in NOTHINGS:
+        with pytest.raises(headgram.HeadgramError, match=rf"^`{argument}` is a (text|whole number), not "):
+            function(headgram.Atlas(tmp_path), **good | {argument: wrong})

@@ -371,7 +371,7 @@ def test_what_is_read_aloud_is_right_at_once(chrome, path):
             "source org/model · revision main · commit 0123456789ab · measured 2026-11-26 by headgram 0.9.9"
         )
         found.set(model=NAMES[1])
-        assert found.page.inner_text("#origin") == f"headgram {__version__}"
+        assert found.page.inner_text("#origin") == f"{NAMES[1]} · headgram {__version__}"
 
 
 # ---- Lineages ----------------------------------------------------------------------------------------------------------

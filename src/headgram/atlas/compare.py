@@ -12,7 +12,7 @@ import torch
 
 from headgram.atlas.reader import Atlas, open_atlas
 from headgram.described import Described
-from headgram.errors import HeadgramError, require
+from headgram.errors import HeadgramError, door
 from headgram.forms.variants import Variant, needs
 from headgram.geometry.overlaps import paired_overlaps
 from headgram.results.around import read_around
@@ -65,6 +65,7 @@ class Comparison(Described):
         return line, [{"table": name, "rows": len(getattr(self, name)), "meaning": text} for name, text in meanings.items()]
 
 
+@door
 def compare(
     a: str, b: str, results: str | os.PathLike[str] = "results", stack: str | None = None, circuit: str | None = None
 ) -> Comparison:
@@ -90,8 +91,6 @@ def compare(
     >>> found = headgram.compare("pythia-70m-step0", "pythia-70m-step1000")  # doctest: +SKIP
     >>> found.heads.nsmallest(5, "cosine")[["circuit", "layer", "head", "cosine", "change", "floor"]]  # doctest: +SKIP
     """
-    for name in (a, b):
-        require(name, str, "A model's name is a text")
     atlas = open_atlas(results)
     parts = [_compared(atlas, a, b, place) for place in _places(atlas, a, b, stack, circuit)]
     heads, changes, matches = (pd.concat([part[i] for part in parts], ignore_index=True) for i in range(3))

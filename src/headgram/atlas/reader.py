@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from headgram.atlas.labelled import by_heads, by_layers, by_offset, by_plane, symmetric
 from headgram.atlas.tables import Tables
-from headgram.errors import HeadgramError, require
+from headgram.errors import HeadgramError, door, doors
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -21,6 +21,7 @@ OffsetColumn = Literal["norm", "cosine", "transposed", "symmetry", "trace", "exp
 ComposedColumn = Literal["score", "times_chance", "z", "acausal", "averaged"]
 
 
+@doors
 class Atlas(Tables):
     """Tables and directions of all models of a results folder; made by `open_atlas`."""
 
@@ -278,6 +279,7 @@ class Atlas(Tables):
         return loaded[circuit]
 
 
+@door
 def open_atlas(results: str | os.PathLike[str] = "results") -> Atlas:
     """Open a results folder.
 
@@ -286,7 +288,6 @@ def open_atlas(results: str | os.PathLike[str] = "results") -> Atlas:
     HeadgramError
         If it holds no finished model.
     """
-    require(results, (str, os.PathLike), "The results folder is a path")
     atlas = Atlas(Path(results))
     if not os.path.isdir(results):  # noqa: PTH112  (Path.is_dir raises where a name is too long)
         raise HeadgramError(f"there is no folder '{Path(results)}': run `snakemake` first, or name the folder that a run wrote")

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from numbers import Real
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 from headgram.described import Described
-from headgram.errors import HeadgramError
+from headgram.errors import HeadgramError, doors, require
 from headgram.forms.variants import is_made
 from headgram.results.paths import LINEAGE, OPTIONAL, Results
 from headgram.study.manifest import MODEL_NAME
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 
+@doors
 class Tables(Described):
     """Tables of all models of a results folder, as frames of pandas."""
 
@@ -61,7 +63,10 @@ class Tables(Described):
             column = name if name in table else f"label_{name}"
             if column not in table:
                 raise HeadgramError(f"models have no '{name}'; there are: {', '.join(map(str, table.columns))}")
-            chosen = chosen[chosen[column].isin(value if isinstance(value, list | tuple | set) else [value])]
+            values = list(value) if isinstance(value, list | tuple | set) else [value]
+            for each in values:
+                require(each, (str, Real), f"`{name}` is compared with texts and numbers")
+            chosen = chosen[chosen[column].isin([each if isinstance(each, str) else float(each) for each in values])]
         if chosen.empty:
             given = " and ".join(f"{name} = {_either(value)}" for name, value in wanted.items())
             raise HeadgramError(f"{self.results} holds no model with {given}")
@@ -154,7 +159,7 @@ class Tables(Described):
             If there is no such lineage.
         """
         table = self.summary()
-        mine = table[table["lineage"] == name].drop_duplicates("model").sort_values("step")
+        mine = table[(table["lineage"] == name) & (table["lineage"] != "")].drop_duplicates("model").sort_values("step")
         if mine.empty:
             known = ", ".join(sorted({each for each in table["lineage"] if each})) or "none"
             raise HeadgramError(f"{self.results} holds no lineage '{name}'; there are: {known}")

@@ -24,7 +24,7 @@ from headgram.checkpoints.stores import Piece, TensorStore
 from headgram.checkpoints.token_tables import TokenTables, token_tables
 from headgram.checkpoints.twins import as_turned, turned
 from headgram.described import Described
-from headgram.errors import HeadgramError, require
+from headgram.errors import HeadgramError, door, doors
 from headgram.families.around import AROUND
 from headgram.families.layouts import LAYOUTS, QK, undo_gguf_permutation
 from headgram.families.registry import Family, StackRule, family_of, family_of_gguf, final_norm
@@ -35,6 +35,7 @@ from headgram.geometry.checks import is_finite
 _TWO_TABLES = "embedding and unembedding are read as they are stored, though the configuration says that they are one table"
 
 
+@doors
 class Checkpoint(Described):
     """The weights of attention heads, layer by layer; made by `open_checkpoint`. A context manager.
 
@@ -187,7 +188,6 @@ class Checkpoint(Described):
         torch.Size([4, 8, 32])
         """
         stack = self.stack(stack_name)
-        require(roles or (), Iterable, "Roles are a list of names")
         wanted = tuple(stack.roles if roles is None else roles)
         pieces = self._pieces(stack, layer, wanted)
         read = {piece: self._store.read(*piece) for piece in dict.fromkeys(pieces.values())}
@@ -272,6 +272,7 @@ class Checkpoint(Described):
         self._store.__exit__(*exc)
 
 
+@door
 def open_checkpoint(
     source: str | os.PathLike[str],
     revision: str | None = None,
@@ -292,9 +293,6 @@ def open_checkpoint(
     HeadgramError
         If the source cannot be found or read, its architecture is unknown, or its tensors disagree with its configuration.
     """
-    require(source, (str, os.PathLike), "A source is a text or a path")
-    require(revision or "", str, "A revision is a text")
-    require(overrides or {}, Mapping, "Overrides are a mapping of names to values")
     given = checked(overrides or {})
     location = locate(os.fspath(source), revision, given.get("base"))
     store = open_store(location)

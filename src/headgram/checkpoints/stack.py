@@ -9,7 +9,7 @@ from headgram.checkpoints.around import Surroundings
 from headgram.checkpoints.dimensions import Section
 from headgram.checkpoints.stores import TensorStore
 from headgram.described import Described, spans
-from headgram.errors import HeadgramError
+from headgram.errors import HeadgramError, doors
 from headgram.families.around import rule_of
 from headgram.families.layouts import LAYOUTS, QK, ROLES, Cut, Dimensions, Part, check_shapes, reads_of
 from headgram.families.registry import StackRule
@@ -26,6 +26,7 @@ CONTEXTS = (
 )
 
 
+@doors
 @dataclass(frozen=True, repr=False)
 class Stack(Described):
     """A run of attention layers with equal head counts that read one residual stream.
