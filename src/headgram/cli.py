@@ -7,6 +7,7 @@ import io
 import re
 import shlex
 import sys
+import textwrap
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal, Optional
 
@@ -106,7 +107,10 @@ def doctor() -> None:
     wrong = 0
     for finding in examine():
         wrong += finding.state == "wrong"
-        print(f"{finding.state:8} {plain(finding.text)}")
+        # A command to copy stays on one line.
+        text = re.sub("pip install .*", lambda command: command[0].replace(" ", "\xa0"), plain(finding.text))
+        wrap = textwrap.TextWrapper(80, f"{finding.state:8} ", " " * 9, break_long_words=False, break_on_hyphens=False)
+        print(wrap.fill(text).replace("\xa0", " "))
     if wrong:
         raise HeadgramError(f"{wrong} thing{'s are' if wrong > 1 else ' is'} wrong here")
 

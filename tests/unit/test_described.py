@@ -64,6 +64,7 @@ def test_results_say_shape_and_meaning():
 def test_the_doctor_names_what_is_missing_and_how_to_get_it(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     whole = CliRunner().invoke(app, ["doctor"])
+    assert max(len(line) for line in whole.output.splitlines() if "/" not in line) <= 80  # a path is not cut
     assert whole.exit_code == 0, whole.output
     assert f"headgram {__version__}" in whole.output
 

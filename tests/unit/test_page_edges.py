@@ -99,3 +99,11 @@ def test_a_mean_by_chance_is_marked_even_beyond_the_values(chrome, path, model, 
         (chance,) = found.page.evaluate("headgram.view('profile').data('chance')")
         assert (chance["low"], chance["high"]) == (value, value)
         assert found.complaints == []
+
+
+def test_bars_are_printed(chrome, path):
+    with opened(chrome, path, "#model=zeros") as found:
+        found.page.emulate_media(media="print")
+        found.settle()
+        style = "each => getComputedStyle(document.querySelector(each)).printColorAdjust"
+        assert [found.page.evaluate(style, each) for each in (".bar", ".bar > span", "#matrix-scale")] == ["exact"] * 3

@@ -53,7 +53,7 @@ def _values(schema: dict) -> str:
     if "enum" in schema:
         return ", ".join(f"`{value}`" for value in schema["enum"])
     if schema.get("type") == "array":
-        return f"a list of {_values(schema['items'])}"
+        return f"a list of {_values(schema['items']).replace('whole number', 'whole numbers')}"
     if "const" in schema:
         return f"`{schema['const']}`"
     bound = "".join(
