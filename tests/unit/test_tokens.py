@@ -2,6 +2,7 @@
 
 import json
 import struct
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from headgram.checkpoints.checkpoint import open_checkpoint
+from headgram.checkpoints.token_tables import TokenTables
 from headgram.checkpoints.vocabulary import token_texts
 from headgram.errors import HeadgramError
 from headgram.forms.circuits import CIRCUITS, ov
@@ -23,7 +25,7 @@ from headgram.results.record import Identity, Provenance, record_of, seal
 from headgram.results.tables import read_table
 from headgram.stages.composition import Composed, compose
 from headgram.stages.sources import Sources
-from headgram.stages.tokens import Artifact, Written, find_tokens
+from headgram.stages.tokens import Artifact, Written, find_tokens, unread
 from headgram.study.options import Config
 from tiny import write_llama, write_llama_gguf
 
@@ -465,6 +467,15 @@ def test_the_output_reads_what_the_last_norm_hands_on_of_a_direction(tmp_path):
         expected = (logits / logits.square().mean().sqrt()).sort(descending=row.sign > 0)
         assert row.token == expected.indices[row.place]
         assert row.deviations == pytest.approx(expected.values[row.place].item(), rel=1e-4)
+
+
+def test_an_output_matrix_of_its_own_does_not_read_what_an_encoder_writes():
+    """As of T5 1.1; a table that serves as both is what tokens enter as, too."""
+    own, tied = ({"embedding": "shared.weight", "unembedding": name} for name in ("lm_head.weight", "shared.weight"))
+    store = SimpleNamespace(shape=lambda name: (40, 16))
+    assert unread(TokenTables(own, {}, store), "unembedding", "encoder", 16) == "lm_head.weight reads the decoder's stream"
+    for names, table, stack in ((own, "embedding", "encoder"), (own, "unembedding", "decoder"), (tied, "unembedding", "encoder")):
+        assert unread(TokenTables(names, {}, store), table, stack, 16) is None
 
 
 @pytest.mark.parametrize("gain", [torch.ones(9), torch.full((16,), torch.nan)])
