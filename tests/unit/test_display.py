@@ -50,3 +50,14 @@ def test_names_are_folded_to_fit(name):
     text = out.file.getvalue()
     assert max(map(len, text.splitlines())) <= 80
     assert "".join(line.split()[0] for line in text.rpartition("─")[2].splitlines() if line.strip()).startswith(name[:40])
+
+
+@pytest.mark.parametrize("name", ["copying", "departure", "score", "averaged", "writer"])
+def test_a_value_that_is_not_there_is_a_dash(name):
+    """As the eigenvalues of a composition between two streams."""
+    out = Console(file=io.StringIO(), width=80)
+    display._print(
+        out, "Heads", pd.DataFrame({"layer": [0, 1], name: [None, "encoder" if name == "writer" else 0.25]}), ["layer", name]
+    )
+    first = next(line for line in out.file.getvalue().splitlines() if line.split()[:1] == ["0"])
+    assert first.split() == ["0", "–"]

@@ -1,7 +1,7 @@
-"""Which tokens directions read and write: projections, the texts of tokens as data, and the table."""
+"""Which tokens directions read and write: projections, and the table."""
 
 import json
-import struct
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -9,9 +9,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
+from test_vocabulary import FILES, READ
 
 from headgram.checkpoints.checkpoint import open_checkpoint
-from headgram.checkpoints.vocabulary import token_texts
+from headgram.checkpoints.token_tables import TokenTables
 from headgram.errors import HeadgramError
 from headgram.forms.circuits import CIRCUITS, ov
 from headgram.geometry import projections as module
@@ -23,12 +24,9 @@ from headgram.results.record import Identity, Provenance, record_of, seal
 from headgram.results.tables import read_table
 from headgram.stages.composition import Composed, compose
 from headgram.stages.sources import Sources
-from headgram.stages.tokens import Artifact, Written, find_tokens
+from headgram.stages.tokens import Artifact, Written, find_tokens, unread
 from headgram.study.options import Config
 from tiny import write_llama, write_llama_gguf
-
-TEXTS = ["<s>", "Ġthe", "cat", "ĠcafÃ©", "Ċ", "\x1b[2J"]
-READ = ["<s>", " the", "cat", " café", "\n", "\x1b[2J"]
 
 
 @settings(max_examples=25)
@@ -53,159 +51,6 @@ def test_projections_are_their_definition(rows, step, count, n, block):
         torch.testing.assert_close(found.share, truth.square().sum(1) / centred.square().sum(), rtol=1e-3, atol=1e-6)
         spread = truth.square().mean(1).sqrt()[:, None, None]
         torch.testing.assert_close(found.deviations, found.values / spread, rtol=1e-3, atol=1e-3)
-
-
-def sentencepiece(texts):
-    def field(number, content):
-        return bytes([number << 3 | 2, len(content)]) + content
-
-    pieces = (field(1, field(1, text.encode()) + b"\x15" + struct.pack("<f", -1.5) + b"\x18\x01") for text in texts)
-    return b"".join(pieces) + field(2, b"\x0a\x01x")
-
-
-BLANKS = [text.replace(" ", "▁") for text in READ]
-FILES = {
-    "tokenizer.json": (
-        json.dumps(
-            {"model": {"vocab": dict(zip(TEXTS[1:], range(1, 6), strict=True))}, "added_tokens": [{"id": 0, "content": "<s>"}]}
-        ),
-        READ,
-    ),
-    "tokenizer.json of scores": (json.dumps({"model": {"vocab": [[text, -1.0] for text in BLANKS]}}), READ),
-    "vocab.json": (json.dumps(dict(zip(TEXTS, range(6), strict=True))), READ),
-    "vocab.txt": ("\n".join(["<s>", "the", "##cat"]), ["<s>", "the", "##cat"]),
-    "tokenizer.model": (sentencepiece(BLANKS), READ),
-}
-
-
-@pytest.mark.parametrize("name", FILES)
-def test_texts_are_read_from_every_format(tmp_path, name):
-    content, expected = FILES[name]
-    folder = write_llama(tmp_path / "llama", layers=1)
-    (folder / name.split(" of ")[0]).write_bytes(content if isinstance(content, bytes) else content.encode())
-    with open_checkpoint(folder) as checkpoint:
-        assert token_texts(checkpoint.location) == dict(enumerate(expected))
-
-
-def tokenizers_of_each_kind():
-    """Libraries' own tokenizers, trained on a few words of several scripts, one of which looks like GPT-2's letters for bytes."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-
-    words = ["Ġublesija Ġdid café über ▁ ▁a", "Ġdid café nàixer", "über naïve a\u2028b"] * 20
-    special = {"special_tokens": ["<s>", "[UNK]", "Ġ▁é"]}
-    for kind, model, trainer in (
-        ("word pieces", models.WordPiece(unk_token="[UNK]"), trainers.WordPieceTrainer(vocab_size=90, **special)),
-        ("words", models.WordLevel(unk_token="[UNK]"), trainers.WordLevelTrainer(vocab_size=90, **special)),
-        ("bytes", models.BPE(), trainers.BpeTrainer(vocab_size=330, **special)),
-        ("bytes without blanks", models.BPE(end_of_word_suffix="</w>"), trainers.BpeTrainer(vocab_size=330, **special)),
-        ("pieces", models.Unigram(), trainers.UnigramTrainer(vocab_size=60, unk_token="[UNK]", **special)),
-    ):
-        found = Tokenizer(model)
-        found.pre_tokenizer = {"bytes": pre_tokenizers.ByteLevel(), "pieces": pre_tokenizers.Metaspace()}.get(
-            kind, pre_tokenizers.WhitespaceSplit()
-        )
-        if kind == "bytes without blanks":
-            found.pre_tokenizer = pre_tokenizers.Sequence(
-                [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.ByteLevel(add_prefix_space=False)]
-            )
-        found.decoder = decoders.ByteLevel() if kind.startswith("bytes") else decoders.Fuse()
-        found.train_from_iterator(words, trainer)
-        yield pytest.param(found, id=kind)
-
-
-@pytest.mark.parametrize("tokenizer", tokenizers_of_each_kind())
-def test_texts_are_those_of_the_library(tmp_path, tokenizer):
-    """Words of people whose letters elsewhere stand for bytes or blanks stay as they are."""
-    folder = write_llama(tmp_path / "llama", layers=1)
-    tokenizer.save(str(folder / "tokenizer.json"))
-    added = tokenizer.get_added_tokens_decoder()
-    with open_checkpoint(folder) as checkpoint:
-        found = token_texts(checkpoint.location)
-    assert found.keys() == set(tokenizer.get_vocab().values())
-    is_pieces = type(tokenizer.model).__name__ == "Unigram"
-    for number, text in found.items():
-        token = tokenizer.id_to_token(number)
-        if number in added:
-            assert text == token
-        elif is_pieces:
-            assert text == token.replace("▁", " ")
-        else:
-            assert text == tokenizer.decoder.decode([token])
-
-
-def test_a_line_of_a_vocabulary_ends_at_a_line_feed_alone(tmp_path):
-    """As transformers reads it: some vocabularies hold other signs at which Python would begin a line."""
-    folder = write_llama(tmp_path / "llama", layers=1)
-    lines = ["[PAD]", "a", "\x85", "\u2028", "\x0b", "##b"]
-    (folder / "vocab.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    with open_checkpoint(folder) as checkpoint:
-        assert token_texts(checkpoint.location) == dict(enumerate(lines))
-
-
-@pytest.mark.parametrize(
-    ("model_type", "file", "shift"),
-    [
-        ("xlm-roberta", "sentencepiece.bpe.model", 1),
-        ("camembert", "sentencepiece.bpe.model", 4),
-        ("pegasus", "spiece.model", 103),
-    ],
-)
-def test_numbers_are_the_models_where_its_own_tokens_come_before_those_of_the_file(tmp_path, model_type, file, shift):
-    pieces = ["<unk>", "<s>", "</s>", "▁the", "cat"]
-    location = open_checkpoint(folder := write_llama(tmp_path / "llama", layers=1)).location
-    (folder / file).write_bytes(sentencepiece(pieces))
-    config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(config | {"model_type": model_type}))
-    assert token_texts(location) == {3 + shift: " the", 4 + shift: "cat"}
-    (folder / "config.json").write_text(json.dumps(config | {"model_type": "another"}))
-    assert token_texts(location) == ({} if file == "sentencepiece.bpe.model" else dict(enumerate([*pieces[:3], " the", "cat"])))
-
-
-@pytest.mark.parametrize("times", [1, 1000])
-def test_texts_are_read_from_a_gguf_file_however_long(tmp_path, times):
-    write_llama_gguf(tmp_path / "model.gguf", layers=1, metadata={"tokenizer.ggml.tokens": TEXTS * times})
-    with open_checkpoint(tmp_path / "model.gguf") as checkpoint:
-        assert token_texts(checkpoint.location) == dict(enumerate(READ * times))
-
-
-def test_without_a_tokenizer_there_are_no_texts(tmp_path):
-    with open_checkpoint(write_llama(tmp_path / "llama", layers=1)) as checkpoint:
-        assert token_texts(checkpoint.location) == {}
-
-
-@pytest.mark.parametrize(
-    ("name", "content"),
-    [
-        ("tokenizer.json", b"{"),
-        ("tokenizer.json", b"[]"),
-        ("tokenizer.json", b'{"model": {"vocab": {"a": -1}}}'),
-        ("tokenizer.json", b'{"model": {"vocab": {"a": [1]}}}'),
-        ("tokenizer.json", b'{"model": {"vocab": [1]}}'),
-        ("tokenizer.json", b'{"model": {"vocab": {"a": 0}}, "added_tokens": [{"id": 1, "content": 5}]}'),
-        ("tokenizer.json", b'{"model": {"vocab": {"\\ud800": 0}}}'),
-        ("vocab.json", b'{"a": 1e9}'),
-        ("vocab.txt", b"\xff"),
-        ("tokenizer.model", b"\x0a\xff\xff\xff\xff\x0f"),
-        ("tokenizer.model", b"\x0a"),
-        ("tokenizer.model", b"\x0b"),
-    ],
-)
-def test_a_damaged_tokenizer_is_refused_by_name(tmp_path, name, content):
-    folder = write_llama(tmp_path / "llama", layers=1)
-    (folder / name).write_bytes(content)
-    with (
-        open_checkpoint(folder) as checkpoint,
-        pytest.raises(HeadgramError, match=f"{name} is no tokenizer's file that headgram reads"),
-    ):
-        token_texts(checkpoint.location)
-
-
-def test_a_tokenizer_that_is_a_link_out_of_the_checkpoint_is_refused(tmp_path):
-    (tmp_path / "secret").write_text("a line that is nobody's business")
-    folder = write_llama(tmp_path / "llama", layers=1)
-    (folder / "vocab.txt").symlink_to(tmp_path / "secret")
-    with open_checkpoint(folder) as checkpoint, pytest.raises(HeadgramError, match="'vocab.txt' leads out of"):
-        token_texts(checkpoint.location)
 
 
 @pytest.mark.parametrize("kind", ["safetensors", "bin", "gguf"])
@@ -465,6 +310,15 @@ def test_the_output_reads_what_the_last_norm_hands_on_of_a_direction(tmp_path):
         expected = (logits / logits.square().mean().sqrt()).sort(descending=row.sign > 0)
         assert row.token == expected.indices[row.place]
         assert row.deviations == pytest.approx(expected.values[row.place].item(), rel=1e-4)
+
+
+def test_an_output_matrix_of_its_own_does_not_read_what_an_encoder_writes():
+    """As of T5 1.1; a table that serves as both is what tokens enter as, too."""
+    own, tied = ({"embedding": "shared.weight", "unembedding": name} for name in ("lm_head.weight", "shared.weight"))
+    store = SimpleNamespace(shape=lambda name: (40, 16))
+    assert unread(TokenTables(own, {}, store), "unembedding", "encoder", 16) == "lm_head.weight reads the decoder's stream"
+    for names, table, stack in ((own, "embedding", "encoder"), (own, "unembedding", "decoder"), (tied, "unembedding", "encoder")):
+        assert unread(TokenTables(names, {}, store), table, stack, 16) is None
 
 
 @pytest.mark.parametrize("gain", [torch.ones(9), torch.full((16,), torch.nan)])

@@ -348,7 +348,8 @@ def _table(title: str, rows: pd.DataFrame, columns: Sequence[str], bars: bool, p
         words = rows[name].dtype.kind not in "if"
         width = name_width if words else None
         table.add_column(heading, justify="left" if words else "right", no_wrap=not words, overflow="fold", max_width=width)
-        cells.append([write(value) if bars else write(value).partition(_BAR)[0] for value in rows[name]])
+        written = [write(value) if there else "–" for value, there in zip(rows[name], rows[name].notna(), strict=True)]
+        cells.append([text if bars else text.partition(_BAR)[0] for text in written])
     for row in zip(*cells, strict=True):
         table.add_row(*row)
     return table

@@ -210,7 +210,10 @@ class Tables(Described):
         rows = rows[(rows["layer"] == layer) & (rows["head"] == head)]
         if rows.empty:
             place = f"layer {layer}, head {head} of the stack '{stack}', circuit '{circuit}'"
-            raise HeadgramError(f"'{model}' has no tokens of {place}: they need the option tokens.enabled, and a measured head")
+            raise HeadgramError(
+                f"'{model}' has no tokens of {place}: they need the option tokens.enabled, a "
+                "stack that tokens enter, and a measured head whose form is not zero"
+            )
         named = rows["text"].where(rows["text"] != "", "#" + rows["token"].astype(str))
         return rows.assign(text=named).pivot(index=["side", "direction", "sign"], columns="place", values="text")
 

@@ -170,6 +170,8 @@ def unread(tables: TokenTables, table: str, stack: str, width: int) -> str | Non
         return "its stream holds no tokens as the model embeds them"
     if stack == "encoder" and "decoder" in tables.names[table].split("."):
         return f"{tables.names[table]} is the decoder's"
+    if stack == "encoder" and table == "unembedding" and tables.names[table] != tables.names.get("embedding"):
+        return f"{tables.names[table]} reads the decoder's stream"
     rows = tables.shape(table)[1]
     return None if rows == width else f"the rows of {tables.names[table]} have width {rows}, and its stream {width}"
 
