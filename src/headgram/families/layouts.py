@@ -96,6 +96,15 @@ def outputs(dims: Dimensions, output: Tensor) -> Factors:
     return output_rows(dims, output.t().contiguous())
 
 
+def _output_beside_shapes(dims: Dimensions) -> Shapes:
+    return {"output": (dims.output_width, 2 * dims.heads * dims.value_rank)}
+
+
+def outputs_beside(dims: Dimensions, output: Tensor) -> Factors:
+    """As `outputs`, before as many columns that read something else than heads, as ConvBERT's convolutions: `(d, 2·H·r_v)`."""
+    return outputs(dims, output[:, : output.shape[1] // 2])
+
+
 def _output_row_shapes(dims: Dimensions) -> Shapes:
     return {"output": (dims.heads * dims.value_rank, dims.output_width)}
 
@@ -159,6 +168,16 @@ def blocks(dims: Dimensions, fused: Tensor) -> Factors:
     heads = fused.view(-1, dims.rank, dims.hidden)
     keys_end = dims.heads + dims.kv_heads
     return {"query": heads[: dims.heads], "key": heads[dims.heads : keys_end], "value": heads[keys_end:]}
+
+
+def _key_value_shapes(dims: Dimensions) -> Shapes:
+    return {"key_value": (dims.kv_heads * (dims.rank + dims.value_rank), dims.hidden)}
+
+
+def key_value_blocks(dims: Dimensions, key_value: Tensor) -> Factors:
+    """One weight with the blocks `[k; v]`, each head after head: `(K·r + K·r_v, d)`."""
+    rows = dims.kv_heads * dims.rank
+    return {**keys(dims, key_value[:rows]), **values(dims, key_value[rows:])}
 
 
 def _column_shapes(dims: Dimensions) -> Shapes:
@@ -245,6 +264,12 @@ _LATENT = Part(("key", "value"), ("key_down", "key_gain", "key_up"), _latent_sha
 
 LAYOUTS: dict[str, tuple[Part, ...]] = {
     "separate": (_QUERY, _KEY, _VALUE, _OUTPUT),
+    "key_value_blocks": (
+        _QUERY,
+        Part(("key", "value"), ("key_value",), _key_value_shapes, key_value_blocks),
+        _OUTPUT,
+    ),
+    "beside": (_QUERY, _KEY, _VALUE, Part(("output",), ("output",), _output_beside_shapes, outputs_beside)),
     "gated": (_GATED, _KEY, _VALUE, _OUTPUT),
     "blocks": (Part(_FUSED, ("fused",), _fused_shapes, blocks), _OUTPUT),
     "column_blocks": (Part(_FUSED, ("fused",), _column_shapes, column_blocks), _OUTPUT_ROWS),

@@ -19,7 +19,7 @@ import math
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -45,7 +45,7 @@ from headgram.proofs.around import (
 )
 from headgram.proofs.inputs import attention_only, every_call, inputs_of
 from headgram.proofs.probe import Call, neutralise, scores_of
-from headgram.proofs.shrink import quiet, tiny_data, walked_models
+from headgram.proofs.shrink import quiet, tiny_data, tiny_overrides, walked_models
 
 #: The columns of a table of proofs, and what `Proof.cells` holds.
 COLUMNS = ("model type", "family", "layout", "stacks", "heads/key heads×rank", "roles", "around them", "residual", "ok")
@@ -144,7 +144,7 @@ def prove(model_type: str, flags: Mapping[str, bool] = NO_FLAGS) -> Proof:
         with quiet():
             models = walked_models(model_type) if family.walked else _models(model_type, flags)
             for place, (model, tiny) in enumerate(models):
-                if family.towers and place in _SKIPPED:
+                if family.towers and family.text and place in _SKIPPED:
                     continue
                 entry = {**tiny, "walked": family.walked, "whole": family.walked or bool(family.towers)}
                 with _saved(model) as folder, open_checkpoint(folder) as checkpoint:
@@ -259,7 +259,7 @@ def _models(model_type: str, flags: Mapping[str, bool] = NO_FLAGS) -> Iterator[t
 
     entry = tiny_data()["types"].get(model_type, {})
     for shape in entry.get("shapes", tiny_data()["shapes"]):
-        config = AutoConfig.for_model(model_type, **_tiny(model_type, {**shape, **flags}, entry))
+        config = AutoConfig.for_model(model_type, **tiny_overrides(model_type, {**shape, **flags}, entry))
         config._attn_implementation = config._experts_implementation = "eager"
         mappings = [modeling_auto.MODEL_MAPPING, *(getattr(modeling_auto, name) for name in _HEADS_ON_TOP)]
         classes = [mapping[type(config)] for mapping in mappings if type(config) in mapping]
@@ -275,23 +275,6 @@ def _models(model_type: str, flags: Mapping[str, bool] = NO_FLAGS) -> Iterator[t
                 for weight in model.parameters():
                     weight.normal_(0, 0.2)
             yield model, entry
-
-
-def _tiny(model_type: str, shape: Mapping[str, Any], entry: Mapping[str, Any]) -> dict[str, Any]:
-    """The overrides that make a type's configuration tiny, in its sections too."""
-    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
-
-    own = entry.get("config", {})
-    cls = CONFIG_MAPPING[model_type]
-    kinds = tiny_data()["two_kinds"]
-    small = {**tiny_data()["common"], **(kinds["config"] if model_type in kinds["types"] else {}), **shape}
-    sections = {
-        name: {**(small if "text" in name else tiny_data()["vision"]), **own.get(name, {})}
-        for name in getattr(cls, "sub_configs", {})
-    }
-    known = {item.name for item in fields(cls)} | set(cls.attribute_map)
-    chosen = {**{name: value for name, value in small.items() if name in known}, **own, **sections}
-    return {name: None if value == "null" else value for name, value in chosen.items()}
 
 
 @contextmanager
@@ -360,8 +343,8 @@ def _calls(model: nn.Module, entry: Mapping[str, Any], placed: bool = False) -> 
     """
     if not entry["whole"] or (placed and not entry["walked"]):
         inputs = inputs_of(model, entry)
-        inputs = {name: x for name, x in inputs.items() if not placed or name != "position_ids"}
-        return attention_only(model, scores_of(model, inputs))
+        inputs = {name: x for name, x in inputs.items() if not placed or not name.endswith("position_ids")}
+        return attention_only(model, scores_of(model, inputs, still=not placed))
     calls, idle = every_call(model)
     if idle:
         raise HeadgramError(f"the model's attention at {idle[0]} could not be run")
@@ -398,9 +381,8 @@ def _written(
     value = call.z @ w_v.repeat_interleave(len(w_o) // len(w_v), 0).transpose(1, 2)
     if value.shape != reading.value.shape:
         return math.inf
-    side_by_side = reading.heads.transpose(0, 1).flatten(1)
     return max(
         relative(value, reading.value),
-        relative(reading.given, side_by_side),
+        relative(reading.given, reading.side_by_side),
         relative(reading.weights @ value @ w_o, reading.written(reading.heads)),
     )
