@@ -78,7 +78,14 @@ def norms() -> list[str]:
     rows += [(f"rotary encoding: {kind}", count) for kind, count in rotary.most_common()]
     rows += [
         ("gain stored as `γ - 1`", sum(rule.norm is not None and rule.norm.plus == 1 for rule in rules)),
-        ("norm after attention", sum(rule.output_norm is not None and rule.output_norm.kind != "none" for rule in rules)),
+        (
+            "norm after attention",
+            sum(rule.output_norm is not None and rule.output_norm.kind in ("rms", "layer") for rule in rules),
+        ),
+        (
+            "gain after attention, without a norm",
+            sum(rule.output_norm is not None and rule.output_norm.kind == "gain" for rule in rules),
+        ),
         ("norms of queries and keys", sum(rule.query_norm is not None and rule.query_norm.kind != "none" for rule in rules)),
         ("bound of scores", sum(bool(rule.cap) for rule in rules)),
     ]

@@ -147,8 +147,6 @@ def kept() -> dict[str, dict[str, Any]]:
 
 #: A module that makes queries, and one that makes keys, by their names.
 _TWO = (r"^(to_)?q(uery|_?proj|_?lin|_head)?(_proj|_proj_\w+)?$", r"^(to_)?k(ey|_?proj|_?lin|_head)?(_proj|_proj_\w+)?$")
-#: The family of types of which other towers are not read.
-_TEXT_ALONE = "multimodal_text"
 #: What an attention that is not softmax(q k^T) v says of itself.
 _OTHER_KIND = ("no attention module was found",)
 _NO_MODEL = "transformers has no model of this type alone"
@@ -201,16 +199,13 @@ def has_separate_modules(model_type: str) -> bool:
 
 
 def count() -> list[str]:
-    """How many of the types with separate modules of queries and keys are read: whole, in part, or not."""
-    known = {name: family for family in families() for name in family.model_types}
+    """How many of the types with separate modules of queries and keys are read, and which are not."""
+    known = {name for family in families() for name in family.model_types}
     found = [name for name in CONFIG_MAPPING if has_separate_modules(name)]
-    part = [name for name in found if name in known and known[name].name == _TEXT_ALONE]
     none = [name for name in found if name not in known]
-    whole = len(found) - len(part) - len(none)
     return [
-        f"Of {len(found)} model types that can be built small and make queries and keys by two modules, {whole} are read whole, "
-        f"{len(part)} in their text tower alone ({', '.join(f'`{name}`' for name in part)}), and {len(none)} not: "
-        f"{', '.join(f'`{name}`' for name in none)}."
+        f"Of {len(found)} model types that can be built small and make queries and keys by two modules, {len(found) - len(none)} "
+        f"are read, and {len(none)} not: {', '.join(f'`{name}`' for name in none)}."
     ]
 
 

@@ -274,6 +274,11 @@ def test_wrong_data_are_off_by_order_one(
         ("t5", "norm", {"norm": NormRule(kind="rms", module="layer.0.layer_norm")}),
         ("bart", "source_norm", {"source": NormRule(kind="layer", module="encoder.layernorm_embedding")}),
         ("bart", "norm", {"norm": NormRule(kind="layer", module="self_attn_layer_norm")}),
+        ("nllb-moe", "norm", {"norm": NormRule(kind="layer", module="self_attn_layer_norm")}),
+        ("moonshine", "norm", {"norm": NormRule(kind="layer", module="input_layernorm")}),
+        ("t5gemma", "source_norm", {"source": NormRule(kind="rms", module="decoder.norm", plus=1)}),
+        ("t5gemma", "output_norm", {"output_norm": NormRule(kind="rms", module="post_self_attn_layernorm", plus=1)}),
+        ("t5gemma", "output_norm", {"output_norm": NONE}),
     ],
 )
 def test_wrong_norms_of_cross_attention_are_off_by_order_one(

@@ -30,7 +30,7 @@ OLD_PREFIXES = [
     ("llava", "language_model.model.", "model.language_model."),
 ]
 #: Types that the walk has found, one of each kind: `make walk` proves all.
-WALKED = ["apertus", "axk1", "blip", "donut-swin", "fsmt", "funnel", "kimi_linear", "lilt", "sam", "siglip2", "xglm"]
+WALKED = ["apertus", "axk1", "blip", "donut-swin", "funnel", "kimi_linear", "lilt", "sam", "siglip2", "xglm"]
 
 
 def saved(model_type: str, folder: Path, number: int = 0) -> Path:
@@ -111,6 +111,27 @@ def test_remarks_are_about_types_of_their_family() -> None:
         assert {name for rule in family.stacks for remark in rule.remarks for name in remark.types} <= known
 
 
+def test_names_of_stacks_can_be_locked() -> None:
+    names = {rule.name for family in families() for rule in family.stacks}
+    assert [name for name in names if not re.fullmatch(r"[a-z][a-z0-9_-]{0,63}", name)] == []
+
+
+def test_an_encoder_and_a_decoder_of_other_types_are_read_as_far_as_these_are_known(tmp_path: Path) -> None:
+    """As TrOCR and Donut are published."""
+    folder = saved("vision-encoder-decoder", tmp_path)
+    config = json.loads((folder / "config.json").read_text())
+    with open_checkpoint(folder) as checkpoint:
+        assert [stack.name for stack in checkpoint.stacks] == ["encoder", "decoder", "decoder_cross"]
+        whole = checkpoint.qk("encoder", 1)
+    reconfigured(folder, decoder={**config["decoder"], "model_type": "unheard-of"})
+    with open_checkpoint(folder) as checkpoint:
+        assert [stack.name for stack in checkpoint.stacks] == ["encoder"]
+        assert all(mine.equal(other) for mine, other in zip(checkpoint.qk("encoder", 1), whole, strict=True))
+    reconfigured(folder, encoder=None)
+    with pytest.raises(HeadgramError, match="no part of this 'vision-encoder-decoder' checkpoint is of a known type.*unheard-of"):
+        open_checkpoint(folder)
+
+
 def test_every_rule_and_every_prefix_is_proven(followed: set[tuple[str, int, str]]) -> None:
     """Nothing is in the data that no checkpoint saved by transformers exercises."""
     for model_type in known_types(walked=False):
@@ -178,6 +199,9 @@ def _channel_by_channel(dims: layouts.Dimensions, factors: layouts.Factors) -> l
         ("gpt2", "column_blocks", _changed("column_blocks", _reordered("output"))),
         ("deepseek_v3", "latent", _changed("latent", _reordered("value"))),
         ("qwen3_next", "gated", _changed("gated", _reordered("output"))),
+        ("convbert", "beside", _changed("beside", _reordered("output"))),
+        ("longt5", "separate", _changed("separate", _reordered("value"))),
+        ("granite_speech", "key_value_blocks", _changed("key_value_blocks", _exchanged("key", "value"))),
     ],
 )
 def test_a_wrong_layout_is_off_by_order_one(
@@ -189,7 +213,7 @@ def test_a_wrong_layout_is_off_by_order_one(
     assert proof.residual > 0.1
 
 
-@pytest.mark.parametrize("model_type", ["gpt_oss", "qwen3_next", "bitnet", "laguna", "granite_swa"])
+@pytest.mark.parametrize("model_type", ["gpt_oss", "qwen3_next", "bitnet", "laguna", "granite_swa", "gemma4_text"])
 def test_what_lies_between_values_and_outputs_must_be_remarked(monkeypatch: pytest.MonkeyPatch, model_type: str) -> None:
     family = family_of(model_type)
     silent = tuple(rule.model_copy(update={"remarks": ()}) for rule in family.stacks)

@@ -50,8 +50,16 @@ def declared_family(
         raise HeadgramError(f"the config.json of {location.where} names no model_type: set `model_type` in the manifest")
     family = derived or family_of(architecture)
     if not family.stacks:
-        towers, architecture = family.towers, _text_type(config, architecture)
-        family = with_towers(family_of(architecture), towers, config, architecture)
+        towers = family.towers
+        if family.text:
+            architecture = _text_type(config, architecture)
+            family = family_of(architecture)
+        family = with_towers(family, towers, config, architecture)
+        if not family.stacks:
+            parts = [part.get("model_type") for tower in towers if isinstance(part := config.get(tower.config), dict)]
+            raise HeadgramError(
+                f"no part of this '{architecture}' checkpoint is of a known type: its config.json names {parts!r:.200}"
+            )
     stated = config.get("model_type")
     if architecture not in family.model_types or (stated is not None and given.get("model_type") not in (None, stated)):
         family = family.without_surroundings(f"the checkpoint is read with the layout of '{architecture}' alone, another type")

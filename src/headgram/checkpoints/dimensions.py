@@ -250,7 +250,8 @@ def find_layers(
     layers = _layers(store, rule, needed, section)
     section = section.at(layers)
     sizes = {role: section.need(names) for role, names in rule.sizes.items()}
-    heads = given.get("heads") or section.need(rule.heads)
+    share = section.need(rule.heads_over) if rule.heads_over else 1
+    heads = given.get("heads") or max(section.need(rule.heads) // share, 1)
     whole = Section(config, architecture).find(rule.heads) if rule.config == "text_config" else None
     if whole not in (None, heads) and "heads" not in given:
         raise HeadgramError(

@@ -146,6 +146,19 @@ def outputs(dims: Dimensions, output: Tensor) -> Factors:
     return output_rows(dims, output.t().contiguous())
 
 
+def _output_beside_shapes(dims: Dimensions) -> Shapes:
+    return {"output": (dims.output_width, 2 * dims.heads * dims.value_rank)}
+
+
+def _output_beside_columns(dims: Dimensions) -> dict[str, Rows]:
+    return {"output": [("output", dims.heads * dims.value_rank), ("", dims.heads * dims.value_rank)]}
+
+
+def outputs_beside(dims: Dimensions, output: Tensor, roles: Collection[str] = ("output",)) -> Factors:
+    """As `outputs`, before as many columns that read something else than heads, as ConvBERT's convolutions: `(d, 2·H·r_v)`."""
+    return outputs(dims, output[:, : dims.heads * dims.value_rank]) if "output" in roles else {}
+
+
 def _output_row_shapes(dims: Dimensions) -> Shapes:
     return {"output": (dims.heads * dims.value_rank, dims.output_width)}
 
@@ -202,6 +215,21 @@ def _gated_order(dims: Dimensions) -> list[str]:
 
 def _fused_shapes(dims: Dimensions) -> Shapes:
     return {"fused": ((dims.heads + 2 * dims.kv_heads) * dims.rank, dims.hidden)}
+
+
+def _key_value_shapes(dims: Dimensions) -> Shapes:
+    return {"key_value": (dims.kv_heads * (dims.rank + dims.value_rank), dims.hidden)}
+
+
+def _key_value_rows(dims: Dimensions) -> dict[str, Rows]:
+    return {"key_value": [("key", dims.kv_heads * dims.rank), ("value", dims.kv_heads * dims.value_rank)]}
+
+
+def key_value_blocks(dims: Dimensions, key_value: Tensor, roles: Collection[str] = ("key", "value")) -> Factors:
+    """One weight with the blocks `[k; v]`, each head after head: `(K·r + K·r_v, d)`."""
+    rows = dims.kv_heads * dims.rank if "key" in roles else 0
+    factors = keys(dims, key_value[:rows]) if "key" in roles else {}
+    return factors | (values(dims, key_value[rows:]) if "value" in roles else {})
 
 
 def _column_shapes(dims: Dimensions) -> Shapes:
@@ -310,6 +338,17 @@ _LATENT = Part(
 
 LAYOUTS: dict[str, tuple[Part, ...]] = {
     "separate": (_QUERY, _KEY, _VALUE, _OUTPUT),
+    "key_value_blocks": (
+        _QUERY,
+        Part(("key", "value"), ("key_value",), _key_value_shapes, key_value_blocks, rows=_key_value_rows),
+        _OUTPUT,
+    ),
+    "beside": (
+        _QUERY,
+        _KEY,
+        _VALUE,
+        Part(("output",), ("output",), _output_beside_shapes, outputs_beside, rows=_output_beside_columns, axis=1),
+    ),
     "gated": (_fused("query", _gated_shapes, _gated_order), _KEY, _VALUE, _OUTPUT),
     "blocks": (_fused("fused", _fused_shapes, _block_order), _OUTPUT),
     "column_blocks": (_fused("fused", _column_shapes, _block_order, axis=1), _OUTPUT_ROWS),

@@ -57,6 +57,7 @@ class StackRule(Rule):
     when: dict[str, bool | int | str] = Field(default={})  # what the config must state for this rule to apply
     layers: Names = "num_hidden_layers"  # no name at all: they are counted, or the block has no `{layer}` and is the only one
     heads: Names = "num_attention_heads"
+    heads_over: Names | None = None  # only one of so many heads is one of attention; at least one head is
     kv_heads: Names | int | None = None  # None, or absent from the config: as many key heads as query heads
     hidden: Names = "hidden_size"  # absent from the config: the width of the tensor of queries
     head_dim: Names | None = None  # None, or absent from the config: hidden / heads
@@ -116,12 +117,14 @@ class Tower(Rule):
     name: str
     config: str
     places: tuple[str, ...]  # what its tensors' names begin with, before the prefixes of its own family
+    type: str | None = None  # its type, where no section is about it, and the counts are those of another one's section
 
 
 class Family(Rule):
     """One family of architectures.
 
-    A family without stacks holds models whose text tower is of another type, which their config names in `text_config`.
+    A family without stacks holds models whose text tower is of another type, which their config names in `text_config`, or
+    models that are towers alone.
     """
 
     name: str
@@ -137,6 +140,7 @@ class Family(Rule):
     walked: bool = False  # written by the walk over live models
     alone: bool = True  # False: its types are towers of other models alone, with which they are proven
     towers: tuple[Tower, ...] = ()
+    text: bool = True  # False: without stacks, its models have no `text_config`, and are towers alone
 
     def without_surroundings(self, why: str) -> Family:
         """The family's layouts alone, for a type that is not its own."""
@@ -236,12 +240,12 @@ def with_towers(family: Family, towers: tuple[Tower, ...], config: Mapping[str, 
     for tower in towers:
         section = config.get(tower.config)
         section = section if isinstance(section, Mapping) else {}
-        inner = section.get("model_type")
+        inner = tower.type or section.get("model_type")
         owner = next((one for one in families() if inner in one.model_types), None)
         if owner is None:
             continue
         for rule in owner.stacks:
-            name = tower.name if rule.name in ("self", "vision", "encoder") else f"{tower.name}_{rule.name}"
+            name = tower.name if rule.name in ("self", "vision", "encoder", tower.name) else f"{tower.name}_{rule.name}"
             own = rule.defaults.get(str(inner), {})
             nested = rule.config is not None and rule.config in section
             changes = {

@@ -137,9 +137,12 @@ def stacks_of(sightings: Sequence[Sighting]) -> tuple[list[dict[str, Any]], list
 
 
 def _counts(section: Mapping[str, Any]) -> dict[str, Any]:
-    """What a section states, entries of lists under their number."""
-    lists = {name: value for name, value in section.items() if isinstance(value, list | tuple)}
-    return {**section, **{f"{name}.{place}": one for name, value in lists.items() for place, one in enumerate(value)}}
+    """What a section states, entries of lists under their number, and of inner sections under both names."""
+    inner: dict[str, Mapping[Any, Any]] = {
+        name: dict(enumerate(value)) for name, value in section.items() if isinstance(value, list | tuple)
+    }
+    inner |= {name: value for name, value in section.items() if isinstance(value, Mapping)}
+    return {**section, **{f"{name}.{place}": one for name, value in inner.items() for place, one in value.items()}}
 
 
 def _signature(run: _Run) -> tuple[Any, ...]:
@@ -276,7 +279,7 @@ def _name(rules: list[dict[str, Any]]) -> None:
                     if not all(word in other for other in split)
                 ]
                 tail = "_".join(re.sub(r"\W", "_", word) for word in own[:2]) or str(same.index(rule))
-                rule["name"] = tail if name == "self" else f"{name}_{tail}"
+                rule["name"] = tail if name == "self" and not tail.isdigit() else f"{name}_{tail}"
 
 
 _GATED = (
@@ -287,6 +290,7 @@ _NO_FORM = "what its heads write is no product of two tensors that the live mode
 _REMARKS = {
     "gate": _GATED,
     "norm": "a norm between values and outputs is left out, its gain and its division by the rms of what it is given",
+    "norm of values": "a norm divides every head's values by their rms, which is left out",
     "sink": "a sink takes part of the softmax, so that what a head writes is scaled by one positive number per head and token",
 }
 _CROSS = (

@@ -134,7 +134,7 @@ def _model_inputs(module: Any) -> Iterator[dict[str, Any]]:
     channels = _size(config, "num_channels", "in_channels", default=3)
     channels = channels if isinstance(channels, int) else 3
     frames = _size(config, "num_frames", default=2)
-    mels = _size(config, "num_mel_bins", "feature_size", "input_feat_per_channel", default=8)
+    mels = _size(config, "num_mel_bins", "feature_size", "input_feat_per_channel", "feature_projection_input_dim", default=8)
     positions = getattr(config, "max_source_positions", None)
     ids = {"input_ids": _ids(_TOKENS)}
     decoder = {"decoder_input_ids": _ids(_TOKENS)} if "decoder_input_ids" in accepted else {}
@@ -253,10 +253,10 @@ def inputs_of(model: Any, entry: Mapping[str, Any]) -> dict[str, Tensor]:
         if "position_ids" in accepted:
             inputs["position_ids"] = torch.zeros(1, _TOKENS, dtype=torch.long)
     if "pixel_values" in names:
-        vision = getattr(config, "vision_config", config)
+        vision = getattr(config, "vision_config", None) or getattr(config, "encoder", None) or config
         inputs["pixel_values"] = noise(1, 3, vision.image_size, vision.image_size)
     if "input_values" in names:
-        inputs["input_values"] = noise(1, 200)
+        inputs["input_values"] = noise(1, entry.get("sound", 200))
     if "input_features" in names:
         inputs["input_features"] = noise(1, *entry.get("features", _FEATURES))
     if config.is_encoder_decoder:

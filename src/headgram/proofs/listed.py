@@ -5,7 +5,6 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,7 @@ import torch
 from torch import nn
 
 from headgram.errors import HeadgramError
-from headgram.proofs.shrink import LARGEST_MODEL, SEED, tiny_data
+from headgram.proofs.shrink import LARGEST_MODEL, SEED, tiny_data, tiny_overrides
 
 NO_FLAGS: Mapping[str, bool] = {}
 
@@ -35,7 +34,7 @@ def listed_models(model_type: str, flags: Mapping[str, bool] = NO_FLAGS) -> Iter
 
     entry = tiny_data()["types"].get(model_type, {})
     for shape in entry.get("shapes", tiny_data()["shapes"]):
-        config = AutoConfig.for_model(model_type, **_tiny(model_type, {**shape, **flags}, entry))
+        config = AutoConfig.for_model(model_type, **tiny_overrides(model_type, {**shape, **flags}, entry))
         config._attn_implementation = config._experts_implementation = "eager"
         mappings = [modeling_auto.MODEL_MAPPING, *(getattr(modeling_auto, name) for name in _HEADS_ON_TOP)]
         classes = [mapping[type(config)] for mapping in mappings if type(config) in mapping]
@@ -51,23 +50,6 @@ def listed_models(model_type: str, flags: Mapping[str, bool] = NO_FLAGS) -> Iter
                 for weight in model.parameters():
                     weight.normal_(0, 0.2)
             yield model, entry
-
-
-def _tiny(model_type: str, shape: Mapping[str, Any], entry: Mapping[str, Any]) -> dict[str, Any]:
-    """The overrides that make a type's configuration tiny, in its sections too."""
-    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
-
-    own = entry.get("config", {})
-    cls = CONFIG_MAPPING[model_type]
-    kinds = tiny_data()["two_kinds"]
-    small = {**tiny_data()["common"], **(kinds["config"] if model_type in kinds["types"] else {}), **shape}
-    sections = {
-        name: {**(small if "text" in name else tiny_data()["vision"]), **own.get(name, {})}
-        for name in getattr(cls, "sub_configs", {})
-    }
-    known = {item.name for item in fields(cls)} | set(cls.attribute_map)
-    chosen = {**{name: value for name, value in small.items() if name in known}, **own, **sections}
-    return {name: None if value == "null" else value for name, value in chosen.items()}
 
 
 @contextmanager

@@ -20,15 +20,27 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from headgram.proofs.products import as_product, flat, of_same_numbers, per_head, rows, sequences
+
 _PRODUCTS = (torch.matmul, torch.bmm, torch.baddbmm, Tensor.matmul, Tensor.__matmul__, Tensor.bmm, Tensor.baddbmm)
 _SUMS = (torch.add, Tensor.add, Tensor.add_, Tensor.__add__, Tensor.__iadd__, Tensor.__radd__)
 _SOFTMAXES = (torch.softmax, nn.functional.softmax, Tensor.softmax)
 _GATES = (torch.sigmoid, Tensor.sigmoid, nn.functional.softplus)
+_TIMES = (torch.mul, Tensor.mul, Tensor.__mul__)
 _SINES, _COSINES = (torch.sin, Tensor.sin), (torch.cos, Tensor.cos)
 #: What modules call the inputs of their queries, of their keys where it is not that of their queries, and of their values where
 #: it is not that of their keys.
 _QUERY_INPUTS = ("hidden_states", "hidden_state", "query", "query_states", "query_tensor", "from_tensor")
-_KEY_INPUTS = ("key_value_states", "encoder_hidden_states", "key", "key_states", "key_tensor", "current_states", "to_tensor")
+_KEY_INPUTS = (
+    "key_value_states",
+    "encoder_hidden_states",
+    "key",
+    "key_states",
+    "key_tensor",
+    "current_states",
+    "to_tensor",
+    "context",
+)
 _VALUE_INPUTS = ("value", "value_states", "value_tensor")
 
 
@@ -36,18 +48,25 @@ _VALUE_INPUTS = ("value", "value_states", "value_tensor")
 class Attended:
     """One product of attention weights and values, `(H, t, s)` and `(H, s, r_v)`, and what is made of it.
 
-    `project` is the module that writes, and `given` what it is given, `(t, H·r_v)`; None until it runs.
+    `others` is what heads gather besides, from what is no token. `project` is the module that writes, and `given` what it is
+    given, `(t, H·r_v)`; None until it runs.
     """
 
     weights: Float[Tensor, "heads t s"]
     value: Float[Tensor, "heads s value_rank"]
+    others: Float[Tensor, "heads t value_rank"] | None = None
     project: nn.Module | None = None
     given: Float[Tensor, "t all_heads"] | None = None
 
     @property
     def heads(self) -> Float[Tensor, "heads t value_rank"]:
-        """What every head has gathered."""
+        """What every head has gathered from tokens."""
         return self.weights @ self.value
+
+    @property
+    def side_by_side(self) -> Float[Tensor, "t all_heads"]:
+        """What all heads have gathered, head after head."""
+        return (self.heads if self.others is None else self.heads + self.others).transpose(0, 1).flatten(1)
 
     def written(self, heads: Float[Tensor, "heads t value_rank"]) -> Float[Tensor, "heads t width"]:
         """What the model's projection makes of single heads: for each, the places of all others are zero."""
@@ -55,8 +74,12 @@ class Attended:
         count, tokens, rank = heads.shape
         alone = heads.new_zeros(count, tokens, count, rank)
         alone[range(count), :, range(count)] = heads
+        width: Any = self.project.weight.shape
+        alone = alone.reshape(count, tokens, -1)
+        if 2 * alone.shape[-1] in width and alone.shape[-1] not in width:
+            alone = torch.cat([alone, torch.zeros_like(alone)], -1)
         with torch.no_grad():
-            zero, *made = (_first(self.project(one.reshape(1, tokens, -1))) for one in (torch.zeros_like(alone[0]), *alone))
+            zero, *made = (_first(self.project(one[None])) for one in (torch.zeros_like(alone[0]), *alone))
         return torch.cat([one - zero for one in made])
 
 
@@ -107,12 +130,13 @@ class Call:
         return re.sub(r"(?<=\.)(\d+)\..*", r"\1", self.module)
 
 
-def scores_of(model: nn.Module, inputs: Mapping[str, Tensor]) -> list[Call]:
+def scores_of(model: nn.Module, inputs: Mapping[str, Tensor], still: bool = False) -> list[Call]:
     """Run a model, and catch the products of every module that computes attention.
 
-    Gates are open: where a module takes a sigmoid between its scores and its projection, it is one everywhere.
+    Gates are open: where a module takes a sigmoid between its scores and its projection, it is one everywhere. With `still`,
+    rotary encodings are the identity, wherever tokens sit.
     """
-    with torch.no_grad(), Watch(model) as watch:
+    with torch.no_grad(), Watch(model, still) as watch:
         model(**inputs)
     return watch.calls
 
@@ -167,6 +191,7 @@ class _Running:
     y: Tensor | None
     z: Tensor | None
     call: Call | None = None
+    columns: Tensor | None = None  # which columns of its products are tokens, and neither padding nor others
 
 
 class Watch(TorchFunctionMode):
@@ -178,6 +203,8 @@ class Watch(TorchFunctionMode):
         self._unwritten: Call | None = None
         self._unadded: Call | None = None
         self._left: dict[str, Tensor] = {}
+        self._latest: Tensor | None = None
+        self._normed: list[Tensor] = []
         self.calls: list[Call] = []
         self._model = model
         self._running: list[_Running] = []
@@ -213,7 +240,9 @@ class Watch(TorchFunctionMode):
         running, made = self._running.pop(), _first(result)
         if not isinstance(made, Tensor):
             return
-        self._left[running.module] = made
+        self._left[running.module] = self._latest = made
+        if _is_norm(module):
+            self._normed.append(made)
         last = self.calls[-1] if self.calls else None
         projects = last is not None and last.reading is not None and last.reading.project is module
         call = last if projects else running.call
@@ -225,6 +254,8 @@ class Watch(TorchFunctionMode):
             return self._attention(*args, **(kwargs or {}))
         if func is nn.functional.multi_head_attention_forward and self._running:
             return self._multi_head(*args, **(kwargs or {}))
+        if func in _TIMES and isinstance(args[-1], float) and args[-1] == torch.finfo(torch.float64).min:
+            args = (args[0].double(), args[-1])  # a mask in float32, which has no such number: zero times infinity
         result = func(*args, **(kwargs or {}))
         if self._still and func in _SINES + _COSINES:
             return torch.zeros_like(result) if func in _SINES else torch.ones_like(result)
@@ -240,7 +271,7 @@ class Watch(TorchFunctionMode):
         if func in _PRODUCTS and self._running:
             query, key = (kwargs["batch1"], kwargs["batch2"]) if kwargs and "batch1" in kwargs else args[-2:]
             self._product(self._running[-1], query, key, result)
-        if func is torch.einsum and self._running and (factors := _as_product(*_flat(args), result)):
+        if func is torch.einsum and self._running and (factors := as_product(*flat(args), result)):
             self._product(self._running[-1], *factors)
         return result
 
@@ -279,40 +310,61 @@ class Watch(TorchFunctionMode):
 
     def _softmax(self, call: Call | None, given: Tensor) -> None:
         if call is not None and call.logits is None and given.shape[-2] == len(call.x):
+            given = given if self._running[-1].columns is None else given[..., self._running[-1].columns]
             call.logits = given.double().reshape(-1, *given.shape[-2:])
 
     def _adds(self, call: Call, summands: tuple[Any, ...]) -> None:
-        """The first sum of this size has what heads write, as it is or after a norm, and the stream that they write to."""
-        written, before = call.written, call.outer.get(call.block)
+        """The first sum of this size has what heads write, as it is or as the last module left it, and their stream."""
+        before = call.outer.get(call.block)
+        written, latest = call.written, self._latest
         assert written is not None
+        assert latest is not None
         if not all(
             isinstance(one, Tensor) and one.shape[-1:] == written.shape[-1:] and one.numel() == written.numel()
             for one in summands[:2]
         ):
             return
-        with torch._C.DisableTorchFunction():
-            for added, stream in (summands[:2], summands[1::-1]):
-                is_written = torch.equal(added.flatten(), written.flatten())
-                if is_written or (before is not None and torch.equal(stream.flatten(), before.flatten())):
-                    call.added, call.stream = added, stream
-                    break
+        orders = (summands[:2], summands[1::-1])
+
+        def same(one: Tensor, other: Tensor | None) -> bool:
+            return other is not None and torch.equal(one.flatten(), other.flatten())
+
+        with torch._C.DisableTorchFunction():  # in parallel blocks the last module is another one
+            found = [order for order in orders if same(order[0], written)] or [
+                order for order in orders if same(order[1], before)
+            ]
+            found = found or [order for order in orders if same(order[0], latest)]
+        if found:
+            call.added, call.stream = found[0]
         self._unadded = None
 
     def _product(self, running: _Running, left: Tensor, right: Tensor, product: Tensor) -> None:
         x, y, z = running.x, running.y, running.z
         if x is None or y is None or z is None or x.dim() < 2 or y.dim() < 2:
             return
-        batch = _sequences(x)
-        scores = (x[..., 0].numel() // batch, y[..., 0].numel() // batch)
+        batch = sequences(x)
         heads = product[..., 0, 0].numel() // batch  # of several sequences, the first is looked at
+        both = (x.shape[-2], x.shape[-2] + y.shape[-2])
+        if running.call is None and y is not x and y is z and product.shape[-2:] == both and x.shape[:-2] == y.shape[:-2]:
+            running.y = running.z = y = z = torch.cat([y, x], -2)  # tokens of a context before the own ones
+        scores = (x[..., 0].numel() // batch, y[..., 0].numel() // batch)
+        others = None
+        if running.call is None and product.shape[-2] == scores[0] and product.shape[-1] > scores[1]:
+            tokens = right.abs().flatten(0, -2).amax(0) > 0
+            running.columns = tokens & (tokens.cumsum(0) <= scores[1])  # sums over blocks of tokens stand last
+            right, product = right[..., running.columns], product[..., running.columns]
+            running.columns = running.columns if product.shape[-1] == scores[1] else None
+        elif running.columns is not None and left.shape[-1] == len(running.columns):
+            others = left[..., ~running.columns] @ right[..., ~running.columns, :]
+            left, right = left[..., running.columns], right[..., running.columns, :]
         if running.call is None and tuple(product.shape[-2:]) == scores and heads:
             running.call = Call(
                 running.module,
-                _per_head(left, heads),
-                _per_head(right, heads).transpose(1, 2),
-                _rows(x, scores[0]),
-                _rows(y, scores[1]),
-                _rows(z, scores[1]),
+                per_head(left, heads),
+                per_head(right, heads).transpose(1, 2),
+                rows(x, scores[0]),
+                rows(y, scores[1]),
+                rows(z, scores[1]),
                 outer={run.module: run.x.clone() for run in self._running[:-1] if run.x is not None},
             )
             stack = running.call.block.rpartition(".")[0]
@@ -321,7 +373,11 @@ class Watch(TorchFunctionMode):
             self.calls.append(running.call)
             self._unwritten = running.call
         elif running.call is not None and running.call.reading is None and tuple(left.shape[-2:]) == scores and heads:
-            running.call.reading = Attended(_per_head(left, heads), _per_head(right, heads))
+            others = None if others is None else per_head(others, heads)
+            running.call.reading = Attended(per_head(left, heads), per_head(right, heads), others)
+            if any(made.shape[-1] == right.shape[-1] and of_same_numbers(made, right) for made in self._normed):
+                running.call.between.add("norm of values")
+            self._normed = []
 
     def _writes(self, module: nn.Module, args: tuple[Any, ...]) -> None:
         call, weight = self._unwritten, getattr(module, "weight", None)
@@ -333,53 +389,14 @@ class Watch(TorchFunctionMode):
         if not args or not isinstance(args[0], Tensor) or not isinstance(weight, Tensor) or weight.dim() != 2:
             return
         with torch._C.DisableTorchFunction():  # this product is ours
-            gathered = reading.heads
-        heads, tokens, rank = gathered.shape
-        if args[0].shape[-1] == heads * rank and args[0].numel() % (tokens * heads * rank) == 0:
-            given = args[0].double().reshape(-1, heads * rank)[:tokens]
-            heads_by_side = gathered.transpose(0, 1).flatten(1)
+            heads_by_side = reading.side_by_side
+        heads, tokens, rank = *reading.weights.shape[:2], reading.value.shape[-1]
+        if args[0].shape[-1] in (heads * rank, 2 * heads * rank) and args[0].numel() % (tokens * heads * rank) == 0:
+            given = (
+                args[0].double().reshape(-1, args[0].shape[-1])[:tokens, : heads * rank]
+            )  # what else it is given stands behind
             right = bool((given - heads_by_side).abs().max() <= 1e-5 * given.abs().max())
             if right or reading.project is None:  # a gate's own projection may come first
                 reading.project, reading.given = module, given
             if right:
                 self._unwritten = None
-
-
-def _sequences(x: Tensor) -> int:
-    """How many sequences there are; some models put the tokens of one before it."""
-    return 1 if x.dim() < 3 or (x.dim() == 3 and x.shape[1] == 1) else x.shape[0]
-
-
-def _flat(args: tuple[Any, ...]) -> tuple[Any, ...]:
-    """The arguments of an Einstein sum, whose factors may be in a tuple."""
-    return (args[0], *args[1]) if len(args) == 2 and isinstance(args[1], tuple | list) else args
-
-
-def _as_product(equation: Any, *operands: Any) -> tuple[Tensor, Tensor, Tensor] | None:
-    """The factors of an Einstein sum, and the sum, as a product of matrices; None if it is another kind of sum."""
-    words = re.fullmatch(r"(\w+),(\w+)->(\w+)", str(equation).replace(" ", ""))
-    if words is None or len(operands) != 3:
-        return None
-    left, right, out = words.groups()
-    rows, columns, inner = set(left) - set(right), set(right) - set(left), (set(left) & set(right)) - set(out)
-    if not len(rows) == len(columns) == len(inner) == 1:
-        return None
-    batch = [letter for letter in out if letter not in rows | columns]
-    (i,), (j,), (k,) = rows, columns, inner
-    orders = ((left, [*batch, i, k]), (right, [*batch, k, j]), (out, [*batch, i, j]))
-    x, y, z = (
-        tensor.permute([letters.index(letter) for letter in order])
-        for tensor, (letters, order) in zip(operands, orders, strict=True)
-    )
-    return x, y, z
-
-
-def _rows(x: Tensor, tokens: int) -> Float[Tensor, "tokens width"]:
-    """The tokens of the first sequence."""
-    return x.double().reshape(-1, x.shape[-1])[:tokens]
-
-
-def _per_head(tensor: Tensor, heads: int) -> Float[Tensor, "heads rows columns"]:
-    """The first `heads` matrices; fewer, which several heads share, are repeated."""
-    flat = tensor.reshape(-1, *tensor.shape[-2:]).double()
-    return flat.repeat_interleave(-(-heads // len(flat)), 0)[:heads]

@@ -27,7 +27,7 @@ from headgram.proofs.shrink import tiny_model
 
 _TOLERANCE = 1e-5
 #: Layouts whose parts can be found by trying tensors; each part reads one tensor, and needs no further sizes.
-_TRIED = ("separate", "gated", "blocks", "interleaved", "quarters", "column_blocks")
+_TRIED = ("separate", "gated", "key_value_blocks", "blocks", "interleaved", "quarters", "column_blocks")
 
 
 def names_on_disk(model: Any) -> list[str]:
@@ -223,8 +223,7 @@ def _gives(role: str, factor: Float[Tensor, "heads rank width"], call: Call) -> 
         heads, value_rank = reading.value.shape[0], reading.value.shape[-1]
         if factor.shape[:2] != (heads, value_rank):
             return False
-        given = reading.heads.transpose(0, 1).flatten(1)
-        return _same(given, reading.given) and _same(reading.heads @ factor, reading.written(reading.heads))
+        return _same(reading.side_by_side, reading.given) and _same(reading.heads @ factor, reading.written(reading.heads))
     else:
         x, theirs = call.z, reading.value
     if factor.shape[-1] != x.shape[-1]:
