@@ -257,7 +257,7 @@ def damaged_cache(
                 damage(victim, arena.chance)
             else:
                 code, output = arena.run(**{UNREADABLE: victim.name})
-                assert code != 0
+                assert code != 0, output
                 assert f"{victim.name} cannot be read (Input/output error); its record was removed" in output, output
             mended = victim.with_suffix(".json")
             arena.recover(lambda record: stage != "weights" and record != mended)  # noqa: B023

@@ -60,13 +60,6 @@ def test_a_fresh_clone_plans_every_job_and_writes_nothing(project):
     assert sorted(path for path in project.folder.rglob("*") if ".snakemake" not in path.parts) == before
 
 
-def test_the_reason_of_the_last_job_is_one_line_to_read(project):
-    edit(project.folder / "config" / "config.yaml", "report:\n  enabled: false", "report:\n  enabled: true")
-    plan = project.snakemake("-n", "--quiet", "host")  # the profile hides reasons
-    last = (plan.stdout + plan.stderr).partition(": Every table of this study is there\n")[2]
-    assert last.startswith("Reason: Input files updated by another job: results/report/index.json\n")
-
-
 def test_a_second_run_does_nothing(finished):
     assert finished.planned() == set()
 

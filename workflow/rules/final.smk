@@ -9,18 +9,20 @@ def final_stages(model):
 
 
 def final_records():
-    """The records of jobs whose files no other job reads: of the page alone, which is made of all the rest, if there is one."""
-    drawn = PLAN.config.report.enabled
-    pairs = [pair for pair in PLAN.pairs if not (drawn and pair in PLAN.drawn_pairs)]
+    """The records of all that a user reads. A lost one is made again by its job."""
     of_models = [
         PATHS.record(stage, model)
         for model in PLAN.models
         for stage in final_stages(model)
     ]
-    return [
-        *([RECORDS["report"]] if drawn else of_models),
-        *(PATHS.record("lineage", model, name=other) for model, other in pairs),
+    of_pairs = [
+        PATHS.record("lineage", model, name=other) for model, other in PLAN.pairs
     ]
+    return (
+        of_models
+        + of_pairs
+        + ([RECORDS["report"]] if PLAN.config.report.enabled else [])
+    )
 
 
 def final_files():
