@@ -4,6 +4,7 @@
 """
 
 import dataclasses
+import itertools
 import json
 import os
 import re
@@ -104,7 +105,7 @@ def test_columns_of_the_manifest_are_chosen_in_the_reader(atlas):
     assert atlas.where(step=0).table("drift").empty
     with pytest.raises(headgram.HeadgramError, match="models have no 'colour'; there are: model, "):
         atlas.where(colour="red")
-    with pytest.raises(headgram.HeadgramError, match="holds no model with step 7"):
+    with pytest.raises(headgram.HeadgramError, match="holds no model with step = 7"):
         atlas.where(step=7)
     assert list(atlas.lineage("training")) == [f"step{step}" for step in range(COUNT + 1)]  # in the order of steps, not of names
 
@@ -191,6 +192,21 @@ def test_models_that_were_not_compared_are_named(training, atlas):
         atlas.trajectory("cosine", "other", to="first")
     with pytest.raises(headgram.HeadgramError, match="no number 'cosine': ask for to='first'"):
         atlas.trajectory("cosine", "training")
+
+
+@pytest.mark.parametrize("changed", ["step0", f"step{COUNT}"])
+def test_what_was_compared_before_a_model_changed_is_not_read(training, tmp_path, changed):
+    """As where a model was measured anew, and no plan asks for the pair any more."""
+    results = training.copy(tmp_path / "project").folder / "results"
+    record = results / "provenance" / f"{changed}.json"
+    stages = json.loads(record.read_text())["stages"]
+    stages["extract"]["qk"]["key"] = "of other weights"
+    resealed(record, stages=stages)
+    atlas = headgram.open_atlas(results)
+    assert "step0" not in atlas.others(f"step{COUNT}")
+    assert not (atlas.table("drift")["other"] + atlas.table("drift")["model"]).str.contains(changed).any()
+    with pytest.raises(headgram.HeadgramError, match="was not compared with step0"):
+        atlas.trajectory("cosine", "training", to="first")
 
 
 def test_tables_that_contradict_each_other_are_named(training, tmp_path):
@@ -306,7 +322,7 @@ def test_independent_models_are_matched_in_token_space(tmp_path):
             ("layers.0.self_attn.k_proj", (16, 24)),
         )
     }
-    heads = [3, 0, 2, 1]
+    heads = [3, 0, 2, 1]  # of its first layer; a second one has heads of its own
     wide = {
         name: (rows[order] if name == "embed_tokens" else rows.view(4, 4, 24)[heads].reshape(16, 24)) @ turned
         for name, rows in narrow.items()
@@ -314,8 +330,11 @@ def test_independent_models_are_matched_in_token_space(tmp_path):
     for name, tensors, texts in (("narrow", narrow, range(90)), ("wide", wide, order.tolist())):
         width = tensors["embed_tokens"].shape[1]
         named = {f"model.{name}.weight": tensor for name, tensor in tensors.items()}
-        named["model.layers.0.self_attn.v_proj.weight"] = torch.zeros(16, width)
-        write_llama(project.folder / name, 1, 4, kv_heads=4, rank=4, hidden=width, tensors=named)
+        layers = ["0"] if name == "narrow" else ["0", "1"]
+        named |= {f"model.layers.{layer}.self_attn.v_proj.weight": torch.zeros(16, width) for layer in layers}
+        for role, layer in itertools.product("qk", layers[1:]):
+            named[f"model.layers.{layer}.self_attn.{role}_proj.weight"] = torch.randn(16, width, generator=generator)
+        write_llama(project.folder / name, len(layers), 4, kv_heads=4, rank=4, hidden=width, tensors=named)
         vocabulary = {f"t{text}": number for number, text in enumerate(texts)}
         (project.folder / name / "tokenizer.json").write_text(json.dumps({"model": {"vocab": vocabulary}}))
 
@@ -331,8 +350,14 @@ def test_independent_models_are_matched_in_token_space(tmp_path):
     printed = project.headgram("compare", "narrow", "wide")
     assert "Heads that are alike in token space" in printed.stdout, printed.stderr
     assert project.headgram("verify").returncode == 0
+    atlas = headgram.open_atlas(project.folder / "results")
     with pytest.raises(headgram.HeadgramError, match="wide was compared with narrow in token space"):
-        headgram.open_atlas(project.folder / "results").trajectory("cosine", "all", to="first")
+        atlas.trajectory("cosine", "all", to="first")
+    for column in ("fro_sq", "symmetry_median"):
+        with pytest.raises(headgram.HeadgramError, match=f"wide has other layers or heads than narrow, so {column} "):
+            atlas.trajectory(column, "all")
+    with pytest.raises(headgram.HeadgramError, match="compared in token space with narrow as the earlier one: name narrow first"):
+        headgram.compare("wide", "narrow", project.folder / "results")
     assert "tokens have the same text" in (project.folder / "results" / "logs" / "lineage" / "wide" / "narrow.log").read_text()
 
 

@@ -32,6 +32,9 @@ ROOT = Path(__file__).parents[2]
         ({"memory_budget": "1 MiB"}, "at least 64 MiB"),
         ({"eigen": 3}, "eigen = 3"),
         ({"manifest": ""}, "manifest = ''"),
+        ({"lineage": {"pairs": "all"}}, r"lineage\.pairs = 'all': Input should be a list, such as \['all'\]"),
+        ({"circuits": "qk"}, r"circuits = 'qk': Input should be a list, such as \['qk'\]"),
+        ({"rotary": {"offsets": 8}}, r"rotary\.offsets = 8: Input should be a list, such as \[8\]"),
     ],
 )
 def test_bad_keys_are_named(raw, words):

@@ -149,6 +149,13 @@ def test_the_assignment_is_the_best_of_all(count, seed):
         assert bool(found.mutual[i]) == (likeness[i].argmax() == place and likeness[:, place].argmax() == i)
 
 
+def test_a_dead_head_is_no_other_head_again():
+    """Head 1 died and head 2 woke: what is left over is no match, and the only nearest heads are those that live."""
+    found = matches(torch.tensor([[1.0, 0, 0], [0, 0, 0], [0, 0.5, 0]]))
+    assert found.place.tolist() == [0, 2, 1]
+    assert found.mutual.tolist() == [True, False, True]
+
+
 @pytest.mark.parametrize("name", ["headgram.geometry.drift", "headgram.geometry.matches"])
 def test_examples_run(name):
     assert doctest.testmod(importlib.import_module(name)).failed == 0

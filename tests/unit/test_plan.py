@@ -271,6 +271,7 @@ def test_a_model_more_and_labels_leave_pairs_as_they_are():
         ({"rank": 32}, "line 3 (b): it has rank of qk 32 in stack self, but a has 64"),
         ({"layers": 6}, "line 3 (b): it has layers 6 in stack self, but a has 12"),
         ({"kv_heads": 12}, "line 3 (b): it has key heads 12 in stack self, but a has 4"),
+        ({"first": 1}, "line 3 (b): it has layer numbers 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12 in stack self, but a has 0, 1, "),
     ],
 )
 def test_a_lineage_of_several_shapes_is_refused(shape, words):

@@ -121,6 +121,8 @@ def _compared(atlas: Atlas, a: str, b: str, place: Place) -> tuple[pd.DataFrame,
     if undrifted and len(matches := _planned(atlas, a, b, place, "matches")):
         return _in_tokens(matches, numbers)
     if not numbers[0].index.equals(numbers[1].index):
+        if b in atlas.others(a) and len(_planned(atlas, b, a, place, "matches")):
+            raise HeadgramError(f"the two were compared in token space with {b} as the earlier one: name {b} first")
         sizes = [f"{model} has {_size(table)}" for model, table in zip((a, b), numbers, strict=True)]
         raise HeadgramError(
             f"only models with the same layers and heads can be compared head by head: {', '.join(sizes)}; "
@@ -156,8 +158,9 @@ def _in_tokens(matches: pd.DataFrame, numbers: list[pd.DataFrame]) -> tuple[pd.D
 
 
 def _size(table: pd.DataFrame) -> str:
-    layers, heads = (table.index.get_level_values(name).nunique() for name in ("layer", "head"))
-    return f"{layers} layers of {heads} heads"
+    layers, heads = (table.index.get_level_values(name).unique() for name in ("layer", "head"))
+    some = "" if list(layers) == list(range(len(layers))) else f" ({', '.join(map(str, layers))})"
+    return f"{len(layers)} layers{some} of {len(heads)} heads"
 
 
 def _shape(table: pd.DataFrame) -> Mapping[str, int]:

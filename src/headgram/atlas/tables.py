@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from numbers import Real
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
@@ -10,6 +11,7 @@ from headgram.described import Described
 from headgram.errors import HeadgramError, doors, require
 from headgram.forms.variants import is_made
 from headgram.results.paths import LINEAGE, OPTIONAL, Results
+from headgram.results.record import read_record
 from headgram.study.manifest import MODEL_NAME
 
 if TYPE_CHECKING:
@@ -146,9 +148,24 @@ class Tables(Described):
         return joined[[*keys, *(column for column in joined if column not in keys)]]
 
     def others(self, model: str) -> list[str]:
-        """Earlier models of its lineage that a model was compared with, in the tables `drift`, `changes` and `matches`."""
+        """Earlier models of its lineage that a model was compared with, in the tables `drift`, `changes` and `matches`.
+
+        A comparison of what one of the two was before it was measured anew does not count.
+        """
         self._require(model)
-        return sorted(path.stem for path in Path(self.paths.record("lineage", model, name="*")).parent.glob("*.json"))
+        paths = Path(self.paths.record("lineage", model, name="*")).parent.glob("*.json")
+        return sorted(path.stem for path in paths if self._is_current(path, model))
+
+    def _is_current(self, comparison: Path, model: str) -> bool:
+        """Whether a model and an earlier one were compared as they are now: their parts are those of their merged tables."""
+        try:
+            upstream = read_record(comparison).upstream
+            merged = [Path(self.paths.record("merge", each)) for each in (comparison.stem, model)]
+            known = [_parts_of(path, path.stat().st_mtime_ns) for path in merged]
+        except (HeadgramError, OSError):
+            return False
+        half = len(upstream) // 2  # the earlier model's keys come first
+        return set(upstream[:half]) <= known[0] and set(upstream[half:]) <= known[1]
 
     def lineage(self, name: str) -> dict[str, float]:
         """The steps of a lineage's models, in their order.
@@ -243,6 +260,12 @@ class Tables(Described):
     def _require(self, model: str) -> None:
         if model not in self.models:
             raise HeadgramError(f"the model '{model}' is not in {self.results}; there are: {', '.join(self.models)}")
+
+
+@lru_cache(maxsize=4096)
+def _parts_of(merged: Path, modified: int) -> frozenset[str]:
+    """The keys of what a model's tables were merged of, given their record and when it was written."""
+    return frozenset(part.key for parts in read_record(merged).stages.values() for part in parts.values())
 
 
 def _either(wanted: object) -> str:

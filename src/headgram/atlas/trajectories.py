@@ -39,6 +39,11 @@ def trajectory(
         if rows.empty:
             raise HeadgramError(f"{model} was compared with {other} in token space (lineage.basis), where heads have no {column}")
         arrays.append(rows.set_index(keys)[column].to_xarray())
+        if not arrays[-1].coords.equals(arrays[0].coords):
+            raise HeadgramError(
+                f"{model} has other layers or heads than {pairs[0][0]}, so {column} has no trajectory over '{lineage}'; "
+                "the tables `heads` and `layers` hold it model by model"
+            )
     joined: xr.DataArray = xr.concat(arrays, dim="step", join="exact").transpose("step", *keys)
     attributes = {"lineage": lineage, "stack": stack, "circuit": circuit} | ({"to": to} if to else {})
     compared = [model for model, _ in pairs]

@@ -29,7 +29,7 @@ class Matches:
         `|value|` less the largest `|cosine|` to any other head of the other model; negative where the nearest head was given to
         another one.
     mutual : (n,) bool
-        Whether each of the two is the other's nearest.
+        Whether each of the two is the other's nearest; not of a form that is zero.
     """
 
     row: Int[Tensor, " n"]
@@ -62,5 +62,5 @@ def matches(cosines: Float[Tensor, "rows columns"]) -> Matches:
     own = likeness[rows, place]
     others = likeness.clone()
     others[rows, place] = 0
-    mutual = (own >= likeness.amax(1)[rows]) & (own >= likeness.amax(0)[place])
+    mutual = (own > 0) & (own >= likeness.amax(1)[rows]) & (own >= likeness.amax(0)[place])
     return Matches(rows, place, cosines[rows, place], own - others.amax(1)[rows], mutual)

@@ -148,21 +148,22 @@ def _stack(place: Place, heads: pa.Table, gram: pa.Table, merged: Merged, shards
 
 def _neighbours(merged: Merged, place: Place, layers: np.ndarray, heads: int, device: str) -> Iterator[tuple[str, Neighbours]]:
     """The nearest heads by each measure; by forms only where all heads were multiplied with all heads."""
-    for measure, values in _all_pairs(merged.pairs, place, layers, heads).items():
+    for measure in BY_FORM:  # one at a time: of many heads, a measure of all pairs is as large as all else
+        values = _all_pairs(merged.pairs, place, layers, heads, measure)
         if not bool(values.isnan().any()):
             yield measure, nearest_heads(values, NEAREST)
+        del values
     for measure in BY_SPAN:
         yield measure, nearest_heads(span_overlaps(_mapped(merged.directions, place)[measure], device), NEAREST)
 
 
-def _all_pairs(path: Path, place: Place, layers: np.ndarray, heads: int) -> dict[str, torch.Tensor]:
-    """Each measure of the table `pairs` as (N, N), `N = L H`; 0 on the diagonal, NaN where a pair was not measured."""
-    values = {measure: torch.full((len(layers) * heads,) * 2, torch.nan).fill_diagonal_(0) for measure in BY_FORM}
+def _all_pairs(path: Path, place: Place, layers: np.ndarray, heads: int, measure: str) -> torch.Tensor:
+    """A measure of the table `pairs` as (N, N), `N = L H`; 0 on the diagonal, NaN where a pair was not measured."""
+    values = torch.full((len(layers) * heads,) * 2, torch.nan).fill_diagonal_(0)
     circuit, stack = place
     for part in read_parts(path, circuit=circuit, stack=stack):
         a, b = map(torch.from_numpy, pair_indices(part, layers, heads))
-        for measure, matrix in values.items():
-            matrix[a, b] = matrix[b, a] = torch.tensor(part[measure].to_numpy())
+        values[a, b] = values[b, a] = torch.tensor(part[measure].to_numpy())
     return values
 
 

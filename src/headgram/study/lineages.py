@@ -73,12 +73,13 @@ def misfits(rows: Iterable[Row], entries: Mapping[str, LockedModel], basis: str 
     return problems
 
 
-def _shape(entry: LockedModel) -> dict[str, dict[str, int]]:
+def _shape(entry: LockedModel) -> dict[str, dict[str, int | str]]:
     """By stack, what two models of one lineage must agree in."""
     return {
         stack.name: {
             "width": stack.hidden,
             "layers": len(stack.layers),
+            "layer numbers": ", ".join(map(str, stack.layers)),
             "heads": stack.heads,
             "key heads": stack.kv_heads,
             **{f"rank of {name}": circuit.rank for name, circuit in stack.circuits.items()},

@@ -351,7 +351,9 @@ def _describe(problem: Any) -> str:
     path = [name for name in names if name in known_keys() or problem["type"] == "extra_forbidden"]
     key = ".".join(path)
     if problem["type"] != "extra_forbidden":
-        return f"{key} = {_brief(problem['input'])}: {problem['msg'].removeprefix('Value error, ')}"
+        given = _brief(problem["input"])
+        wrong = problem["msg"].removeprefix("Value error, ").replace("a valid tuple", f"a list, such as [{given}]")
+        return f"{key} = {given}: {wrong}"
     near = difflib.get_close_matches(path[-1], known_keys(), n=1, cutoff=0.5)
     full = [name for name in option_paths() if near and name.split(".")[-1] == near[0]]
     hint = f" (did you mean '{full[0]}'?)" if full else ""
