@@ -4,12 +4,15 @@ import dataclasses
 
 import numpy as np
 import pytest
+from test_page import table_of
 from test_report import stack
 
 from browser import assert_legible, browser, opened
 from headgram.report.columns import columns
-from headgram.report.pack import model_pack
+from headgram.report.pack import beside, model_pack
 from headgram.report.page import index_pack, page, page_shell
+from headgram.report.steps import steps_pack
+from headgram.results.tables import HEADS, LAYERS
 
 _PLACES = {column.name: i for i, column in enumerate(columns())}
 _LONG = "a" * 190
@@ -107,3 +110,49 @@ def test_bars_are_printed(chrome, path):
         found.settle()
         style = "each => getComputedStyle(document.querySelector(each)).printColorAdjust"
         assert [found.page.evaluate(style, each) for each in (".bar", ".bar > span", "#matrix-scale")] == ["exact"] * 3
+
+
+#: By name, in the order of the plan, the steps of lineages. JavaScript puts keys that look like numbers into an order of its own.
+LINEAGES = {"410": [0.2, 0.5, 0.9], "70": [-300.0, -20.0, -1.0], "constructor": [5.0]}
+
+
+@pytest.fixture(scope="module")
+def lineages(tmp_path_factory):
+    """A page of lineages with fractions and negative numbers as steps; in each, all heads have one symmetry of their own."""
+    folder = tmp_path_factory.mktemp("lineages")
+    (folder / "lineages").mkdir()
+    drawn, models = {}, {}
+    for i, (lineage, steps) in enumerate(LINEAGES.items()):
+        names = [f"m{lineage}-{k}" for k in range(len(steps))]
+        for name, step in zip(names, steps, strict=True):
+            models[name] = {"qk/self": stack(2, 2, 8, facts={"lineage": lineage, "step": step, "labels": "[]"})}
+        if len(names) > 1:
+            drawn[lineage] = names
+            place = {"layer": [0, 0, 1, 1], "head": [0, 1, 0, 1]}
+            heads = table_of(HEADS, {**place, "symmetry": np.full(4, (i + 1) / 4)}, folder / "heads.parquet")
+            tables = {"heads": heads, "layers": table_of(LAYERS, {"layer": [0, 1]}, folder / "layers.parquet")}
+            text = steps_pack(names, ["qk/self"], dict.fromkeys(names, tables), {})
+            (folder / "lineages" / f"{i}.js").write_text(beside(f"lineages/{i}", text))
+    index = index_pack({name: {"qk/self": each["qk/self"].summary} for name, each in models.items()}, {}, drawn)
+    (folder / "index.html").write_text(page(page_shell(), index, {name: model_pack(each) for name, each in models.items()}))
+    return folder / "index.html"
+
+
+@pytest.mark.parametrize("along", ["step", "log", "order"])
+@pytest.mark.parametrize(("lineage", "symmetry"), [("410", 0.25), ("70", 0.5)])
+def test_every_lineage_is_drawn_at_its_steps(chrome, lineages, lineage, symmetry, along):
+    with opened(chrome, lineages, f"#model=m{lineage}-0&column=symmetry&steps=heads&along={along}") as found:
+        rows = found.rows("course", "chosen")
+        assert [(row["step"], row["value"]) for row in rows] == [(step, symmetry) for step in LINEAGES[lineage]]
+        texts = [label["text"] for label in found.labels("course")[0]]
+        assert len(texts) > 1
+        assert not any(text.endswith(("m", "µ")) for text in texts)  # `200m` is 0.2 to some and many millions to others
+        places = found.page.evaluate("steps => steps.map(step => headgram.view('course').scale('x')(step))", LINEAGES[lineage])
+        assert np.isfinite(places).all()
+        if along != "order":
+            assert places == sorted(places)
+            assert places[0] < places[-1]
+        assert_legible(found, "course")
+        found.set(model="mconstructor-0")
+        assert found.page.is_hidden("#card-steps")
+        assert found.complaints == []

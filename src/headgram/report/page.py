@@ -43,7 +43,7 @@ def index_pack(
         "forms": FORMS,
         "columns": [asdict(column) for column in columns()],
         "layer_columns": LAYER_COLUMNS,
-        "lineages": {name: list(members) for name, members in (lineages or {}).items()},
+        "lineages": [list(members) for members in (lineages or {}).values()],
         "models": {
             model: {
                 name: {**stack.facts, "layer_indices": stack.layers.tolist(), "chance": for_page(stack.facts)}

@@ -1,7 +1,9 @@
 // A training: numbers of the chosen layer's heads, or of all layers, over the steps of the chosen model's lineage.
 
 const lineageOf = (model) => Object.values(index.models[model])[0].lineage;
-const membersOf = (model) => index.lineages[lineageOf(model)] ?? [];
+/** Which of the page's lineages a model is drawn in; -1 if in none. */
+const numberOf = (model) => index.lineages.findIndex((members) => members.includes(model));
+const membersOf = (model) => index.lineages[numberOf(model)] ?? [];
 const stepOf = (model) => Object.values(index.models[model])[0].step;
 
 /** Names in natural order, `step9` before `step10`, but those of a lineage in the order of its steps. */
@@ -11,16 +13,16 @@ function inOrder(names) {
   return [...names].sort((a, b) => natural.compare(key(a), key(b)) || (stepOf(a) ?? 0) - (stepOf(b) ?? 0) || natural.compare(a, b));
 }
 
-const lineages = new Map(); // name -> promise of its arrays
+const lineages = new Map(); // number -> promise of its arrays
 
-function loadLineage(name) {
-  if (!lineages.has(name)) {
-    const place = `lineages/${Object.keys(index.lineages).indexOf(name)}`;
+function loadLineage(number) {
+  if (!lineages.has(number)) {
+    const place = `lineages/${number}`;
     const loading = loadBeside(place, `${place}.js`).then(unpack).then((found) => found.arrays);
-    loading.catch(() => lineages.delete(name));
-    lineages.set(name, loading);
+    loading.catch(() => lineages.delete(number));
+    lineages.set(number, loading);
   }
-  return lineages.get(name);
+  return lineages.get(number);
 }
 
 /** What is drawn: of each head of the chosen layer, or of each layer, its line, and whether it is the chosen one. */
@@ -82,15 +84,17 @@ const stepsPicture = {
     const x = spec.scales.find((each) => each.name === "x");
     const axis = spec.axes.filter((each) => each.scale === "x" && each.title);
     const steps = data.steps.members.map(stepOf);
-    const powers = [...Array(12).keys()].map((power) => 10 ** power);
     if (state.along === "log") {
-      Object.assign(x, { type: "symlog", constant: Math.min(...steps.filter((step) => step > 0)) || 1, nice: false });
-      axis.forEach((each) => { each.values = [0, ...powers].filter((value) => value >= Math.min(...steps) && value <= Math.max(...steps)); });
+      const constant = Math.min(...steps.map(Math.abs).filter((size) => size > 0)); // two models never have one step
+      Object.assign(x, { type: "symlog", constant, nice: false });
+      const powers = [...Array(24).keys()].map((power) => 10 ** (power - 12)).filter((power) => power >= constant);
+      const marks = [0, ...powers, ...powers.map((power) => -power)].filter((value) => value >= Math.min(...steps) && value <= Math.max(...steps));
+      if (marks.length > 1) axis.forEach((each) => { each.values = marks; });
     }
     axis.forEach((each) => {
       each.title = state.along === "order" ? "checkpoint, in the order of steps" : "step";
       if (state.along === "order") whole(each);
-      else each.encode = { ...each.encode, labels: { update: { text: { signal: "format(datum.value, '~s')" } } } };
+      else each.encode = { ...each.encode, labels: { update: { text: { signal: "format(datum.value, abs(datum.value) < 1 ? '~g' : '~s')" } } } };
     });
   },
   sets: (data) => ({
@@ -110,7 +114,7 @@ async function drawSteps(data) {
   element("card-steps").hidden = !members.length;
   if (!members.length) return;
   fill("steps", Object.entries(stepsNames()));
-  data.steps = new Steps(state.model, await loadLineage(lineageOf(state.model)));
+  data.steps = new Steps(state.model, await loadLineage(numberOf(state.model)));
   element("steps-subject").textContent = `${lineageOf(state.model)}, ${members.length} models`;
   const [found, asked] = [data.steps.rows(data, true).length, members.length - 1];
   const missing = found < asked ? `${found} of ${asked} models were compared so: the option lineage.pairs says which. ` : "";
