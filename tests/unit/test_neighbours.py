@@ -1,5 +1,8 @@
 """Nearest heads, overlaps of spans and their nulls, against definitions and simulation."""
 
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 import scipy.stats
@@ -25,6 +28,21 @@ def test_the_nearest_heads_are_those_of_largest_magnitude(heads, count, seed, ro
         expected = sorted(others, key=lambda other, head=head: (-abs(values[head, other]), other))[:count]
         assert found.place[head].tolist() == expected
         np.testing.assert_allclose(found.value[head], values[head, expected], rtol=1e-6)
+
+
+def test_finding_the_nearest_of_many_heads_takes_little_beside_their_matrix():
+    """The matrix of 8,192 heads takes 256 MiB, and their sorted indices would take 512 MiB."""
+    code = """
+import resource, torch
+from headgram.geometry.neighbours import nearest_heads
+nearest_heads(torch.rand(512, 512), 8)
+values = torch.rand(8192, 8192)
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+nearest_heads(values, 8)
+print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) >> 10)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert int(done.stdout) < 400  # what is freed need not be given back at once
 
 
 @settings(max_examples=30)

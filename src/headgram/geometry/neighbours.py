@@ -59,7 +59,7 @@ def nearest_heads(values: Float[Tensor, "heads heads"], count: int) -> Neighbour
         magnitude = values[start : start + _ROWS].abs()
         rows = torch.arange(len(magnitude))
         magnitude[rows, start + rows] = -1
-        places.append(magnitude.sort(dim=1, descending=True, stable=True).indices[:, :count])
+        places.append(magnitude.sort(dim=1, descending=True, stable=True).indices[:, :count].clone())  # a view would hold all
     place = torch.cat(places)
     return Neighbours(place, values.gather(1, place))
 
