@@ -20,6 +20,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from headgram.proofs.neutral import is_norm
 from headgram.proofs.products import as_product, flat, of_same_numbers, per_head, rows, sequences
 
 _PRODUCTS = (torch.matmul, torch.bmm, torch.baddbmm, Tensor.matmul, Tensor.__matmul__, Tensor.bmm, Tensor.baddbmm)
@@ -141,40 +142,9 @@ def scores_of(model: nn.Module, inputs: Mapping[str, Tensor], still: bool = Fals
     return watch.calls
 
 
-def neutralise(model: nn.Module, attention: set[str]) -> None:
-    """Take out of the model's attention modules what `g` leaves out: biases, and norms of queries and keys."""
-    for module in model.modules():
-        if "Sinusoidal" in type(module).__name__ and isinstance(weight := getattr(module, "weight", None), Tensor):
-            sines, cosines = weight.data.chunk(2, -1)  # a rotary encoding, if that is what it is for, is the identity
-            sines.zero_(), cosines.fill_(1)
-        for turn in module.buffers(recurse=False) if "Rotary" in type(module).__name__ else ():
-            if turn.is_complex():  # made with the model, and not when it runs
-                turn.fill_(1)
-    for path in attention:
-        module = model.get_submodule(path)
-        for name, weight in module.named_parameters():
-            if "bias" in name:
-                weight.data.zero_()
-        for name, norm in module.named_modules():
-            if _is_norm(norm):
-                norm.forward = _gain(norm.weight) if name.endswith("_a_layernorm") else _same
-
-
-def _is_norm(module: nn.Module) -> bool:
-    return "norm" in type(module).__name__.lower() and not list(module.children())
-
-
 def _first(result: Any) -> Any:
     """What a module returns, or the first of it."""
     return result[0] if isinstance(result, tuple) else result
-
-
-def _same(x: Tensor, *_: Any, **__: Any) -> Tensor:
-    return x
-
-
-def _gain(weight: Any) -> Any:
-    return lambda x: x * weight
 
 
 def _named(given: Mapping[str, Any], names: tuple[str, ...], other: Tensor | None) -> Tensor | None:
@@ -207,6 +177,7 @@ class Watch(TorchFunctionMode):
         self._normed: list[Tensor] = []
         self.calls: list[Call] = []
         self._model = model
+        self._weights = {weight.untyped_storage().data_ptr() for weight in model.parameters()}
         self._running: list[_Running] = []
         self._hooks = ExitStack()
 
@@ -241,7 +212,7 @@ class Watch(TorchFunctionMode):
         if not isinstance(made, Tensor):
             return
         self._left[running.module] = self._latest = made
-        if _is_norm(module):
+        if is_norm(module):
             self._normed.append(made)
         last = self.calls[-1] if self.calls else None
         projects = last is not None and last.reading is not None and last.reading.project is module
@@ -349,7 +320,12 @@ class Watch(TorchFunctionMode):
             running.y = running.z = y = z = torch.cat([y, x], -2)  # tokens of a context before the own ones
         scores = (x[..., 0].numel() // batch, y[..., 0].numel() // batch)
         others = None
-        if running.call is None and product.shape[-2] == scores[0] and product.shape[-1] > scores[1]:
+        if (
+            running.call is None
+            and product.shape[-2] == scores[0]
+            and product.shape[-1] > scores[1]
+            and not self._is_weight(right)
+        ):
             tokens = right.abs().flatten(0, -2).amax(0) > 0
             running.columns = tokens & (tokens.cumsum(0) <= scores[1])  # sums over blocks of tokens stand last
             right, product = right[..., running.columns], product[..., running.columns]
@@ -379,12 +355,15 @@ class Watch(TorchFunctionMode):
                 running.call.between.add("norm of values")
             self._normed = []
 
+    def _is_weight(self, factor: Tensor) -> bool:
+        return factor.untyped_storage().data_ptr() in self._weights
+
     def _writes(self, module: nn.Module, args: tuple[Any, ...]) -> None:
         call, weight = self._unwritten, getattr(module, "weight", None)
         reading = call.reading if call else None
         if call is None or reading is None:
             return
-        if _is_norm(module):
+        if is_norm(module):
             call.between.add("norm")
         if not args or not isinstance(args[0], Tensor) or not isinstance(weight, Tensor) or weight.dim() != 2:
             return

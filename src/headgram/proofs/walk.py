@@ -22,7 +22,8 @@ from torch import Tensor, nn
 from headgram.errors import HeadgramError
 from headgram.families.layouts import LAYOUTS, QK, Dimensions, Factors
 from headgram.proofs.inputs import attention_only, every_call
-from headgram.proofs.probe import Call, neutralise
+from headgram.proofs.neutral import neutralise
+from headgram.proofs.probe import Call
 from headgram.proofs.shrink import tiny_model
 
 _TOLERANCE = 1e-5
