@@ -163,13 +163,14 @@ def tiny_overrides(model_type: str, shape: Mapping[str, Any], entry: Mapping[str
 
     own = entry.get("config", {})
     cls = CONFIG_MAPPING[model_type]
+    sub_configs = getattr(cls, "sub_configs", {})
     kinds = tiny_data()["two_kinds"]
-    sizes = {name: value for name, value in shape.items() if not isinstance(value, Mapping)}
+    sizes = {name: value for name, value in shape.items() if name not in sub_configs}
     small = {**tiny_data()["common"], **(kinds["config"] if model_type in kinds["types"] else {}), **sizes}
     vision = tiny_data()["vision"]
     sections = {
         name: {**(small if "text" in name or name in _HALVES else vision), **own.get(name, {}), **shape.get(name, {})}
-        for name in getattr(cls, "sub_configs", {})
+        for name in sub_configs
         if own.get(name) != "null"
     }
     known = {item.name for item in fields(cls)} | set(cls.attribute_map)
