@@ -281,7 +281,7 @@ def test_where_memory_runs_out_half_as_many_heads_are_measured(device, monkeypat
 def test_where_memory_does_not_suffice_for_one_head_it_is_said(device):
     q, k = (each[0].cuda() for each in weights(1, 4, 2, 8, 64))
     device.memory = device.held + 4096
-    with pytest.raises(HeadgramError, match="Memory does not suffice for one head"):
+    with pytest.raises(HeadgramError, match="There is too little memory for one head"):
         headgram.spectrum(q, k)
 
 

@@ -14,6 +14,7 @@ has loaded a BLAS is not safe.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import gc
 import importlib
 import json
@@ -237,6 +238,7 @@ def _work(control: socket.socket, client: socket.socket, on_interrupt: Any, keep
     try:
         most = _peak() + _GROWTH
         while _run(client, on_interrupt, lambda: keeps and _peak() < most and bool(control.send(b"-"))):
+            _forget_job()
             _, (number,), _, _ = socket.recv_fds(control, 1, 1)  # of none, if the server has ended
             client = socket.socket(fileno=number)
     finally:
@@ -248,7 +250,6 @@ def _run(client: socket.socket, on_interrupt: Any, goes_on: Callable[[], bool]) 
 
     A script that failed, or took much memory, is the last one: what it left in this process must not reach another job.
     """
-    _forget_peak()
     signal.signal(signal.SIGINT, on_interrupt)
     _, files, _, _ = socket.recv_fds(client, 1, 3)
     with client.makefile("rb") as requests:
@@ -287,12 +288,14 @@ def _die_with(client: socket.socket, ended: threading.Event) -> None:
 
 
 def _peak() -> int:
-    """The most memory in bytes that this process has held since `_forget_peak`."""
+    """The most memory in bytes that this process has held since `_forget_job`."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10
 
 
-def _forget_peak() -> None:
-    """Have the most memory that this process has held count from now on, for the record of its next job."""
+def _forget_job() -> None:
+    """Give kept memory back, and have the most memory that this process holds count from now on, for its next job's record."""
+    with contextlib.suppress(AttributeError):  # another C library
+        ctypes.CDLL(None).malloc_trim(0)
     with contextlib.suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")
 
