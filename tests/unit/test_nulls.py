@@ -76,6 +76,7 @@ def test_the_page_knows_the_best_of_all():
         "deviation": math.sqrt(2) / 48,
         "best": pytest.approx(symmetry_null(24).best_of(40) - symmetry_null(24).mean),
         "best_mean": pytest.approx(symmetry_null(24).mean_of(8).best_of(10) - symmetry_null(24).mean),
+        "best_pair": pytest.approx(symmetry_null(24).best_of(780) - symmetry_null(24).mean),
     }
     assert found["cosine"]["best"] == pytest.approx(cosine_null(24).best_of(80))
     assert found["right"]["mean"] == 4 / 24
