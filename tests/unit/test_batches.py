@@ -64,7 +64,9 @@ def test_inner_products(monkeypatch, caplog, precision, kv_heads, same):
 
 def test_where_one_head_is_too_much_it_is_said(monkeypatch):
     with_memory_for(monkeypatch, spectra, "_measure_batch", 0, lambda q, *_: len(q))
-    with pytest.raises(headgram.HeadgramError, match=r"There is too little memory for one head \(CUDA out of memory. Tried to all"):
+    with pytest.raises(
+        headgram.HeadgramError, match=r"There is too little memory for one head \(CUDA out of memory. Tried to all"
+    ):
         headgram.spectrum(WEIGHTS[0], WEIGHTS[1])
 
 

@@ -328,6 +328,8 @@ _QUERY = Part(("query",), ("query",), _query_shapes, queries)
 _KEY = Part(("key",), ("key",), _key_shapes, keys)
 _VALUE = Part(("value",), ("value",), _value_shapes, values)
 _OUTPUT = Part(("output",), ("output",), _output_shapes, outputs)
+_KEY_VALUE = Part(("key", "value"), ("key_value",), _key_value_shapes, key_value_blocks, rows=_key_value_rows)
+_OUTPUT_BESIDE = Part(("output",), ("output",), _output_beside_shapes, outputs_beside, rows=_output_beside_columns, axis=1)
 _OUTPUT_ROWS = Part(("output",), ("output",), _output_row_shapes, output_rows)
 _LATENT_QUERY = Part(
     ("query",), ("query_down", "query_gain", "query_up"), _latent_query_shapes, latent_queries, ("nope", "rope", "query_latent")
@@ -338,17 +340,8 @@ _LATENT = Part(
 
 LAYOUTS: dict[str, tuple[Part, ...]] = {
     "separate": (_QUERY, _KEY, _VALUE, _OUTPUT),
-    "key_value_blocks": (
-        _QUERY,
-        Part(("key", "value"), ("key_value",), _key_value_shapes, key_value_blocks, rows=_key_value_rows),
-        _OUTPUT,
-    ),
-    "beside": (
-        _QUERY,
-        _KEY,
-        _VALUE,
-        Part(("output",), ("output",), _output_beside_shapes, outputs_beside, rows=_output_beside_columns, axis=1),
-    ),
+    "key_value_blocks": (_QUERY, _KEY_VALUE, _OUTPUT),
+    "beside": (_QUERY, _KEY, _VALUE, _OUTPUT_BESIDE),
     "gated": (_fused("query", _gated_shapes, _gated_order), _KEY, _VALUE, _OUTPUT),
     "blocks": (_fused("fused", _fused_shapes, _block_order), _OUTPUT),
     "column_blocks": (_fused("fused", _column_shapes, _block_order, axis=1), _OUTPUT_ROWS),
