@@ -139,7 +139,7 @@ class Tables(Described):
             except (OSError, pa.ArrowException) as error:
                 raise HeadgramError(f"{path} cannot be read ({error}): run `snakemake` again") from None
             if not table.schema.equals(TABLES[name]):
-                raise HeadgramError(f"{path} lacks columns of the table '{name}': run `snakemake` again")
+                raise HeadgramError(f"{path} has other columns than the table '{name}' has now: run `snakemake` again")
             tables.append(table.to_pandas().assign(**keys))
         if not files:
             keys = dict.fromkeys(("model", "other") if name in LINEAGE else ("model",), "")
