@@ -104,6 +104,23 @@ def test_long_sums_of_positive_terms_stay_accurate_in_float32(monkeypatch, route
     assert ((fast.transposed - exact.transposed).abs() <= bound).all()
 
 
+@pytest.fixture
+def two_threads():
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
+def test_several_threads_multiply_the_same(two_threads):
+    w_q, w_k = torch.randn(40, 5, 4, 24), torch.randn(40, 5, 4, 24)
+    forms = (w_k.double().mT @ w_q.double()).flatten(-2)
+    products = headgram.gram(w_q, w_k, w_q, w_k)
+    size = forms.norm(dim=-1)
+    error = products - torch.einsum("ahx,bhx->abh", forms, forms)
+    assert float((error.abs() / (size[:, None] * size)).max()) < 1e-6
+
+
 @pytest.mark.parametrize(
     "dtypes", [(torch.bfloat16, torch.float32), (torch.float32, torch.bfloat16), (torch.float16, torch.bfloat16)]
 )

@@ -36,7 +36,7 @@ from headgram.geometry.costs import TRIANGLE
 PRODUCT_BYTES = {"cpu": 256 * 2**20, "cuda": 2 * 2**30}
 STRIP_BYTES = {"cpu": 24 * 2**20, "cuda": 512 * 2**20}
 
-#: On a GPU, so many long vectors of a set at a time are multiplied with themselves and all that follow.
+#: On a GPU or by several threads, so many long vectors of a set at a time are multiplied with themselves and all that follow.
 _TRIANGLE_ROWS = 128
 
 #: Terms that one product sums in its own precision. Most of BLAS on a CPU cuts sums into a few hundred terms itself. Where it
@@ -171,10 +171,13 @@ def by_strips(x: Heads, y: Heads) -> Inner:
 
 
 def _summed(x: Float[Tensor, "padded_x block"], y: Float[Tensor, "padded_y block"]) -> Float[Tensor, "padded_x padded_y"]:
-    """`x y^T`; of `x` with itself, only what lies on and above the diagonal counts."""
+    """`x y^T`; of `x` with itself, only what lies on and above the diagonal counts.
+
+    With several threads all is left to torch's BLAS: threads of two libraries would wait for each other.
+    """
     if x is not y:
         return _summed_whole(x, y)
-    if not at_once(x.device):
+    if not at_once(x.device) and torch.get_num_threads() == 1:
         return _summed_triangle(x)
     total = torch.zeros(len(x), len(x), dtype=torch.float64, device=x.device)
     for start in range(0, len(x), _TRIANGLE_ROWS):
