@@ -40,28 +40,23 @@ def main() -> None:
         files = {**sharded(tensors, 4), "config.json": config_bytes(**SIZES)}
         server.add("someone/llama", files)
         local, pickled = Path(folder, "safetensors"), Path(folder, "bin")
-        fused = {
+        columns, by_rows = Path(folder, "gpt2"), Path(folder, "neox")
+        column_fused = {
             f"h.{layer}.attn.{name}.weight": torch.randn(1024, width, dtype=torch.bfloat16)
             for layer in range(8)
             for name, width in (("c_attn", 3 * 1024), ("c_proj", 1024))
         } | {"wte.weight": torch.randn(16384, 1024, dtype=torch.bfloat16)}
-        gpt2 = {"model.safetensors": save(fused), "config.json": json.dumps(GPT2).encode()}
-        server.add("someone/gpt2", gpt2)
-        columns = Path(folder, "gpt2")
-        columns.mkdir()
-        for name, content in gpt2.items():
-            columns.joinpath(name).write_bytes(content)
-        rows_fused = {
+        row_fused = {
             f"gpt_neox.layers.{layer}.attention.{name}.weight": torch.randn(rows, 1024, dtype=torch.bfloat16)
             for layer in range(8)
             for name, rows in (("query_key_value", 3 * 1024), ("dense", 1024))
         } | {"gpt_neox.embed_in.weight": torch.randn(16384, 1024, dtype=torch.bfloat16)}
-        neox = {"model.safetensors": save(rows_fused), "config.json": json.dumps(NEOX).encode()}
-        server.add("someone/neox", neox)
-        by_rows = Path(folder, "neox")
-        by_rows.mkdir()
-        for name, content in neox.items():
-            by_rows.joinpath(name).write_bytes(content)
+        for path, fused, config in ((columns, column_fused, GPT2), (by_rows, row_fused, NEOX)):
+            made = {"model.safetensors": save(fused), "config.json": json.dumps(config).encode()}
+            server.add(f"someone/{path.name}", made)
+            path.mkdir()
+            for name, content in made.items():
+                path.joinpath(name).write_bytes(content)
         for path in (local, pickled):
             path.mkdir()
             path.joinpath("config.json").write_bytes(files["config.json"])

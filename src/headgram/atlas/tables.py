@@ -61,16 +61,16 @@ class Tables(Described):
         """
         table = self.summary()
         chosen = table
-        for name, value in wanted.items():
+        asked = {name: list(value) if isinstance(value, list | tuple | set) else [value] for name, value in wanted.items()}
+        for name, values in asked.items():
             column = name if name in table else f"label_{name}"
             if column not in table:
                 raise HeadgramError(f"models have no '{name}'; there are: {', '.join(map(str, table.columns))}")
-            values = list(value) if isinstance(value, list | tuple | set) else [value]
             for each in values:
                 require(each, (str, Real), f"`{name}` is compared with texts and numbers")
             chosen = chosen[chosen[column].isin([each if isinstance(each, str) else float(each) for each in values])]
         if chosen.empty:
-            given = " and ".join(f"{name} = {_either(value)}" for name, value in wanted.items())
+            given = " and ".join(f"{name} = {_either(values)}" for name, values in asked.items())
             raise HeadgramError(f"{self.results} holds no model with {given}")
         return type(self)(self.results, frozenset(chosen["model"]))
 
@@ -268,7 +268,6 @@ def _parts_of(merged: Path, modified: int) -> frozenset[str]:
     return frozenset(part.key for parts in read_record(merged).stages.values() for part in parts.values())
 
 
-def _either(wanted: object) -> str:
+def _either(values: list[Any]) -> str:
     """What a filter asks for, as people write it: `--where` gives a number also as its text."""
-    values = wanted if isinstance(wanted, list | tuple | set) else [wanted]
     return " or ".join(dict.fromkeys(f"{value:g}" if isinstance(value, float) else str(value) for value in values))

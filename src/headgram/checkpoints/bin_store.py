@@ -16,7 +16,7 @@ from torch import Tensor
 from headgram.checkpoints.homes import Homes
 from headgram.checkpoints.local_file import LocalFile
 from headgram.checkpoints.pickle_table import StoredTensor, read_table, read_tensor
-from headgram.checkpoints.stores import Piece, TensorStore, bytes_of, word_of
+from headgram.checkpoints.stores import Kept, Piece, TensorStore, bytes_of, word_of
 from headgram.errors import HeadgramError
 from headgram.families.layouts import Cut
 
@@ -112,7 +112,7 @@ class BinStore(TensorStore):
             archive = Archive(LocalFile(path), path)
             places[file] = {name: (archive, tensor) for name, tensor in archive.table().items()}
         self._home = Homes(places, index)
-        self._kept: dict[Piece, Tensor] = {}
+        self._kept = Kept(self._read)
 
     def __contains__(self, name: str) -> bool:
         return name in self._home
@@ -133,14 +133,13 @@ class BinStore(TensorStore):
         return math.prod(self._tensor(name).shape) * self._tensor(name).dtype.itemsize
 
     def keep(self, pieces: Iterable[Piece]) -> None:
-        self._kept.clear()
-        self._kept.update((piece, self._read(*piece)) for piece in pieces)
+        self._kept.keep(pieces)
 
     def raw(self, name: str, cut: Cut | None = None) -> memoryview:
-        return bytes_of(self._kept[name, cut] if (name, cut) in self._kept else self._read(name, cut))
+        return bytes_of(self._kept.look(name, cut))
 
     def part(self, name: str, cut: Cut | None = None) -> Tensor:
-        return self._kept.pop((name, cut)) if (name, cut) in self._kept else self._read(name, cut)
+        return self._kept.take(name, cut)
 
     def _read(self, name: str, cut: Cut | None) -> Tensor:
         archive, stored = self._home[name]

@@ -15,7 +15,7 @@ from torch import Tensor
 from headgram.checkpoints.gguf_check import LONG, array_bytes, check_header
 from headgram.checkpoints.homes import Homes
 from headgram.checkpoints.local_file import LocalFile
-from headgram.checkpoints.stores import Piece, TensorStore
+from headgram.checkpoints.stores import Kept, Piece, TensorStore
 from headgram.errors import HeadgramError
 from headgram.families.layouts import Cut
 
@@ -50,7 +50,7 @@ class GgufStore(TensorStore):
                 raise HeadgramError(f"{path} is not a whole GGUF file ({error}): fetch it again") from None
             parts[name] = {tensor.name: (LocalFile(path), tensor) for tensor in reader.tensors}
         self._tensors = Homes(parts)
-        self._kept: dict[Piece, Any] = {}
+        self._kept: Kept[Any] = Kept(self._stored)
 
     def _add(self, key: str, value: Any, path: Path) -> None:
         """Take metadata of a part; parts may repeat it, but differ only in which part they are."""
@@ -76,16 +76,13 @@ class GgufStore(TensorStore):
         return int(self._tensors[name][1].n_bytes)
 
     def keep(self, pieces: Iterable[Piece]) -> None:
-        self._kept.clear()
-        self._kept.update((piece, self._stored(*piece)) for piece in pieces)
+        self._kept.keep(pieces)
 
     def raw(self, name: str, cut: Cut | None = None) -> memoryview:
-        stored = self._kept[name, cut] if (name, cut) in self._kept else self._stored(name, cut)
-        return memoryview(stored.view("uint8").reshape(-1))
+        return memoryview(self._kept.look(name, cut).view("uint8").reshape(-1))
 
     def read(self, name: str, cut: Cut | None = None) -> Tensor:
-        stored = self._kept.pop((name, cut)) if (name, cut) in self._kept else self._stored(name, cut)
-        return self._values(name, stored).reshape(-1, *self.shape(name)[1:])
+        return self._values(name, self._kept.take(name, cut)).reshape(-1, *self.shape(name)[1:])
 
     def slices(self, name: str, rows: int) -> Iterator[Tensor]:
         count = self.shape(name)[0]

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator
-from typing import Any, Protocol, Self
+from collections.abc import Callable, Collection, Iterable, Iterator
+from typing import Any, Generic, Protocol, Self, TypeVar
 
 import torch
 from torch import Tensor
@@ -32,6 +32,7 @@ FLOATS = ("F64", "F32", "F16", "BF16")
 
 #: A tensor's name, and the rows or columns that are meant; None for all of it.
 Piece = tuple[str, Cut | None]
+Stored = TypeVar("Stored")
 
 
 class TensorStore(Protocol):
@@ -85,6 +86,27 @@ class TensorStore(Protocol):
     def __enter__(self) -> Self: ...
 
     def __exit__(self, *exc: object) -> None: ...
+
+
+class Kept(Generic[Stored]):
+    """What is stored of pieces, read by `read` before it is asked for, or when it is."""
+
+    def __init__(self, read: Callable[[str, Cut | None], Stored]) -> None:
+        self._read = read
+        self._kept: dict[Piece, Stored] = {}
+
+    def keep(self, pieces: Iterable[Piece]) -> None:
+        """As of `TensorStore`."""
+        self._kept.clear()
+        self._kept.update((piece, self._read(*piece)) for piece in pieces)
+
+    def look(self, name: str, cut: Cut | None) -> Stored:
+        """What is stored; it stays in memory, if it was kept."""
+        return self._kept[name, cut] if (name, cut) in self._kept else self._read(name, cut)
+
+    def take(self, name: str, cut: Cut | None) -> Stored:
+        """What is stored, no longer kept."""
+        return self._kept.pop((name, cut)) if (name, cut) in self._kept else self._read(name, cut)
 
 
 def cut_of(tensor: Tensor, cut: Cut | None) -> Tensor:

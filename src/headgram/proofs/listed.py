@@ -5,6 +5,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,12 @@ import torch
 from torch import nn
 
 from headgram.errors import HeadgramError
-from headgram.proofs.shrink import LARGEST_MODEL, SEED, tiny_data, tiny_overrides
+from headgram.proofs.shrink import LARGEST_MODEL, SEED, tiny_data
 
 NO_FLAGS: Mapping[str, bool] = {}
+
+#: Sections of text models in two halves.
+_HALVES = ("encoder", "decoder")
 
 _HEADS_ON_TOP = (
     "MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING",
@@ -34,7 +38,7 @@ def listed_models(model_type: str, flags: Mapping[str, bool] = NO_FLAGS) -> Iter
 
     entry = tiny_data()["types"].get(model_type, {})
     for shape in entry.get("shapes", tiny_data()["shapes"]):
-        config = AutoConfig.for_model(model_type, **tiny_overrides(model_type, {**shape, **flags}, entry))
+        config = AutoConfig.for_model(model_type, **_overrides(model_type, {**shape, **flags}, entry))
         config._attn_implementation = config._experts_implementation = "eager"
         mappings = [modeling_auto.MODEL_MAPPING, *(getattr(modeling_auto, name) for name in _HEADS_ON_TOP)]
         classes = [mapping[type(config)] for mapping in mappings if type(config) in mapping]
@@ -50,6 +54,27 @@ def listed_models(model_type: str, flags: Mapping[str, bool] = NO_FLAGS) -> Iter
                 for weight in model.parameters():
                     weight.normal_(0, 0.2)
             yield model, entry
+
+
+def _overrides(model_type: str, shape: Mapping[str, Any], entry: Mapping[str, Any]) -> dict[str, Any]:
+    """The overrides that make a type's configuration tiny, in its sections too."""
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    own = entry.get("config", {})
+    cls = CONFIG_MAPPING[model_type]
+    sub_configs = getattr(cls, "sub_configs", {})
+    kinds = tiny_data()["two_kinds"]
+    sizes = {name: value for name, value in shape.items() if name not in sub_configs}
+    small = {**tiny_data()["common"], **(kinds["config"] if model_type in kinds["types"] else {}), **sizes}
+    vision = tiny_data()["vision"]
+    sections = {
+        name: {**(small if "text" in name or name in _HALVES else vision), **own.get(name, {}), **shape.get(name, {})}
+        for name in sub_configs
+        if own.get(name) != "null"
+    }
+    known = {item.name for item in fields(cls)} | set(cls.attribute_map)
+    chosen = {**{name: value for name, value in small.items() if name in known}, **own, **sections}
+    return {name: None if value == "null" else value for name, value in chosen.items()}
 
 
 @contextmanager

@@ -70,8 +70,6 @@ _NEVER_NONE = {
     "num_local_experts": 4,
     "prediction_length": 4,
 }
-#: Sections of text models in two halves.
-_HALVES = ("encoder", "decoder")
 LARGEST_MODEL = 20_000_000
 SEED = 0
 _TOKENS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
@@ -155,27 +153,6 @@ def _small(config_class: Any, shape: Mapping[str, int], way: Way, other: bool) -
 def tiny_data() -> dict[str, Any]:
     """What `tiny_models.toml` says."""
     return tomllib.loads((files("headgram.proofs") / "tiny_models.toml").read_text(encoding="utf-8"))
-
-
-def tiny_overrides(model_type: str, shape: Mapping[str, Any], entry: Mapping[str, Any]) -> dict[str, Any]:
-    """The overrides that make a type's configuration tiny, in its sections too."""
-    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
-
-    own = entry.get("config", {})
-    cls = CONFIG_MAPPING[model_type]
-    sub_configs = getattr(cls, "sub_configs", {})
-    kinds = tiny_data()["two_kinds"]
-    sizes = {name: value for name, value in shape.items() if name not in sub_configs}
-    small = {**tiny_data()["common"], **(kinds["config"] if model_type in kinds["types"] else {}), **sizes}
-    vision = tiny_data()["vision"]
-    sections = {
-        name: {**(small if "text" in name or name in _HALVES else vision), **own.get(name, {}), **shape.get(name, {})}
-        for name in sub_configs
-        if own.get(name) != "null"
-    }
-    known = {item.name for item in fields(cls)} | set(cls.attribute_map)
-    chosen = {**{name: value for name, value in small.items() if name in known}, **own, **sections}
-    return {name: None if value == "null" else value for name, value in chosen.items()}
 
 
 @contextmanager
