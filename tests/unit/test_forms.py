@@ -18,6 +18,7 @@ from headgram.geometry import inner, routes
 from headgram.geometry.inner import inner_products
 from headgram.geometry.scores import layer_scores
 from headgram.geometry.spectra import spectra
+from headgram.geometry.triangles import triangles
 
 pytestmark = pytest.mark.usefixtures("both_ways")
 
@@ -105,7 +106,7 @@ def test_compositions_are_inner_products_of_symmetric_forms(heads, route):
 
 def right_gram(heads: Heads) -> Heads:
     """The forms `X^T X`, one factor each."""
-    return Heads.symmetric(transforms.triangles(heads.a)[heads.reads_a] @ heads.right().double())
+    return Heads.symmetric(triangles(heads.a)[heads.reads_a] @ heads.right().double())
 
 
 def size(heads: Heads) -> np.ndarray:

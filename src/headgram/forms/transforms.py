@@ -9,9 +9,6 @@ from torch import Tensor
 from headgram.forms.heads import Heads
 from headgram.forms.reading import Frame, Norm, Rotary
 
-#: Smallest pivot of unit rows with which Cholesky's factorisation is trusted.
-_PIVOT = 0.05
-
 
 def transposed(heads: Heads) -> Heads:
     """The forms `X^T = B^T A`."""
@@ -121,27 +118,3 @@ def difference(one: Heads, other: Heads) -> Heads:
     a = torch.cat([one.left().double(), other.left().double()], 1)
     b = torch.cat([one.right().double(), -other.right().double()], 1)
     return Heads(a, b, torch.arange(len(one)), torch.arange(len(one)))
-
-
-@torch.no_grad()
-def triangles(factors: Float[Tensor, "n rank width"]) -> Float[Tensor, "n m rank"]:
-    """`R` of every thin QR factorisation `W^T = U R`, `m = min(r, width)` rows, float64; signs of rows are arbitrary.
-
-    Of rows that are far from dependent by Cholesky's factorisation of `W W^T`, which is many times faster.
-    """
-    wide = factors.double()
-    upper: Tensor
-    if factors.shape[1] > factors.shape[2]:
-        upper = torch.linalg.qr(wide.mT, mode="r")[1]
-        return upper
-    gram = wide @ wide.mT
-    lengths = gram.diagonal(dim1=1, dim2=2).sqrt()
-    unit = lengths.where(lengths > 0, 1)
-    upper, failed = torch.linalg.cholesky_ex(gram / unit[:, :, None] / unit[:, None], upper=True)
-    # Rounding grows with the inverse square of the smallest pivot; squares of such lengths neither over- nor underflow.
-    ordinary = ((lengths > 1e-100) & (lengths < 1e100)).all(-1)
-    rough = (failed != 0) | ~(upper.diagonal(dim1=1, dim2=2).amin(-1) > _PIVOT) | ~ordinary
-    upper = upper * unit[:, None]
-    if bool(rough.any()):
-        upper[rough] = torch.linalg.qr(wide[rough].mT, mode="r")[1]
-    return upper

@@ -39,13 +39,15 @@ from torch import Tensor
 
 from headgram.forms.heads import Heads, below, read
 from headgram.forms.reading import Rotary
-from headgram.forms.transforms import product, transposed, triangles, with_orthonormal_left
+from headgram.forms.transforms import product, transposed, with_orthonormal_left
 from headgram.geometry.batches import PIECE_BYTES, in_batches
 from headgram.geometry.eigenvalues import ZERO, Eigenvalues, eigenvalues
+from headgram.geometry.float32 import whole_float32
 from headgram.geometry.inner import inner_products
 from headgram.geometry.nulls import Energies
 from headgram.geometry.ratios import ratio
 from headgram.geometry.spectra import signs
+from headgram.geometry.triangles import own_products, triangles
 
 #: What the later head does with what it reads, and the circuit whose forms say so.
 KINDS = {"q": "qk", "k": "qk", "v": "ov"}
@@ -122,6 +124,7 @@ def joined(parts: Sequence[Ends]) -> Ends:
     )
 
 
+@whole_float32()
 def _ends(heads: Heads, rotary: Rotary | None = None) -> Ends:
     """`X^T X` of every form `X = A^T B`, or its mean over offsets: from factors `L B`, where `L^T L` is `A A^T`, or its mean."""
 
@@ -130,11 +133,11 @@ def _ends(heads: Heads, rotary: Rotary | None = None) -> Ends:
         roots = triangles(some.a) if rotary is None else _mean_roots(rotary.scaled(some.a), rotary)
         b = some.b.double()
         roots = roots[some.reads_a.to(heads.device)]
-        small = roots @ (b @ b.mT)[some.reads_b.to(heads.device)] @ roots.mT
+        small = roots @ own_products(b)[some.reads_b.to(heads.device)] @ roots.mT
         trace = small.diagonal(dim1=1, dim2=2).sum(-1)
         unit = ratio(torch.ones_like(trace), trace.sqrt())
         roots = unit[:, None, None] * roots
-        forms = Heads.symmetric((roots @ read(b, some.reads_b)).float())
+        forms = Heads.symmetric(roots.float() @ read(some.b.float(), some.reads_b))
         return Ends(forms, small.square().sum((-1, -2)) * unit**4, roots, heads.b, heads.reads_b[run])
 
     step = max(1, PIECE_BYTES[heads.device.type] // (8 * heads.rank * max(heads.widths)))
@@ -182,7 +185,7 @@ def scores(readers: Ends, writers: Ends) -> Float[Tensor, "readers writers"]:
     >>> scores(reads("k", qk(*weights[:2])), writes(ov(*weights[2:]))).shape
     torch.Size([6, 6])
     """
-    squares = inner_products(readers.forms, writers.forms).gram
+    squares = inner_products(readers.forms, writers.forms, norms_sq=(readers.purity, writers.purity)).gram
     weak = squares < _WEAK * (readers.purity[:, None] * writers.purity).sqrt()
     step = max(1, PIECE_BYTES[squares.device.type] // (8 * (readers.forms.a[0].numel() + writers.forms.a[0].numel())))
     for i, j in (some.T for some in weak.nonzero().split(step)):

@@ -34,7 +34,11 @@ _NORMS = 1e-15, 1e15
 #: Bytes of float64 working memory; a constant, so that the blocking does not depend on the machine.
 EXACT_BYTES = {"cpu": 512 * 2**20, "cuda": 8 * 2**30}
 
+#: A norm further from 1 than by this factor is scaled: products of four then neither over- nor underflow.
+_FAR = 2.0**8
+
 Precision = Literal["auto", "float64"]
+Norms = tuple[Float[Tensor, " n_x"], Float[Tensor, " n_y"]]
 
 
 @dataclass(frozen=True)
@@ -63,7 +67,7 @@ class InnerProducts:
 
 @torch.no_grad()
 @whole_float32()
-def inner_products(x: Heads, y: Heads, precision: Precision = "auto") -> InnerProducts:
+def inner_products(x: Heads, y: Heads, precision: Precision = "auto", norms_sq: Norms | None = None) -> InnerProducts:
     """Inner products of every form of `x` with every form of `y`.
 
     Parameters
@@ -73,6 +77,8 @@ def inner_products(x: Heads, y: Heads, precision: Precision = "auto") -> InnerPr
     precision
         `float64`, or `auto`: float32 where weights are no wider and no form is too small for it. The error is then
         below `1e-6 ‖X‖ ‖Y‖`.
+    norms_sq
+        `‖X‖²` and `‖Y‖²` of all forms, float64, where the caller knows them.
 
     Raises
     ------
@@ -98,7 +104,8 @@ def inner_products(x: Heads, y: Heads, precision: Precision = "auto") -> InnerPr
         some = x if run == slice(0, len(x)) else x.take(run)
         if precision == "float64" or wide > 4:
             return _Part(_in_float64(some, y, route), *(torch.ones(len(each), dtype=torch.bool) for each in (some, y)))
-        return _in_float32(some, y, route, torch.bfloat16 if tensor_cores else torch.float32)
+        norms = norms_sq and (norms_sq[0][run], norms_sq[1])
+        return _in_float32(some, y, route, torch.bfloat16 if tensor_cores else torch.float32, norms)
 
     parts = list(in_batches(range(len(x)), len(x), measure))  # in pieces only where memory runs out
     gram, transposed = (torch.cat(values) for values in zip(*(part.inner for part in parts), strict=True))
@@ -165,14 +172,14 @@ def _exact(heads: Heads) -> Heads:
 
 
 class _Scaled(NamedTuple):
-    """Forms of factors that are each divided by the power of two below their Frobenius norm.
+    """Forms of factors that are each divided by the power of two below their Frobenius norm, where that is far from 1.
 
     In float32; in bfloat16, where that is multiplied with float32 results.
     """
 
     heads: Heads
     unit: Float[Tensor, " n"]  # of each form, the product of those powers, float64
-    norm: Float[Tensor, " n"]  # `‖A‖ ‖B‖` after it, between 1 and 4, or 0; NaN where it is not known; float64
+    norm: Float[Tensor, " n"]  # `‖A‖ ‖B‖` after it; NaN where it is not known; float64
 
 
 def _scaled(heads: Heads, dtype: torch.dtype) -> _Scaled:
@@ -185,25 +192,30 @@ def _scaled(heads: Heads, dtype: torch.dtype) -> _Scaled:
 def _scaled_factors(
     factors: Float[Tensor, "n rank width"], dtype: torch.dtype
 ) -> tuple[Float[Tensor, "n rank width"], Float[Tensor, " n"], Float[Tensor, " n"]]:
-    wide = factors.to(dtype)
-    norm = torch.linalg.vector_norm(wide, dim=(-1, -2), dtype=torch.float32)
-    alive = (wide != 0).any(-1).any(-1) if at_once(wide.device) or bool((norm < _NORMS[0]).any()) else norm > 0
+    norm = torch.linalg.vector_norm(factors, dim=(-1, -2), dtype=torch.float32)
+    alive = (factors != 0).any(-1).any(-1) if at_once(factors.device) or bool((norm < _NORMS[0]).any()) else norm > 0
     # Where squares may under- or overflow, no norm is known; nothing is accurate then.
     norm = norm.double().where(~alive | ((norm > _NORMS[0]) & (norm < _NORMS[1])), torch.nan)
-    unit = torch.ldexp(torch.ones_like(norm), norm.log2().floor().where(norm > 0, 0))
-    return wide * (1 / unit).to(wide.dtype)[:, None, None], unit, norm / unit
+    unit = torch.ldexp(torch.ones_like(norm), norm.log2().floor().where((norm > 0) & ~((norm > 1 / _FAR) & (norm < _FAR)), 0))
+    if not at_once(factors.device) and bool((unit == 1).all()):
+        return factors.to(dtype), unit, norm
+    return factors * (1 / unit).to(dtype)[:, None, None], unit, norm / unit
 
 
-def _in_float32(x: Heads, y: Heads, route: Route, dtype: torch.dtype) -> _Part:
+def _in_float32(x: Heads, y: Heads, route: Route, dtype: torch.dtype, norms_sq: Norms | None) -> _Part:
     """Products in float32 of weights in `dtype`; rows and columns of heads for which that is not accurate, in float64."""
     same = x is y
     of_x = _scaled(x, dtype)
     of_y = of_x if same else _scaled(y, dtype)
     inner = _multiplied(of_x.heads, of_y.heads, route)
-    norms_sq = [inner.gram.diagonal()] if same else [_norms_sq(of_x.heads), _norms_sq(of_y.heads)]
+    scaled = (of_x,) if same else (of_x, of_y)
+    if norms_sq:
+        norms = [norm_sq / each.unit.square() for norm_sq, each in zip(norms_sq, scaled, strict=False)]
+    else:
+        norms = [inner.gram.diagonal()] if same else [_norms_sq(each.heads) for each in scaled]
     rough = [
         ~(norm_sq >= _SMALL**2 * each.norm.square() / each.heads.rank)  # also where one is not finite
-        for each, norm_sq in zip((of_x, of_y), norms_sq, strict=False)
+        for each, norm_sq in zip(scaled, norms, strict=True)
     ]
     of_both = torch.cat(rough).cpu()  # which a GPU is waited for
     rough_x, rough_y = of_both[: len(x)], of_both[-len(y) :]

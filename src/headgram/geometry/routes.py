@@ -19,15 +19,15 @@ tensor cores deliver them in; sums of them are cut into pieces that the device a
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from functools import cache
 from typing import NamedTuple
 
-import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from headgram.forms.heads import Heads
+from headgram.forms.heads import Heads, read
 from headgram.geometry.batches import at_once
 from headgram.geometry.costs import TRIANGLE
 
@@ -37,7 +37,7 @@ PRODUCT_BYTES = {"cpu": 256 * 2**20, "cuda": 2 * 2**30}
 STRIP_BYTES = {"cpu": 24 * 2**20, "cuda": 512 * 2**20}
 
 #: On a GPU or by several threads, so many long vectors of a set at a time are multiplied with themselves and all that follow.
-_TRIANGLE_ROWS = 128
+_TRIANGLE_ROWS = {"cpu": 64, "cuda": 128}
 
 #: Terms that one product sums in its own precision. Most of BLAS on a CPU cuts sums into a few hundred terms itself. Where it
 #: does not, as for few rows without AVX-512, 8,192 positive terms are off by 1e-7 of their sum, and 16,384 by twice as much.
@@ -148,62 +148,48 @@ def by_strips(x: Heads, y: Heads) -> Inner:
     symmetric = x.is_symmetric and y.is_symmetric
     padded_x, padded_y = (len(heads) if at_once(x.device) else _padded(len(heads)) for heads in (x, y))
     rows = (padded_x if same else padded_x + padded_y) * (1 if symmetric else 2)
-    width = x.widths[0]
-    size = _block(STRIP_BYTES[x.device.type] // (rows * max(4, x.a.itemsize)), width)
+    most = STRIP_BYTES[x.device.type] // (rows * max(4, x.a.itemsize))
+    size = _block(most if at_once(x.device) else min(most, _TERMS["cpu"]), x.widths[0])
     blocks_x = _Blocks(x, size, padded_x, symmetric)
     blocks_y = blocks_x if same else _Blocks(y, size, padded_y, symmetric)
-    even = torch.zeros(padded_x, padded_y, dtype=torch.float64, device=x.device)
-    odd = torch.zeros_like(even)
-    for i in range(0, width, size):
-        for j in range(i, width, size):
-            even_x, odd_x = blocks_x.parts(i, j)
-            even_y, odd_y = (even_x, odd_x) if same else blocks_y.parts(i, j)
-            share = 1.0 if i == j else 2.0  # a block off the diagonal stands for its mirror too
-            if symmetric:
-                even.add_(_summed(even_x, even_y), alpha=share)
-                continue
-            share /= 4  # both parts are twice theirs
-            even.add_(_summed(even_x, even_y), alpha=share)
-            odd.add_(_summed(odd_x, odd_y), alpha=share)
+    sums = _Sums(blocks_x, blocks_y)
+    for block in _upper(blocks_x.pieces):
+        of_x = blocks_x.parts(block)
+        sums.add(of_x, of_x if same else blocks_y.parts(block), 1.0 if block.is_diagonal else 2.0)
+    inner = sums.total[:, : len(x), : len(y)]
     if same:
-        even, odd = (whole.triu() + whole.triu(1).mT for whole in (even, odd))
-    return Inner((even + odd)[: len(x), : len(y)], (even - odd)[: len(x), : len(y)])
+        inner = inner.triu() + inner.triu(1).mT
+    if symmetric:
+        return Inner(inner[0], inner[0])
+    even, odd = inner / 4  # both parts are twice theirs
+    return Inner(even + odd, even - odd)
 
 
-def _summed(x: Float[Tensor, "padded_x block"], y: Float[Tensor, "padded_y block"]) -> Float[Tensor, "padded_x padded_y"]:
-    """`x y^T`; of `x` with itself, only what lies on and above the diagonal counts.
+class _Block(NamedTuple):
+    """A block of a form: some rows of one piece of its width, some columns of another."""
 
-    With several threads all is left to torch's BLAS: threads of two libraries would wait for each other.
-    """
-    if x is not y:
-        return _summed_whole(x, y)
-    if not at_once(x.device) and torch.get_num_threads() == 1:
-        return _summed_triangle(x)
-    total = torch.zeros(len(x), len(x), dtype=torch.float64, device=x.device)
-    for start in range(0, len(x), _TRIANGLE_ROWS):
-        total[start : start + _TRIANGLE_ROWS, start:] = _summed_whole(x[start : start + _TRIANGLE_ROWS], x[start:])
-    return total
+    i: int
+    rows: slice
+    j: int
+    columns: slice
 
-
-def _summed_triangle(x: Float[Tensor, "padded block"]) -> Float[Tensor, "padded padded"]:
-    """The upper triangle of `x x^T`, by BLAS' routine for that: torch calls none."""
-    from scipy.linalg.blas import dsyrk, ssyrk  # costs time where nothing is multiplied
-
-    syrk = ssyrk if x.dtype == torch.float32 else dsyrk
-    pieces = x.numpy().T  # BLAS' matrices are transposed
-    total = np.zeros((len(x), len(x)))
-    for start in range(0, x.shape[1], _TERMS["cpu"]):
-        total += syrk(1.0, pieces[start : start + _TERMS["cpu"]], trans=1)
-    return torch.from_numpy(total)
+    @property
+    def is_diagonal(self) -> bool:
+        """Whether the block is its own mirror; any other stands for its mirror too."""
+        return self.i == self.j and self.rows == self.columns
 
 
-def _summed_whole(x: Float[Tensor, "some block"], y: Float[Tensor, "more block"]) -> Float[Tensor, "some more"]:
-    """`x y^T`, long sums in float64: in float32 the rounding of 65,000 positive terms would show."""
-    terms = _TERMS[x.device.type]
-    whole = x.shape[1] - x.shape[1] % terms
-    pieces_x, pieces_y = (side[:, :whole].unflatten(1, (-1, terms)).transpose(0, 1) for side in (x, y))
-    total: Tensor = (pieces_x @ pieces_y.mT).sum(0, dtype=torch.float64)
-    return total + x[:, whole:] @ y[:, whole:].mT
+def _upper(pieces: list[slice]) -> Iterator[_Block]:
+    """Blocks on and above the diagonal. One on it holds all twice: it is cut in four, and its lower left part is left out."""
+    whole = [slice(0, piece.stop - piece.start) for piece in pieces]
+    for i, rows in enumerate(whole):
+        half = 16 * math.ceil(rows.stop / 32)
+        if half < rows.stop:
+            first, second = slice(0, half), slice(half, rows.stop)
+            yield from (_Block(i, first, i, first), _Block(i, first, i, second), _Block(i, second, i, second))
+        else:
+            yield _Block(i, rows, i, rows)
+        yield from (_Block(i, rows, j, whole[j]) for j in range(i + 1, len(whole)))
 
 
 class _Blocks:
@@ -213,45 +199,98 @@ class _Blocks:
     """
 
     def __init__(self, heads: Heads, size: int, padded: int, alone: bool) -> None:
+        width = heads.widths[0]
+        self.pieces = [slice(start, min(start + size, width)) for start in range(0, width, size)]
+        # Each piece by itself, so that what is multiplied lies together in memory.
+        self._a = [read(heads.a[:, :, piece].contiguous(), heads.reads_a) for piece in self.pieces]
+        self._b = self._a
+        if not heads.is_symmetric:
+            self._b = [read(heads.b[:, :, piece].contiguous(), heads.reads_b) for piece in self.pieces]
         self._alone = alone
-        self._a = heads.left()
-        self._b = self._a if heads.is_symmetric else heads.right()
-        self._heads, self._width, self._size = len(heads), heads.widths[0], size
-        last = self._width % size or size
-        dtype = torch.promote_types(heads.b.dtype, torch.float32)
-        self._memory = {
-            (rows, columns): heads.b.new_zeros(1 if alone else 2, padded, rows * columns, dtype=dtype)
-            for rows in {min(size, self._width), last}
-            for columns in {min(size, self._width), last}
-        }
+        self.shape = (1 if alone else 2, padded)
+        self._heads = len(heads)
+        self._memory: dict[tuple[int, int], Tensor] = {}
+        self.empty = heads.b.new_empty(0, dtype=torch.promote_types(heads.b.dtype, torch.float32))
 
-    def parts(self, i: int, j: int) -> tuple[Float[Tensor, "padded block"], Float[Tensor, "padded block"]]:
-        """Twice the symmetric and (up to sign) twice the antisymmetric part at rows `i…`, columns `j…`, flattened.
+    def parts(self, at: _Block) -> Float[Tensor, "parts padded block"]:
+        """Twice the symmetric and (up to sign) twice the antisymmetric part at a block, flattened.
 
-        Of symmetric forms alone, the block itself, for both.
+        Of symmetric forms alone, the block itself.
         """
-        a, b = self._a, self._b
-        rows, columns = slice(i, min(i + self._size, self._width)), slice(j, min(j + self._size, self._width))
-        x, *mirrors = self._memory[rows.stop - i, columns.stop - j]
-        shape = (self._heads, rows.stop - i, columns.stop - j)
-        block = x[: self._heads].view(shape)
-        multiplied(a[:, :, rows].mT, b[:, :, columns], out=block)
+        shape = (at.rows.stop - at.rows.start, at.columns.stop - at.columns.start)
+        elements = math.prod(shape)
+        if shape not in self._memory:
+            # Rows a multiple of 4 KiB apart compete for the same places of the cache, so such rows get a few zeros more.
+            self._memory[shape] = self.empty.new_zeros(*self.shape, elements + (0 if elements % 1024 else 16))
+        memory = self._memory[shape]
+        block, *mirrors = memory[:, : self._heads, :elements].unflatten(2, shape)
+        multiplied(self._a[at.i][:, :, at.rows].mT, self._b[at.j][:, :, at.columns], out=block)
         if self._alone:
-            return x, x
-        (y,) = mirrors
-        mirror = y[: self._heads].view(shape)
-        if i == j:
+            return memory
+        (mirror,) = mirrors
+        if at.is_diagonal:
             mirror.copy_(block.mT)
         else:
-            multiplied(b[:, :, rows].mT, a[:, :, columns], out=mirror)
-        x.add_(y)
-        torch.sub(x, y, alpha=2, out=y)
-        return x, y
+            multiplied(self._b[at.i][:, :, at.rows].mT, self._a[at.j][:, :, at.columns], out=mirror)
+        block.add_(mirror)
+        torch.sub(block, mirror, alpha=2, out=mirror)
+        return memory
+
+
+class _Sums:
+    """Sums of `share x y^T` over blocks, in float64; of a set with itself, only what lies on and above the diagonal counts."""
+
+    def __init__(self, x: _Blocks, y: _Blocks) -> None:
+        (parts, rows), (_, columns) = x.shape, y.shape
+        self.total = x.empty.new_zeros(parts, rows, columns, dtype=torch.float64)
+        self._products = x.empty.new_empty(parts * rows * columns)  # of one block, in memory that is used again
+
+    def add(self, x: Float[Tensor, "parts padded_x block"], y: Float[Tensor, "parts padded_y block"], share: float) -> None:
+        """Add a block's products."""
+        if x is not y:
+            self._add(x, y, share)
+        elif not at_once(x.device) and torch.get_num_threads() == 1:
+            self._add_triangles(x, share)
+        else:  # by torch's BLAS: with several threads, those of two libraries would wait for each other
+            step = _TRIANGLE_ROWS[x.device.type]
+            for start in range(0, x.shape[1], step):
+                self._add(x[:, start : start + step], x[:, start:], share, start)
+
+    def _add(
+        self, x: Float[Tensor, "parts some block"], y: Float[Tensor, "parts more block"], share: float, start: int = 0
+    ) -> None:
+        """Add the products of both from row and column `start` on."""
+        shape = len(x), x.shape[1], y.shape[1]
+        if x.shape[2] <= _TERMS[x.device.type]:
+            products = torch.bmm(x, y.mT, out=self._products[: math.prod(shape)].view(shape))
+        else:
+            products = torch.stack([_long_sums(*part) for part in zip(x, y, strict=True)])
+        self.total[:, start : start + shape[1], start : start + shape[2]].add_(products, alpha=share)
+
+    def _add_triangles(self, x: Float[Tensor, "parts padded block"], share: float) -> None:
+        """Add the upper triangles of `x x^T`, by BLAS' routine for that: torch calls none."""
+        from scipy.linalg.blas import dsyrk, ssyrk  # costs time where nothing is multiplied
+
+        syrk = ssyrk if x.dtype == torch.float32 else dsyrk
+        for total, products, part in zip(self.total, self._products.view_as(self.total), x, strict=True):
+            # BLAS' matrices are transposed: it writes what is the upper triangle here.
+            syrk(1.0, part.numpy().T, trans=1, lower=1, c=products.numpy().T, overwrite_c=1)
+            total.add_(products, alpha=share)
+
+
+def _long_sums(x: Float[Tensor, "some block"], y: Float[Tensor, "more block"]) -> Float[Tensor, "some more"]:
+    """`x y^T`, long sums in float64: in float32 the rounding of 65,000 positive terms would show."""
+    terms = _TERMS[x.device.type]
+    whole = x.shape[1] - x.shape[1] % terms
+    pieces_x, pieces_y = (side[:, :whole].unflatten(1, (-1, terms)).transpose(0, 1) for side in (x, y))
+    total: Tensor = (pieces_x @ pieces_y.mT).sum(0, dtype=torch.float64)
+    return total + x[:, whole:] @ y[:, whole:].mT
 
 
 def _block(elements: int, width: int) -> int:
-    """The side of a square block of at most about so many elements; the width is cut into nearly equal blocks."""
-    count = math.ceil(width / max(16, math.isqrt(elements)))
+    """The side of a square block of at most so many elements, but at least 16; the width is cut into nearly equal blocks."""
+    most = 16 * max(1, math.isqrt(elements) // 16)
+    count = math.ceil(width / most)
     return min(width, 16 * math.ceil(width / count / 16))
 
 

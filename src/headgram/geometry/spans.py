@@ -22,11 +22,11 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from headgram.forms.heads import Heads, below
-from headgram.forms.transforms import triangles
 from headgram.geometry.batches import PIECE_BYTES, in_batches
 from headgram.geometry.inner import inner_products
 from headgram.geometry.nulls import Energies, deviations
 from headgram.geometry.ratios import ratio
+from headgram.geometry.triangles import triangles
 
 #: Diagonals of triangles below this share of the largest say that rows are nearly dependent.
 _PIVOT = 1e-3

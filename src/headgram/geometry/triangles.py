@@ -58,17 +58,41 @@ class Triangles:
 
 def products(b: Float[Tensor, "heads rank hidden"], a: Float[Tensor, "#heads rank hidden"]) -> Products:
     """The products that both spectra and their checks need."""
-    return Products(_with_itself(b), b @ unbatched(a).mT, _with_itself(a))
+    return Products(own_products(b), b @ unbatched(a).mT, own_products(a))
 
 
-def _with_itself(weights: Float[Tensor, "heads rank hidden"]) -> Float[Tensor, "heads rank rank"]:
-    """`W W^T`. On a CPU one triangle of it is computed, by BLAS' routine for that, which torch does not call."""
-    if at_once(weights.device):
+def own_products(weights: Float[Tensor, "n rank width"]) -> Float[Tensor, "n rank rank"]:
+    """`W W^T` of float64 weights. With one thread one triangle of it is computed, by BLAS' routine for that: torch calls none."""
+    if at_once(weights.device) or torch.get_num_threads() > 1:
         return weights @ weights.mT
-    from scipy.linalg.blas import dsyrk  # costs time where no spectrum is measured
+    from scipy.linalg.blas import dsyrk  # costs time where nothing is multiplied
 
     lower = torch.stack([torch.from_numpy(dsyrk(1.0, matrix.numpy().T, trans=1, lower=1)) for matrix in weights])
     return lower + lower.tril(-1).mT
+
+
+@torch.no_grad()
+def triangles(factors: Float[Tensor, "n rank width"]) -> Float[Tensor, "n m rank"]:
+    """`R` of every thin QR factorisation `W^T = U R`, `m = min(r, width)` rows, float64; signs of rows are arbitrary.
+
+    Of rows that are far from dependent by Cholesky's factorisation of `W W^T`, which is many times faster.
+    """
+    wide = factors.double()
+    upper: Tensor
+    if factors.shape[1] > factors.shape[2]:
+        upper = torch.linalg.qr(wide.mT, mode="r")[1]
+        return upper
+    gram = own_products(wide)
+    lengths = gram.diagonal(dim1=1, dim2=2).sqrt()
+    unit = lengths.where(lengths > 0, 1)
+    upper, failed = torch.linalg.cholesky_ex(gram / unit[:, :, None] / unit[:, None], upper=True)
+    # Rounding grows with the inverse square of the smallest pivot; squares of such lengths neither over- nor underflow.
+    ordinary = ((lengths > 1e-100) & (lengths < 1e100)).all(-1)
+    rough = (failed != 0) | ~(upper.diagonal(dim1=1, dim2=2).amin(-1) > _PIVOT) | ~ordinary
+    upper = upper * unit[:, None]
+    if bool(rough.any()):
+        upper[rough] = torch.linalg.qr(wide[rough].mT, mode="r")[1]
+    return upper
 
 
 def column_norms(

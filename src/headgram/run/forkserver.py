@@ -56,7 +56,7 @@ _LATER = (
 #: As Snakemake sets them for a job with one thread; libraries read them when they are loaded.
 _ONE_THREAD = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1")
 #: glibc: memory that a tensor frees is kept for the next. Mapped and zeroed anew, it would take a tenth of a job's time.
-_KEEP_MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**30)}
+KEEP_MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**30)}
 #: How many scripts may wait while the server is importing.
 _BACKLOG = 1024
 #: Bytes that a script may have held above what its copy began with, for the copy to run another one.
@@ -86,7 +86,7 @@ def start(keeps: bool = False) -> subprocess.Popen[bytes] | None:
             [sys.executable, "-P", "-m", "headgram.run.forkserver", str(listener.fileno()), "keeps" if keeps else ""],
             stdin=subprocess.PIPE,  # closed when this process ends, which tells the server
             pass_fds=[listener.fileno()],
-            env=_KEEP_MEMORY | os.environ | _ONE_THREAD,
+            env=KEEP_MEMORY | os.environ | _ONE_THREAD,
         )
         os.environ[_ADDRESS] = address
         return server
