@@ -159,12 +159,17 @@ sys.exit(code)
 
 @pytest.fixture(scope="module")
 def keeping(tmp_path_factory) -> Iterator[subprocess.Popen]:
-    """A server whose copies run several scripts, once it has imported all that it will."""
-    server = forkserver.start(keeps=True)
-    folder = tmp_path_factory.mktemp("scripts")
-    assert comes_true(lambda: copy_of(folder) == copy_of(folder))
+    """A server whose copies run several scripts."""
+    server = started_keeping(tmp_path_factory.mktemp("scripts"))
     yield server
     forkserver.stop(server)
+
+
+def started_keeping(folder: Path) -> subprocess.Popen:
+    """A server that has imported all that it will: from then on, its copies run several scripts."""
+    server = forkserver.start(keeps=True)
+    assert comes_true(lambda: copy_of(folder) == copy_of(folder))
+    return server
 
 
 def copy_of(folder: Path, body: str = "") -> int:
@@ -201,6 +206,20 @@ def test_a_kept_copy_is_killed_with_its_script_alone(keeping, tmp_path):
     psutil.Process(other).kill()
     assert comes_true(lambda: not is_alive(other))
     assert copy_of(tmp_path) != other
+
+
+def test_a_script_at_work_ends_well_though_the_server_is_killed(monkeypatch, tmp_path):
+    monkeypatch.delenv("HEADGRAM_FORKSERVER", raising=False)
+    server, pid, go = started_keeping(tmp_path), tmp_path / "pid", tmp_path / "go"
+    body = f"import time; Path({str(pid)!r}).write_text(str(os.getpid()))\nwhile not Path({str(go)!r}).exists(): time.sleep(0.01)"
+    process = started(tmp_path, body)
+    assert comes_true(lambda: pid.exists() and pid.read_text() != "")
+    server.kill()
+    server.wait()
+    go.touch()
+    assert process.communicate(timeout=120) == ("", "")
+    assert process.returncode == 0
+    assert comes_true(lambda: not is_alive(int(pid.read_text())))
 
 
 def test_a_record_counts_what_its_own_job_used(keeping, tmp_path):

@@ -237,12 +237,19 @@ def _work(control: socket.socket, client: socket.socket, on_interrupt: Any, keep
     """In a copy: run the script that a client asks for, and then those of further clients while `keeps`."""
     try:
         most = _peak() + _GROWTH
-        while _run(client, on_interrupt, lambda: keeps and _peak() < most and bool(control.send(b"-"))):
+        while _run(client, on_interrupt, lambda: keeps and _peak() < most and _waits(control)):
             _forget_job()
             _, (number,), _, _ = socket.recv_fds(control, 1, 1)  # of none, if the server has ended
             client = socket.socket(fileno=number)
     finally:
         os._exit(1)  # without the server's clean-up
+
+
+def _waits(control: socket.socket) -> bool:
+    """Tell the server that this copy waits for another script; False where the server is gone."""
+    with contextlib.suppress(OSError):
+        return bool(control.send(b"-"))
+    return False
 
 
 def _run(client: socket.socket, on_interrupt: Any, goes_on: Callable[[], bool]) -> bool:
