@@ -11,11 +11,13 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import multiprocessing
 import os
 import platform
 import sys
 import time
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType
@@ -24,6 +26,7 @@ import naive
 import torch
 
 from headgram.forms.circuits import ov, qk, shared_head
+from headgram.forms.heads import Heads
 from headgram.geometry.composition import reads, scores, writes
 from headgram.geometry.costs import Route, Sizes, cheapest, flops
 from headgram.geometry.inner import inner_products, sizes_of
@@ -246,6 +249,35 @@ def all_pairs_table(device: str, rounds: int) -> list[str]:
     return rows
 
 
+def whole_model(shape: Shape) -> Heads:
+    """All heads of a model's shape."""
+    return qk(*replace(shape, timed_heads=shape.heads, timed_layers=shape.layers).weights("cpu"))
+
+
+def side_by_side_table(rounds: int) -> list[str]:
+    """A row per shape: all pairs of two circuits at once, as the pipeline takes them on two cores: in two jobs, a thread each."""
+    rate = gemm_rate(torch.float32, "cpu", 1024)
+    rows = ["| shape | heads of both | both, s | share of the bare rate of two threads |", "|---|---|---|---|"]
+    for shape in SHAPES[:2]:
+        heads = whole_model(shape)
+        with ProcessPoolExecutor(2, mp_context=multiprocessing.get_context("spawn")) as jobs:
+            both = max(jobs.map(job, [shape] * 2, [rounds] * 2))
+        share = 2 * flops("strips", sizes_of(heads, heads)) / both / rate
+        rows.append(f"| {shape.name} | {2 * len(heads)} | {both:.2f} | {share:.0%} |")
+    return rows
+
+
+def job(shape: Shape, rounds: int) -> float:
+    """In a process of its own, with one thread: mean seconds of all pairs of a shape."""
+    set_threads(1)
+    heads = whole_model(shape)
+    inner_products(heads, heads)
+    start = time.perf_counter()
+    for _ in range(rounds):
+        inner_products(heads, heads)
+    return (time.perf_counter() - start) / rounds
+
+
 def composition_table(device: str, rounds: int) -> list[str]:
     """A row per shape: K-composition of all heads with all heads, against a loop over pairs, of which some are timed."""
     rate = gemm_rate(torch.float32, device, 1024)
@@ -292,6 +324,9 @@ def main() -> None:
             print(f"### Growth, {where}\n", *growth_table(device, arguments.rounds), sep="\n", end="\n\n")
         print(f"### Inner products, {where}\n", *pairs_table(device, arguments.rounds), sep="\n", end="\n\n", flush=True)
         print(f"### All heads with all heads, {where}\n", *all_pairs_table(device, arguments.rounds), sep="\n", end="\n\n")
+        if threads == 2:
+            title = "### All heads with all heads, two jobs of one thread each\n"
+            print(title, *side_by_side_table(arguments.rounds), sep="\n", end="\n\n", flush=True)
         print(f"### Composition, {where}\n", *composition_table(device, arguments.rounds), sep="\n", end="\n\n", flush=True)
 
 
