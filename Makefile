@@ -55,8 +55,8 @@ pictures: $(VENV)/installed-dev ## Draw the pictures of README, docs and gallery
 	$(BIN)/python docs/pictures.py
 	$(BIN)/python docs/screenshot.py
 
-chaos: $(VENV)/installed-dev ## Faults in real runs, with at least fifty kills; prints what was survived (KILLS=51 SEED=0)
-	PYTHONPATH=src:tests $(BIN)/python -m pipeline.chaos --kills $(KILLS) --seed $(SEED)
+chaos: $(VENV)/installed-dev ## Faults in real runs, with at least fifty kills; prints what was survived (KILLS=51 SEED=0, ON=--stand-in: pretended GPUs)
+	PYTHONPATH=src:tests $(BIN)/python -m pipeline.chaos --kills $(KILLS) --seed $(SEED) $(ON)
 
 stress: $(VENV)/installed-dev ## Every door that reads tables of results/, in 180 processes under load: none may abort
 	$(BIN)/python tests/stress.py results 30

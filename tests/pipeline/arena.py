@@ -20,7 +20,7 @@ import psutil
 from headgram.errors import HeadgramError
 from headgram.results.files import checksum
 from headgram.results.record import read_record
-from pipeline.conftest import Project, edit, new_project
+from pipeline.conftest import WITH_STAND_IN, OnStandIn, Project, edit, new_project
 from tiny import write_llama, write_manifest
 
 STAGES = ("extract", "eigen", "gram", "merge", "derive")
@@ -138,9 +138,9 @@ class Arena:
         self.figures.redone += len(redone)
         self.figures.lost += sum(path.stat().st_size if path.exists() else 1 for path in lost)
         self.figures.lost += sum(len(self.expected.get(name, b"-")) for name in differing)
-        assert (redone, lost, differing) == ([], [], [])
+        assert (redone, lost, differing) == ([], [], []), (redone, lost, differing)
         leftovers = [path for path in self.results.rglob("*") if path.name.endswith(".tmp") or "-tile-" in path.name]
-        assert leftovers == []
+        assert not leftovers, leftovers
         with filelock.FileLock(self.results / ".lock", timeout=0):
             pass
         assert self.project.planned() == set()
@@ -151,14 +151,17 @@ class Arena:
         shutil.rmtree(self.project.folder / ".snakemake", ignore_errors=True)
 
 
-def new_arena(folder: Path, seed: int, figures: Figures) -> Arena:
+def new_arena(folder: Path, seed: int, figures: Figures, on_stand_in: bool = False) -> Arena:
     """A project of one model in seven or so jobs, run once without any disturbance."""
     project = new_project(folder)
+    if on_stand_in:
+        project = OnStandIn(folder)
     write_llama(folder / "models" / "llama")
     write_manifest(folder / "config" / "models.tsv", {MODEL: "models/llama"})
     edit(folder / "config" / "config.yaml", "layers_per_job: auto", "layers_per_job: 2")
     edit(folder / "config" / "config.yaml", "layers_per_tile: auto", "layers_per_tile: 2")
-    (folder / "src" / "sitecustomize.py").write_text(_FAILING_READS)
+    pretended = (WITH_STAND_IN / "sitecustomize.py").read_text() if on_stand_in else ""
+    (folder / "src" / "sitecustomize.py").write_text(pretended + _FAILING_READS)
     project.run()
     return Arena(project, project.tables(), random.Random(seed), figures)
 

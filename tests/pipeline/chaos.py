@@ -353,10 +353,11 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=51)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", choices=FAULTS, action="append")
+    parser.add_argument("--stand-in", action="store_true", help="on two pretended GPUs, which refuse what real ones refuse")
     arguments = parser.parse_args()
     total = Figures()
     with tempfile.TemporaryDirectory() as folder:
-        arena = new_arena(Path(folder) / "project", arguments.seed, total)
+        arena = new_arena(Path(folder) / "project", arguments.seed, total, arguments.stand_in)
         for name in arguments.only or FAULTS:
             if FAULTS[name] is dying_nodes and missing():
                 print(f"{name}: left out, for this machine lacks Slurm's {', '.join(missing())}")

@@ -13,6 +13,8 @@ import pytest
 from tiny import write_bert, write_llama, write_manifest
 
 ROOT = Path(__file__).parents[2]
+#: On `PYTHONPATH`, pretends GPUs.
+WITH_STAND_IN = Path(__file__).parent / "with_stand_in"
 _IGNORED = shutil.ignore_patterns("__pycache__", "*.egg-info")
 
 
@@ -72,6 +74,17 @@ class Project:
         results = self.folder / "results"
         found = [path for part in ("models", "provenance") for path in (results / part).rglob("*.json")]
         return {path: (path.stat().st_ino, path.stat().st_mtime_ns) for path in found}
+
+
+class OnStandIn(Project):
+    """Its jobs see two pretended GPUs, which refuse what real ones refuse."""
+
+    def environment(self) -> dict[str, str]:
+        path = [self.folder / "src", WITH_STAND_IN, ROOT / "tests"]
+        return super().environment() | {"PYTHONPATH": os.pathsep.join(map(str, path)), "CUDA_VISIBLE_DEVICES": "0,1"}
+
+    def command(self, *arguments: str) -> list[str]:
+        return super().command("--resources", "gpu=2", *arguments)
 
 
 def new_project(folder: Path) -> Project:

@@ -8,7 +8,6 @@ import subprocess
 import sys
 import time
 from datetime import datetime, timedelta
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -16,7 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from pipeline.conftest import ROOT, Project, small_project
+from pipeline.conftest import ROOT, OnStandIn, small_project
 
 SNAKEFILE = """
 rule all:
@@ -105,20 +104,11 @@ def test_the_device_of_a_killed_job_is_free_at_once(tmp_path):
     assert_alone([(job["gpu"], job["start"], job["end"]) for job in held], {"0"})
 
 
-class OnStandIn(Project):
-    """Its jobs see pretended GPUs, which refuse what real ones refuse."""
-
-    def environment(self):
-        path = [Path(__file__).parent / "with_stand_in", ROOT / "tests", self.folder / "src"]
-        return super().environment() | {"PYTHONPATH": os.pathsep.join(map(str, path))}
-
-
 def test_the_pipeline_on_two_devices(tmp_path, monkeypatch, small):
     """The jobs' own records say which device each held; what they measured is what a CPU measures."""
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
     monkeypatch.setenv("TMPDIR", str(tmp_path))
     project = OnStandIn(small_project(tmp_path / "project").folder)
-    project.run("--resources", "gpu=2")
+    project.run()
     made = {record["stage"]: record for record in (json.loads(path.read_text()) for path in project.records())}
     on_gpus = {"eigen", "gram", "rotary", "derive", "composition"} & set(made)
     assert {stage for stage, record in made.items() if record["gpu"]} == on_gpus
