@@ -192,6 +192,10 @@ def test_models_that_were_not_compared_are_named(training, atlas):
         atlas.trajectory("cosine", "other", to="first")
     with pytest.raises(headgram.HeadgramError, match="no number 'cosine': ask for to='first'"):
         atlas.trajectory("cosine", "training")
+    with pytest.raises(headgram.HeadgramError, match="have no number 'layer'$"):  # no comparison has one either
+        atlas.trajectory("layer", "training")
+    with pytest.raises(headgram.HeadgramError, match="the table drift has no number 'layer'$"):
+        atlas.trajectory("layer", "training", to="first")
 
 
 @pytest.mark.parametrize("changed", ["step0", f"step{COUNT}"])

@@ -126,6 +126,24 @@ def test_a_head_that_grows_into_new_directions():
     assert shares == pytest.approx([0.5, 1, 0.5])
 
 
+def test_the_expected_share_inside_is_that_of_random_changes():
+    """Also of a head that is dead, and of one whose rows depend on others: less can lie in its own directions."""
+    generator = torch.Generator().manual_seed(0)
+    queries, keys = (torch.randn(3, 4, 24, generator=generator, dtype=torch.float64) for _ in range(2))
+    queries[1, 2:] = queries[1, :2]
+    queries[2] = 0
+    before = qk(queries, keys)
+    found = drift(before, before)
+    assert found.inside_expected.tolist() == [4 / 24, 2 / 24, 0]
+    forms = dense(before)
+    change = np.random.default_rng(0).normal(size=(4000, 24, 24)) / 24
+    for form, expected in zip(forms, found.inside_expected.tolist(), strict=True):
+        left, right = spans(form, 4)
+        for inside in (np.einsum("nij,jk->nik", change, right), np.einsum("nij,ik->njk", change, left)):
+            share = (inside**2).sum((1, 2)) / (change**2).sum((1, 2))
+            assert abs(share.mean() - expected) < 1e-3
+
+
 def test_sets_of_other_shapes_are_refused():
     one, other = qk(torch.ones(4, 2, 8), torch.ones(2, 2, 8)), qk(torch.ones(4, 2, 8), torch.ones(4, 2, 8))
     with pytest.raises(headgram.HeadgramError, match="share their factors alike"):

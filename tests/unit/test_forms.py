@@ -89,6 +89,50 @@ def test_many_heads(monkeypatch, route, same):
     assert_products(inner_products(x, y, "float64"), dense(x), dense(y), 1e-12)
 
 
+def cancelling(rank: int, width: int, part: float) -> Heads:
+    """Forms that are smaller than those of random weights: the second half of a head's rows nearly takes the first away."""
+    generator = torch.Generator().manual_seed(rank + width)
+    a, b, more = (torch.randn(8, rank // 2, width, generator=generator) for _ in range(3))
+    places = torch.arange(8)
+    return Heads(torch.cat([a, a], 1), torch.cat([b, part * more - b], 1), places, places)
+
+
+def spanned(rank: int, width: int) -> Heads:
+    """Rows that are all multiples of one: forms of rank one, of which many are small."""
+    generator = torch.Generator().manual_seed(rank * width)
+    a, b = (torch.randn(8, 1, width, generator=generator) * torch.randn(8, rank, 1, generator=generator) for _ in range(2))
+    return Heads(a, b, torch.arange(8), torch.arange(8))
+
+
+def uneven(rank: int, width: int, columns: int, factor: float) -> Heads:
+    """A few columns that outweigh all others."""
+    generator = torch.Generator().manual_seed(rank + width)
+    a, b = (torch.randn(8, rank, width, generator=generator) for _ in range(2))
+    a[..., :columns] *= factor
+    b[..., :columns] *= factor
+    return Heads(a, b, torch.arange(8), torch.arange(8))
+
+
+@pytest.mark.parametrize("route", ["products", "strips"])
+@pytest.mark.parametrize(
+    "x",
+    [
+        *(cancelling(rank, width, part) for rank in (2, 16) for width in (17, 160) for part in (0.2, 0.4, 0.7)),
+        *(spanned(rank, width) for rank in (4, 16, 64) for width in (2, 64, 160)),
+        *(uneven(rank, width, *how) for rank in (2, 64) for width in (64, 561) for how in ((1, 10), (2, 30), (1, 1000))),
+    ],
+    ids=lambda x: f"{x.rank} {x.widths[0]}",
+)
+def test_what_float32_would_round_away_is_measured_in_float64(monkeypatch, route, x):
+    monkeypatch.setattr(inner, "cheapest", lambda *_: route)
+    assert_products(inner_products(x, x), dense(x), dense(x), 1e-6)
+
+
+def test_ordinary_weights_are_measured_in_float32():
+    x = uneven(16, 160, 1, 3)
+    assert not inner_products(x, x).exact_x.any()
+
+
 @settings(max_examples=40)
 @given(sets(), st.sampled_from(["products", "strips"]))
 def test_compositions_are_inner_products_of_symmetric_forms(heads, route):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Literal
 
 import numpy as np
+import pyarrow as pa
 import xarray as xr
 
 from headgram.atlas.reader import Atlas
@@ -55,7 +56,12 @@ def _table_of(column: str, to: str | None) -> str:
     """The table that holds a column."""
     schemas = {"drift": DRIFT} if to else {"heads": HEADS, "layers": LAYERS}
     for name, schema in schemas.items():
-        if column in schema.names and schema.field(column).type == "double":
+        if _is_number(schema, column):
             return name
-    hint = ": ask for to='first' or to='previous'" if not to and column in DRIFT.names else ""
-    raise HeadgramError(f"the tables {' and '.join(schemas)} have no number '{column}'{hint}")
+    hint = ": ask for to='first' or to='previous'" if not to and _is_number(DRIFT, column) else ""
+    which = "the table drift has" if to else "the tables heads and layers have"
+    raise HeadgramError(f"{which} no number '{column}'{hint}")
+
+
+def _is_number(schema: pa.Schema, column: str) -> bool:
+    return column in schema.names and schema.field(column).type == "double"

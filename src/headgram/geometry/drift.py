@@ -47,6 +47,8 @@ class Drift:
     inside_right, inside_left, inside : (n,)
         The share of `‖Δ‖²` that lies in the span of the right singular vectors of `X` (of `qk` the query side), in that of its
         left ones, and in both. What is missing to 1 are new directions.
+    inside_expected : (n,)
+        The mean of the first two for a change in random directions: the rank of `X` over the width.
     floor : (n,)
         `‖Δ‖ / ‖X‖` that rounding `A` and `B` to 16 bits gives on average: to float16 where stored in it, else to
         bfloat16.
@@ -65,6 +67,7 @@ class Drift:
     inside_right: Float[Tensor, " n"]
     inside_left: Float[Tensor, " n"]
     inside: Float[Tensor, " n"]
+    inside_expected: Float[Tensor, " n"]
     floor: Float[Tensor, " n"]
     equal: Float[Tensor, " n"]
 
@@ -127,6 +130,7 @@ def drift(before: Heads, after: Heads) -> Drift:
         inside_right=inside[0],
         inside_left=inside[1],
         inside=inside[2],
+        inside_expected=alive.sum(-1) / before.widths[0],
         floor=ratio(floor, norm_x),
         equal=(left.equal + right.equal) / 2,
     )

@@ -4,7 +4,8 @@ How they are formed is said in `headgram.geometry.routes`. In float64 the left f
 product is larger than the forms themselves, and nothing cancels where a form is much smaller than its weights. Weights of at
 most 32 bits may be multiplied in float32, which is several times faster; on a GPU, bfloat16 by tensor cores into float32. The
 error is then a few units of rounding of `‖A‖ ‖B‖ / √r`, the size of the form of random weights; so each form's norm is looked
-at, and a head whose form is much smaller than that is measured again in float64.
+at, and a head whose form is smaller than that is measured again in float64. So is one whose factors have a few columns that outweigh
+all others: every small term is then rounded as a large one.
 """
 
 from __future__ import annotations
@@ -23,10 +24,17 @@ from headgram.geometry.batches import at_once, in_batches
 from headgram.geometry.checks import check_weights, is_finite
 from headgram.geometry.costs import CPU, GPU, TENSOR_CORES, Prices, Route, Sizes, cheapest
 from headgram.geometry.float32 import whole_float32
+from headgram.geometry.ratios import ratio
 from headgram.geometry.routes import Inner, by_products, by_strips, longest_sum, multiplied
 
-#: In float32, forms may be this much smaller than those of random weights of the same norms.
-_SMALL = 0.1
+#: In float32, forms may be this much smaller than those of random weights of the same norms. Strips are in error by a share of
+#: `‖A‖ ‖B‖` of each form; products of factors by a share of those of both, so there the ratio counts twice.
+_SMALL: dict[Route, float] = {"strips": 0.3, "products": 0.7}
+
+#: The most that few columns may outweigh the rest in both factors: `Σ‖a_j‖⁴ / ‖A‖⁴` over columns, times that of `B`. Where they
+#: do, many small terms follow few large ones in every sum, and each is rounded like those. For so few columns sums are short.
+_UNEVEN = 0.01
+_FEW_COLUMNS = 16
 
 #: Frobenius norms of weights that can be trusted in float32.
 _NORMS = 1e-15, 1e15
@@ -180,26 +188,44 @@ class _Scaled(NamedTuple):
     heads: Heads
     unit: Float[Tensor, " n"]  # of each form, the product of those powers, float64
     norm: Float[Tensor, " n"]  # `‖A‖ ‖B‖` after it; NaN where it is not known; float64
+    uneven: Float[Tensor, " n"]  # how far few columns outweigh the rest, see `_UNEVEN`
+
+
+class _Factors(NamedTuple):
+    """Factors that are divided so, and of each the power, the norm after it, and `Σ‖a_j‖⁴ / ‖A‖⁴` over its columns."""
+
+    factors: Float[Tensor, "n rank width"]
+    unit: Float[Tensor, " n"]
+    norm: Float[Tensor, " n"]
+    uneven: Float[Tensor, " n"]
 
 
 def _scaled(heads: Heads, dtype: torch.dtype) -> _Scaled:
-    a, unit_a, norm_a = _scaled_factors(heads.a, dtype)
-    b, unit_b, norm_b = (a, unit_a, norm_a) if heads.is_symmetric else _scaled_factors(heads.b, dtype)
-    unit, norm = (read(of_a, heads.reads_a) * read(of_b, heads.reads_b) for of_a, of_b in ((unit_a, unit_b), (norm_a, norm_b)))
-    return _Scaled(heads.with_factors(a, b), unit, norm)
+    a = _scaled_factors(heads.a, dtype)
+    b = a if heads.is_symmetric else _scaled_factors(heads.b, dtype)
+    of_forms = [read(of_a, heads.reads_a) * read(of_b, heads.reads_b) for of_a, of_b in zip(a[1:], b[1:], strict=True)]
+    return _Scaled(heads.with_factors(a.factors, b.factors), *of_forms)
 
 
-def _scaled_factors(
-    factors: Float[Tensor, "n rank width"], dtype: torch.dtype
-) -> tuple[Float[Tensor, "n rank width"], Float[Tensor, " n"], Float[Tensor, " n"]]:
-    norm = torch.linalg.vector_norm(factors, dim=(-1, -2), dtype=torch.float32)
+def _scaled_factors(factors: Float[Tensor, "n rank width"], dtype: torch.dtype) -> _Factors:
+    columns = _column_squares(factors)
+    norm_sq = columns.sum(-1)
+    norm = norm_sq.sqrt()
     alive = (factors != 0).any(-1).any(-1) if at_once(factors.device) or bool((norm < _NORMS[0]).any()) else norm > 0
+    uneven = ratio(columns, norm_sq[:, None]).square().sum(-1)
     # Where squares may under- or overflow, no norm is known; nothing is accurate then.
     norm = norm.double().where(~alive | ((norm > _NORMS[0]) & (norm < _NORMS[1])), torch.nan)
     unit = torch.ldexp(torch.ones_like(norm), norm.log2().floor().where((norm > 0) & ~((norm > 1 / _FAR) & (norm < _FAR)), 0))
     if not at_once(factors.device) and bool((unit == 1).all()):
-        return factors.to(dtype), unit, norm
-    return factors * (1 / unit).to(dtype)[:, None, None], unit, norm / unit
+        return _Factors(factors.to(dtype), unit, norm, uneven)
+    return _Factors(factors * (1 / unit).to(dtype)[:, None, None], unit, norm / unit, uneven)
+
+
+def _column_squares(factors: Float[Tensor, "n rank width"]) -> Float[Tensor, "n width"]:
+    """`‖a_j‖²` of every column, in float32; on a CPU one factor after the other, which stays in a cache."""
+    if at_once(factors.device):
+        return torch.linalg.vector_norm(factors, dim=-2, dtype=torch.float32).square()
+    return torch.stack([each.float().square().sum(0) for each in factors])
 
 
 def _in_float32(x: Heads, y: Heads, route: Route, dtype: torch.dtype, norms_sq: Norms | None) -> _Part:
@@ -213,8 +239,10 @@ def _in_float32(x: Heads, y: Heads, route: Route, dtype: torch.dtype, norms_sq: 
         norms = [norm_sq / each.unit.square() for norm_sq, each in zip(norms_sq, scaled, strict=False)]
     else:
         norms = [inner.gram.diagonal()] if same else [_norms_sq(each.heads) for each in scaled]
+    few = x.widths[0] <= _FEW_COLUMNS
     rough = [
-        ~(norm_sq >= _SMALL**2 * each.norm.square() / each.heads.rank)  # also where one is not finite
+        ~(norm_sq >= _SMALL[route] ** 2 * each.norm.square() / each.heads.rank)  # also where one is not finite
+        | ~((each.uneven <= _UNEVEN) | few)
         for each, norm_sq in zip(scaled, norms, strict=True)
     ]
     of_both = torch.cat(rough).cpu()  # which a GPU is waited for

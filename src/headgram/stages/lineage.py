@@ -128,8 +128,7 @@ def measure(place: Place, before: Measured, after: Measured, over_layers: bool, 
     heads = {"layer": np.repeat(new.layers, new.heads), "head": np.tile(np.arange(new.heads), len(new.layers))}
     columns = {
         **heads,
-        **{name: getattr(found, name).numpy() for name in DRIFT_NUMBERS if name != "inside_expected"},
-        "inside_expected": np.full(len(heads["head"]), min(1.0, new.rank / new.width)),
+        **{name: getattr(found, name).numpy() for name in DRIFT_NUMBERS},
         **_overlaps(before.directions, after.directions),
     }
     return {
