@@ -27,7 +27,7 @@ from headgram.checkpoints.checkpoint import open_checkpoint
 from headgram.errors import HeadgramError
 
 SIZES = {"hidden_size": 256, "num_attention_heads": 4, "num_key_value_heads": 2}
-Q, K, V, O = (f"model.layers.{{}}.self_attn.{kind}_proj" for kind in "qkvo")
+Q, K, V, OUT = (f"model.layers.{{}}.self_attn.{kind}_proj" for kind in "qkvo")
 
 
 def is_attention(name: str) -> bool:
@@ -195,7 +195,7 @@ def by_groups(*schemes: QuantizationScheme) -> dict:
 @pytest.mark.parametrize("first", [True, False])
 def test_of_several_groups_the_one_that_names_a_module_most_closely_counts(tmp_path, wide, first):
     """As in the library, whichever group stands first."""
-    names = [part.format(layer) for layer in range(2) for part in (Q, K, V, O)]
+    names = [part.format(layer) for layer in range(2) for part in (Q, K, V, OUT)]
     own, tensors, meaning = packed(*(names if wide != "Linear" else ["re:.*self_attn.*"]), bits=8)
     other, _, _ = packed(wide, bits=4)
     assert_means(write(tmp_path, tensors, by_groups(*((own, other) if first else (other, own)))), meaning)
