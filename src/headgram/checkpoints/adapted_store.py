@@ -166,7 +166,6 @@ class AdaptedStore(View):
             raise HeadgramError(f"the adapter's factors of {name} ({stated}) do not fit its shape {shape}: name the right base")
         return fitting[shape]
 
-
     @cached_property
     def _by_layer(self) -> dict[str, bool]:
         """Whether a layer's weights are stored `(in, out)`, where biases of those that are not square tell."""
