@@ -101,14 +101,15 @@ def test_as_peft_merges_it(tmp_path, kind):
 
 
 @pytest.mark.parametrize("settings", [{}, {"use_dora": True}], ids=["LoRA", "DoRA"])
-@pytest.mark.parametrize("stated", [True, False])
-def test_weights_that_are_stored_in_by_out(tmp_path, settings, stated):
-    """GPT-2's: peft notices by the module, and so says the file; a file that does not is right where shapes tell."""
-    modules = ["c_attn", "attn.c_proj"] if stated else ["c_attn"]
+@pytest.mark.parametrize("modules", [["c_attn", "attn.c_proj"], ["attn.c_proj"], ["c_attn", "attn.c_proj", "lm_head"]])
+@pytest.mark.parametrize("stated", [True, False, None])
+def test_weights_that_are_stored_in_by_out(tmp_path, settings, modules, stated):
+    """GPT-2's, of which `attn.c_proj` is square: peft notices by the module, and states what the last module was."""
     model = adapter(
         tmp_path / "adapter", base(tmp_path / "base", "gpt2"), target_modules=modules, fan_in_fan_out=True, **settings
     )
-    change(tmp_path / "adapter", fan_in_fan_out=stated)
+    if stated is not None:
+        change(tmp_path / "adapter", fan_in_fan_out=stated)
     assert_same(tmp_path / "adapter", model.merge_and_unload())
 
 

@@ -27,7 +27,7 @@ from headgram.checkpoints.checkpoint import open_checkpoint
 from headgram.errors import HeadgramError
 
 SIZES = {"hidden_size": 256, "num_attention_heads": 4, "num_key_value_heads": 2}
-Q, K = (f"model.layers.{{}}.self_attn.{kind}_proj" for kind in "qk")
+Q, K, V, OUT = (f"model.layers.{{}}.self_attn.{kind}_proj" for kind in "qkvo")
 
 
 def is_attention(name: str) -> bool:
@@ -172,6 +172,42 @@ def test_compressed_tensors_as_a_model_is_saved(tmp_path):
     assert_means(tmp_path, {name: tensor for name, tensor in model.state_dict().items() if is_attention(name)})
 
 
+def packed(*targets: str, bits: int) -> tuple[QuantizationScheme, dict[str, Tensor], dict[str, Tensor]]:
+    """A scheme of integers with a scale for each row, a checkpoint whose attention is packed by it, and what that means."""
+    args = QuantizationArgs(num_bits=bits, strategy="channel", symmetric=True)
+    scheme = QuantizationScheme(targets=list(targets), weights=args, format="pack-quantized")
+    library = BaseCompressor.get_value_from_registry("pack-quantized")
+
+    def quantise(weight: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+        scale, _ = calculate_qparams(weight.amin(1, keepdim=True), weight.amax(1, keepdim=True), args)
+        parts = library.compress({"weight": weight, "weight_scale": scale}, scheme)
+        return parts, library.decompress(parts, scheme)["weight"]
+
+    return scheme, *quantised(quantise)
+
+
+def by_groups(*schemes: QuantizationScheme) -> dict:
+    groups = {f"group_{i}": scheme for i, scheme in enumerate(schemes)}
+    return QuantizationConfig(config_groups=groups, format="pack-quantized").model_dump(mode="json")
+
+
+@pytest.mark.parametrize("wide", ["Linear", "re:.*_proj"])
+@pytest.mark.parametrize("first", [True, False])
+def test_of_several_groups_the_one_that_names_a_module_most_closely_counts(tmp_path, wide, first):
+    """As in the library, whichever group stands first."""
+    names = [part.format(layer) for layer in range(2) for part in (Q, K, V, OUT)]
+    own, tensors, meaning = packed(*(names if wide != "Linear" else ["re:.*self_attn.*"]), bits=8)
+    other, _, _ = packed(wide, bits=4)
+    assert_means(write(tmp_path, tensors, by_groups(*((own, other) if first else (other, own)))), meaning)
+
+
+def test_integers_of_other_bits_than_the_configuration_says_are_refused(tmp_path):
+    _, tensors, _ = packed("Linear", bits=8)
+    wrong, _, _ = packed("Linear", bits=4)
+    with open_checkpoint(write(tmp_path, tensors, by_groups(wrong))) as checkpoint, pytest.raises(HeadgramError, match="4 bits"):
+        checkpoint.qk("self", 0)
+
+
 def pack(values: Tensor, bits: int) -> Tensor:
     """Unsigned integers along the columns into 32 bits, lowest first."""
     lanes = values.to(torch.int64).unflatten(1, (-1, 32 // bits)) << torch.arange(0, 32, bits)
@@ -259,6 +295,22 @@ def test_bitsandbytes_8bit(tmp_path):
 
     tensors, meaning = quantised(quantise)
     assert_means(write(tmp_path, tensors, {"quant_method": "bitsandbytes", "load_in_8bit": True}), meaning, rtol=1e-6)
+
+
+@pytest.mark.parametrize("order", [0, 2])
+def test_8bit_weights_in_tiles_of_a_gpu_are_refused(tmp_path, order):
+    """What bitsandbytes before 0.45 saved after a run on a GPU; 0 says that they are in rows."""
+    integers, scales, _ = int8_vectorwise_quant(torch.randn(256, 256).half())
+    parts = {"weight": integers, "SCB": scales, "weight_format": torch.tensor(order, dtype=torch.uint8)}
+    tensors = llama_tensors(**SIZES) | {f"{Q.format(1)}.{part}": tensor for part, tensor in parts.items()}
+    folder = write(tmp_path, tensors, {"quant_method": "bitsandbytes", "load_in_8bit": True})
+    if order:
+        with pytest.raises(HeadgramError, match="in tiles of a GPU"):
+            open_checkpoint(folder)
+    else:
+        with open_checkpoint(folder) as checkpoint:
+            expected = int8_vectorwise_dequant(integers, scales)
+            torch.testing.assert_close(checkpoint.qk("self", 1)[0].flatten(0, 1), expected, rtol=1e-6, atol=0.0)
 
 
 def test_weights_that_a_method_left_plain_are_read_as_they_are(tmp_path):

@@ -9,9 +9,13 @@ from __future__ import annotations
 
 import hashlib
 import math
+import re
 import struct
+from collections import defaultdict
 from collections.abc import Collection, Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 from jaxtyping import Float
@@ -59,7 +63,8 @@ class AdaptedStore(View):
     changes
         By the name of a weight, what becomes of it.
     transposed
-        Whether weights are stored `(in, out)`; where only the other way fits their shape, it is taken.
+        Whether weights are stored `(in, out)`, as the settings say. What shapes and biases say comes first: one adapter may
+        change weights of both kinds, and peft states that of the last.
     names
         The weights' names, changed or not.
     """
@@ -135,7 +140,7 @@ class AdaptedStore(View):
         return struct.pack("<d", change.scale) if change and change.factors else b""
 
     def _is_transposed(self, name: str, change: Change, shape: tuple[int, ...]) -> bool:
-        """Whether a weight is stored `(in, out)`: as the settings say, unless only the other way fits.
+        """Whether a weight is stored `(in, out)`, where it fits: a square one as others of its layer, or as the settings say.
 
         Raises
         ------
@@ -152,12 +157,37 @@ class AdaptedStore(View):
             fits = fits and math.prod(shapes.get("lora_magnitude_vector", outer[:1])) == outer[0]
             whole = (outer[0], inner[1]) if fits else ()
             turned = whole[::-1]
-            fitting = {turned: True, whole: False} if not self._transposed else {whole: False, turned: True}
+            fitting = {turned: True, whole: False}
+            if whole == turned == shape:
+                fitting = {shape: self._by_layer.get(_layer_of(name), self._transposed)}
             fitting = {turned: False} if embedding else fitting  # an embedding is stored as (tokens, width)
         if shape not in fitting:
             stated = ", ".join(f"{part} {found}" for part, found in shapes.items())
             raise HeadgramError(f"the adapter's factors of {name} ({stated}) do not fit its shape {shape}: name the right base")
         return fitting[shape]
+
+    @cached_property
+    def _by_layer(self) -> dict[str, bool]:
+        """Whether a layer's weights are stored `(in, out)`, where biases of those that are not square tell."""
+        ways: dict[str, set[bool]] = defaultdict(set)
+        for bias in (name for name in self.names() if name.endswith(".bias")):
+            weight = f"{bias.removesuffix('bias')}weight"
+            with suppress(HeadgramError):  # what cannot be read tells nothing
+                shape = self._base_shape(weight)
+                if len(shape) == 2 and shape[0] != shape[1]:
+                    ways[_layer_of(bias)] |= {axis == 1 for axis in (0, 1) if self._base_shape(bias) == (shape[axis],)}
+        return {layer: way.pop() for layer, way in ways.items() if len(way) == 1}
+
+    def _base_shape(self, name: str) -> tuple[int, ...]:
+        """What is stored of a weight before it is changed; nothing if there is no such weight."""
+        source = self.sources(name)[0]
+        return self._store.shape(source) if source in self._store else ()
+
+
+def _layer_of(name: str) -> str:
+    """What a name begins with, up to the number of its layer."""
+    found = re.match(r".*?\.\d+\.", f".{name}")
+    return found[0] if found else ""
 
 
 def merge(

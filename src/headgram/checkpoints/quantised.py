@@ -47,10 +47,11 @@ class QuantisedStore(View):
         scheme, parts = self._scheme(name), self._parts(name)
         if scheme is None:
             return self._store.shape(name)
+        looked_at = parts | self._present(name, scheme.beside)
         stored = Stored(
-            {part: self._store.shape(key) for part, key in parts.items()},
-            {part: self._store.stored(key) for part, key in parts.items()},
-            lambda part: self._small(parts[part]),
+            {part: self._store.shape(key) for part, key in looked_at.items()},
+            {part: self._store.stored(key) for part, key in looked_at.items()},
+            lambda part: self._small(looked_at[part]),
         )
         shape: tuple[int, ...] = _guarded(name, self._method, lambda: scheme.shape(stored, self._settings))
         if any(size < 0 for size in shape) or math.prod(shape) > _MOST_VALUES_PER_BYTE * self.nbytes(name):
@@ -115,9 +116,12 @@ class QuantisedStore(View):
 
     def _parts(self, name: str) -> dict[str, str]:
         """Part -> key on disk; empty for a plain tensor."""
-        scheme, stem = self._scheme(name), name.removesuffix("weight")
-        every = (scheme.marker, *scheme.others) if scheme else ()
-        return {part: stem + part for part in every if stem + part in self._store}
+        scheme = self._scheme(name)
+        return self._present(name, (scheme.marker, *scheme.others)) if scheme else {}
+
+    def _present(self, name: str, parts: tuple[str, ...]) -> dict[str, str]:
+        stem = name.removesuffix("weight")
+        return {part: stem + part for part in parts if stem + part in self._store}
 
     def _small(self, key: str) -> Tensor:
         """A part that says what shape the weight has, which must not itself be large."""

@@ -45,6 +45,8 @@ class Scheme:
         From the parts, the settings and the module's name to the weight, float32.
     needs
         Which of the others must be there.
+    beside
+        What may stand beside these, and only says whether they can be read.
     """
 
     marker: str
@@ -52,6 +54,7 @@ class Scheme:
     shape: Callable[[Stored, Config], tuple[int, ...]]
     decode: Callable[[Parts, Config, str], Tensor]
     needs: tuple[str, ...] = ()
+    beside: tuple[str, ...] = ()
 
 
 def _whole(settings: Config, keys: tuple[str, ...], allowed: tuple[int, ...], default: int | None = None) -> int:
@@ -153,17 +156,27 @@ def _decode_compressed(parts: Parts, settings: Config, module: str) -> Tensor:
     from compressed_tensors.compressors import BaseCompressor
     from compressed_tensors.compressors.format import infer_module_format
     from compressed_tensors.quantization import QuantizationConfig
-    from compressed_tensors.utils.match import match_name
+    from compressed_tensors.utils.match import match_targets
 
+    linear = torch.nn.Linear(1, 1, device="meta")
     config = QuantizationConfig.model_validate(dict(settings))
-    schemes = [group for group in config.config_groups.values() if group.weights is not None]
-    scheme = next(group for group in schemes if any(target == "Linear" or match_name(module, target) for target in group.targets))
+    schemes = {target: group for group in config.config_groups.values() if group.weights for target in group.targets}
+    scheme = schemes[match_targets(module, linear, schemes)[0]]  # a name before an expression, an expression before all
     compressor = BaseCompressor.get_value_from_registry(scheme.format or infer_module_format(torch.nn.Linear, scheme))
+    if "weight_packed" in parts and "weight_shape" in parts:
+        _check_packing(parts["weight_packed"], parts["weight_shape"], scheme.weights.num_bits)
     # The library computes in the scale's precision: in float32, nothing is rounded a second time.
     scale = parts["weight_scale"]
     state = parts | ({"weight_scale": scale.float()} if scale.dtype in (torch.bfloat16, torch.float16) else {})
     weight: Tensor = compressor.decompress(state, scheme)["weight"]
     return weight.to(torch.float32)
+
+
+def _check_packing(packed: Tensor, shape: Tensor, bits: int) -> None:
+    """Refuse integers that were packed in other numbers of bits: the library would take the first of them for the weight."""
+    columns = int(shape[-1])
+    if packed.shape[-1] != math.ceil(columns * bits / 32):
+        raise ValueError(f"{columns} columns in {packed.shape[-1]} words are not of {bits} bits, as the configuration says")
 
 
 def _nf4_shape(stored: Stored, settings: Config) -> tuple[int, ...]:
@@ -192,7 +205,12 @@ def _check_blocks(state: Any, codes: int, stored: int, wanted: int) -> None:
         raise ValueError("a table is too short")
 
 
-def _plain_shape(stored: Stored, settings: Config) -> tuple[int, ...]:
+def _8bit_shape(stored: Stored, settings: Config) -> tuple[int, ...]:
+    if "weight_format" in stored.shapes and bool(stored.read("weight_format").count_nonzero()):
+        raise HeadgramError(
+            "headgram reads 8-bit weights of bitsandbytes in rows only, and weight_format says that these are in tiles of a GPU: "
+            "save the model again with bitsandbytes 0.45 or newer"
+        )
     return stored.shapes["weight"]
 
 
@@ -233,6 +251,6 @@ SCHEMES = {
             _nf4_shape,
             _decode_4bit,
         ),
-        Scheme("SCB", ("weight",), _plain_shape, _decode_8bit),
+        Scheme("SCB", ("weight",), _8bit_shape, _decode_8bit, beside=("weight_format",)),
     ),
 }
