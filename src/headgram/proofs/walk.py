@@ -65,7 +65,6 @@ class Found:
 class Sighting:
     """What one tiny model showed."""
 
-    model_class: str
     config: Any
     found: tuple[Found, ...]
     problems: tuple[str, ...]
@@ -90,7 +89,7 @@ def look(model: Any, folder: Path) -> Sighting:
             found.append(_explain(call, stored, _section(model, call.module, sections)))
         except HeadgramError as error:
             problems.append(f"{call.module}: {error}")
-    return Sighting(type(model).__name__, model.config, tuple(found), tuple(problems))
+    return Sighting(model.config, tuple(found), tuple(problems))
 
 
 def _sections(config: Any, path: str = "") -> Iterator[tuple[int, str]]:
