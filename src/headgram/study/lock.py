@@ -18,12 +18,12 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 
 from headgram.checkpoints.bases import AnyLocation, locate_here
 from headgram.checkpoints.sources import HUB_DIGEST, parse_json
-from headgram.errors import HeadgramError, upgrading
+from headgram.errors import MANIFEST, HeadgramError, upgrading
 from headgram.families.registry import Family
 from headgram.foreign import first_problem, read_bounded
 from headgram.results.files import remove_temporaries, temporaries_in, write_text
 from headgram.results.record import canonical, digest
-from headgram.study.manifest import DEFAULT, MODEL_NAME, Row
+from headgram.study.manifest import MODEL_NAME, Row
 
 #: The lock of thousands of models is smaller.
 _LARGEST = 64 * 2**20
@@ -248,7 +248,7 @@ def locked_file(location: AnyLocation, name: str) -> LockedFile:
     return LockedFile(name=name, bytes=location.size(name), sample=location.sample(name))
 
 
-def changes(name: str, entry: LockedModel, manifest: Path = DEFAULT) -> list[str]:
+def changes(name: str, entry: LockedModel, manifest: Path = MANIFEST) -> list[str]:
     """A sentence if the content of a source is not what was locked, that says how to go on; else nothing.
 
     A source that is gone is not reported: what was measured of it stands, and a job that still needs it says so. The hub is
