@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 
@@ -36,9 +36,8 @@ class Sources:
     def read(
         cls,
         weights: Mapping[tuple[str, ...], Path],
-        keys: Mapping[str, str],
+        keys: Iterator[str],
         around: tuple[Path, Path] | None,
-        around_key: str = "",
     ) -> Sources:
         """The sources of a job.
 
@@ -46,13 +45,16 @@ class Sources:
         ----------
         weights
             By stack, circuit, stage and name.
-        around, around_key
-            The file with what stands around heads, and its record; and its key. None where the lock does not pin that.
+        keys
+            Those of the job's inputs, of which the next are taken: one for each circuit, then that of `around`.
+        around
+            The file with what stands around heads, and its record. None where the lock does not pin that.
         """
         by_stack: dict[str, dict[str, list[Path]]] = {}
         for (stack, circuit, *_), path in weights.items():
             by_stack.setdefault(stack, {}).setdefault(circuit, []).append(path)
-        return cls(by_stack, keys, read_around(*around, around_key) if around else {})
+        of_circuits = {circuit: next(keys) for circuit in dict.fromkeys(circuit for _, circuit, *_ in weights)}
+        return cls(by_stack, of_circuits, read_around(*around, next(keys)) if around else {})
 
     @property
     def stacks(self) -> list[str]:
