@@ -5,12 +5,17 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+from headgram.forms.heads import Heads
 from headgram.forms.reading import Frames, Norm, Rotary
 from headgram.forms.variants import FOLDED, RAW, Variant, needs
 from headgram.results.around import read_around
 from headgram.results.factors import FactorFiles
 from headgram.results.paths import between_streams
+
+if TYPE_CHECKING:
+    import pyarrow as pa
 
 
 class Sources:
@@ -98,3 +103,9 @@ class Sources:
     def _files(self, stack: str, circuit: str, folded: bool) -> FactorFiles:
         form = Variant(circuit, FOLDED if folded else RAW).name
         return FactorFiles(self._weights[stack][circuit], self._keys[circuit], form, self._frames.get(stack))
+
+
+def single(files: FactorFiles, pairs: pa.Table, side: str, device: str) -> Heads:
+    """The heads of some pairs on one side, `a` or `b`, with factors of their own."""
+    places = (pairs[f"{name}_{side}"].to_pylist() for name in ("layer", "head"))
+    return files.single(list(zip(*places, strict=True))).to(device)
