@@ -11,7 +11,6 @@ import json
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any
 
 from pydantic import ValidationError
 
@@ -133,7 +132,7 @@ def _locked_stack(checkpoint: Checkpoint, stack: Stack) -> LockedStack:
 
 
 def _locked_around(checkpoint: Checkpoint, stack: Stack) -> LockedAround:
-    missing: dict[Any, str] = {}
+    missing: dict[str, str] = {}
     layers = [checkpoint.around(stack.name, layer) for layer in stack.layers]
     for role in AROUND:
         try:
