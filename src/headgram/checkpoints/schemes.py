@@ -188,10 +188,6 @@ def _check_blocks(state: Any, codes: int, stored: int, wanted: int) -> None:
         raise ValueError("a table is too short")
 
 
-def _plain_shape(stored: Stored, settings: Config) -> tuple[int, ...]:
-    return stored.shapes["weight"]
-
-
 def _decode_8bit(parts: Parts, settings: Config, module: str) -> Tensor:
     return parts["weight"].to(torch.float32) * parts["SCB"].to(torch.float32).unsqueeze(1) / 127
 
@@ -229,6 +225,6 @@ SCHEMES = {
             _nf4_shape,
             _decode_4bit,
         ),
-        Scheme("SCB", ("weight",), _plain_shape, _decode_8bit),
+        Scheme("SCB", ("weight",), lambda stored, _: stored.shapes["weight"], _decode_8bit),
     ),
 }

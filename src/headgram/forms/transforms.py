@@ -84,11 +84,7 @@ def folded(
 
 
 def constant(
-    role: str,
-    factors: Float[Tensor, "n rank width"],
-    bias: Float[Tensor, "n rank"] | None,
-    frame: Frame,
-    heads: slice = slice(None),
+    role: str, factors: Float[Tensor, "n rank width"], bias: Float[Tensor, "n rank"] | None, frame: Frame
 ) -> Float[Tensor, "n rank"] | None:
     """What queries or keys are beside `folded` factors times the stream, in float64: `diag(γ_q) C_q (b + W β)`; None if nothing.
 
@@ -105,4 +101,4 @@ def constant(
     added = wide.new_zeros(wide.shape[:-1]) if bias is None else bias.to(wide)
     added = added if beta is None else added + wide @ beta.to(wide)
     own = Frame(query_norm=frame.query_norm, key_norm=frame.key_norm)
-    return folded(role, added[..., None], own, heads)[..., 0]
+    return folded(role, added[..., None], own)[..., 0]
