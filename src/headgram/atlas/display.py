@@ -51,18 +51,6 @@ def _text(value: object) -> str:
     return escape(plain(value))
 
 
-def _number(value: float) -> str:
-    return f"{value:.3g}"
-
-
-def _signed(value: float) -> str:
-    return f"{value:+.3f}"
-
-
-def _plain(value: float) -> str:
-    return f"{value:.3f}"
-
-
 def _share(value: float) -> str:
     """A number between 0 and 1, also as a bar."""
     return f"{value:.3f}{_BAR}{bar(value)}[/cyan]"
@@ -73,6 +61,7 @@ def _with_bar(value: float) -> str:
     return f"{value:+.3f}{_BAR}{bar(abs(value))}[/cyan]"
 
 
+_number, _signed, _plain = "{:.3g}".format, "{:+.3f}".format, "{:.3f}".format
 #: How each column of the tables is headed and written; what is not here is a whole number.
 _COLUMNS: Mapping[str, tuple[str, Callable[[Any], str]]] = {
     "symmetry": ("symmetry", _share),
