@@ -13,9 +13,8 @@ from typing import TYPE_CHECKING, Annotated, Literal, Optional
 
 import typer
 
-from headgram.errors import HeadgramError
+from headgram.errors import MANIFEST, HeadgramError
 from headgram.foreign import plain
-from headgram.study.manifest import DEFAULT as _MANIFEST
 
 if TYPE_CHECKING:
     from headgram.atlas.reader import Atlas
@@ -117,7 +116,7 @@ def doctor() -> None:
 
 @app.command()
 def lock(
-    manifest: Annotated[Path, typer.Option(help="The table of models.")] = _MANIFEST,
+    manifest: Annotated[Path, typer.Option(help="The table of models.")] = MANIFEST,
     upgrade: Annotated[Optional[list[str]], typer.Option(help="Resolve this model again. May be repeated.")] = None,  # noqa: UP045
 ) -> None:
     """Pin the content of each model of the manifest that the lock does not have yet."""
@@ -143,7 +142,7 @@ def lock(
 def null(
     model: Annotated[str, typer.Argument(help="A model of the manifest.")],
     seed: Annotated[int, typer.Option(min=1, max=999_999, help="Another number gives another twin.")] = 1,
-    manifest: Annotated[Path, typer.Option(help="The table of models.")] = _MANIFEST,
+    manifest: Annotated[Path, typer.Option(help="The table of models.")] = MANIFEST,
 ) -> None:
     """Add a model's random twin to the manifest, as a control: heads keep their spectra, but are turned at random."""
     from headgram.study.manifest import add_twin
@@ -293,7 +292,7 @@ def export(
 @app.command()
 def verify(
     results: Annotated[Path, typer.Argument(help="The results folder.")] = Path("results"),
-    manifest: Annotated[Path, typer.Option(help="Its lock says which checkpoints are meant. It may be missing.")] = _MANIFEST,
+    manifest: Annotated[Path, typer.Option(help="Its lock says which checkpoints are meant. It may be missing.")] = MANIFEST,
     repair: Annotated[bool, typer.Option("--repair", help="Let the next run make again what is wrong.")] = False,
 ) -> None:
     """Check every artifact again: bytes, schemas, identities, its checkpoint, and what the plan asks for. Name what is wrong."""
@@ -319,7 +318,7 @@ def verify(
         print(f"{plain(results)}: {files} files, all as they were written")
     elif not repair:
         there = [] if results == Path("results") else [str(results)]
-        listed = [] if manifest == _MANIFEST else ["--manifest", str(manifest)]
+        listed = [] if manifest == MANIFEST else ["--manifest", str(manifest)]
         command = shlex.join(["headgram", "verify", *there, *listed, "--repair"])
         raise HeadgramError(f"{wrong}: `{command}`, and the next run makes it anew")
     elif left := prepare(results, findings, keys):

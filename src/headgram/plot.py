@@ -232,9 +232,8 @@ def depth(atlas: Atlas, models: str | Sequence[str], column: str = "symmetry", c
     parts = []
     for model in names:
         table = _rows(atlas, "layers", model, atlas.stacks(model, circuit)[0], circuit).sort_values("layer")
-        place = np.linspace(0, 1, len(table)) if len(table) > 1 else np.zeros(1)
         quartiles = {name: _column(table, f"{column}_{name}") for name in ("q25", "median", "q75")}
-        parts.append(pd.DataFrame({"series": model, "x": place, **quartiles}))
+        parts.append(pd.DataFrame({"series": model, "x": np.linspace(0, 1, len(table)), **quartiles}))
     called = "chance" if len(names) == 1 else f"chance: {names[0]}"
     chance = _band(atlas, names[0], atlas.stacks(names[0], circuit)[0], circuit, column, called)
     datasets = {"profile": _known(pd.concat(parts), "median", column), "chosen": [], "chance": chance}

@@ -19,9 +19,10 @@ import torch
 import headgram
 from headgram.atlas.verify import verify
 from headgram.report.columns import columns
-from headgram.report.pack import from_beside, unpack
+from headgram.report.pack import from_beside
 from headgram.report.steps import LAYER_COLUMNS
 from headgram.results.files import checksum
+from packs import unpack
 from pipeline.conftest import ROOT, Project, edit, new_project
 from pipeline.test_docs import follow
 from pipeline.test_verify import resealed

@@ -11,11 +11,11 @@ from hypothesis import strategies as st
 from headgram.errors import HeadgramError
 from headgram.forms.circuits import ov, qk
 from headgram.forms.reading import Rotary
-from headgram.forms.transforms import rotated
 from headgram.geometry import composition, inner
 from headgram.geometry.composition import KINDS, acausal, channels, composed, reads, scores, times_chance, writes
 from headgram.geometry.eigenvalues import eigenvalues
 from headgram.geometry.nulls import deviations
+from rotated import rotated
 
 pytestmark = pytest.mark.usefixtures("both_ways")
 

@@ -8,7 +8,6 @@ import torch
 
 from headgram.forms.circuits import ov, qk
 from headgram.forms.reading import Frame, Frames, Norm, Rotary
-from headgram.forms.transforms import rotated
 from headgram.geometry.composition import KINDS
 from headgram.results.factors import write_factors
 from headgram.results.record import Identity, Provenance, read_record, record_of, seal
@@ -16,6 +15,7 @@ from headgram.results.tables import read_table
 from headgram.stages.composition import Composed, compose
 from headgram.stages.sources import Sources
 from headgram.study.options import Config
+from rotated import rotated
 
 LAYERS, HEADS, WIDTH = (0, 2, 3), 4, 16
 CONFIG = Config.model_validate({"composition": {"strongest": 5}})

@@ -11,8 +11,8 @@ from torch import Tensor
 from headgram.forms.circuits import qk
 from headgram.forms.heads import Heads
 from headgram.forms.reading import Rotary
-from headgram.forms.transforms import rotated
 from headgram.geometry.frequencies import at_offsets, by_chance, energies, offsets_up_to, turning
+from rotated import rotated
 
 RANK, WIDTH = 8, 11
 ROTARIES = {

@@ -16,12 +16,13 @@ from browser import SCREENSHOTS, assert_legible, browser, opened
 from headgram.report.chance import nulls
 from headgram.report.columns import columns
 from headgram.report.matrix import Feeding, PairMatrix
-from headgram.report.pack import beside, model_pack, unpack
+from headgram.report.pack import beside, model_pack
 from headgram.report.page import index_pack, page, page_shell
 from headgram.report.positions import Positions
 from headgram.report.steps import steps_pack
 from headgram.results.tables import DRIFT, HEADS, LAYERS
 from headgram.version import __version__
+from packs import unpack
 
 NAMES = [
     "a-rather-long-name-of-a-model-from-somewhere-1",

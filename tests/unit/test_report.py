@@ -19,11 +19,12 @@ from headgram.report.columns import columns
 from headgram.report.figures import profile_figures, stack_figures
 from headgram.report.matrix import Feeding, PairMatrix, read_across
 from headgram.report.names import PROFILE_FIGURES, STACK_FIGURES
-from headgram.report.pack import beside, layer_packs, model_pack, pack, unpack
+from headgram.report.pack import beside, layer_packs, model_pack, pack
 from headgram.report.page import index_pack, page, page_shell
 from headgram.report.tokens import read_tokens
 from headgram.results.record import Identity, Provenance
 from headgram.results.tables import TOKENS, labelled, write_table
+from packs import unpack
 
 _NUMBERS = st.floats(-1e30, 1e30, allow_subnormal=False)
 

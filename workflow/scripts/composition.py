@@ -8,7 +8,7 @@ with running(snakemake) as (provenance, options):
     from headgram.stages.composition import Composed, compose
     from headgram.stages.sources import Sources
 
-    qk, ov, *around = provenance.identity.upstream
-    sources = Sources.read(by_place(snakemake.input.weights), {"qk": qk, "ov": ov}, around_of(snakemake.input), *around)
+    weights, keys = by_place(snakemake.input.weights), iter(provenance.identity.upstream)
+    sources = Sources.read(weights, keys, around_of(snakemake.input))
     names = ("composition", "channels", "kernels", "directions", "record")
     compose(sources, Composed(*(Path(snakemake.output[name]) for name in names)), options, provenance)

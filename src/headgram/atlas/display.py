@@ -29,6 +29,7 @@ _WIDE = 160
 _KINDS = {"q": "their queries", "k": "their keys", "v": "what they move on"}
 _ITS = {"q": "its queries", "k": "its keys", "v": "what it moves on"}
 _BAR = " [cyan]"  # begins a bar behind a number
+_BAR_WIDTH = 6
 _EIGHTHS = " ▏▎▍▌▋▊▉█"
 
 
@@ -38,28 +39,16 @@ def console() -> Console:
     return Console(width=max(terminal.width, _WIDTH) if terminal.is_terminal else _WIDE, emoji=False)
 
 
-def bar(share: float, width: int = 6) -> str:
+def bar(share: float) -> str:
     """A share between 0 and 1 as a bar, in eighths of a character."""
-    eighths = round(8 * width * min(max(share, 0.0), 1.0))
+    eighths = round(8 * _BAR_WIDTH * min(max(share, 0.0), 1.0))
     whole, rest = divmod(eighths, 8)
-    return (_EIGHTHS[8] * whole + (_EIGHTHS[rest] if rest else "")).ljust(width)
+    return (_EIGHTHS[8] * whole + (_EIGHTHS[rest] if rest else "")).ljust(_BAR_WIDTH)
 
 
 def _text(value: object) -> str:
     """A stranger's text in a table of ours: no markup, and nothing that a terminal acts on."""
     return escape(plain(value))
-
-
-def _number(value: float) -> str:
-    return f"{value:.3g}"
-
-
-def _signed(value: float) -> str:
-    return f"{value:+.3f}"
-
-
-def _plain(value: float) -> str:
-    return f"{value:.3f}"
 
 
 def _share(value: float) -> str:
@@ -72,6 +61,7 @@ def _with_bar(value: float) -> str:
     return f"{value:+.3f}{_BAR}{bar(abs(value))}[/cyan]"
 
 
+_number, _signed, _plain = "{:.3g}".format, "{:+.3f}".format, "{:.3f}".format
 #: How each column of the tables is headed and written; what is not here is a whole number.
 _COLUMNS: Mapping[str, tuple[str, Callable[[Any], str]]] = {
     "symmetry": ("symmetry", _share),

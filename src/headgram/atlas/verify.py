@@ -30,6 +30,7 @@ _TOLERANCE = 1e-6
 #: Directions are kept in float32.
 _OVERLAP_TOLERANCE = 1e-5
 _PLACE = ["circuit", "stack"]
+_HEAD = [*_PLACE, "layer", "head"]
 
 
 @dataclass(frozen=True)
@@ -172,13 +173,12 @@ def _table_problems(path: Path, record: Record) -> Iterator[str]:
 def _identity_problems(files: dict[str, Path]) -> Iterator[str]:
     """The identities between the merged tables of one model; each difference is relative to the sizes that enter it."""
     heads, spectra, gram = (read_table(files[name]).to_pandas() for name in ("heads", "spectra", "gram"))
-    place = ["circuit", "stack", "layer", "head"]
     squares = spectra.assign(
         energy=spectra["singular_value"] ** 2, power=spectra["symmetric_eigenvalue"] ** 2, trace=spectra["symmetric_eigenvalue"]
     )
-    sums = squares.groupby(place)[["energy", "power", "trace", "eigenvalue_real", "eigenvalue_imaginary"]].sum()
-    table = heads.set_index(place).sort_index()
-    diagonal = gram[gram["layer_a"] == gram["layer_b"]].rename(columns={"layer_a": "layer"}).set_index(place)
+    sums = squares.groupby(_HEAD)[["energy", "power", "trace", "eigenvalue_real", "eigenvalue_imaginary"]].sum()
+    table = heads.set_index(_HEAD).sort_index()
+    diagonal = gram[gram["layer_a"] == gram["layer_b"]].rename(columns={"layer_a": "layer"}).set_index(_HEAD)
     size = table["fro_sq"].clip(lower=np.finfo(float).tiny)
     differences = {
         "sum(s²) = fro_sq": (sums["energy"] - table["fro_sq"]) / size,
@@ -236,11 +236,10 @@ def _derived_problems(files: dict[str, Path]) -> Iterator[str]:
 def _lineage_problems(files: dict[str, Path]) -> Iterator[str]:
     """What the tables about two models say against each other."""
     drift, changes, matches = (read_table(files[name]).to_pandas() for name in ("drift", "changes", "matches"))
-    place = ["circuit", "stack", "layer", "head"]
-    heads = drift.set_index(place).sort_index()
+    heads = drift.set_index(_HEAD).sort_index()
     squares = heads[["norm_before", "norm_after", "change_norm"]] ** 2
     size = (squares["norm_before"] + squares["norm_after"]).clip(lower=np.finfo(float).tiny)
-    energy = changes.assign(energy=changes["singular_value"] ** 2).groupby(place)["energy"].sum()
+    energy = changes.assign(energy=changes["singular_value"] ** 2).groupby(_HEAD)["energy"].sum()
     product = heads["cosine"] * heads["norm_before"] * heads["norm_after"]
     differences = {
         "sum(s²) = change_norm²": (energy - squares["change_norm"]) / size,

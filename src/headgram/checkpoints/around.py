@@ -64,12 +64,12 @@ class Around:
     @property
     def norm(self) -> Norm | None:
         """What the block's norm does to the stream that queries read; None if they read the stream as it is."""
-        return self._norm(self._said("norm", self._known.rule.norm), 1, [(self._known.dims.hidden,)])
+        return self._norm("norm", [(self._known.dims.hidden,)])
 
     @property
     def source_norm(self) -> Norm | None:
         """Likewise of keys and values: the same, but in cross-attention, where it is the output norm of the stack they read."""
-        return self._norm(self._source(), 1, [(self._known.dims.hidden,)], self._source_place)
+        return self._norm("source_norm", [(self._known.dims.hidden,)])
 
     @property
     def query_norm(self) -> Norm | None:
@@ -84,7 +84,7 @@ class Around:
     @property
     def output_norm(self) -> Norm | None:
         """What a norm, or a gain alone, does to all that heads write together, before it joins the stream; None if neither."""
-        return self._norm(self._said("output_norm", self._known.rule.output_norm), 1, [(self._known.dims.output_width,)])
+        return self._norm("output_norm", [(self._known.dims.output_width,)])
 
     @property
     def query_bias(self) -> Float[Tensor, "heads rank"] | None:
@@ -99,7 +99,7 @@ class Around:
     @property
     def scale(self) -> float:
         """What `x_k^T g x_q` is multiplied by before the softmax."""
-        rule: ScaleRule = self._said("scale", self._known.rule.scale)
+        rule: ScaleRule = self._said("scale")
         section = self._known.section
         if rule.refused is not None and section.get(rule.refused) is not None:
             self._lacks("scale", f"{section.whose} states {rule.refused}, which changes it in a way that is not known")
@@ -117,7 +117,7 @@ class Around:
     @property
     def cap(self) -> float | None:
         """The bound `c` of scores that become `c tanh(s / c)`; None if they have none."""
-        name = self._said("cap", self._known.rule.cap)
+        name = self._said("cap")
         return None if not name or self._known.section.get(name) is None else self._number(name)
 
     def rotary(self, length: int | None = None) -> Rotary | None:
@@ -129,7 +129,7 @@ class Around:
             Of the context in tokens: a few models turn otherwise in contexts that are longer than those of their training. No
             longer than those, if not given.
         """
-        rule, dims = self._said("rotary", self._known.rule.rotary), self._known.dims
+        rule, dims = self._said("rotary"), self._known.dims
         start = dims.sizes.get("nope", 0)
         return rotary_of(rule, self._known.section, self.layer, dims.rank, start, length)
 
@@ -149,44 +149,37 @@ class Around:
         """The tensors of this layer that hold a norm or a bias; none for other roles."""
         if role in ("query_bias", "key_bias"):
             return list(self._bias_names(role)[1].values())
-        if role == "source_norm":
-            return [name for names in self._norm_names(self._source(), 1, self._source_place).values() for name in names]
-        if role not in ("norm", "query_norm", "key_norm", "output_norm"):
+        if role not in ("norm", "source_norm", "query_norm", "key_norm", "output_norm"):
             return []
-        rule = self._said(role, getattr(self._known.rule, role))
-        return [name for names in self._norm_names(rule, self._heads(role)).values() for name in names]
+        return [name for names in self._norm_names(role).values() for name in names]
 
     def _heads(self, role: str) -> int:
         return self._known.dims.heads if role.startswith("query") else self._known.dims.kv_heads
 
     def _head_norm(self, role: str) -> Norm | None:
-        rule, heads, rank = self._said(role, getattr(self._known.rule, role)), self._heads(role), self._known.dims.rank
-        norm = self._norm(rule, heads, [(rank,), (heads * rank,), (heads, rank)])
+        heads, rank = self._heads(role), self._known.dims.rank
+        norm = self._norm(role, [(rank,), (heads * rank,), (heads, rank)])
         if norm is None:
             return None
         gain, bias = (None if part is None else part.view(-1, rank).expand(heads, rank) for part in (norm.gain, norm.bias))
         return replace(norm, gain=gain, bias=bias)
 
-    def _source(self) -> NormRule:
-        rule: NormRule = self._said("source_norm", self._known.rule.said("source_norm"))
-        return rule
-
-    def _norm(self, rule: NormRule, heads: int, shapes: list[tuple[int, ...]], place: str | None = None) -> Norm | None:
+    def _norm(self, role: str, shapes: list[tuple[int, ...]]) -> Norm | None:
+        rule: NormRule = self._said(role)
         if rule.kind == "none" or (self.layer == 0 and rule.not_first):
             return None
-        found = {
-            kind: torch.cat([self._read(name, shapes) for name in names])
-            for kind, names in self._norm_names(rule, heads, place).items()
-        }
+        names = self._norm_names(role)
+        found = {kind: torch.cat([self._read(name, shapes) for name in some]) for kind, some in names.items()}
         gain = (found["weight"] + rule.plus) * self._factor(rule.times) if found else None
         return Norm(rule.kind == "layer", gain, found.get("bias"), divides=rule.kind != "gain")
 
-    def _norm_names(self, rule: NormRule, heads: int, place: str | None = None) -> dict[str, list[str]]:
+    def _norm_names(self, role: str) -> dict[str, list[str]]:
         """`weight`, and `bias` if the checkpoint holds it -> one tensor, or one for each head."""
-        place = self._place if place is None else place
+        rule: NormRule = self._said(role)
+        place = self._source_place if role == "source_norm" else self._place
         if rule.module is None or (self.layer == 0 and rule.not_first):
             return {}
-        modules = dict.fromkeys(rule.module.format(head=head) for head in range(heads))
+        modules = dict.fromkeys(rule.module.format(head=head) for head in range(self._heads(role)))
         if rule.kind == "gain":
             return {"weight": [place + module for module in modules]}
         names = {kind: [f"{place}{module}.{kind}" for module in modules] for kind in ("weight", "gamma", "bias", "beta")}
@@ -216,7 +209,7 @@ class Around:
 
     def _bias_names(self, role: str) -> tuple[Part, dict[str, str]]:
         """The part of the layout that gives a side, and the biases beside its weights that the checkpoint holds."""
-        self._said(role, self._known.rule.biases)
+        self._said(role)
         part = next(part for part in LAYOUTS[self._known.layout] if role.removesuffix("_bias") in part.gives)
         names = {tensor: f"{self._place}{self._known.modules[tensor]}.bias" for tensor in part.reads}
         return part, {tensor: name for tensor, name in names.items() if name in self._store}
@@ -229,7 +222,8 @@ class Around:
     def _source_place(self) -> str:
         return self._place if self._known.rule.source is None else self._known.prefix.format(layer=self.layer)
 
-    def _said(self, role: str, value: Any) -> Any:
+    def _said(self, role: str) -> Any:
+        value = self._known.rule.said(role)
         if value is None:
             self._lacks(role, self._known.missing[role])
         return value

@@ -112,7 +112,7 @@ class BinStore(TensorStore):
             archive = Archive(LocalFile(path), path)
             places[file] = {name: (archive, tensor) for name, tensor in archive.table().items()}
         self._home = Homes(places, index)
-        self._kept = Kept(self._read)
+        self._kept = Kept(lambda pieces: {piece: self._read(*piece) for piece in pieces})
 
     def __contains__(self, name: str) -> bool:
         return name in self._home

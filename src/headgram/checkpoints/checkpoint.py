@@ -127,9 +127,9 @@ class Checkpoint(Described):
             except HeadgramError as error:
                 missing[role] = str(error)
         found = [Frame(**{role: values[i] for role, values in known.items()}) for i in range(len(layers))]
-        latent, rule = stack._layout.startswith("latent"), stack._around.rule
-        layered = dict(zip(stack.layers, found, strict=True))
-        return Frames(layered, missing, stack.context, latent, rule.scores, rule.writes)
+        layered, around = dict(zip(stack.layers, found, strict=True)), stack._around
+        latent = around.layout.startswith("latent")
+        return Frames(layered, missing, stack.context, latent, around.rule.scores, around.rule.writes)
 
     def embedding(self) -> Float[Tensor, "tokens width"]:
         """What every token is read as, in stored precision; a model may scale it, or add positions to it.
@@ -197,11 +197,11 @@ class Checkpoint(Described):
                     f"layer {layer}: tensor {name} holds a NaN or an infinity: the checkpoint is damaged or its training diverged"
                 )
         tensors = {tensor: read[piece] for tensor, piece in pieces.items()}
-        if stack._permuted:
+        if stack._around.permuted:
             counts = {"query": stack.heads, "key": stack.kv_heads}
             tensors |= {role: undo_gguf_permutation(tensors[role], count) for role, count in counts.items() if role in tensors}
         factors: dict[str, Tensor] = {}
-        for part in LAYOUTS[stack._layout]:
+        for part in LAYOUTS[stack._around.layout]:
             if set(part.gives) & set(wanted):
                 factors |= part.factors(stack.dimensions, wanted, tensors)
         if self._twin is not None:

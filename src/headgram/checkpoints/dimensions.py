@@ -26,7 +26,7 @@ class Section:
         self._stated = values
         if defaults and values.get("rope_parameters", {}) is None:
             values = {name: value for name, value in values.items() if name != "rope_parameters"}
-        self._values = {**defaults, **values} if defaults else values
+        self._values = {**(defaults or {}), **values}
         self._architecture = architecture
 
     @classmethod
@@ -36,9 +36,8 @@ class Section:
         inner: Any = config
         for name in rule.config.split(".") if rule.config else ():
             inner = inner.get(name) if isinstance(inner, Mapping) else None
-        if not rule.config or not isinstance(inner, Mapping):
-            return cls(config, architecture, defaults)
-        return cls(inner, architecture, defaults)  # what a section leaves unsaid, no other tower's count says
+        # What a section leaves unsaid, no other tower's count says.
+        return cls(inner if isinstance(inner, Mapping) else config, architecture, defaults)
 
     def get(self, name: str) -> Any:
         """What the configuration states under a name, under `name.N` as the Nth of a list, or `a.b` in a section; or None."""

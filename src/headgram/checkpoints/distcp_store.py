@@ -14,7 +14,7 @@ from torch import Tensor
 
 from headgram.checkpoints.bin_store import Archive
 from headgram.checkpoints.local_file import LocalFile
-from headgram.checkpoints.pickle_walk import OTHER, Global, Walk
+from headgram.checkpoints.pickle_walk import OTHER, Global, Walk, dtype_of
 from headgram.checkpoints.stores import TensorStore, bytes_of, cut_of, word_of
 from headgram.checkpoints.weight_files import DISTRIBUTED_TABLE
 from headgram.errors import HeadgramError
@@ -145,9 +145,9 @@ def read_metadata(pickled: bytes) -> dict[str, Whole]:
 def _whole(name: str, fields: Mapping[str, Any], places: Mapping[Any, Mapping[str, Any]]) -> Whole:
     properties = fields["properties"].fields
     dtype, layout = (properties[key] for key in (("dtype", "layout") if isinstance(properties, Mapping) else (0, 1)))
-    kind = vars(torch).get(dtype.name.removeprefix("torch "))
+    kind = dtype_of(dtype.name)
     shape = _sizes(fields["size"])
-    if not isinstance(kind, torch.dtype) or layout != "torch.strided":
+    if kind is None or layout != "torch.strided":
         raise ValueError(f"{name!r:.200} is no plain tensor")
     pieces = []
     for chunk in fields["chunks"]:
@@ -198,10 +198,8 @@ class _MetadataWalk(Walk):
     """Describes the objects of a `.metadata`."""
 
     def known(self, name: str) -> Global:
-        module, _, what = name.partition(" ")
-        is_dtype = module == "torch" and isinstance(vars(torch).get(what), torch.dtype)
         calls = ("torch Size", "torch.serialization _get_layout", "collections OrderedDict")
-        if is_dtype or module.startswith("torch.distributed.") or name in (*calls, *_INERT):
+        if dtype_of(name) or name.startswith("torch.distributed.") or name in (*calls, *_INERT):
             return Global(name)
         raise ValueError(f"{name.replace(' ', '.')!r:.200}, which no such table needs")
 

@@ -46,7 +46,7 @@ class _Cursor:
             raise ValueError("it does not begin with GGUF")
         if self._number("I") & 0xFFFF == 0:  # a small version in the other byte order
             self._order = ">"
-        tensors, entries = self._count("Q", "tensors", 24), self._count("Q", "metadata entries", 13)
+        tensors, entries = self._count("tensors", 24), self._count("metadata entries", 13)
         elements = read = 0
         if entries > _MOST_ENTRIES or tensors > _MOST_TENSORS:
             raise ValueError(f"{entries} metadata entries and {tensors} tensors, which no real model has")
@@ -74,7 +74,7 @@ class _Cursor:
             return 0
         if kind != _ARRAY:
             raise ValueError(f"metadata of the unknown type {kind}")
-        inner, length = self._number("I"), self._count("Q", "array elements", 1)
+        inner, length = self._number("I"), self._count("array elements", 1)
         if length > most_elements:
             raise ValueError(f"more than {_MOST_ELEMENTS} array elements")
         if inner in _SCALAR_BYTES:
@@ -102,8 +102,8 @@ class _Cursor:
     def _skip_string(self) -> None:
         self._skip(self._number("Q"))
 
-    def _count(self, code: str, what: str, least_bytes: int) -> int:
-        count = self._number(code)
+    def _count(self, what: str, least_bytes: int) -> int:
+        count = self._number("Q")
         if count * least_bytes > len(self._data):
             raise ValueError(f"{count} {what}, more than the file can hold")
         return count

@@ -50,7 +50,7 @@ class GgufStore(TensorStore):
                 raise HeadgramError(f"{path} is not a whole GGUF file ({error}): fetch it again") from None
             parts[name] = {tensor.name: (LocalFile(path), tensor) for tensor in reader.tensors}
         self._tensors = Homes(parts)
-        self._kept: Kept[Any] = Kept(self._stored)
+        self._kept: Kept[Any] = Kept(lambda pieces: {piece: self._stored(*piece) for piece in pieces})
 
     def _add(self, key: str, value: Any, path: Path) -> None:
         """Take metadata of a part; parts may repeat it, but differ only in which part they are."""

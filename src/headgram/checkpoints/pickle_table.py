@@ -7,13 +7,14 @@ need for a table of tensors are refused.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
-from headgram.checkpoints.pickle_walk import OTHER, Global, Walk
+from headgram.checkpoints.pickle_walk import OTHER, Global, Walk, dtype_of
 
 #: Storage types by their names in a pickle.
 _STORAGES = {
@@ -148,9 +149,8 @@ class _Descriptions(Walk):
         if name in _OTHER_TENSORS:
             raise ValueError(f"{_OTHER_TENSORS[name]} ({name.replace(' ', '.')})")
         module, _, what = name.partition(" ")
-        is_dtype = module == "torch" and isinstance(vars(torch).get(what), torch.dtype)
         is_storage = (module == "torch" and what in _STORAGES) or (module, what) == ("torch.storage", "UntypedStorage")
-        if is_dtype or is_storage or name in _TABLES or name in _INERT or name in _REBUILDERS:
+        if dtype_of(name) or is_storage or name in _TABLES or name in _INERT or name in _REBUILDERS:
             return Global(name)
         raise ValueError(f"{name.replace(' ', '.')!r:.200}, which is more than tensors")
 
@@ -166,20 +166,16 @@ class _Descriptions(Walk):
         raise ValueError(f"a call of {function.name.replace(' ', '.')}")
 
     def persistent(self, identity: Any) -> Any:
-        return _storage(identity)
+        match identity:
+            case ("storage", Global(kind), str(record), str(location), int(numel)) if numel >= 0 and location != "meta":
+                what = kind.partition(" ")[2]
+                if what in _STORAGES or what == "UntypedStorage":
+                    return _Storage(record, _STORAGES.get(what, torch.uint8), numel)
+        raise ValueError("a storage that is not described as torch does")
 
     def build(self, target: Any, state: Any) -> None:
         if isinstance(target, StoredTensor):
             raise ValueError("a tensor that is changed after it was read")
-
-
-def _storage(identity: Any) -> _Storage:
-    match identity:
-        case ("storage", Global(kind), str(record), str(location), int(numel)) if numel >= 0 and location != "meta":
-            what = kind.partition(" ")[2]
-            if what in _STORAGES or what == "UntypedStorage":
-                return _Storage(record, _STORAGES.get(what, torch.uint8), numel)
-    raise ValueError("a storage that is not described as torch does")
 
 
 def _strided(storage: Any, offset: Any, shape: Any, stride: Any, dtype: torch.dtype | None = None) -> StoredTensor:
@@ -189,10 +185,7 @@ def _strided(storage: Any, offset: Any, shape: Any, stride: Any, dtype: torch.dt
         raise ValueError("a tensor with other strides than axes")
     stored_bytes = storage.numel * storage.dtype.itemsize
     tensor = StoredTensor(storage.record, stored_bytes, dtype or storage.dtype, offset, shape, stride)
-    count = 1
-    for size in shape:
-        count *= size
-    if max(count, tensor.elements.stop) * tensor.dtype.itemsize > stored_bytes:
+    if max(math.prod(shape), tensor.elements.stop) * tensor.dtype.itemsize > stored_bytes:
         raise ValueError(f"a tensor of shape {shape} that is larger than what is stored of it")
     return tensor
 
@@ -211,8 +204,8 @@ def _rebuild(storage: Any = None, offset: Any = None, shape: Any = None, stride:
 def _rebuild_typed(storage: Any = None, offset: Any = None, shape: Any = None, stride: Any = None, *more: Any) -> StoredTensor:
     if len(more) < 3 or not isinstance(more[2], Global) or (len(more) > 3 and more[3]):
         raise ValueError("a tensor without a type, or one that is stored negated or conjugated")
-    dtype = vars(torch).get(more[2].name.removeprefix("torch "))
-    if not isinstance(dtype, torch.dtype):
+    dtype = dtype_of(more[2].name)
+    if dtype is None:
         raise ValueError("a tensor without a type")
     return _strided(storage, offset, shape, stride, dtype)
 

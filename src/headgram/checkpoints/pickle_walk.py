@@ -10,6 +10,8 @@ import pickletools
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 _CONSTANTS: dict[str, Any] = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False, "EMPTY_TUPLE": ()}
 _VALUES = (
     "BININT", "BININT1", "BININT2", "LONG1", "LONG4", "BINFLOAT",
@@ -26,6 +28,13 @@ class Global:
     """A name that a pickle refers to: `module name`."""
 
     name: str
+
+
+def dtype_of(name: str) -> torch.dtype | None:
+    """The type of numbers that is meant by a name in a pickle; None if it is the name of anything else."""
+    module, _, what = name.partition(" ")
+    found = vars(torch).get(what) if module == "torch" else None
+    return found if isinstance(found, torch.dtype) else None
 
 
 class Walk:

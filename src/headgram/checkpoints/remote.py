@@ -43,7 +43,7 @@ class RemoteSafetensorsStore(Safetensors[HubFile]):
         super().__init__({file.name: (file, found) for file, found in zip(files, headers, strict=True)}, location.choice.index)
 
     def prefetch(self, pieces: Iterable[Piece]) -> None:
-        self.hold(pieces)
+        self._kept.add(pieces)
 
     def _read(self, wanted: Mapping[Piece, tuple[HubFile, list[Span]]]) -> dict[Piece, memoryview]:
         requests = plan_requests(wanted.values())

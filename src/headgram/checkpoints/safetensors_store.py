@@ -13,7 +13,7 @@ from torch import Tensor
 from headgram.checkpoints.homes import Homes
 from headgram.checkpoints.local_file import LocalFile, Span
 from headgram.checkpoints.safetensors_header import TensorPlace, read_header
-from headgram.checkpoints.stores import DTYPES, Piece, TensorStore, known_dtype
+from headgram.checkpoints.stores import DTYPES, Kept, Piece, TensorStore, known_dtype
 from headgram.families.layouts import Cut
 
 File = TypeVar("File")
@@ -37,7 +37,7 @@ class Safetensors(TensorStore, Generic[File]):
     ) -> None:
         places = {key: {name: (file, place) for name, place in found.items()} for key, (file, found) in headers.items()}
         self._home: Homes[tuple[File, TensorPlace]] = Homes(places, index)
-        self._held: dict[Piece, memoryview] = {}
+        self._kept = Kept(lambda pieces: self._read({piece: self._spans(*piece) for piece in pieces}))
 
     @abstractmethod
     def _read(self, wanted: Mapping[Piece, tuple[File, list[Span]]]) -> dict[Piece, memoryview]:
@@ -59,16 +59,8 @@ class Safetensors(TensorStore, Generic[File]):
         place = self._home[name][1]
         return place.stop - place.start
 
-    def hold(self, pieces: Iterable[Piece]) -> None:
-        """Read those pieces that are not in memory, where they stay until they are read as tensors."""
-        missing = [piece for piece in dict.fromkeys(pieces) if piece not in self._held]
-        if missing:
-            self._held |= self._read({(name, cut): self._spans(name, cut) for name, cut in missing})
-
     def raw(self, name: str, cut: Cut | None = None) -> memoryview:
-        if (name, cut) in self._held:
-            return self._held[name, cut]
-        return self._read({(name, cut): self._spans(name, cut)})[name, cut]
+        return self._kept.look(name, cut)
 
     def slices(self, name: str, rows: int) -> Iterator[Tensor]:
         self.dtype(name)
@@ -79,11 +71,10 @@ class Safetensors(TensorStore, Generic[File]):
 
     def part(self, name: str, cut: Cut | None = None) -> Tensor:
         known_dtype(name, self.stored(name))
-        self.hold([(name, cut)])
         # A copy: what lies beside it in the buffer can be freed then, and offsets may be unaligned.
-        stored = bytearray(self._held.pop((name, cut)))
+        stored = bytearray(self._kept.take(name, cut))
         if len(stored) <= _KEPT_BYTES:
-            self._held[name, cut] = memoryview(stored)
+            self._kept.put(name, cut, memoryview(stored))
         return self._tensor(name, cut, stored)
 
     def _tensor(self, name: str, cut: Cut | None, stored: bytearray) -> Tensor:
@@ -107,7 +98,7 @@ class Safetensors(TensorStore, Generic[File]):
         return self
 
     def __exit__(self, *exc: object) -> None:
-        self._held.clear()
+        self._kept.keep(())
 
 
 class SafetensorsStore(Safetensors[LocalFile]):
@@ -118,8 +109,7 @@ class SafetensorsStore(Safetensors[LocalFile]):
         super().__init__({name: (file, _header(file)) for name, file in files.items()}, index)
 
     def keep(self, pieces: Iterable[Piece]) -> None:
-        self._held.clear()
-        self.hold(pieces)
+        self._kept.keep(pieces)
 
     def _read(self, wanted: Mapping[Piece, tuple[LocalFile, list[Span]]]) -> dict[Piece, memoryview]:
         return {piece: memoryview(file.read(spans)) for piece, (file, spans) in wanted.items()}

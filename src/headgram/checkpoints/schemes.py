@@ -106,12 +106,8 @@ def _scaled(marker: str, weight: str = "weight", packed: tuple[str, ...] = ()) -
 def _check_algorithm(settings: Config) -> None:
     """Refuse algorithms of modelopt whose weights are more than numbers with scales."""
     layers = settings.get("quantized_layers")
-    stated = (
-        [layer.get("quant_algo") for layer in layers.values() if isinstance(layer, Mapping)]
-        if isinstance(layers, Mapping)
-        else []
-    )
-    for algorithm in (settings.get("quant_algo"), *stated):
+    own = layers.values() if isinstance(layers, Mapping) else ()
+    for algorithm in (each.get("quant_algo") for each in (settings, *own) if isinstance(each, Mapping)):
         if isinstance(algorithm, str) and algorithm not in _MODELOPT:
             raise HeadgramError(f"the weights are quantised by modelopt's {algorithm:.60}; headgram reads {', '.join(_MODELOPT)}")
 

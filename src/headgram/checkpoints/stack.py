@@ -59,9 +59,6 @@ class Stack(Described):
     notes: Mapping[str, str]
     _tensors: dict[str, str] = field(compare=False)
     _stored: Mapping[str, tuple[int, frozenset[str]]] = field(compare=False)  # bytes and precisions
-    _layout: str = field(compare=False)
-    _permuted: bool = field(compare=False)
-    _sizes: Mapping[str, int] = field(compare=False)
     _around: Surroundings = field(compare=False)
 
     @property
@@ -82,7 +79,7 @@ class Stack(Described):
     @property
     def dimensions(self) -> Dimensions:
         """Its numbers of heads, its ranks and widths, as layouts take them."""
-        return Dimensions(self.heads, self.kv_heads, self.rank, self.hidden, self.value_rank, self.output_width, self._sizes)
+        return self._around.dims
 
     @property
     def context(self) -> int | None:
@@ -103,7 +100,8 @@ class Stack(Described):
         HeadgramError
             As `Checkpoint.factors`.
         """
-        shapes = {tensor: shape for part in LAYOUTS[self._layout] for tensor, shape in part.shapes(self.dimensions).items()}
+        parts = [part.shapes(self.dimensions) for part in LAYOUTS[self._around.layout]]
+        shapes = {tensor: shape for shapes in parts for tensor, shape in shapes.items()}
         shares = {
             self._tensors[tensor]: cut.count / shapes[tensor][cut.axis] if cut else 1.0
             for tensor, cut in self._reads(roles).items()
@@ -128,7 +126,7 @@ class Stack(Described):
                 raise HeadgramError(f"unknown role {role!r:.60}; there are: {', '.join(ROLES)}")
             if role in self.missing:
                 raise HeadgramError(f"the stack '{self.name}' has no role '{role}' to read: {self.missing[role]}")
-        parts = [part for part in LAYOUTS[self._layout] if set(part.gives) & set(roles)]
+        parts = [part for part in LAYOUTS[self._around.layout] if set(part.gives) & set(roles)]
         cuts = {tensor: part.cuts(self.dimensions, roles).get(tensor) for part in parts for tensor in part.reads}
         return {tensor: cuts[tensor] for tensor in self._tensors if tensor in cuts}
 
@@ -181,9 +179,6 @@ def stack_of(
         notes={role: remark.text for remark in remarks if not remark.unproven for role in remark.roles},
         _tensors=tensors,
         _stored={tensors[tensor]: _stored(store, [tensors[tensor].format(layer=n) for n in layers]) for tensor in readable},
-        _layout=rule.layout,
-        _permuted=permuted,
-        _sizes=dims.sizes,
         _around=surroundings,
     )
 

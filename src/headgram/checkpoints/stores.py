@@ -91,22 +91,33 @@ class TensorStore(Protocol):
 class Kept(Generic[Stored]):
     """What is stored of pieces, read by `read` before it is asked for, or when it is."""
 
-    def __init__(self, read: Callable[[str, Cut | None], Stored]) -> None:
+    def __init__(self, read: Callable[[Iterable[Piece]], dict[Piece, Stored]]) -> None:
         self._read = read
         self._kept: dict[Piece, Stored] = {}
 
     def keep(self, pieces: Iterable[Piece]) -> None:
         """As of `TensorStore`."""
         self._kept.clear()
-        self._kept.update((piece, self._read(*piece)) for piece in pieces)
+        self.add(pieces)
+
+    def add(self, pieces: Iterable[Piece]) -> None:
+        """Keep these besides."""
+        if missing := [piece for piece in dict.fromkeys(pieces) if piece not in self._kept]:
+            self._kept |= self._read(missing)
+
+    def put(self, name: str, cut: Cut | None, stored: Stored) -> None:
+        """Keep this, as it was read."""
+        self._kept[name, cut] = stored
 
     def look(self, name: str, cut: Cut | None) -> Stored:
         """What is stored; it stays in memory, if it was kept."""
-        return self._kept[name, cut] if (name, cut) in self._kept else self._read(name, cut)
+        return self._kept[name, cut] if (name, cut) in self._kept else self._read([(name, cut)])[name, cut]
 
     def take(self, name: str, cut: Cut | None) -> Stored:
         """What is stored, no longer kept."""
-        return self._kept.pop((name, cut)) if (name, cut) in self._kept else self._read(name, cut)
+        found = self.look(name, cut)
+        self._kept.pop((name, cut), None)
+        return found
 
 
 def cut_of(tensor: Tensor, cut: Cut | None) -> Tensor:

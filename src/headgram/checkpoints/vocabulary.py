@@ -74,12 +74,14 @@ def common_tokens(a: Mapping[int, str], b: Mapping[int, str]) -> list[tuple[int,
     >>> common_tokens({0: " the", 1: "cat", 2: "cat"}, {0: "cat", 7: " the"})
     [(0, 7)]
     """
-    places = [{text: number for number, text in each.items() if text and counts[text] == 1} for each, counts in _counted(a, b)]
-    return [(number, places[1][text]) for text, number in places[0].items() if text in places[1]]
+    there = _held_once(b)
+    return [(number, there[text]) for text, number in _held_once(a).items() if text in there]
 
 
-def _counted(*vocabularies: Mapping[int, str]) -> Iterator[tuple[Mapping[int, str], Counter[str]]]:
-    return ((each, Counter(each.values())) for each in vocabularies)
+def _held_once(vocabulary: Mapping[int, str]) -> dict[str, int]:
+    """The numbers of the texts that a vocabulary holds once."""
+    counts = Counter(vocabulary.values())
+    return {text: number for number, text in vocabulary.items() if text and counts[text] == 1}
 
 
 def _tokenizer_json(content: bytes) -> dict[int, str]:

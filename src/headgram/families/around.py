@@ -39,9 +39,8 @@ class NormRule(Rule):
     """
 
     kind: Literal["rms", "layer", "gain", "none"]
-    module: _Place | None = (
-        None  # below `block`, `{head}` for one of each head, a gain's own tensor; None: a norm without weights
-    )
+    #: Below `block`, `{head}` for one of each head, a gain's own tensor; None: a norm without weights.
+    module: _Place | None = None
     not_first: bool = False  # layer 0 reads the stream as it is
     plus: int = 0  # its gain is so much more than what is stored: 1 + w
     times: str | None = None  # what they call a factor of what it gives, where they state one

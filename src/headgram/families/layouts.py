@@ -110,17 +110,9 @@ class Part:
         return self.split(dims, **given, roles=roles) if self.rows else self.split(dims, **given)
 
 
-def _query_shapes(dims: Dimensions) -> Shapes:
-    return {"query": (dims.heads * dims.rank, dims.hidden)}
-
-
 def queries(dims: Dimensions, query: Tensor) -> Factors:
     """An `nn.Linear` weight, head after head: `(H·r, d)`."""
     return {"query": query.view(dims.heads, dims.rank, dims.hidden)}
-
-
-def _key_shapes(dims: Dimensions) -> Shapes:
-    return {"key": (dims.kv_heads * dims.rank, dims.hidden)}
 
 
 def keys(dims: Dimensions, key: Tensor) -> Factors:
@@ -128,17 +120,9 @@ def keys(dims: Dimensions, key: Tensor) -> Factors:
     return {"key": key.view(dims.kv_heads, dims.rank, dims.hidden)}
 
 
-def _value_shapes(dims: Dimensions) -> Shapes:
-    return {"value": (dims.kv_heads * dims.value_rank, dims.hidden)}
-
-
 def values(dims: Dimensions, value: Tensor) -> Factors:
     """An `nn.Linear` weight, head after head: `(K·r_v, d)`."""
     return {"value": value.view(dims.kv_heads, dims.value_rank, dims.hidden)}
-
-
-def _output_shapes(dims: Dimensions) -> Shapes:
-    return {"output": (dims.output_width, dims.heads * dims.value_rank)}
 
 
 def outputs(dims: Dimensions, output: Tensor) -> Factors:
@@ -146,66 +130,14 @@ def outputs(dims: Dimensions, output: Tensor) -> Factors:
     return output_rows(dims, output.t().contiguous())
 
 
-def _output_beside_shapes(dims: Dimensions) -> Shapes:
-    return {"output": (dims.output_width, 2 * dims.heads * dims.value_rank)}
-
-
-def _output_beside_columns(dims: Dimensions) -> dict[str, Rows]:
-    return {"output": [("output", dims.heads * dims.value_rank), ("", dims.heads * dims.value_rank)]}
-
-
 def outputs_beside(dims: Dimensions, output: Tensor, roles: Collection[str] = ("output",)) -> Factors:
     """As `outputs`, before as many columns that read something else than heads, as ConvBERT's convolutions: `(d, 2·H·r_v)`."""
     return outputs(dims, output[:, : dims.heads * dims.value_rank]) if "output" in roles else {}
 
 
-def _output_row_shapes(dims: Dimensions) -> Shapes:
-    return {"output": (dims.heads * dims.value_rank, dims.output_width)}
-
-
 def output_rows(dims: Dimensions, output: Tensor) -> Factors:
     """As `outputs`, but stored `(in, out)`, as GPT-2's `Conv1D` does: `(H·r_v, d)`."""
     return {"output": output.view(dims.heads, dims.value_rank, dims.output_width)}
-
-
-def _query_by_head_shapes(dims: Dimensions) -> Shapes:
-    return {"query": (dims.heads, dims.hidden, dims.rank)}
-
-
-def queries_by_head(dims: Dimensions, query: Tensor) -> Factors:
-    """As TransformerLens stores it: a matrix from the stream to each head, `(H, d, r)`."""
-    return {"query": query.transpose(1, 2)}
-
-
-def _key_by_head_shapes(dims: Dimensions) -> Shapes:
-    return {"key": (dims.kv_heads, dims.hidden, dims.rank)}
-
-
-def keys_by_head(dims: Dimensions, key: Tensor) -> Factors:
-    """As `queries_by_head`: `(K, d, r)`."""
-    return {"key": key.transpose(1, 2)}
-
-
-def _value_by_head_shapes(dims: Dimensions) -> Shapes:
-    return {"value": (dims.kv_heads, dims.hidden, dims.value_rank)}
-
-
-def values_by_head(dims: Dimensions, value: Tensor) -> Factors:
-    """As `queries_by_head`: `(K, d, r_v)`."""
-    return {"value": value.transpose(1, 2)}
-
-
-def _output_by_head_shapes(dims: Dimensions) -> Shapes:
-    return {"output": (dims.heads, dims.value_rank, dims.output_width)}
-
-
-def outputs_by_head(dims: Dimensions, output: Tensor) -> Factors:
-    """From each head to the stream: `(H, r_v, d)`."""
-    return {"output": output}
-
-
-def _gated_shapes(dims: Dimensions) -> Shapes:
-    return {"query": (dims.heads * 2 * dims.rank, dims.hidden)}
 
 
 def _gated_order(dims: Dimensions) -> list[str]:
@@ -217,23 +149,11 @@ def _fused_shapes(dims: Dimensions) -> Shapes:
     return {"fused": ((dims.heads + 2 * dims.kv_heads) * dims.rank, dims.hidden)}
 
 
-def _key_value_shapes(dims: Dimensions) -> Shapes:
-    return {"key_value": (dims.kv_heads * (dims.rank + dims.value_rank), dims.hidden)}
-
-
-def _key_value_rows(dims: Dimensions) -> dict[str, Rows]:
-    return {"key_value": [("key", dims.kv_heads * dims.rank), ("value", dims.kv_heads * dims.value_rank)]}
-
-
 def key_value_blocks(dims: Dimensions, key_value: Tensor, roles: Collection[str] = ("key", "value")) -> Factors:
     """One weight with the blocks `[k; v]`, each head after head: `(K·r + K·r_v, d)`."""
     rows = dims.kv_heads * dims.rank if "key" in roles else 0
     factors = keys(dims, key_value[:rows]) if "key" in roles else {}
     return factors | (values(dims, key_value[rows:]) if "value" in roles else {})
-
-
-def _column_shapes(dims: Dimensions) -> Shapes:
-    return {"fused": (dims.hidden, (dims.heads + 2 * dims.kv_heads) * dims.rank)}
 
 
 def _block_order(dims: Dimensions) -> list[str]:
@@ -324,13 +244,43 @@ def _exact(tensor: Tensor) -> Tensor:
     return tensor if tensor.element_size() >= 4 else tensor.float()
 
 
-_QUERY = Part(("query",), ("query",), _query_shapes, queries)
-_KEY = Part(("key",), ("key",), _key_shapes, keys)
-_VALUE = Part(("value",), ("value",), _value_shapes, values)
-_OUTPUT = Part(("output",), ("output",), _output_shapes, outputs)
-_KEY_VALUE = Part(("key", "value"), ("key_value",), _key_value_shapes, key_value_blocks, rows=_key_value_rows)
-_OUTPUT_BESIDE = Part(("output",), ("output",), _output_beside_shapes, outputs_beside, rows=_output_beside_columns, axis=1)
-_OUTPUT_ROWS = Part(("output",), ("output",), _output_row_shapes, output_rows)
+def _transposed(role: str, shapes: Callable[[Dimensions], Shapes]) -> Part:
+    """As TransformerLens stores it: a matrix from the stream to each head, `(H, d, r)`."""
+    return Part((role,), (role,), shapes, lambda dims, **tensors: {role: tensors[role].transpose(1, 2)})
+
+
+_QUERY = Part(("query",), ("query",), lambda dims: {"query": (dims.heads * dims.rank, dims.hidden)}, queries)
+_KEY = Part(("key",), ("key",), lambda dims: {"key": (dims.kv_heads * dims.rank, dims.hidden)}, keys)
+_VALUE = Part(("value",), ("value",), lambda dims: {"value": (dims.kv_heads * dims.value_rank, dims.hidden)}, values)
+_KEY_VALUE = Part(
+    ("key", "value"),
+    ("key_value",),
+    lambda dims: {"key_value": (dims.kv_heads * (dims.rank + dims.value_rank), dims.hidden)},
+    key_value_blocks,
+    rows=lambda dims: {"key_value": [("key", dims.kv_heads * dims.rank), ("value", dims.kv_heads * dims.value_rank)]},
+)
+_OUTPUT = Part(("output",), ("output",), lambda dims: {"output": (dims.output_width, dims.heads * dims.value_rank)}, outputs)
+_OUTPUT_BESIDE = Part(
+    ("output",),
+    ("output",),
+    lambda dims: {"output": (dims.output_width, 2 * dims.heads * dims.value_rank)},
+    outputs_beside,
+    rows=lambda dims: {"output": [("output", dims.heads * dims.value_rank), ("", dims.heads * dims.value_rank)]},
+    axis=1,
+)
+_OUTPUT_ROWS = Part(
+    ("output",), ("output",), lambda dims: {"output": (dims.heads * dims.value_rank, dims.output_width)}, output_rows
+)
+_OUTPUT_BY_HEAD = Part(  # from each head to the stream
+    ("output",),
+    ("output",),
+    lambda dims: {"output": (dims.heads, dims.value_rank, dims.output_width)},
+    lambda dims, output: {"output": output},
+)
+_GATED = _fused("query", lambda dims: {"query": (dims.heads * 2 * dims.rank, dims.hidden)}, _gated_order)
+_COLUMNS = _fused(
+    "fused", lambda dims: {"fused": (dims.hidden, (dims.heads + 2 * dims.kv_heads) * dims.rank)}, _block_order, axis=1
+)
 _LATENT_QUERY = Part(
     ("query",), ("query_down", "query_gain", "query_up"), _latent_query_shapes, latent_queries, ("nope", "rope", "query_latent")
 )
@@ -342,16 +292,16 @@ LAYOUTS: dict[str, tuple[Part, ...]] = {
     "separate": (_QUERY, _KEY, _VALUE, _OUTPUT),
     "key_value_blocks": (_QUERY, _KEY_VALUE, _OUTPUT),
     "beside": (_QUERY, _KEY, _VALUE, _OUTPUT_BESIDE),
-    "gated": (_fused("query", _gated_shapes, _gated_order), _KEY, _VALUE, _OUTPUT),
+    "gated": (_GATED, _KEY, _VALUE, _OUTPUT),
     "blocks": (_fused("fused", _fused_shapes, _block_order), _OUTPUT),
-    "column_blocks": (_fused("fused", _column_shapes, _block_order, axis=1), _OUTPUT_ROWS),
+    "column_blocks": (_COLUMNS, _OUTPUT_ROWS),
     "interleaved": (_fused("fused", _fused_shapes, _interleaved_order), _OUTPUT),
     "quarters": (_fused("fused", _quarter_shapes, _quarter_order), _OUTPUT),
     "by_head": (
-        Part(("query",), ("query",), _query_by_head_shapes, queries_by_head),
-        Part(("key",), ("key",), _key_by_head_shapes, keys_by_head),
-        Part(("value",), ("value",), _value_by_head_shapes, values_by_head),
-        Part(("output",), ("output",), _output_by_head_shapes, outputs_by_head),
+        _transposed("query", lambda dims: {"query": (dims.heads, dims.hidden, dims.rank)}),
+        _transposed("key", lambda dims: {"key": (dims.kv_heads, dims.hidden, dims.rank)}),
+        _transposed("value", lambda dims: {"value": (dims.kv_heads, dims.hidden, dims.value_rank)}),
+        _OUTPUT_BY_HEAD,
     ),
     "latent": (_LATENT_QUERY, _LATENT, _OUTPUT),
     "latent_direct": (_QUERY, _LATENT, _OUTPUT),

@@ -131,9 +131,7 @@ class Family(Rule):
     model_types: tuple[str, ...]
     prefixes: tuple[_Place, ...] = ()  # where the base model may sit inside the checkpoint
     embedding: tuple[str, ...] = ()  # the module, below the prefix, with a row for every token; the first that is there
-    unembedding: tuple[str, ...] = (
-        "lm_head",
-    )  # modules with a row for every token that is predicted, if they are not the embedding
+    unembedding: tuple[str, ...] = ("lm_head",)  # with a row for every token that is predicted, if they are not the embedding
     final: tuple[FinalRule, ...] = ()  # of several about a type, the last one says
     stacks: tuple[StackRule, ...] = ()
     gguf: GgufRule | None = None

@@ -7,7 +7,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from headgram.forms.heads import Heads
-from headgram.forms.reading import Frame, Norm, Rotary
+from headgram.forms.reading import Frame, Norm
 
 
 def transposed(heads: Heads) -> Heads:
@@ -84,11 +84,7 @@ def folded(
 
 
 def constant(
-    role: str,
-    factors: Float[Tensor, "n rank width"],
-    bias: Float[Tensor, "n rank"] | None,
-    frame: Frame,
-    heads: slice = slice(None),
+    role: str, factors: Float[Tensor, "n rank width"], bias: Float[Tensor, "n rank"] | None, frame: Frame
 ) -> Float[Tensor, "n rank"] | None:
     """What queries or keys are beside `folded` factors times the stream, in float64: `diag(γ_q) C_q (b + W β)`; None if nothing.
 
@@ -105,16 +101,4 @@ def constant(
     added = wide.new_zeros(wide.shape[:-1]) if bias is None else bias.to(wide)
     added = added if beta is None else added + wide @ beta.to(wide)
     own = Frame(query_norm=frame.query_norm, key_norm=frame.key_norm)
-    return folded(role, added[..., None], own, heads)[..., 0]
-
-
-def rotated(heads: Heads, rotary: Rotary, offset: int | float) -> Heads:
-    """The forms `g(offset) = W_K^T R(offset) W_Q` of `qk`, in float64: scores of a query so many tokens after the key."""
-    return heads.with_factors(heads.a.double(), rotary.scaled(rotary.turned(heads.b, offset)))
-
-
-def difference(one: Heads, other: Heads) -> Heads:
-    """The forms `X_i - Y_i`, of rank at most `r_x + r_y`, exactly, in float64: the factors lie below one another."""
-    a = torch.cat([one.left().double(), other.left().double()], 1)
-    b = torch.cat([one.right().double(), -other.right().double()], 1)
-    return Heads(a, b, torch.arange(len(one)), torch.arange(len(one)))
+    return folded(role, added[..., None], own)[..., 0]

@@ -19,7 +19,6 @@ from headgram.geometry.inner import inner_products
 #: What heads are compared by: inner products of the forms, and overlaps of directions.
 BY_FORM = ("cosine", "transposed")
 BY_SPAN = ("right", "left", "signed")
-MEASURES = (*BY_FORM, *BY_SPAN)
 
 #: Bytes of the directions of one block, in float32. A constant, so that results do not depend on the machine.
 _BLOCK_BYTES = 64 * 2**20

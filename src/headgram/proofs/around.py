@@ -143,7 +143,7 @@ def norm_residual(call: Call, around: Around) -> float:
     HeadgramError
         If the family's data name no norm, or the block does not run.
     """
-    return _norm_residual(call, call.outer.get(call.block) if _reads_one_stream(call) else call.stream, around.norm, call.x)
+    return _norm_residual(call, call.stream, around.norm, call.x)
 
 
 def source_residual(call: Call, around: Around) -> float:
@@ -154,9 +154,7 @@ def source_residual(call: Call, around: Around) -> float:
     HeadgramError
         If the family's data name no norm, or nothing has run before.
     """
-    return _norm_residual(
-        call, call.outer.get(call.block) if _reads_one_stream(call) else call.source, around.source_norm, call.y
-    )
+    return _norm_residual(call, call.source, around.source_norm, call.y)
 
 
 def output_residual(call: Call, around: Around) -> float:
@@ -175,11 +173,10 @@ def output_residual(call: Call, around: Around) -> float:
     return relative(ours * ((ours * added).sum() / ours.square().sum()), added)
 
 
-def _reads_one_stream(call: Call) -> bool:
-    return call.x.shape == call.y.shape and torch.equal(call.x, call.y)
-
-
-def _norm_residual(call: Call, stream: Tensor | None, norm: Norm | None, read: Float[Tensor, "tokens width"]) -> float:
+def _norm_residual(call: Call, other: Tensor | None, norm: Norm | None, read: Float[Tensor, "tokens width"]) -> float:
+    """Of what is read of the block's stream or, where queries and keys read two, of another one."""
+    one_stream = call.x.shape == call.y.shape and torch.equal(call.x, call.y)
+    stream = call.outer.get(call.block) if one_stream else other
     if stream is None:
         raise HeadgramError(f"the model gives no stream to the block around {call.module}")
     stream = stream.double().reshape(-1, stream.shape[-1])

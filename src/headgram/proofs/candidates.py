@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from typing import Any
@@ -12,6 +11,7 @@ from headgram.checkpoints.checkpoint import open_checkpoint
 from headgram.errors import HeadgramError
 from headgram.families.registry import Family, Remark, StackRule, adopting, families
 from headgram.proofs.derive import derive_family
+from headgram.proofs.listed import saved
 from headgram.proofs.prove import prove
 from headgram.proofs.shrink import model_classes, quiet, switched, tiny_model
 
@@ -46,9 +46,7 @@ def _candidates(model_type: str, reasons: list[str]) -> Iterator[Family]:
         yield family
         return
     reasons.append(problems[0] if problems else "no attention module was found")
-    with tempfile.TemporaryDirectory() as folder:
-        model: Any = tiny_model(model_type, model_classes(model_type)[0], 0)
-        model.save_pretrained(folder)
+    with saved(tiny_model(model_type, model_classes(model_type)[0], 0)) as folder:
         for known in (known for known in families() if not known.walked and known.stacks):
             own = {"name": re.sub(r"\W", "_", model_type), "model_types": (model_type,), "walked": True, "gguf": None}
             stacks = [rule.model_copy(update={"around": (), "defaults": {}, "remarks": _unbound(rule)}) for rule in known.stacks]

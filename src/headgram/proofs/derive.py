@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import MISSING, dataclass, fields
+from dataclasses import dataclass, fields
 from typing import Any
 
 from headgram.errors import HeadgramError
@@ -117,7 +117,10 @@ def _named(what: str, values: Sequence[int], sections: Sequence[Mapping[str, Any
 
 def stacks_of(sightings: Sequence[Sighting]) -> tuple[list[dict[str, Any]], list[str]]:
     """The rules of every run of layers that all models of one class have, and what stands in the way of others."""
-    tables = [{_signature(run): run for run in runs_of(sighting.found)} for sighting in sightings]
+    tables = [
+        {(tuple(run.names.values()), run.one.layout, run.one.section, run.one.kind): run for run in runs_of(sighting.found)}
+        for sighting in sightings
+    ]
     problems = [problem for sighting in sightings for problem in sighting.problems]
     rules: list[dict[str, Any]] = []
     for key in dict.fromkeys(key for table in tables for key in table):
@@ -143,10 +146,6 @@ def _counts(section: Mapping[str, Any]) -> dict[str, Any]:
     }
     inner |= {name: value for name, value in section.items() if isinstance(value, Mapping)}
     return {**section, **{f"{name}.{place}": one for name, value in inner.items() for place, one in value.items()}}
-
-
-def _signature(run: _Run) -> tuple[Any, ...]:
-    return (tuple(run.names.values()), run.one.layout, run.one.section, run.one.kind)
 
 
 def _inner_type(config: Any, path: str) -> str:
@@ -226,15 +225,11 @@ def _rule(runs: Sequence[_Run], sections: Sequence[Mapping[str, Any]], configs: 
         rule["output_width"] = named("output_width", counts["output_width"]) or _fail("the width of its outputs")
     stated = [rule.get("layers", "num_hidden_layers"), heads, rule.get("kv_heads"), rule.get("hidden", "hidden_size"), rank]
     rule["defaults"] = {
-        field.name: value for field in fields(type(configs[0])) if field.name in stated and type(value := _default(field)) is int
+        field.name: value for field in fields(type(configs[0])) if field.name in stated and type(value := field.default) is int
     }
     rule["at"] = first.layers[:1]
     rule["kind"], rule["notes"], rule["path"] = first.one.kind, first.one.notes, first.one.module
     return rule
-
-
-def _default(field: Any) -> Any:
-    return field.default if field.default is not MISSING else None
 
 
 def _fail(what: str) -> Any:
@@ -343,12 +338,9 @@ def _fronts(names: Sequence[str], rules: Sequence[Mapping[str, Any]]) -> set[str
 
 
 def _tensors(rule: Mapping[str, Any]) -> list[str]:
-    return [name if name.endswith("_weight") else f"{name}.weight" for name in _places(rule)]
-
-
-def _places(rule: Mapping[str, Any]) -> list[str]:
-    """The modules of a rule below the prefix."""
-    return [rule["block"] + name for name in rule["modules"].values()]
+    """The names of a rule's tensors below the prefix."""
+    names = [rule["block"] + name for name in rule["modules"].values()]
+    return [name if name.endswith("_weight") else f"{name}.weight" for name in names]
 
 
 def _stack_rule(rule: Mapping[str, Any], model_type: str, alone: bool) -> dict[str, Any]:

@@ -9,11 +9,9 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
-from headgram.errors import HeadgramError
-from headgram.proofs.shrink import LARGEST_MODEL, SEED, tiny_data
+from headgram.proofs.shrink import check_size, random_model, tiny_data
 
 NO_FLAGS: Mapping[str, bool] = {}
 
@@ -44,16 +42,8 @@ def listed_models(model_type: str, flags: Mapping[str, bool] = NO_FLAGS) -> Iter
         classes = [mapping[type(config)] for mapping in mappings if type(config) in mapping]
         for chosen in classes[0 if entry.get("base", True) else 1 : 2]:
             cls = chosen[0] if isinstance(chosen, tuple) else chosen
-            with torch.device("meta"):
-                size = sum(weight.numel() for weight in cls(config).parameters())
-            if size > LARGEST_MODEL:
-                raise HeadgramError(f"the tiny {cls.__name__} has {size:,} weights: tiny_models.toml leaves a size out")
-            torch.manual_seed(SEED)
-            model = cls(config).eval()
-            with torch.no_grad():
-                for weight in model.parameters():
-                    weight.normal_(0, 0.2)
-            yield model, entry
+            check_size(cls, config)
+            yield random_model(cls, config), entry
 
 
 def _overrides(model_type: str, shape: Mapping[str, Any], entry: Mapping[str, Any]) -> dict[str, Any]:

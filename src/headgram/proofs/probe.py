@@ -371,9 +371,8 @@ class Watch(TorchFunctionMode):
             heads_by_side = reading.side_by_side
         heads, tokens, rank = *reading.weights.shape[:2], reading.value.shape[-1]
         if args[0].shape[-1] in (heads * rank, 2 * heads * rank) and args[0].numel() % (tokens * heads * rank) == 0:
-            given = (
-                args[0].double().reshape(-1, args[0].shape[-1])[:tokens, : heads * rank]
-            )  # what else it is given stands behind
+            # What else it is given stands behind.
+            given = args[0].double().reshape(-1, args[0].shape[-1])[:tokens, : heads * rank]
             right = bool((given - heads_by_side).abs().max() <= 1e-5 * given.abs().max())
             if right or reading.project is None:  # a gate's own projection may come first
                 reading.project, reading.given = module, given

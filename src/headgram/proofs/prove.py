@@ -152,7 +152,7 @@ def prove(model_type: str, flags: Mapping[str, bool] = NO_FLAGS) -> Proof:
     return Proof(
         model_type,
         family.name,
-        layouts=_each(stack._layout for stack in found),
+        layouts=_each(stack._around.layout for stack in found),
         stacks=_each(stack.name for stack in found),
         shapes=_each(f"{stack.heads}/{stack.kv_heads}×{stack.rank}" for stack in found),
         roles=tuple(role for role in ROLES + AROUND if found and not any(role in stack.missing for stack in found))

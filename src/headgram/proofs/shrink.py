@@ -70,8 +70,8 @@ _NEVER_NONE = {
     "num_local_experts": 4,
     "prediction_length": 4,
 }
-LARGEST_MODEL = 20_000_000
-SEED = 0
+_LARGEST_MODEL = 20_000_000
+_SEED = 0
 _TOKENS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 _SPEECH = {"conv_dim": [16], "conv_stride": [25], "conv_kernel": [10]}
 
@@ -226,11 +226,7 @@ def way_of(model_type: str) -> Way:
     for way in WAYS:
         try:
             for number in range(len(SHAPES)):
-                config = tiny_config(model_type, number, way)
-                with torch.device("meta"):
-                    size = sum(weight.numel() for weight in base(config).parameters())
-                if size > LARGEST_MODEL:
-                    raise HeadgramError(f"the tiny {base.__name__} has {size:,} weights: tiny_models.toml leaves a size out")
+                check_size(base, tiny_config(model_type, number, way))
         except Exception as error:  # whatever transformers raises
             reasons.append(f"{type(error).__name__}: {error!s:.200}".replace("\n", " "))
             continue
@@ -269,8 +265,27 @@ def tiny_model(model_type: str, model_class: Any, number: int) -> nn.Module:
     HeadgramError
         As `way_of`.
     """
-    torch.manual_seed(SEED)
-    model: nn.Module = model_class(tiny_config(model_type, number, way_of(model_type))).eval()
+    return random_model(model_class, tiny_config(model_type, number, way_of(model_type)))
+
+
+def check_size(model_class: Any, config: Any) -> None:
+    """Refuse a configuration that makes no tiny model.
+
+    Raises
+    ------
+    HeadgramError
+        Says how large the model would be.
+    """
+    with torch.device("meta"):
+        size = sum(weight.numel() for weight in model_class(config).parameters())
+    if size > _LARGEST_MODEL:
+        raise HeadgramError(f"the tiny {model_class.__name__} has {size:,} weights: tiny_models.toml leaves a size out")
+
+
+def random_model(model_class: Any, config: Any) -> nn.Module:
+    """A model with random weights and biases."""
+    torch.manual_seed(_SEED)
+    model: nn.Module = model_class(config).eval()
     with torch.no_grad():
         for weight in model.parameters():
             weight.normal_(0, 0.2)

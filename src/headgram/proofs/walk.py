@@ -6,11 +6,9 @@ Names are never asked what they mean: the tensor that gives the queries is the q
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,6 +20,7 @@ from torch import Tensor, nn
 from headgram.errors import HeadgramError
 from headgram.families.layouts import LAYOUTS, QK, Dimensions, Factors
 from headgram.proofs.inputs import attention_only, every_call
+from headgram.proofs.listed import saved
 from headgram.proofs.neutral import neutralise
 from headgram.proofs.probe import Call
 from headgram.proofs.shrink import tiny_model
@@ -33,19 +32,12 @@ _TRIED = ("separate", "gated", "key_value_blocks", "blocks", "interleaved", "qua
 
 def names_on_disk(model: Any) -> list[str]:
     """The names of a model's tensors as transformers saves them."""
-    with tempfile.TemporaryDirectory() as folder:
-        model.save_pretrained(folder)
+    with saved(model) as folder:
         names: list[str] = []
-        for path in Path(folder).glob("*.safetensors"):
+        for path in folder.glob("*.safetensors"):
             with safe_open(path, "pt") as file:
                 names += file.keys()
         return names
-
-
-def look_at(model_type: str, model_class: type, number: int) -> Sighting:
-    """What the `number`th tiny model of a type shows."""
-    with tempfile.TemporaryDirectory() as folder:
-        return look(tiny_model(model_type, model_class, number), Path(folder))
 
 
 @dataclass(frozen=True)
@@ -65,19 +57,19 @@ class Found:
 class Sighting:
     """What one tiny model showed."""
 
-    model_class: str
     config: Any
     found: tuple[Found, ...]
     problems: tuple[str, ...]
 
 
-def look(model: Any, folder: Path) -> Sighting:
-    """Save a model, run it, and explain each of its attention modules by tensors on disk."""
-    model.save_pretrained(folder)
-    stored = {name: tensor.double() for path in sorted(folder.glob("*.safetensors")) for name, tensor in load_file(path).items()}
-    stored = {name: tensor for name, tensor in stored.items() if tensor.dim() == 2}
+def look_at(model_type: str, model_class: type, number: int) -> Sighting:
+    """Save the `number`th tiny model of a type, run it, and explain each of its attention modules by tensors on disk."""
+    model: Any = tiny_model(model_type, model_class, number)
+    with saved(model) as folder:
+        every = [item for path in sorted(folder.glob("*.safetensors")) for item in load_file(path).items()]
+        stored = {name: tensor.double() for name, tensor in every if tensor.dim() == 2}
     model.double()
-    calls, idle = every_call(model)
+    calls, _ = every_call(model)
     neutralise(model, {call.module for call in calls})
     calls, idle = every_call(model)
     problems = [f"{path} could not be run" for path in idle]
@@ -90,7 +82,7 @@ def look(model: Any, folder: Path) -> Sighting:
             found.append(_explain(call, stored, _section(model, call.module, sections)))
         except HeadgramError as error:
             problems.append(f"{call.module}: {error}")
-    return Sighting(type(model).__name__, model.config, tuple(found), tuple(problems))
+    return Sighting(model.config, tuple(found), tuple(problems))
 
 
 def _sections(config: Any, path: str = "") -> Iterator[tuple[int, str]]:

@@ -36,17 +36,15 @@ def profile_figures(models: Mapping[str, StackSummary]) -> dict[str, str]:
         rows = [
             {"series": model, "x": float(x), "q25": low, "median": middle, "q75": high}
             for model, stack in list(models.items())[:COMPARED]
-            for x, low, middle, high in zip(_relative(stack.layers), *stack.quartiles[:, known[name]].tolist(), strict=True)
+            for x, low, middle, high in zip(
+                np.linspace(0, 1, len(stack.layers)), *stack.quartiles[:, known[name]].tolist(), strict=True
+            )
         ]
         facts = next(iter(models.values())).facts
         chance = band(nulls(facts).get(name), facts["layers"] * facts["heads"])
         datasets = {"profile": rows, "chosen": [], "chance": chance}
         figures[name] = pictures.figure(pictures.profile("relative depth"), f"{label} along the depth", datasets, 640, 300)
     return figures
-
-
-def _relative(layers: np.ndarray) -> np.ndarray:
-    return np.linspace(0, 1, len(layers)) if len(layers) > 1 else np.zeros(1)
 
 
 def _symmetry(title: str, stack: StackArrays) -> str:

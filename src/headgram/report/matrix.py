@@ -15,8 +15,6 @@ from headgram.report.names import DRAWN
 from headgram.results.paths import Place
 from headgram.results.tables import pair_indices, read_parts, read_table
 
-#: What two heads are compared by: columns of the table `pairs`.
-VALUES = ("cosine", "transposed")
 #: Feeders and readers of a head that a page lists.
 STRONGEST = 8
 
@@ -27,7 +25,7 @@ class PairMatrix:
 
     Attributes
     ----------
-    values : by name of VALUES, (N, N) float32
+    values : by column of the table `pairs`, (N, N) float32
         Symmetric; a head with itself is 1, and its symmetry score.
     order : (N,)
         The heads as an average-linkage clustering by `1 - |cosine|` places them.
@@ -151,7 +149,7 @@ def read_matrix(path: Path, place: Place, layers: np.ndarray, itself: dict[str, 
     ----------
     layers : (L,)
         True indices.
-    itself : by name of VALUES, (L, H)
+    itself : by column of the table `pairs`, (L, H)
         The value of a head with itself.
     """
     heads = itself["cosine"].shape[1]

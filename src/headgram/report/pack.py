@@ -34,20 +34,6 @@ def pack(meta: Any, arrays: Mapping[str, np.ndarray]) -> str:
     return base64.b64encode(gzip.compress(struct.pack("<I", len(header)) + header + planes, 9, mtime=0)).decode()
 
 
-def unpack(text: str) -> tuple[Any, dict[str, np.ndarray]]:
-    """What was packed, as float32."""
-    data = gzip.decompress(base64.b64decode(text))
-    (length,) = struct.unpack_from("<I", data)
-    header = json.loads(data[4 : 4 + length])
-    numbers = np.frombuffer(data, "u1", offset=4 + length).reshape(4, -1).T.copy().view("<f4").ravel()
-    arrays, start = {}, 0
-    for name, shape in header["arrays"]:
-        size = int(np.prod(shape))
-        arrays[name] = numbers[start : start + size].reshape(shape)
-        start += size
-    return header["meta"], arrays
-
-
 def model_pack(stacks: Mapping[str, StackArrays]) -> str:
     """All arrays of a model but the quartiles, which the page holds of every model; the texts of its tokens; and by stack, the
     other one whose heads write for its own, or read them."""

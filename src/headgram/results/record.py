@@ -149,9 +149,7 @@ class Record(DescribedIdentity):
     seconds: float
     residual: float | None
     files: dict[Annotated[str, AfterValidator(_is_relative)], FileSum]
-    stages: dict[
-        str, dict[str, DescribedIdentity]
-    ] = {}  # what the keys of a merged model's parts stand for: by stage and circuit
+    stages: dict[str, dict[str, DescribedIdentity]] = {}  # by stage and circuit, what the keys of a merged model's parts mean
 
 
 @dataclass(frozen=True)

@@ -31,7 +31,7 @@ from headgram.results.files import written_whole
 from headgram.results.record import Provenance, seal
 from headgram.results.tables import CHANNELS, COMPOSITION, labelled, write_table
 from headgram.stages.kernels import kernel_tables
-from headgram.stages.sources import Sources
+from headgram.stages.sources import Sources, single
 
 if TYPE_CHECKING:
     from headgram.study.options import Config
@@ -182,10 +182,7 @@ def _flows(stream: _Stream, pairs: pa.Table, device: str) -> tuple[pa.Table, dic
     """What flows through some pairs: their rows of the table `channels`, and values and directions."""
     if not len(pairs):
         return CHANNELS.empty_table(), {}
-    earlier, later = (
-        list(zip(*(pairs[f"{name}_{side}"].to_pylist() for name in ("layer", "head")), strict=True)) for side in "ab"
-    )
-    both = stream.writing.single(earlier).to(device), stream.reading.single(later).to(device)
+    both = single(stream.writing, pairs, "a", device), single(stream.reading, pairs, "b", device)
     found = channels(stream.kind, *both, DIRECTIONS, within=stream.writer == stream.stack)
     columns = {
         **{name: pairs[name] for name in (*_PAIR, "score")},
@@ -197,7 +194,7 @@ def _flows(stream: _Stream, pairs: pa.Table, device: str) -> tuple[pa.Table, dic
     kept = {name: getattr(found, name).float().cpu() for name in ("right", "left", "carried")}
     values = {"singular_values": found.singular_values.cpu()}
     values |= {"eigenvalues": found.eigenvalues.values} if found.eigenvalues else {}
-    places = torch.tensor([[*a, *b] for a, b in zip(earlier, later, strict=True)])
+    places = torch.tensor([pairs[name].to_pylist() for name in _PAIR]).T.contiguous()
     return _table(stream, columns, CHANNELS), {"writer": stream.writer, "pairs": places, **values, **kept}
 
 

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+from headgram.forms.heads import Heads
 from headgram.forms.reading import Frames, Norm, Rotary
 from headgram.forms.variants import FOLDED, RAW, Variant, needs
 from headgram.results.around import read_around
 from headgram.results.factors import FactorFiles
 from headgram.results.paths import between_streams
+
+if TYPE_CHECKING:
+    import pyarrow as pa
 
 
 class Sources:
@@ -36,9 +41,8 @@ class Sources:
     def read(
         cls,
         weights: Mapping[tuple[str, ...], Path],
-        keys: Mapping[str, str],
+        keys: Iterator[str],
         around: tuple[Path, Path] | None,
-        around_key: str = "",
     ) -> Sources:
         """The sources of a job.
 
@@ -46,13 +50,16 @@ class Sources:
         ----------
         weights
             By stack, circuit, stage and name.
-        around, around_key
-            The file with what stands around heads, and its record; and its key. None where the lock does not pin that.
+        keys
+            Those of the job's inputs, of which the next are taken: one for each circuit, then that of `around`.
+        around
+            The file with what stands around heads, and its record. None where the lock does not pin that.
         """
         by_stack: dict[str, dict[str, list[Path]]] = {}
         for (stack, circuit, *_), path in weights.items():
             by_stack.setdefault(stack, {}).setdefault(circuit, []).append(path)
-        return cls(by_stack, keys, read_around(*around, around_key) if around else {})
+        of_circuits = {circuit: next(keys) for circuit in dict.fromkeys(circuit for _, circuit, *_ in weights)}
+        return cls(by_stack, of_circuits, read_around(*around, next(keys)) if around else {})
 
     @property
     def stacks(self) -> list[str]:
@@ -96,3 +103,9 @@ class Sources:
     def _files(self, stack: str, circuit: str, folded: bool) -> FactorFiles:
         form = Variant(circuit, FOLDED if folded else RAW).name
         return FactorFiles(self._weights[stack][circuit], self._keys[circuit], form, self._frames.get(stack))
+
+
+def single(files: FactorFiles, pairs: pa.Table, side: str, device: str) -> Heads:
+    """The heads of some pairs on one side, `a` or `b`, with factors of their own."""
+    places = (pairs[f"{name}_{side}"].to_pylist() for name in ("layer", "head"))
+    return files.single(list(zip(*places, strict=True))).to(device)

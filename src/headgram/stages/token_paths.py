@@ -10,13 +10,11 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from torch import Tensor
 
-from headgram.forms.heads import Heads
 from headgram.geometry.composition import composed
 from headgram.geometry.eigenvalues import Eigenvalues
 from headgram.geometry.token_space import TokenProducts, between_tokens
-from headgram.results.factors import FactorFiles
 from headgram.results.tables import COPYING, TOKEN_PATHS, labelled, read_table
-from headgram.stages.sources import Sources
+from headgram.stages.sources import Sources, single
 
 #: Of a stack, a circuit and the width of its stream, the products of the tables that its heads meet, and whether all norms
 #: between are in them; None where they meet none.
@@ -53,15 +51,10 @@ def _compositions(sources: Sources, stack: str, pairs: pa.Table, tables: TokenPr
     """The strongest K-compositions of a stack, in the coordinates in which they were measured."""
     fold = sources.folds(stack, "qk") and sources.folds(stack, "ov")
     ov, qk = (sources.files(stack, circuit, fold) for circuit in ("ov", "qk"))
-    forms = composed("k", _single(ov, pairs, "a", device), _single(qk, pairs, "b", device))
+    forms = composed("k", single(ov, pairs, "a", device), single(qk, pairs, "b", device))
     places = {name: pairs[f"{name}_b"].to_numpy() for name in ("layer", "head")}
     places |= {f"{name}_a": pairs[f"{name}_a"].to_numpy() for name in ("layer", "head")}
     return _table(stack, "k", places, between_tokens(forms, tables), fold)
-
-
-def _single(files: FactorFiles, pairs: pa.Table, side: str, device: str) -> Heads:
-    places = (pairs[f"{name}_{side}"].to_pylist() for name in ("layer", "head"))
-    return files.single(list(zip(*places, strict=True))).to(device)
 
 
 def _table(stack: str, path: str, places: Mapping[str, np.ndarray], found: Eigenvalues, folded: bool) -> pa.Table:

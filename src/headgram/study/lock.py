@@ -11,19 +11,20 @@ import json
 from collections.abc import Iterable
 from itertools import pairwise
 from pathlib import Path, PurePosixPath
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Self
 
 import filelock
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from headgram.checkpoints.bases import AnyLocation, locate_here
 from headgram.checkpoints.sources import HUB_DIGEST, parse_json
-from headgram.errors import HeadgramError, upgrading
+from headgram.errors import MANIFEST, HeadgramError, upgrading
+from headgram.families.around import AROUND
 from headgram.families.registry import Family
 from headgram.foreign import first_problem, read_bounded
 from headgram.results.files import remove_temporaries, temporaries_in, write_text
 from headgram.results.record import canonical, digest
-from headgram.study.manifest import DEFAULT, MODEL_NAME, Row
+from headgram.study.manifest import MODEL_NAME, OVERRIDE_COLUMNS, Row
 
 #: The lock of thousands of models is smaller.
 _LARGEST = 64 * 2**20
@@ -54,9 +55,8 @@ _Digest = Annotated[str, Field(min_length=1, max_length=100)]
 _Layer = Annotated[int, Field(ge=0, lt=10_000)]
 _ModelName = Annotated[str, Field(pattern=f"^{MODEL_NAME.pattern}$")]
 _Circuit = Annotated[str, Field(pattern="^(qk|ov)$")]
-_Role = Literal[
-    "norm", "source_norm", "query_norm", "key_norm", "output_norm", "query_bias", "key_bias", "rotary", "scale", "cap"
-]
+_Role = Annotated[str, Field(pattern=f"^({'|'.join(AROUND)})$")]
+_Override = Annotated[str, Field(pattern=f"^({'|'.join(OVERRIDE_COLUMNS)})$")]
 #: What all circuits of a stack have in common.
 _SHAPE = {"layers", "heads", "kv_heads", "hidden"}
 #: Raised when the lock's layout changes.
@@ -128,7 +128,7 @@ class LockedModel(_Locked):
 
     source: _Text
     revision: _Text | None
-    overrides: dict[Literal["model_type", "heads", "kv_heads", "head_dim", "base", "prefix", "twin"], _Text | _Count]
+    overrides: dict[_Override, _Text | _Count]
     commit: Annotated[str, Field(pattern="^[0-9A-Za-z]{1,64}$")] | None
     base: _Text | None = None  # of an adapter: the source of the checkpoint that it changes, with `@` and its commit at the hub
     format: _Text
@@ -248,7 +248,7 @@ def locked_file(location: AnyLocation, name: str) -> LockedFile:
     return LockedFile(name=name, bytes=location.size(name), sample=location.sample(name))
 
 
-def changes(name: str, entry: LockedModel, manifest: Path = DEFAULT) -> list[str]:
+def changes(name: str, entry: LockedModel, manifest: Path = MANIFEST) -> list[str]:
     """A sentence if the content of a source is not what was locked, that says how to go on; else nothing.
 
     A source that is gone is not reported: what was measured of it stands, and a job that still needs it says so. The hub is

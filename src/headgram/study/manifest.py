@@ -11,12 +11,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from headgram.errors import MANIFEST, HeadgramError
+from headgram.errors import HeadgramError
 from headgram.foreign import read_bounded
 from headgram.results.files import write_text
 
-#: Where it is unless something else is said.
-DEFAULT = MANIFEST
 COLUMNS = ("name", "source", "revision")
 #: Columns that a manifest may add for a checkpoint that does not state these itself, and `twin`, the number of a random twin.
 OVERRIDE_COLUMNS = ("model_type", "heads", "kv_heads", "head_dim", "base", "prefix", "twin")

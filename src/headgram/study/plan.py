@@ -105,9 +105,8 @@ class Plan:
         ]
         options = {"export": self.config.export.model_dump(mode="json")}
         code = self.pair_code
-        if (
-            self.config.lineage.basis == "tokens"
-        ):  # embeddings are in no fingerprint: that their files are the locked ones must do
+        if self.config.lineage.basis == "tokens":
+            # Embeddings are in no fingerprint: that their files are the locked ones must do.
             options["lineage"] = {"basis": "tokens"}
             code = digest(code, *(canonical([file.model_dump(mode="json") for file in model.entry.files]) for model in models))
         else:

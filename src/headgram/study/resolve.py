@@ -11,13 +11,12 @@ import json
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any
 
 from pydantic import ValidationError
 
 from headgram.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from headgram.checkpoints.stack import Stack
-from headgram.errors import HeadgramError
+from headgram.errors import MANIFEST, HeadgramError
 from headgram.families.around import AROUND
 from headgram.foreign import first_problem, plain
 from headgram.forms.circuits import CIRCUITS
@@ -34,7 +33,7 @@ from headgram.study.lock import (
     missing_rows,
     read_lock,
 )
-from headgram.study.manifest import DEFAULT, Row, read_manifest
+from headgram.study.manifest import Row, read_manifest
 
 
 def main(manifest: Path, doubtful: Sequence[str]) -> None:
@@ -64,7 +63,7 @@ def resolve_all(
     return models, problems
 
 
-def unlike_its_lock(name: str, entry: LockedModel, manifest: Path = DEFAULT) -> list[str]:
+def unlike_its_lock(name: str, entry: LockedModel, manifest: Path = MANIFEST) -> list[str]:
     """A sentence if the bytes of any layer's factors are not what was locked; else nothing."""
     try:
         with open_checkpoint(**entry.how_to_open()) as checkpoint:
@@ -133,7 +132,7 @@ def _locked_stack(checkpoint: Checkpoint, stack: Stack) -> LockedStack:
 
 
 def _locked_around(checkpoint: Checkpoint, stack: Stack) -> LockedAround:
-    missing: dict[Any, str] = {}
+    missing: dict[str, str] = {}
     layers = [checkpoint.around(stack.name, layer) for layer in stack.layers]
     for role in AROUND:
         try:
