@@ -4,8 +4,8 @@ How they are formed is said in `headgram.geometry.routes`. In float64 the left f
 product is larger than the forms themselves, and nothing cancels where a form is much smaller than its weights. Weights of at
 most 32 bits may be multiplied in float32, which is several times faster; on a GPU, bfloat16 by tensor cores into float32. The
 error is then a few units of rounding of `‖A‖ ‖B‖ / √r`, the size of the form of random weights; so each form's norm is looked
-at, and a head whose form is smaller than that is measured again in float64. So is one whose factors have a few columns that outweigh
-all others: every small term is then rounded as a large one.
+at, and a head whose form is smaller than that is measured again in float64. So is one whose factors have a few columns that
+outweigh all others: every small term is then rounded as a large one.
 """
 
 from __future__ import annotations
@@ -224,7 +224,8 @@ def _scaled_factors(factors: Float[Tensor, "n rank width"], dtype: torch.dtype) 
 def _column_squares(factors: Float[Tensor, "n rank width"]) -> Float[Tensor, "n width"]:
     """`‖a_j‖²` of every column, in float32; on a CPU one factor after the other, which stays in a cache."""
     if at_once(factors.device):
-        return torch.linalg.vector_norm(factors, dim=-2, dtype=torch.float32).square()
+        norms: Tensor = torch.linalg.vector_norm(factors, dim=-2, dtype=torch.float32)
+        return norms.square()
     return torch.stack([each.float().square().sum(0) for each in factors])
 
 
