@@ -143,6 +143,7 @@ KINDS = {
     "Quark, MXFP4": ({"quant_method": "quark"}, four_bit_floats(32, exponents=True)),
     "torchao, a tensor": (TORCHAO, eight_bits(lambda r, c: (1, 1), "_weight_scale", weight_name="_weight_qdata")),
     "torchao, rows": (TORCHAO, eight_bits(column, "_weight_scale", weight_name="_weight_qdata")),
+    "torchao, integers in groups": (TORCHAO, eight_bits(groups, "_weight_scale", torch.int8, weight_name="_weight_qdata")),
 }
 
 
@@ -164,14 +165,23 @@ def test_square_blocks_may_be_ragged(tmp_path, rows):
     assert_means(write(tmp_path, tensors, FP8, hidden_size=256 if rows else 320), meaning)
 
 
-def test_inputs_that_are_scaled_first(tmp_path):
-    """modelopt's `pre_quant_scale`: inputs are multiplied by it before the weight."""
-    tensors, meaning = quantised(four_bit_floats(16, exponents=False))
+@pytest.mark.parametrize(
+    ("kind", "part", "algorithm"),
+    [
+        ("modelopt, NVFP4", "pre_quant_scale", {"quant_algo": "NVFP4_AWQ"}),
+        ("torchao, rows", "_weight_act_pre_scale", {}),
+        ("torchao, integers in groups", "_weight_act_pre_scale", {}),
+    ],
+)
+def test_inputs_that_are_scaled_first(tmp_path, kind, part, algorithm):
+    """modelopt's `pre_quant_scale`, torchao's `act_pre_scale`: inputs are multiplied by it before the weight."""
+    settings, quantise = KINDS[kind]
+    tensors, meaning = quantised(quantise)
     for layer in range(2):
         for key in (Q, K):
-            tensors[f"{key.format(layer)}.pre_quant_scale"] = torch.rand(256) + 0.5
-            meaning[f"{key.format(layer)}.weight"] *= tensors[f"{key.format(layer)}.pre_quant_scale"]
-    assert_means(write(tmp_path, tensors, modelopt("NVFP4_AWQ")), meaning, rtol=1e-6)
+            tensors[f"{key.format(layer)}.{part}"] = torch.rand(256) + 0.5
+            meaning[f"{key.format(layer)}.weight"] *= tensors[f"{key.format(layer)}.{part}"]
+    assert_means(write(tmp_path, tensors, settings | algorithm), meaning, rtol=1e-6)
 
 
 def test_what_modelopt_says_in_a_file_of_its_own(tmp_path):

@@ -81,6 +81,8 @@ def reading_of(
         for high, wide in (*blocks, *(((1, _MX_GROUP),) if scale in _EXPONENTS else ())):
             if grid == (math.ceil(rows / high), math.ceil(columns / wide)):
                 return Reading((rows, columns), None, (high, wide))
+        if weight == "I8" and len(grid) == 2 and grid[0] == rows and grid[1] > 1 and columns % grid[1] == 0:
+            return Reading((rows, columns), None, (1, columns // grid[1]))
     raise ValueError(f"a weight {weight} of shape {weight_shape} with a scale {scale} of shape {scale_shape}")
 
 

@@ -77,15 +77,16 @@ def _blocks(settings: Config) -> tuple[Block, ...]:
 
 def _scaled(marker: str, weight: str = "weight", packed: tuple[str, ...] = ()) -> Scheme:
     """A weight in small floats or integers, and a scale; of those in half a byte, the kinds that the method has."""
-    zeros = f"{weight.removesuffix('_qdata')}_zero_point"
-    more = ("weight_scale_2", "pre_quant_scale", zeros, f"{weight.removesuffix('_qdata')}_per_tensor_scale")
+    stem = weight.removesuffix("_qdata")
+    zeros, before = f"{stem}_zero_point", ("pre_quant_scale", f"{stem}_act_pre_scale")
+    more = ("weight_scale_2", *before, zeros, f"{stem}_per_tensor_scale")
 
     def shape(stored: Stored, settings: Config) -> tuple[int, ...]:
         _check_algorithm(settings)
         words, shapes = stored.words, stored.shapes
         first, *rest = shapes[weight]  # gpt-oss keeps groups in an axis of their own
         reading = reading_of(words[weight], (first, math.prod(rest)), words[marker], shapes[marker], _blocks(settings))
-        if (reading.packed and reading.packed not in packed) or more[3] in shapes:
+        if (reading.packed and reading.packed not in packed) or more[-1] in shapes:
             raise HeadgramError(
                 f"headgram does not read weights in {words[weight]} with scales in {words[marker]} of this method"
             )
@@ -97,7 +98,7 @@ def _scaled(marker: str, weight: str = "weight", packed: tuple[str, ...] = ()) -
     def decode(parts: Parts, settings: Config, module: str) -> Tensor:
         if zeros in parts and bool(parts[zeros].count_nonzero()):
             raise HeadgramError(f"the weight of {module} has zero points, which headgram does not read of this method")
-        second, columns = parts.get("weight_scale_2"), parts.get("pre_quant_scale")
+        second, columns = parts.get("weight_scale_2"), next((parts[part] for part in before if part in parts), None)
         return scaled_weight(parts[weight].flatten(1), parts[marker], _blocks(settings), second, columns)
 
     return Scheme(marker, (weight, *more), shape, decode, needs=(weight,))
