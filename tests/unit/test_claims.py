@@ -6,7 +6,7 @@ import pytest
 
 from headgram.errors import HeadgramError
 from headgram.results.claims import NAME, Writing, claim, settle
-from headgram.results.files import write_text
+from headgram.results.files import part_of, write_text
 from headgram.results.record import Identity, Provenance, seal
 
 
@@ -85,6 +85,24 @@ def test_what_an_artifact_no_longer_holds_is_removed_when_the_run_ends(tmp_path)
     assert "seed/m.json" not in json.loads((tmp_path / NAME).read_text())
     with pytest.raises(HeadgramError, match="changed.json is in the way"):
         claim(tmp_path, [Writing(old.record, [*old.files])])
+
+
+def test_what_a_job_of_an_earlier_run_left_half_written_is_removed_when_a_run_ends(tmp_path):
+    """It may have outlived its run, and been killed during the next one, which did its work."""
+    row = tmp_path / "row-000.parquet"
+    writing = Writing(row.with_suffix(".json"), [row, row.with_suffix(".json")])
+    claim(tmp_path, [writing])
+    part = part_of(row, "000-001-002-003")
+    left = [tmp_path / f".{path.name}.123.tmp" for path in (row, part, writing.record)]
+    for path in (part, *left):
+        path.write_bytes(b"half")
+    settle(tmp_path)
+    assert part.exists()  # a job goes on from it
+    assert not any(path.exists() for path in left)
+    row.write_bytes(b"whole")
+    writing.record.write_text("{}")
+    settle(tmp_path)
+    assert set(files_of(tmp_path)) == {row.name, writing.record.name}
 
 
 def test_nothing_is_removed_beyond_a_link_or_outside(tmp_path):

@@ -64,10 +64,7 @@ def claim(results: Path, writings: Iterable[Writing]) -> None:
                 )
             claims.setdefault(name, None)
     _write(results, claims)
-    folders = {
-        folder for folder in {Path(name).parent for name in claims} if not link_on_the_way(results / folder / "file", results)
-    }
-    remove_temporaries(results / name for name in claims if Path(name).parent in folders)
+    _remove_halves(results, claims)
 
 
 def claimed(results: Path) -> set[str]:
@@ -78,7 +75,8 @@ def claimed(results: Path) -> set[str]:
 def settle(results: Path) -> None:
     """Remove what earlier records named and those of the same artifacts no longer do, unless somebody changed it since.
 
-    A record that is removed, as of a model that the report no longer shows, takes the files with it that it names.
+    A record that is removed, as of a model that the report no longer shows, takes the files with it that it names. What was left
+    half-written goes too: a job that outlived an earlier run may have been killed during this one.
     """
     claims = _read(results)
     kept: Claims = {}
@@ -97,6 +95,15 @@ def settle(results: Path) -> None:
             _remove(results / name, results, size, blake2b)
     if kept != claims:
         _write(results, kept)
+    _remove_halves(results, kept)
+
+
+def _remove_halves(results: Path, claims: Claims) -> None:
+    """Remove what was left half-written of claimed files."""
+    folders = {
+        folder for folder in {Path(name).parent for name in claims} if not link_on_the_way(results / folder / "file", results)
+    }
+    remove_temporaries(results / name for name in claims if Path(name).parent in folders)
 
 
 def _remove(path: Path, results: Path, size: int, blake2b: str) -> None:

@@ -132,7 +132,7 @@ def checksum(path: Path) -> str:
 def remove_temporaries(paths: Iterable[Path]) -> None:
     """Remove what killed jobs left half-written of these files: what lies beside them under a name that only headgram gives.
 
-    Only for whoever holds the files, so that nobody is writing them.
+    Parts of a file, `.NAME-tile-…`, stay until its record is there: a job goes on from them. Only for whoever holds the files.
     """
     names: dict[Path, set[str]] = {}
     for path in paths:
@@ -146,8 +146,19 @@ def temporaries_in(folder: Path, names: Iterable[str]) -> list[Path]:
     """The temporary files in a folder that were to become files of these names, or that their jobs used as scratch."""
     wanted = set(names)
     with contextlib.suppress(OSError):
-        return [path for path in folder.iterdir() if _is_temporary_of(path.name, wanted)]
+        there = {path.name for path in folder.iterdir()}
+        sealed = {name for name in wanted if Path(name).with_suffix(".json").name in there}
+        return [folder / name for name in there if _is_temporary_of(name, wanted) or _is_part_of(name, sealed)]
     return []
+
+
+def part_of(path: Path, name: str) -> Path:
+    """A hidden file beside a file, of a name that only headgram gives, for a part of it that is whole."""
+    return path.with_name(f".{path.name}-tile-{name}")
+
+
+def _is_part_of(name: str, wanted: set[str]) -> bool:
+    return "-tile-" in name and name.startswith(".") and name[1:].partition("-tile-")[0] in wanted
 
 
 def _is_temporary_of(name: str, wanted: set[str]) -> bool:

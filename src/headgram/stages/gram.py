@@ -17,6 +17,7 @@ from headgram.geometry.inner import Precision, inner_products
 from headgram.geometry.same_index import same_index_products
 from headgram.results.asked import still_asked_for
 from headgram.results.factors import FactorFiles, factors_of
+from headgram.results.files import part_of
 from headgram.results.record import Provenance, record_of, seal
 from headgram.results.tables import read_table, write_table
 
@@ -64,7 +65,7 @@ def measure_row(
     source = factors_of(weights, around, provenance)
     own = tiles[0]
     tables = []
-    paths = [_tile_path(output, own, other) for other in tiles]
+    paths = [part_of(output, f"{own[0]:03d}-{own[-1]:03d}-{other[0]:03d}-{other[-1]:03d}") for other in tiles]
     for other, path in zip(tiles, paths, strict=True):
         table = _finished(path, provenance)
         if table is None:
@@ -122,11 +123,6 @@ def _same_index(source: FactorFiles, own: Sequence[int], other: Sequence[int], p
 
 def _say(own: Sequence[int], other: Sequence[int], route: str, exact: int) -> None:
     print(f"layers {own[0]}-{own[-1]} with {other[0]}-{other[-1]}: by {route}; {exact} heads in float64", flush=True)
-
-
-def _tile_path(output: Path, own: Sequence[int], other: Sequence[int]) -> Path:
-    """A hidden file beside the row, of a name that only headgram gives."""
-    return output.with_name(f".{output.name}-tile-{own[0]:03d}-{own[-1]:03d}-{other[0]:03d}-{other[-1]:03d}")
 
 
 def _finished(path: Path, provenance: Provenance) -> pa.Table | None:
