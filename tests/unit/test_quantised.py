@@ -257,6 +257,57 @@ def test_gptq(tmp_path, bits, version, offset, ordered):
     assert_means(write(tmp_path, tensors, settings), meaning, word="gptq")
 
 
+HQQ = {"8bit_u8": (8, 1), "4bit_u8": (4, 2), "3bit_32": (3, 10), "2bit_u8": (2, 4), "1bit_u8": (1, 8)}
+
+
+def hqq(packing: str, axis: int = 1, group: int | None = 64, as_floats: bool = False):
+    """HQQ's `Quantizer.quantize` and `BitPack`, and `encode_safetensor_type`: groups in rows (axis 1) or columns (axis 0)."""
+    bits, share = HQQ[packing]
+
+    def quantise(weight: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+        shape = weight.shape if group is None else (-1, group) if axis == 1 else (group, -1)
+        values = torch.randint(2**bits, weight.reshape(shape).shape, dtype=torch.int32)
+        per_group = (len(values), 1) if axis == 1 else (1, values.shape[1])
+        scale, zero = (torch.rand(per_group) + 0.5).half(), (torch.rand(per_group) * 2**bits).half()
+        padded = torch.cat([values, torch.zeros(-len(values) % share, values.shape[1], dtype=torch.int32)])
+        words = sum(part << bits * (share - 1 - place) for place, part in enumerate(padded.chunk(share)))
+        words = words if share == 10 else words.to(torch.uint8)
+        parts = {"W_q": words.view(torch.float16) if as_floats else words, "scale": scale, "zero": zero}
+        parts |= {"shape": torch.tensor(weight.shape), "packing": torch.tensor(list(packing.encode()), dtype=torch.uint8)}
+        parts |= {"nbits": torch.tensor(bits, dtype=torch.int32), "axis": torch.tensor(axis, dtype=torch.int32)}
+        return parts, ((values.float() - zero.float()) * scale.float()).reshape(weight.shape)
+
+    return quantise
+
+
+@pytest.mark.parametrize("packing", HQQ)
+@pytest.mark.parametrize("more", [{}, {"axis": 0}, {"group": None}, {"as_floats": True}], ids=str)
+def test_hqq(tmp_path, packing, more):
+    tensors, meaning = quantised(hqq(packing, **more))
+    settings = {"quant_method": "hqq", "quant_config": {"weight_quant_params": {"nbits": HQQ[packing][0], "group_size": 64}}}
+    assert_means(write(tmp_path, tensors, settings), meaning, rtol=1e-6, word="hqq")
+
+
+@pytest.mark.parametrize(
+    ("part", "value", "sentence"),
+    [
+        ("zero", None, "its part zero is missing"),
+        ("packing", torch.tensor(list(b"4bit_33"), dtype=torch.uint8), "packed as '4bit_33'"),
+        ("scale", torch.ones(7, 1), "do not fit together"),
+        ("scale", torch.ones(5, 1, 1), "do not fit together"),
+        ("shape", torch.tensor([256, 999]), "shape|do not fit together"),
+        ("shape", torch.tensor([2**40, 2**40]), "claims shape"),
+        ("W_q", torch.zeros(3, 64, dtype=torch.uint8), "claims shape|do not fit together"),
+    ],
+)
+def test_parts_of_hqq_that_do_not_fit(tmp_path, part, value, sentence):
+    tensors, _ = quantised(hqq("4bit_u8"))
+    tensors |= {f"{Q.format(0)}.{part}": value}
+    folder = write(tmp_path, {key: tensor for key, tensor in tensors.items() if tensor is not None}, {"quant_method": "hqq"})
+    with pytest.raises(HeadgramError, match=sentence), open_checkpoint(folder) as checkpoint:
+        checkpoint.qk("self", 0)
+
+
 @pytest.mark.parametrize("kind", ["nf4", "fp4"])
 @pytest.mark.parametrize("nested", [True, False])
 def test_bitsandbytes_4bit(tmp_path, kind, nested):
@@ -336,8 +387,8 @@ def test_every_part_counts(tmp_path):
 
 
 def test_an_unknown_method_is_named(tmp_path):
-    with pytest.raises(HeadgramError, match="quantised by 'hqq'"):
-        open_checkpoint(write(tmp_path, llama_tensors(**SIZES), {"quant_method": "hqq"}))
+    with pytest.raises(HeadgramError, match="quantised by 'spqr'"):
+        open_checkpoint(write(tmp_path, llama_tensors(**SIZES), {"quant_method": "spqr"}))
 
 
 def test_integers_without_a_method_are_refused(tmp_path):

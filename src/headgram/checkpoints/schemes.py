@@ -13,7 +13,7 @@ from torch import Tensor
 
 from headgram.checkpoints.scaled import Block, reading_of, scaled_weight
 from headgram.checkpoints.stores import bytes_of
-from headgram.checkpoints.unpacking import awq_weight, gptq_weight
+from headgram.checkpoints.unpacking import HQQ_PACKINGS, awq_weight, gptq_weight, hqq_weight
 from headgram.errors import HeadgramError
 
 Config = Mapping[str, Any]
@@ -140,6 +140,23 @@ def _decode_gptq(parts: Parts, settings: Config, module: str) -> Tensor:
     return gptq_weight(parts["qweight"], parts["qzeros"], parts["scales"], parts.get("g_idx"), bits, offset)
 
 
+def _hqq_shape(stored: Stored, settings: Config) -> tuple[int, ...]:
+    packing = _text(stored.read("packing"))
+    if packing not in HQQ_PACKINGS:
+        raise HeadgramError(f"weights of HQQ are packed as {packing!r:.60}; headgram reads {', '.join(HQQ_PACKINGS)}")
+    return tuple(int(size) for size in stored.read("shape").tolist())
+
+
+def _decode_hqq(parts: Parts, settings: Config, module: str) -> Tensor:
+    shape = tuple(parts["shape"].tolist())
+    return hqq_weight(parts["W_q"], parts["scale"], parts["zero"], shape, _text(parts["packing"]))
+
+
+def _text(codes: Tensor) -> str:
+    """A text as HQQ stores it in safetensors: as numbers of its letters."""
+    return "".join(map(chr, codes.tolist()))
+
+
 def _compressed_shape(stored: Stored, settings: Config) -> tuple[int, ...]:
     if settings.get("transform_config") or "weight_g_idx" in stored.shapes:
         raise HeadgramError(
@@ -219,6 +236,7 @@ def _decode_8bit(parts: Parts, settings: Config, module: str) -> Tensor:
     return parts["weight"].to(torch.float32) * parts["SCB"].to(torch.float32).unsqueeze(1) / 127
 
 
+_HQQ_PARTS = ("scale", "zero", "shape", "packing")
 _GPTQ_PARTS = ("qzeros", "scales", "g_idx")
 _4BIT_PARTS = ("weight", "weight.quant_map", "weight.nested_absmax", "weight.nested_quant_map")
 #: What modelopt calls the ways of quantising that leave weights as numbers with scales.
@@ -245,6 +263,7 @@ SCHEMES = {
     ),
     "awq": (Scheme("qweight", ("qzeros", "scales"), _awq_shape, _decode_awq, needs=("qzeros", "scales")),),
     "gptq": (Scheme("qweight", _GPTQ_PARTS, _gptq_shape, _decode_gptq, needs=("qzeros", "scales")),),
+    "hqq": (Scheme("W_q", _HQQ_PARTS, _hqq_shape, _decode_hqq, needs=_HQQ_PARTS),),
     "bitsandbytes": (
         Scheme(
             "weight.absmax",
