@@ -201,6 +201,20 @@ def test_of_several_groups_the_one_that_names_a_module_most_closely_counts(tmp_p
     assert_means(write(tmp_path, tensors, by_groups(*((own, other) if first else (other, own)))), meaning)
 
 
+@pytest.mark.parametrize("expression", ["re:(.*)*x", f"re:{'.*' * 9}x", f"re:{'.*' * 99}", f"re:{'a?' * 30}", "re:.*nobody"])
+def test_expressions_that_take_for_ever_or_name_nothing_are_refused(tmp_path, expression):
+    """Also of several groups; one alone is taken without a search."""
+    own, tensors, meaning = packed(expression, bits=8)
+    other, _, _ = packed("re:.*nobody", bits=4)
+    assert_means(write(tmp_path, tensors, by_groups(own)), meaning)
+    words = "no group in config_groups names it" if expression == "re:.*nobody" else "costly to search for"
+    with (
+        open_checkpoint(write(tmp_path, tensors, by_groups(own, other))) as checkpoint,
+        pytest.raises(HeadgramError, match=words),
+    ):
+        checkpoint.qk("self", 0)
+
+
 def test_integers_of_other_bits_than_the_configuration_says_are_refused(tmp_path):
     _, tensors, _ = packed("Linear", bits=8)
     wrong, _, _ = packed("Linear", bits=4)

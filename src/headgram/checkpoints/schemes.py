@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +15,10 @@ from headgram.checkpoints.scaled import Block, reading_of, scaled_weight
 from headgram.checkpoints.stores import bytes_of
 from headgram.checkpoints.unpacking import HQQ_PACKINGS, awq_weight, gptq_weight, hqq_weight
 from headgram.errors import HeadgramError
+from headgram.foreign import is_costly
 
+#: Recipes of one expression for each module of a layer have fewer.
+_MOST_EXPRESSIONS = 1_000
 Config = Mapping[str, Any]
 Parts = dict[str, Tensor]
 
@@ -174,12 +177,9 @@ def _decode_compressed(parts: Parts, settings: Config, module: str) -> Tensor:
     from compressed_tensors.compressors import BaseCompressor
     from compressed_tensors.compressors.format import infer_module_format
     from compressed_tensors.quantization import QuantizationConfig
-    from compressed_tensors.utils.match import match_targets
 
-    linear = torch.nn.Linear(1, 1, device="meta")
     config = QuantizationConfig.model_validate(dict(settings))
-    schemes = {target: group for group in config.config_groups.values() if group.weights for target in group.targets}
-    scheme = schemes[match_targets(module, linear, schemes)[0]]  # a name before an expression, an expression before all
+    scheme = _group_of(module, [group for group in config.config_groups.values() if group.weights])
     compressor = BaseCompressor.get_value_from_registry(scheme.format or infer_module_format(torch.nn.Linear, scheme))
     if "weight_packed" in parts and "weight_shape" in parts:
         _check_packing(parts["weight_packed"], parts["weight_shape"], scheme.weights.num_bits)
@@ -188,6 +188,22 @@ def _decode_compressed(parts: Parts, settings: Config, module: str) -> Tensor:
     state = parts | ({"weight_scale": scale.float()} if scale.dtype in (torch.bfloat16, torch.float16) else {})
     weight: Tensor = compressor.decompress(state, scheme)["weight"]
     return weight.to(torch.float32)
+
+
+def _group_of(module: str, groups: Sequence[Any]) -> Any:
+    """The group of compressed-tensors that a module belongs to: the only one, or else the one that names it most closely."""
+    from compressed_tensors.utils.match import match_targets
+
+    if len(groups) == 1:
+        return groups[0]
+    targets = {target: group for group in groups for target in group.targets}
+    expressions = [target for target in targets if target.startswith("re:")]
+    if len(expressions) > _MOST_EXPRESSIONS or any(is_costly(target, module) for target in expressions):
+        raise HeadgramError(f"the expressions in config_groups, of which one may name {module:.200}, are costly to search for")
+    found = match_targets(module, torch.nn.Linear(1, 1, device="meta"), targets)
+    if not found:
+        raise HeadgramError(f"the weight of {module:.200} is quantised, and no group in config_groups names it")
+    return targets[found[0]]
 
 
 def _check_packing(packed: Tensor, shape: Tensor, bits: int) -> None:

@@ -14,7 +14,7 @@ from torch import Tensor
 #: Where AWQ keeps the eight columns that share 32 bits.
 _AWQ_ORDER = (0, 4, 1, 5, 2, 6, 3, 7)
 
-#: What HQQ calls its ways to pack integers: bits of each, and how many share a word. The first part of the rows has the highest bits.
+#: What HQQ calls its ways to pack integers: bits of each, and how many share a word. The first rows have the highest bits.
 HQQ_PACKINGS = {"8bit_u8": (8, 1), "4bit_u8": (4, 2), "3bit_32": (3, 10), "2bit_u8": (2, 4), "1bit_u8": (1, 8)}
 
 
