@@ -19,7 +19,7 @@ from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
 from compressed_tensors.entrypoints.convert.converters import AutoAWQConverter, FP8BlockDequantizer
 from compressed_tensors.quantization import QuantizationArgs, QuantizationConfig, QuantizationScheme, apply_quantization_config
 from compressed_tensors.quantization.utils import calculate_qparams, generate_gparam
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -267,7 +267,7 @@ def test_gptq(tmp_path, bits, version, offset, ordered):
         return parts | ({} if ordered else {"g_idx": groups.int()}), meaning
 
     tensors, meaning = quantised(quantise)
-    settings = {"quant_method": "gptq", "bits": bits, "group_size": 64, "checkpoint_format": version}
+    settings = {"quant_method": "gptq", "bits": bits, "group_size": 64, "checkpoint_format": version, "desc_act": not ordered}
     assert_means(write(tmp_path, tensors, settings), meaning, word="gptq")
 
 
@@ -439,6 +439,41 @@ def test_parts_that_do_not_fit(tmp_path, settings, damage, sentence):
     tensors |= {f"{Q.format(0)}.{part}": value for part, value in damage.items()}
     write(tmp_path, tensors, settings)
     with pytest.raises(HeadgramError, match=sentence), open_checkpoint(tmp_path) as checkpoint:
+        checkpoint.qk("self", 0)
+
+
+#: A check that writes a checkpoint and reads it, a part of one weight, and what becomes of that part; gone, if None.
+INCOMPLETE = {
+    "a scale of a channel": (lambda folder: test_compressed_tensors(folder, "int8 channels"), "weight_scale", lambda p: p[:1]),
+    "scales in one axis": (lambda folder: test_compressed_tensors(folder, "int8 channels"), "weight_scale", Tensor.flatten),
+    "scales of groups": (lambda folder: test_compressed_tensors(folder, "int4 groups"), "weight_scale", lambda part: part[:1]),
+    "scales of blocks": (lambda folder: test_compressed_tensors(folder, "fp8 blocks"), "weight_scale", lambda part: part[:1]),
+    "zero points": (
+        lambda folder: test_compressed_tensors(folder, "int4 groups with zeros"), "weight_zero_point", lambda part: None,
+    ),
+    "a scale of scales": (
+        lambda folder: test_compressed_tensors_in_4bit_floats(folder, "nvfp4-pack-quantized", 16), "weight_global_scale",
+        lambda part: None,
+    ),
+    "scales of scales": (lambda folder: test_bitsandbytes_4bit(folder, "nf4", True), "weight.nested_absmax", lambda part: None),
+    "scales of rows": (test_bitsandbytes_8bit, "SCB", lambda part: part[:1]),
+    "an order of inputs": (lambda folder: test_gptq(folder, 4, "gptq", 1, False), "g_idx", lambda part: None),
+    "an order of other inputs": (lambda folder: test_gptq(folder, 4, "gptq", 1, False), "g_idx", lambda part: part[:1]),
+    "zeros of other groups": (lambda folder: test_gptq(folder, 4, "gptq", 1, True), "qzeros", lambda part: part.repeat(2, 1)),
+    "scales of one output": (lambda folder: test_gptq(folder, 4, "gptq", 1, True), "scales", lambda part: part[:, :1]),
+    "scales of other groups": (test_awq, "scales", lambda part: part[:2]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", INCOMPLETE)
+def test_what_a_library_would_repeat_or_do_without_is_refused(tmp_path, kind):
+    """A missing part, or one that fits by being repeated, gave wrong weights."""
+    check, part, change = INCOMPLETE[kind]
+    check(tmp_path)
+    tensors, name = load_file(tmp_path / "model.safetensors"), f"{Q.format(0)}.{part}"
+    changed = {name: value} if (value := change(tensors.pop(name))) is not None else {}
+    save_file(tensors | {key: value.contiguous() for key, value in changed.items()}, tmp_path / "model.safetensors")
+    with pytest.raises(HeadgramError, match=r"missing|do not fit"), open_checkpoint(tmp_path) as checkpoint:
         checkpoint.qk("self", 0)
 
 

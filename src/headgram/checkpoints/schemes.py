@@ -138,6 +138,10 @@ def _gptq_shape(stored: Stored, settings: Config) -> tuple[int, ...]:
 
 
 def _decode_gptq(parts: Parts, settings: Config, module: str) -> Tensor:
+    if settings.get("desc_act") is True and "g_idx" not in parts:
+        raise HeadgramError(
+            f"the inputs of {module:.200} are in no order of groups (desc_act), and its g_idx is missing: fetch it again"
+        )
     offset = 0 if settings.get("checkpoint_format") == "gptq_v2" else 1  # the first format stores zeros minus one
     bits = _whole(settings, ("bits",), (2, 4, 8))
     return gptq_weight(parts["qweight"], parts["qzeros"], parts["scales"], parts.get("g_idx"), bits, offset)
@@ -187,6 +191,7 @@ def _decode_compressed(parts: Parts, settings: Config, module: str) -> Tensor:
     scale = parts["weight_scale"]
     state = parts | ({"weight_scale": scale.float()} if scale.dtype in (torch.bfloat16, torch.float16) else {})
     weight: Tensor = compressor.decompress(state, scheme)["weight"]
+    _check_scales(parts, scheme.weights, *weight.shape)
     return weight.to(torch.float32)
 
 
@@ -213,6 +218,21 @@ def _check_packing(packed: Tensor, shape: Tensor, bits: int) -> None:
         raise ValueError(f"{columns} columns in {packed.shape[-1]} words are not of {bits} bits, as the configuration says")
 
 
+def _check_scales(parts: Parts, stated: Any, rows: int, columns: int) -> None:
+    """Refuse other scales than are stated: the library would repeat them, or do without."""
+    group, (high, wide) = stated.group_size or columns, stated.block_structure or (rows, columns)
+    in_groups = (rows, math.ceil(columns / group))
+    shapes = {
+        "channel": (rows, 1), "group": in_groups, "tensor_group": in_groups,
+        "block": (math.ceil(rows / high), math.ceil(columns / wide)),
+    }  # fmt: skip
+    found, strategy = tuple(parts["weight_scale"].shape), str(getattr(stated.strategy, "value", stated.strategy))
+    if strategy in shapes and found != shapes[strategy]:
+        raise ValueError(f"scales {found} of a weight {(rows, columns)} by {strategy}")
+    if strategy == "tensor_group" and "weight_global_scale" not in parts:
+        raise ValueError("weight_global_scale is missing")
+
+
 def _nf4_shape(stored: Stored, settings: Config) -> tuple[int, ...]:
     state = next(part for part in stored.shapes if "quant_state" in part)
     return tuple(int(size) for size in json.loads(bytes(bytes_of(stored.read(state))))["shape"])
@@ -224,6 +244,8 @@ def _decode_4bit(parts: Parts, settings: Config, module: str) -> Tensor:
     tables = {part.removeprefix("weight."): tensor for part, tensor in parts.items() if part != "weight"}
     state = QuantState.from_dict(tables, torch.device("cpu"))
     packed = parts["weight"].reshape(-1).view(torch.uint8)
+    if not state.nested and not state.absmax.is_floating_point():
+        raise ValueError("weight.nested_absmax is missing")
     _check_blocks(state, 16, 2 * len(packed), math.prod(state.shape))
     if state.nested:
         _check_blocks(state.state2, 256, state.absmax.numel(), state.absmax.numel())
@@ -249,7 +271,9 @@ def _8bit_shape(stored: Stored, settings: Config) -> tuple[int, ...]:
 
 
 def _decode_8bit(parts: Parts, settings: Config, module: str) -> Tensor:
-    return parts["weight"].to(torch.float32) * parts["SCB"].to(torch.float32).unsqueeze(1) / 127
+    if tuple(parts["SCB"].shape) not in ((len(parts["weight"]),), (len(parts["weight"]), 1)):
+        raise ValueError(f"{tuple(parts['SCB'].shape)} scales of {len(parts['weight'])} rows")
+    return parts["weight"].to(torch.float32) * parts["SCB"].to(torch.float32).reshape(-1, 1) / 127
 
 
 _HQQ_PARTS = ("scale", "zero", "shape", "packing")

@@ -29,10 +29,17 @@ def awq_weight(
     qweight: Int[Tensor, "in words"], qzeros: Int[Tensor, "groups words"], scales: Float[Tensor, "groups out"]
 ) -> Float[Tensor, "out in"]:
     """AWQ's GEMM format: 4-bit columns in an order of its own, a zero and a scale per group of inputs."""
+    _check_groups(qweight, qzeros, scales, len(qweight))
     order = torch.arange(scales.shape[1]).view(-1, 8)[:, list(_AWQ_ORDER)].flatten()
     values, zeros = (unpack_integers(packed, 4)[:, order] for packed in (qweight, qzeros))
     group = torch.arange(len(values)) // (len(values) // len(scales))
     return ((values - zeros[group]) * scales.to(torch.float32)[group]).T.contiguous()
+
+
+def _check_groups(qweight: Tensor, qzeros: Tensor, scales: Tensor, inputs: int | None) -> None:
+    """Refuse zeros and scales of other numbers of groups; of `inputs` in order, groups of one length."""
+    if qweight.ndim != 2 or len(qzeros) != len(scales) or (inputs is not None and inputs % len(scales)):
+        raise ValueError(f"{len(qzeros)} groups of zeros, {len(scales)} of scales")
 
 
 def gptq_weight(
@@ -45,6 +52,9 @@ def gptq_weight(
 ) -> Float[Tensor, "out in"]:
     """GPTQ: integers packed along the inputs; `group` names each input's group, which follow in order if it is None."""
     values = unpack_integers(qweight.T.contiguous(), bits).T
+    _check_groups(qweight, qzeros, scales, None if group is not None else len(values))
+    if scales.shape[1] != values.shape[1] or (group is not None and len(group) != len(values)):
+        raise ValueError(f"scales {tuple(scales.shape)} of {values.shape[1]} outputs, and {len(values)} inputs in groups")
     zeros = unpack_integers(qzeros, bits)[:, : scales.shape[1]] + zero_offset
     if group is None:
         group = torch.arange(len(values)) // (len(values) // len(scales))
