@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import os
+import re
 import stat
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,6 +18,9 @@ if TYPE_CHECKING:
 _MOST_SHOWN = 2000
 #: A cell that begins with one of these is a formula to a spreadsheet.
 _FORMULA = ("=", "+", "-", "@")
+_LONGEST_EXPRESSION = 1000
+#: Ways to divide a text among the repetitions of an expression, of which Python tries some millions in a second.
+_MOST_STEPS = 10_000_000
 
 
 def plain(text: object, most: int = _MOST_SHOWN) -> str:
@@ -47,6 +52,19 @@ def plain_cell(text: object) -> str:
     """
     shown = plain(text)
     return f"'{shown}" if shown.startswith(_FORMULA) else shown
+
+
+def is_costly(expression: str, text: str) -> bool:
+    """Whether a stranger's regular expression might take long to be held against a text.
+
+    Examples
+    --------
+    >>> is_costly(r".*layers\\.\\d+\\.(q|k)_proj$", "model.layers.0.q_proj"), is_costly("(a*)*b", "model.layers.0.q_proj")
+    (False, True)
+    """
+    repeated = len(re.findall(r"[*+{]|(?<![(*+?}])\?", expression))  # no `(?:`, no `*?`
+    nested = re.search(r"\)[*+{]", expression)
+    return len(expression) > _LONGEST_EXPRESSION or bool(nested) or math.comb(len(text) + repeated, repeated) > _MOST_STEPS
 
 
 def read_bounded(path: Path, most: int) -> bytes:

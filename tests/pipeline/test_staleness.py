@@ -2,6 +2,7 @@
 
 import os
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -262,5 +263,16 @@ def test_garbage_in_snakemakes_memory_is_one_sentence_that_helps(finished, tmp_p
         assert done.returncode != 0
         assert "Traceback" not in done.stderr
         assert f"headgram: {path.relative_to(project.folder)}, where Snakemake remembers" in done.stderr
-    shutil.rmtree(memory)
+    for folder in (memory, memory.parent):
+        shutil.rmtree(folder)
+        for make, words in (
+            (Path.touch, "is no folder"),
+            (lambda path: path.symlink_to("/nonexistent"), "is a link to what is not"),
+        ):
+            make(folder)
+            done = project.snakemake("-n")
+            assert done.returncode != 0
+            assert "Traceback" not in done.stderr
+            assert words in done.stderr
+            folder.unlink()
     assert project.planned() == set()

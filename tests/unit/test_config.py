@@ -98,7 +98,7 @@ HUGE = f"0x{'f' * 5000}"
         *(f"{section}: {{{option}: {value}}}" for value in (HUGE, "-1", "1e999", "[1]", "{a: b}", f"{{? {HUGE} : 1}}")
           for section, option in (("eigen", "topk"), ("eigen", "tolerance"), ("gram", "layers_per_tile"))),
         *(f"{option}: {value}" for option in ("manifest", "results")
-          for value in ("x" * 5000, "a/" * 3000, "~nobody-of-this-name", r'"\ud800"', r'"\0"', '""', "1", "[a]")),
+          for value in ("x" * 5000, "a/" * 3000, "~nobody-of-this-name", r'"\ud800"', r'"\udc80"', r'"\0"', '""', "1", "[a]")),
         f"? {HUGE}\n: 1",
         "1: 2",
     ],

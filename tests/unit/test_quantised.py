@@ -19,7 +19,7 @@ from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
 from compressed_tensors.entrypoints.convert.converters import AutoAWQConverter, FP8BlockDequantizer
 from compressed_tensors.quantization import QuantizationArgs, QuantizationConfig, QuantizationScheme, apply_quantization_config
 from compressed_tensors.quantization.utils import calculate_qparams, generate_gparam
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -201,6 +201,20 @@ def test_of_several_groups_the_one_that_names_a_module_most_closely_counts(tmp_p
     assert_means(write(tmp_path, tensors, by_groups(*((own, other) if first else (other, own)))), meaning)
 
 
+@pytest.mark.parametrize("expression", ["re:(.*)*x", f"re:{'.*' * 9}x", f"re:{'.*' * 99}", f"re:{'a?' * 30}", "re:.*nobody"])
+def test_expressions_that_take_for_ever_or_name_nothing_are_refused(tmp_path, expression):
+    """Also of several groups; one alone is taken without a search."""
+    own, tensors, meaning = packed(expression, bits=8)
+    other, _, _ = packed("re:.*nobody", bits=4)
+    assert_means(write(tmp_path, tensors, by_groups(own)), meaning)
+    words = "no group in config_groups names it" if expression == "re:.*nobody" else "costly to search for"
+    with (
+        open_checkpoint(write(tmp_path, tensors, by_groups(own, other))) as checkpoint,
+        pytest.raises(HeadgramError, match=words),
+    ):
+        checkpoint.qk("self", 0)
+
+
 def test_integers_of_other_bits_than_the_configuration_says_are_refused(tmp_path):
     _, tensors, _ = packed("Linear", bits=8)
     wrong, _, _ = packed("Linear", bits=4)
@@ -253,8 +267,59 @@ def test_gptq(tmp_path, bits, version, offset, ordered):
         return parts | ({} if ordered else {"g_idx": groups.int()}), meaning
 
     tensors, meaning = quantised(quantise)
-    settings = {"quant_method": "gptq", "bits": bits, "group_size": 64, "checkpoint_format": version}
+    settings = {"quant_method": "gptq", "bits": bits, "group_size": 64, "checkpoint_format": version, "desc_act": not ordered}
     assert_means(write(tmp_path, tensors, settings), meaning, word="gptq")
+
+
+HQQ = {"8bit_u8": (8, 1), "4bit_u8": (4, 2), "3bit_32": (3, 10), "2bit_u8": (2, 4), "1bit_u8": (1, 8)}
+
+
+def hqq(packing: str, axis: int = 1, group: int | None = 64, as_floats: bool = False):
+    """HQQ's `Quantizer.quantize` and `BitPack`, and `encode_safetensor_type`: groups in rows (axis 1) or columns (axis 0)."""
+    bits, share = HQQ[packing]
+
+    def quantise(weight: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+        shape = weight.shape if group is None else (-1, group) if axis == 1 else (group, -1)
+        values = torch.randint(2**bits, weight.reshape(shape).shape, dtype=torch.int32)
+        per_group = (len(values), 1) if axis == 1 else (1, values.shape[1])
+        scale, zero = (torch.rand(per_group) + 0.5).half(), (torch.rand(per_group) * 2**bits).half()
+        padded = torch.cat([values, torch.zeros(-len(values) % share, values.shape[1], dtype=torch.int32)])
+        words = sum(part << bits * (share - 1 - place) for place, part in enumerate(padded.chunk(share)))
+        words = words if share == 10 else words.to(torch.uint8)
+        parts = {"W_q": words.view(torch.float16) if as_floats else words, "scale": scale, "zero": zero}
+        parts |= {"shape": torch.tensor(weight.shape), "packing": torch.tensor(list(packing.encode()), dtype=torch.uint8)}
+        parts |= {"nbits": torch.tensor(bits, dtype=torch.int32), "axis": torch.tensor(axis, dtype=torch.int32)}
+        return parts, ((values.float() - zero.float()) * scale.float()).reshape(weight.shape)
+
+    return quantise
+
+
+@pytest.mark.parametrize("packing", HQQ)
+@pytest.mark.parametrize("more", [{}, {"axis": 0}, {"group": None}, {"as_floats": True}], ids=str)
+def test_hqq(tmp_path, packing, more):
+    tensors, meaning = quantised(hqq(packing, **more))
+    settings = {"quant_method": "hqq", "quant_config": {"weight_quant_params": {"nbits": HQQ[packing][0], "group_size": 64}}}
+    assert_means(write(tmp_path, tensors, settings), meaning, rtol=1e-6, word="hqq")
+
+
+@pytest.mark.parametrize(
+    ("part", "value", "sentence"),
+    [
+        ("zero", None, "its part zero is missing"),
+        ("packing", torch.tensor(list(b"4bit_33"), dtype=torch.uint8), "packed as '4bit_33'"),
+        ("scale", torch.ones(7, 1), "do not fit together"),
+        ("scale", torch.ones(5, 1, 1), "do not fit together"),
+        ("shape", torch.tensor([256, 999]), "shape|do not fit together"),
+        ("shape", torch.tensor([2**40, 2**40]), "claims shape"),
+        ("W_q", torch.zeros(3, 64, dtype=torch.uint8), "claims shape|do not fit together"),
+    ],
+)
+def test_parts_of_hqq_that_do_not_fit(tmp_path, part, value, sentence):
+    tensors, _ = quantised(hqq("4bit_u8"))
+    tensors |= {f"{Q.format(0)}.{part}": value}
+    folder = write(tmp_path, {key: tensor for key, tensor in tensors.items() if tensor is not None}, {"quant_method": "hqq"})
+    with pytest.raises(HeadgramError, match=sentence), open_checkpoint(folder) as checkpoint:
+        checkpoint.qk("self", 0)
 
 
 @pytest.mark.parametrize("kind", ["nf4", "fp4"])
@@ -336,8 +401,8 @@ def test_every_part_counts(tmp_path):
 
 
 def test_an_unknown_method_is_named(tmp_path):
-    with pytest.raises(HeadgramError, match="quantised by 'hqq'"):
-        open_checkpoint(write(tmp_path, llama_tensors(**SIZES), {"quant_method": "hqq"}))
+    with pytest.raises(HeadgramError, match="quantised by 'spqr'"):
+        open_checkpoint(write(tmp_path, llama_tensors(**SIZES), {"quant_method": "spqr"}))
 
 
 def test_integers_without_a_method_are_refused(tmp_path):
@@ -374,6 +439,41 @@ def test_parts_that_do_not_fit(tmp_path, settings, damage, sentence):
     tensors |= {f"{Q.format(0)}.{part}": value for part, value in damage.items()}
     write(tmp_path, tensors, settings)
     with pytest.raises(HeadgramError, match=sentence), open_checkpoint(tmp_path) as checkpoint:
+        checkpoint.qk("self", 0)
+
+
+#: A check that writes a checkpoint and reads it, a part of one weight, and what becomes of that part; gone, if None.
+INCOMPLETE = {
+    "a scale of a channel": (lambda folder: test_compressed_tensors(folder, "int8 channels"), "weight_scale", lambda p: p[:1]),
+    "scales in one axis": (lambda folder: test_compressed_tensors(folder, "int8 channels"), "weight_scale", Tensor.flatten),
+    "scales of groups": (lambda folder: test_compressed_tensors(folder, "int4 groups"), "weight_scale", lambda part: part[:1]),
+    "scales of blocks": (lambda folder: test_compressed_tensors(folder, "fp8 blocks"), "weight_scale", lambda part: part[:1]),
+    "zero points": (
+        lambda folder: test_compressed_tensors(folder, "int4 groups with zeros"), "weight_zero_point", lambda part: None,
+    ),
+    "a scale of scales": (
+        lambda folder: test_compressed_tensors_in_4bit_floats(folder, "nvfp4-pack-quantized", 16), "weight_global_scale",
+        lambda part: None,
+    ),
+    "scales of scales": (lambda folder: test_bitsandbytes_4bit(folder, "nf4", True), "weight.nested_absmax", lambda part: None),
+    "scales of rows": (test_bitsandbytes_8bit, "SCB", lambda part: part[:1]),
+    "an order of inputs": (lambda folder: test_gptq(folder, 4, "gptq", 1, False), "g_idx", lambda part: None),
+    "an order of other inputs": (lambda folder: test_gptq(folder, 4, "gptq", 1, False), "g_idx", lambda part: part[:1]),
+    "zeros of other groups": (lambda folder: test_gptq(folder, 4, "gptq", 1, True), "qzeros", lambda part: part.repeat(2, 1)),
+    "scales of one output": (lambda folder: test_gptq(folder, 4, "gptq", 1, True), "scales", lambda part: part[:, :1]),
+    "scales of other groups": (test_awq, "scales", lambda part: part[:2]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", INCOMPLETE)
+def test_what_a_library_would_repeat_or_do_without_is_refused(tmp_path, kind):
+    """A missing part, or one that fits by being repeated, gave wrong weights."""
+    check, part, change = INCOMPLETE[kind]
+    check(tmp_path)
+    tensors, name = load_file(tmp_path / "model.safetensors"), f"{Q.format(0)}.{part}"
+    changed = {name: value} if (value := change(tensors.pop(name))) is not None else {}
+    save_file(tensors | {key: value.contiguous() for key, value in changed.items()}, tmp_path / "model.safetensors")
+    with pytest.raises(HeadgramError, match=r"missing|do not fit"), open_checkpoint(tmp_path) as checkpoint:
         checkpoint.qk("self", 0)
 
 

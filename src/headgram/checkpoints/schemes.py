@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,9 +13,12 @@ from torch import Tensor
 
 from headgram.checkpoints.scaled import Block, reading_of, scaled_weight
 from headgram.checkpoints.stores import bytes_of
-from headgram.checkpoints.unpacking import awq_weight, gptq_weight
+from headgram.checkpoints.unpacking import HQQ_PACKINGS, awq_weight, gptq_weight, hqq_weight
 from headgram.errors import HeadgramError
+from headgram.foreign import is_costly
 
+#: Recipes of one expression for each module of a layer have fewer.
+_MOST_EXPRESSIONS = 1_000
 Config = Mapping[str, Any]
 Parts = dict[str, Tensor]
 
@@ -131,9 +134,30 @@ def _gptq_shape(stored: Stored, settings: Config) -> tuple[int, ...]:
 
 
 def _decode_gptq(parts: Parts, settings: Config, module: str) -> Tensor:
+    if settings.get("desc_act") is True and "g_idx" not in parts:
+        raise HeadgramError(
+            f"the inputs of {module:.200} are in no order of groups (desc_act), and its g_idx is missing: fetch it again"
+        )
     offset = 0 if settings.get("checkpoint_format") == "gptq_v2" else 1  # the first format stores zeros minus one
     bits = _whole(settings, ("bits",), (2, 4, 8))
     return gptq_weight(parts["qweight"], parts["qzeros"], parts["scales"], parts.get("g_idx"), bits, offset)
+
+
+def _hqq_shape(stored: Stored, settings: Config) -> tuple[int, ...]:
+    packing = _text(stored.read("packing"))
+    if packing not in HQQ_PACKINGS:
+        raise HeadgramError(f"weights of HQQ are packed as {packing!r:.60}; headgram reads {', '.join(HQQ_PACKINGS)}")
+    return tuple(int(size) for size in stored.read("shape").tolist())
+
+
+def _decode_hqq(parts: Parts, settings: Config, module: str) -> Tensor:
+    shape = tuple(parts["shape"].tolist())
+    return hqq_weight(parts["W_q"], parts["scale"], parts["zero"], shape, _text(parts["packing"]))
+
+
+def _text(codes: Tensor) -> str:
+    """A text as HQQ stores it in safetensors: as numbers of its letters."""
+    return "".join(map(chr, codes.tolist()))
 
 
 def _compressed_shape(stored: Stored, settings: Config) -> tuple[int, ...]:
@@ -153,12 +177,9 @@ def _decode_compressed(parts: Parts, settings: Config, module: str) -> Tensor:
     from compressed_tensors.compressors import BaseCompressor
     from compressed_tensors.compressors.format import infer_module_format
     from compressed_tensors.quantization import QuantizationConfig
-    from compressed_tensors.utils.match import match_targets
 
-    linear = torch.nn.Linear(1, 1, device="meta")
     config = QuantizationConfig.model_validate(dict(settings))
-    schemes = {target: group for group in config.config_groups.values() if group.weights for target in group.targets}
-    scheme = schemes[match_targets(module, linear, schemes)[0]]  # a name before an expression, an expression before all
+    scheme = _group_of(module, [group for group in config.config_groups.values() if group.weights])
     compressor = BaseCompressor.get_value_from_registry(scheme.format or infer_module_format(torch.nn.Linear, scheme))
     if "weight_packed" in parts and "weight_shape" in parts:
         _check_packing(parts["weight_packed"], parts["weight_shape"], scheme.weights.num_bits)
@@ -166,7 +187,24 @@ def _decode_compressed(parts: Parts, settings: Config, module: str) -> Tensor:
     scale = parts["weight_scale"]
     state = parts | ({"weight_scale": scale.float()} if scale.dtype in (torch.bfloat16, torch.float16) else {})
     weight: Tensor = compressor.decompress(state, scheme)["weight"]
+    _check_scales(parts, scheme.weights, *weight.shape)
     return weight.to(torch.float32)
+
+
+def _group_of(module: str, groups: Sequence[Any]) -> Any:
+    """The group of compressed-tensors that a module belongs to: the only one, or else the one that names it most closely."""
+    from compressed_tensors.utils.match import match_targets
+
+    if len(groups) == 1:
+        return groups[0]
+    targets = {target: group for group in groups for target in group.targets}
+    expressions = [target for target in targets if target.startswith("re:")]
+    if len(expressions) > _MOST_EXPRESSIONS or any(is_costly(target, module) for target in expressions):
+        raise HeadgramError(f"the expressions in config_groups, of which one may name {module:.200}, are costly to search for")
+    found = match_targets(module, torch.nn.Linear(1, 1, device="meta"), targets)
+    if not found:
+        raise HeadgramError(f"the weight of {module:.200} is quantised, and no group in config_groups names it")
+    return targets[found[0]]
 
 
 def _check_packing(packed: Tensor, shape: Tensor, bits: int) -> None:
@@ -174,6 +212,21 @@ def _check_packing(packed: Tensor, shape: Tensor, bits: int) -> None:
     columns = int(shape[-1])
     if packed.shape[-1] != math.ceil(columns * bits / 32):
         raise ValueError(f"{columns} columns in {packed.shape[-1]} words are not of {bits} bits, as the configuration says")
+
+
+def _check_scales(parts: Parts, stated: Any, rows: int, columns: int) -> None:
+    """Refuse other scales than are stated: the library would repeat them, or do without."""
+    group, (high, wide) = stated.group_size or columns, stated.block_structure or (rows, columns)
+    in_groups = (rows, math.ceil(columns / group))
+    shapes = {
+        "channel": (rows, 1), "group": in_groups, "tensor_group": in_groups,
+        "block": (math.ceil(rows / high), math.ceil(columns / wide)),
+    }  # fmt: skip
+    found, strategy = tuple(parts["weight_scale"].shape), str(getattr(stated.strategy, "value", stated.strategy))
+    if strategy in shapes and found != shapes[strategy]:
+        raise ValueError(f"scales {found} of a weight {(rows, columns)} by {strategy}")
+    if strategy == "tensor_group" and "weight_global_scale" not in parts:
+        raise ValueError("weight_global_scale is missing")
 
 
 def _nf4_shape(stored: Stored, settings: Config) -> tuple[int, ...]:
@@ -187,6 +240,8 @@ def _decode_4bit(parts: Parts, settings: Config, module: str) -> Tensor:
     tables = {part.removeprefix("weight."): tensor for part, tensor in parts.items() if part != "weight"}
     state = QuantState.from_dict(tables, torch.device("cpu"))
     packed = parts["weight"].reshape(-1).view(torch.uint8)
+    if not state.nested and not state.absmax.is_floating_point():
+        raise ValueError("weight.nested_absmax is missing")
     _check_blocks(state, 16, 2 * len(packed), math.prod(state.shape))
     if state.nested:
         _check_blocks(state.state2, 256, state.absmax.numel(), state.absmax.numel())
@@ -212,9 +267,12 @@ def _8bit_shape(stored: Stored, settings: Config) -> tuple[int, ...]:
 
 
 def _decode_8bit(parts: Parts, settings: Config, module: str) -> Tensor:
-    return parts["weight"].to(torch.float32) * parts["SCB"].to(torch.float32).unsqueeze(1) / 127
+    if tuple(parts["SCB"].shape) not in ((len(parts["weight"]),), (len(parts["weight"]), 1)):
+        raise ValueError(f"{tuple(parts['SCB'].shape)} scales of {len(parts['weight'])} rows")
+    return parts["weight"].to(torch.float32) * parts["SCB"].to(torch.float32).reshape(-1, 1) / 127
 
 
+_HQQ_PARTS = ("scale", "zero", "shape", "packing")
 _GPTQ_PARTS = ("qzeros", "scales", "g_idx")
 _4BIT_PARTS = ("weight", "weight.quant_map", "weight.nested_absmax", "weight.nested_quant_map")
 #: What modelopt calls the ways of quantising that leave weights as numbers with scales.
@@ -241,6 +299,7 @@ SCHEMES = {
     ),
     "awq": (Scheme("qweight", ("qzeros", "scales"), _awq_shape, _decode_awq, needs=("qzeros", "scales")),),
     "gptq": (Scheme("qweight", _GPTQ_PARTS, _gptq_shape, _decode_gptq, needs=("qzeros", "scales")),),
+    "hqq": (Scheme("W_q", _HQQ_PARTS, _hqq_shape, _decode_hqq, needs=_HQQ_PARTS),),
     "bitsandbytes": (
         Scheme(
             "weight.absmax",

@@ -5,12 +5,17 @@ Checked against the libraries that made the formats, in `tests/unit/test_quantis
 
 from __future__ import annotations
 
+import math
+
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
 #: Where AWQ keeps the eight columns that share 32 bits.
 _AWQ_ORDER = (0, 4, 1, 5, 2, 6, 3, 7)
+
+#: What HQQ calls its ways to pack integers: bits of each, and how many share a word. The first rows have the highest bits.
+HQQ_PACKINGS = {"8bit_u8": (8, 1), "4bit_u8": (4, 2), "3bit_32": (3, 10), "2bit_u8": (2, 4), "1bit_u8": (1, 8)}
 
 
 def unpack_integers(packed: Int[Tensor, "rows words"], bits: int) -> Int[Tensor, "rows integers"]:
@@ -24,10 +29,17 @@ def awq_weight(
     qweight: Int[Tensor, "in words"], qzeros: Int[Tensor, "groups words"], scales: Float[Tensor, "groups out"]
 ) -> Float[Tensor, "out in"]:
     """AWQ's GEMM format: 4-bit columns in an order of its own, a zero and a scale per group of inputs."""
+    _check_groups(qweight, qzeros, scales, len(qweight))
     order = torch.arange(scales.shape[1]).view(-1, 8)[:, list(_AWQ_ORDER)].flatten()
     values, zeros = (unpack_integers(packed, 4)[:, order] for packed in (qweight, qzeros))
     group = torch.arange(len(values)) // (len(values) // len(scales))
     return ((values - zeros[group]) * scales.to(torch.float32)[group]).T.contiguous()
+
+
+def _check_groups(qweight: Tensor, qzeros: Tensor, scales: Tensor, inputs: int | None) -> None:
+    """Refuse zeros and scales of other numbers of groups; of `inputs` in order, groups of one length."""
+    if qweight.ndim != 2 or len(qzeros) != len(scales) or (inputs is not None and inputs % len(scales)):
+        raise ValueError(f"{len(qzeros)} groups of zeros, {len(scales)} of scales")
 
 
 def gptq_weight(
@@ -40,8 +52,28 @@ def gptq_weight(
 ) -> Float[Tensor, "out in"]:
     """GPTQ: integers packed along the inputs; `group` names each input's group, which follow in order if it is None."""
     values = unpack_integers(qweight.T.contiguous(), bits).T
+    _check_groups(qweight, qzeros, scales, None if group is not None else len(values))
+    if scales.shape[1] != values.shape[1] or (group is not None and len(group) != len(values)):
+        raise ValueError(f"scales {tuple(scales.shape)} of {values.shape[1]} outputs, and {len(values)} inputs in groups")
     zeros = unpack_integers(qzeros, bits)[:, : scales.shape[1]] + zero_offset
     if group is None:
         group = torch.arange(len(values)) // (len(values) // len(scales))
     group = group.long()
     return ((values - zeros[group]) * scales.to(torch.float32)[group]).T.contiguous()
+
+
+def hqq_weight(packed: Tensor, scale: Tensor, zero: Tensor, shape: tuple[int, ...], packing: str) -> Float[Tensor, "out in"]:
+    """HQQ's `Quantizer.dequantize`: integers in rows or columns of a group each, with a scale and a zero for a group.
+
+    Raises
+    ------
+    ValueError
+        If the parts do not fit together.
+    """
+    bits, share = HQQ_PACKINGS[packing]
+    words = packed.view(torch.int32 if packing.endswith("_32") else torch.uint8)  # they may be stored as if they were floats
+    rows = math.prod(shape) // words.shape[1]
+    values = torch.cat([(words >> bits * (share - 1 - place)) & (2**bits - 1) for place in range(share)])[:rows]
+    if values.numel() != math.prod(shape) or torch.broadcast_shapes(values.shape, scale.shape, zero.shape) != values.shape:
+        raise ValueError(f"{tuple(packed.shape)} words, scales {tuple(scale.shape)} and zeros {tuple(zero.shape)} of {shape}")
+    return ((values.to(torch.float32) - zero.to(torch.float32)) * scale.to(torch.float32)).reshape(shape)

@@ -241,11 +241,18 @@ def _writings(workflow: Any, beside: Callable[[Any], Sequence[str]]) -> Iterator
 
 
 def _check_snakemakes_memory(results: Path) -> None:
-    """Refuse files of Snakemake's at which it would end with a traceback, whatever it is asked for.
+    """Refuse files of Snakemake's at which it would end with a traceback, whatever it is asked for, and what is no folder.
 
     Only files that somebody changed after the latest run's end are opened: Snakemake itself changes none then, unless it was
     killed, and there may be many.
     """
+    for folder in (_MEMORY.parent, _MEMORY):
+        if os.path.lexists(folder) and not folder.is_dir():
+            kind = "a link to what is not there" if folder.is_symlink() and not folder.exists() else "no folder"
+            raise HeadgramError(
+                f"{folder}, where Snakemake remembers earlier runs, is {kind}: remove it, and run again. What is finished "
+                f"stays so: the records in {results} tell."
+            )
     lock = results / _LOCK
     ended = lock.stat().st_mtime_ns if lock.exists() else 0
     for folder, _, names in os.walk(_MEMORY):

@@ -70,11 +70,12 @@ def _plain_path(value: str) -> str:
         raise ValueError("a name without braces is needed")
     try:
         path = Path(value).expanduser()
+        str(path).encode()  # Snakemake remembers files by their names in UTF-8
         lengths = [len(os.fsencode(part)) for part in (str(path), *path.parts)]
     except RuntimeError as error:
         raise ValueError(f"{error}: write the folder out") from None
     except UnicodeEncodeError:
-        raise ValueError("a name that can be encoded is needed") from None
+        raise ValueError("a name that can be encoded as UTF-8 is needed") from None
     if lengths[0] > 4000 or max(lengths[1:], default=0) > 255:
         raise ValueError("no system has names as long as that")
     return str(path)
