@@ -448,6 +448,22 @@ def with_tensors(folder: Path, added: dict[str, torch.Tensor]) -> None:
     save_file({**load_file(path), **added}, path, {"format": "pt"})
 
 
+@pytest.mark.parametrize(
+    ("role", "name"), [("query_bias", "self_attn.q_proj"), ("key_bias", "self_attn.k_proj"), ("norm", "self_attn_layer_norm")]
+)
+def test_a_bias_that_one_layer_lacks_is_no_bias_of_nothing(tmp_path: Path, role: str, name: str) -> None:
+    """Its tensors were lost; a model whose layers all lack it has none."""
+    tensors = load_file(saved(tiny("opt")[0], tmp_path) / "model.safetensors")
+    held = [key for key in tensors if key.endswith(f"{name}.bias")]
+    for lost in (held[1:2], held):
+        kept = {key: tensor for key, tensor in tensors.items() if key not in lost}
+        save_file(kept, tmp_path / "model.safetensors", metadata={"format": "pt"})
+        with open_checkpoint(tmp_path) as checkpoint:
+            missing = checkpoint.frames("self").missing
+        assert (role in missing) == (lost != held)
+        assert lost == held or f"lacks the bias of '{role}'" in missing[role]
+
+
 def test_biases_that_the_configuration_denies(tmp_path: Path) -> None:
     """Zeros are nothing, and so is a bias of a norm that the model does not have; others are refused."""
     model, _ = tiny("llama")

@@ -308,6 +308,8 @@ def test_hqq(tmp_path, packing, more):
         ("zero", None, "its part zero is missing"),
         ("packing", torch.tensor(list(b"4bit_33"), dtype=torch.uint8), "packed as '4bit_33'"),
         ("scale", torch.ones(7, 1), "do not fit together"),
+        ("scale", torch.ones(1, 1), "do not fit together"),
+        ("zero", torch.ones(1), "do not fit together"),
         ("scale", torch.ones(5, 1, 1), "do not fit together"),
         ("shape", torch.tensor([256, 999]), "shape|do not fit together"),
         ("shape", torch.tensor([2**40, 2**40]), "claims shape"),

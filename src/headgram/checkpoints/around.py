@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NoReturn
 
@@ -249,3 +249,23 @@ class Around:
         if not is_finite(tensor):
             raise HeadgramError(f"layer {self.layer}: tensor {name} holds a NaN or an infinity: the checkpoint is damaged")
         return tensor.double()
+
+
+def check_biases(role: str, layers: Sequence[Around], values: Sequence[Any]) -> None:
+    """Refuse a bias that some layers of a stack have and others lack: no model is like that, so tensors are missing.
+
+    Raises
+    ------
+    HeadgramError
+        If a layer lacks one.
+    """
+    if role in ("query_bias", "key_bias"):
+        held = {layer.layer: bool(layer.names(role)) for layer in layers if any(value is not None for value in values)}
+    else:
+        held = {
+            layer.layer: value.bias is not None for layer, value in zip(layers, values, strict=True) if isinstance(value, Norm)
+        }
+    if lacking := [number for number, has in held.items() if not has and any(held.values())]:
+        raise HeadgramError(
+            f"layer {lacking[0]}: the checkpoint lacks the bias of '{role}' that other layers have: fetch it again"
+        )

@@ -11,7 +11,7 @@ from typing import Any, Self
 from jaxtyping import Float
 from torch import Tensor
 
-from headgram.checkpoints.around import Around
+from headgram.checkpoints.around import Around, check_biases
 from headgram.checkpoints.bases import AnyLocation
 from headgram.checkpoints.declared import LONGEST_NAME, checked, declared_family
 from headgram.checkpoints.dimensions import Section, find_layers, find_rules, gguf_rule, undeclared
@@ -124,7 +124,9 @@ class Checkpoint(Described):
         for role in AROUND:
             try:
                 known[role] = [layer.read(role) for layer in layers]
+                check_biases(role, layers, known[role])
             except HeadgramError as error:
+                known.pop(role, None)
                 missing[role] = str(error)
         found = [Frame(**{role: values[i] for role, values in known.items()}) for i in range(len(layers))]
         layered, around = dict(zip(stack.layers, found, strict=True)), stack._around

@@ -74,6 +74,7 @@ def hqq_weight(packed: Tensor, scale: Tensor, zero: Tensor, shape: tuple[int, ..
     words = packed.view(torch.int32 if packing.endswith("_32") else torch.uint8)  # they may be stored as if they were floats
     rows = math.prod(shape) // words.shape[1]
     values = torch.cat([(words >> bits * (share - 1 - place)) & (2**bits - 1) for place in range(share)])[:rows]
-    if values.numel() != math.prod(shape) or torch.broadcast_shapes(values.shape, scale.shape, zero.shape) != values.shape:
+    fitting = ((rows, 1), (1, words.shape[1]))
+    if values.numel() != math.prod(shape) or scale.shape != zero.shape or tuple(scale.shape) not in fitting:
         raise ValueError(f"{tuple(packed.shape)} words, scales {tuple(scale.shape)} and zeros {tuple(zero.shape)} of {shape}")
     return ((values.to(torch.float32) - zero.to(torch.float32)) * scale.to(torch.float32)).reshape(shape)

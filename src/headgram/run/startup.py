@@ -246,11 +246,11 @@ def _check_snakemakes_memory(results: Path) -> None:
     Only files that somebody changed after the latest run's end are opened: Snakemake itself changes none then, unless it was
     killed, and there may be many.
     """
-    for folder in (_MEMORY.parent, _MEMORY):
-        if os.path.lexists(folder) and not folder.is_dir():
-            kind = "a link to what is not there" if folder.is_symlink() and not folder.exists() else "no folder"
+    for place in (_MEMORY.parent, _MEMORY):
+        if os.path.lexists(place) and not place.is_dir():
+            kind = "a link to what is not there" if place.is_symlink() and not place.exists() else "no folder"
             raise HeadgramError(
-                f"{folder}, where Snakemake remembers earlier runs, is {kind}: remove it, and run again. What is finished "
+                f"{place}, where Snakemake remembers earlier runs, is {kind}: remove it, and run again. What is finished "
                 f"stays so: the records in {results} tell."
             )
     lock = results / _LOCK
