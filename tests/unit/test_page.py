@@ -203,47 +203,48 @@ def test_back_undoes_and_the_keyboard_is_enough(chrome, path):
         assert found.complaints == []
 
 
-def test_pictures_are_saved_with_what_they_show(chrome, path):
+@pytest.mark.parametrize("picture", ["strip", "form-mean", "singular", "profile"])
+def test_pictures_are_saved_with_what_they_show(chrome, path, picture):
     with opened(chrome, path) as found:
-        for i, picture in enumerate(("strip", "form-mean", "singular", "profile")):
-            saved = {}
-            for format in ("SVG", "PNG", "CSV"):
-                with found.page.expect_download() as download:
-                    found.page.click(f"#{picture} + .saves button:text-is('{format}')")
-                assert download.value.suggested_filename == f"{NAMES[0]}-qk-self-{picture}.{format.lower()}"
-                saved[format] = download.value.path().read_bytes()
-            title = found.page.get_attribute(f"#{picture}", "aria-label")
-            text = saved["SVG"].decode()
-            assert (
-                found.page.evaluate(
-                    "text => new DOMParser().parseFromString(text, 'image/svg+xml').querySelector('parsererror')", text
-                )
-                is None
+        saved = {}
+        for format in ("SVG", "PNG", "CSV"):
+            with found.page.expect_download() as download:
+                found.page.click(f"#{picture} + .saves button:text-is('{format}')")
+            assert download.value.suggested_filename == f"{NAMES[0]}-qk-self-{picture}.{format.lower()}"
+            saved[format] = download.value.path().read_bytes()
+        title = found.page.get_attribute(f"#{picture}", "aria-label")
+        text = saved["SVG"].decode()
+        assert (
+            found.page.evaluate(
+                "text => new DOMParser().parseFromString(text, 'image/svg+xml').querySelector('parsererror')", text
             )
-            assert f"<title>{title}</title>" in text
-            assert NAMES[0] in text
-            assert "org/model" in text
-            assert "headgram 0.9.9" in text
-            assert saved["PNG"].startswith(b"\x89PNG")
-            width, height = struct.unpack(">II", saved["PNG"][16:24])
-            assert width > 400
-            assert height > 300
-            (SCREENSHOTS / f"saved-{i}.png").write_bytes(saved["PNG"])
-            rows = list(csv.DictReader(io.StringIO(saved["CSV"].decode())))
-            assert {row["picture"] for row in rows} == {title}
-            assert "headgram 0.9.9" in rows[0]["origin"]
-            drawn = [
-                row
-                for part in {
-                    "strip": ["cells"],
-                    "form-mean": ["cells"],
-                    "singular": ["others", "chosen"],
-                    "profile": ["profile"],
-                }[picture]
-                for row in found.rows(picture, part)
-            ]
-            value = "median" if picture == "profile" else "value"
-            np.testing.assert_allclose([float(row[value]) for row in rows], [row[value] for row in drawn], rtol=1e-5)
+            is None
+        )
+        assert f"<title>{title}</title>" in text
+        assert NAMES[0] in text
+        assert "org/model" in text
+        assert "headgram 0.9.9" in text
+        assert saved["PNG"].startswith(b"\x89PNG")
+        width, height = struct.unpack(">II", saved["PNG"][16:24])
+        assert width > 400
+        assert height > 300
+        SCREENSHOTS.mkdir(parents=True, exist_ok=True)
+        (SCREENSHOTS / f"saved-{picture}.png").write_bytes(saved["PNG"])
+        rows = list(csv.DictReader(io.StringIO(saved["CSV"].decode())))
+        assert {row["picture"] for row in rows} == {title}
+        assert "headgram 0.9.9" in rows[0]["origin"]
+        drawn = [
+            row
+            for part in {
+                "strip": ["cells"],
+                "form-mean": ["cells"],
+                "singular": ["others", "chosen"],
+                "profile": ["profile"],
+            }[picture]
+            for row in found.rows(picture, part)
+        ]
+        value = "median" if picture == "profile" else "value"
+        np.testing.assert_allclose([float(row[value]) for row in rows], [row[value] for row in drawn], rtol=1e-5)
         assert found.complaints == []
 
 
