@@ -26,7 +26,6 @@ import naive
 import torch
 
 from headgram.forms.circuits import ov, qk, shared_head
-from headgram.forms.heads import Heads
 from headgram.geometry.composition import reads, scores, writes
 from headgram.geometry.costs import Route, Sizes, cheapest, flops
 from headgram.geometry.inner import inner_products, sizes_of
@@ -49,6 +48,11 @@ class Shape:
     hidden: int
     timed_heads: int
     timed_layers: int
+
+    @property
+    def whole(self) -> Shape:
+        """The same with all heads and layers timed."""
+        return replace(self, timed_heads=self.heads, timed_layers=self.layers)
 
     def weights(self, device: str) -> tuple[torch.Tensor, torch.Tensor]:
         """Random `W_Q (L, H, r, d)` and `W_K (L, K, r, d)` of the part that is timed."""
@@ -227,7 +231,7 @@ def all_pairs_table(device: str, rounds: int) -> list[str]:
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for shape in SHAPES[:2]:
-        whole = replace(shape, timed_heads=shape.heads, timed_layers=shape.layers)
+        whole = shape.whole
         q, k = whole.weights(device)
         heads = qk(q, k)
         ours, loop, factored, both = seconds(
@@ -249,17 +253,12 @@ def all_pairs_table(device: str, rounds: int) -> list[str]:
     return rows
 
 
-def whole_model(shape: Shape) -> Heads:
-    """All heads of a model's shape."""
-    return qk(*replace(shape, timed_heads=shape.heads, timed_layers=shape.layers).weights("cpu"))
-
-
 def side_by_side_table(rounds: int) -> list[str]:
     """A row per shape: all pairs of two circuits at once, as the pipeline takes them on two cores: in two jobs, a thread each."""
     rate = gemm_rate(torch.float32, "cpu", 1024)
     rows = ["| shape | heads of both | both, s | share of the bare rate of two threads |", "|---|---|---|---|"]
     for shape in SHAPES[:2]:
-        heads = whole_model(shape)
+        heads = qk(*shape.whole.weights("cpu"))
         with ProcessPoolExecutor(2, mp_context=multiprocessing.get_context("spawn")) as jobs:
             both = max(jobs.map(job, [shape] * 2, [rounds] * 2))
         share = 2 * flops("strips", sizes_of(heads, heads)) / both / rate
@@ -270,7 +269,7 @@ def side_by_side_table(rounds: int) -> list[str]:
 def job(shape: Shape, rounds: int) -> float:
     """In a process of its own, with one thread: mean seconds of all pairs of a shape."""
     set_threads(1)
-    heads = whole_model(shape)
+    heads = qk(*shape.whole.weights("cpu"))
     inner_products(heads, heads)
     start = time.perf_counter()
     for _ in range(rounds):
@@ -283,7 +282,7 @@ def composition_table(device: str, rounds: int) -> list[str]:
     rate = gemm_rate(torch.float32, device, 1024)
     rows = ["| shape | pairs | ours, s | share of the bare rate | loop / ours |", "|---|---|---|---|---|"]
     for shape in SHAPES[:2]:
-        whole = replace(shape, timed_heads=shape.heads, timed_layers=shape.layers)
+        whole = shape.whole
         (q, k), (o, v) = whole.weights(device), whole.weights(device)
         heads, pairs = qk(q, k), (whole.layers * whole.heads) ** 2
         ours, loop = seconds(

@@ -123,11 +123,12 @@ class Checkpoint(Described):
         missing = {}
         for role in AROUND:
             try:
-                known[role] = [layer.read(role) for layer in layers]
-                check_biases(role, layers, known[role])
+                values = [layer.read(role) for layer in layers]
+                check_biases(role, layers, values)
             except HeadgramError as error:
-                known.pop(role, None)
                 missing[role] = str(error)
+            else:
+                known[role] = values
         found = [Frame(**{role: values[i] for role, values in known.items()}) for i in range(len(layers))]
         layered, around = dict(zip(stack.layers, found, strict=True)), stack._around
         latent = around.layout.startswith("latent")

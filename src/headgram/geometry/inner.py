@@ -264,10 +264,6 @@ def _in_float32(x: Heads, y: Heads, route: Route, dtype: torch.dtype, norms_sq: 
 
 def _norms_sq(heads: Heads) -> Float[Tensor, " n"]:
     """`‖X‖²` of every form."""
-    of_a = _own_products(heads.a)
-    of_b = of_a if heads.is_symmetric else _own_products(heads.b)
+    of_a = multiplied(heads.a, heads.a.mT)
+    of_b = of_a if heads.is_symmetric else multiplied(heads.b, heads.b.mT)
     return (read(of_a, heads.reads_a) * read(of_b, heads.reads_b)).sum((-1, -2), dtype=torch.float64)
-
-
-def _own_products(factors: Float[Tensor, "n m width"]) -> Float[Tensor, "n m m"]:
-    return multiplied(factors, factors.mT)

@@ -201,16 +201,17 @@ class _Blocks:
     def __init__(self, heads: Heads, size: int, padded: int, alone: bool) -> None:
         width = heads.widths[0]
         self.pieces = [slice(start, min(start + size, width)) for start in range(0, width, size)]
-        # Each piece by itself, so that what is multiplied lies together in memory.
-        self._a = [read(heads.a[:, :, piece].contiguous(), heads.reads_a) for piece in self.pieces]
-        self._b = self._a
-        if not heads.is_symmetric:
-            self._b = [read(heads.b[:, :, piece].contiguous(), heads.reads_b) for piece in self.pieces]
+        self._a = self._cut(heads.a, heads.reads_a)
+        self._b = self._a if heads.is_symmetric else self._cut(heads.b, heads.reads_b)
         self._alone = alone
         self.shape = (1 if alone else 2, padded)
         self._heads = len(heads)
         self._memory: dict[tuple[int, int], Tensor] = {}
         self.empty = heads.b.new_empty(0, dtype=torch.promote_types(heads.b.dtype, torch.float32))
+
+    def _cut(self, factors: Float[Tensor, "some rank width"], reads: Int[Tensor, " n"]) -> list[Float[Tensor, "n rank _"]]:
+        """The factor of each head, each piece by itself, so that what is multiplied lies together in memory."""
+        return [read(factors[:, :, piece], reads).contiguous() for piece in self.pieces]
 
     def parts(self, at: _Block) -> Float[Tensor, "parts padded block"]:
         """Twice the symmetric and (up to sign) twice the antisymmetric part at a block, flattened.

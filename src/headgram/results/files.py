@@ -147,8 +147,7 @@ def temporaries_in(folder: Path, names: Iterable[str]) -> list[Path]:
     wanted = set(names)
     with contextlib.suppress(OSError):
         there = {path.name for path in folder.iterdir()}
-        sealed = {name for name in wanted if Path(name).with_suffix(".json").name in there}
-        return [folder / name for name in there if _is_temporary_of(name, wanted) or _is_part_of(name, sealed)]
+        return [folder / name for name in there if _is_temporary_of(name, wanted) or _is_needless_part_of(name, wanted, there)]
     return []
 
 
@@ -157,8 +156,9 @@ def part_of(path: Path, name: str) -> Path:
     return path.with_name(f".{path.name}-tile-{name}")
 
 
-def _is_part_of(name: str, wanted: set[str]) -> bool:
-    return "-tile-" in name and name.startswith(".") and name[1:].partition("-tile-")[0] in wanted
+def _is_needless_part_of(name: str, wanted: set[str], there: set[str]) -> bool:
+    whole, part, _ = name.removeprefix(".").partition("-tile-")
+    return bool(part) and name.startswith(".") and whole in wanted and Path(whole).with_suffix(".json").name in there
 
 
 def _is_temporary_of(name: str, wanted: set[str]) -> bool:
