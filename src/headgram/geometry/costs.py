@@ -26,10 +26,13 @@ class Prices:
     vector: int  # an operation of a product of forms, which are float32
     byte: int  # a byte to or from memory
     longest: int = 2**31  # how many products of weights are added up at once
+    forming: float = 1.0  # an operation that forms a block
 
 
-#: On a CPU, memory traffic is not counted: blocks are small enough to stay in cache.
-CPU = Prices(vector=1, byte=0)
+#: On a CPU, memory traffic is not counted: blocks are small enough to stay in cache. So short a sum as of a block's rank keeps
+#: two thirds of the rate of large products in float32, and a third to a half of it in float64.
+CPU = Prices(vector=1, byte=0, forming=1.5)
+CPU_FLOAT64 = Prices(vector=1, byte=0, forming=2.5)
 #: Of a GPU, roughly: 60 TFLOP/s in float32 and 4 TB/s; tensor cores multiply weights in bfloat16 a dozen times faster.
 GPU = Prices(vector=1, byte=15)
 TENSOR_CORES = Prices(vector=12, byte=200)
@@ -93,7 +96,7 @@ def cheapest(sizes: Sizes, prices: Prices = CPU) -> Route:
     """The route that costs less."""
     products, strips = (prices.byte * traffic(route, sizes, prices.longest) for route in ("products", "strips"))
     products += flops("products", sizes)
-    strips += sizes.formed + prices.vector * sizes.summed
+    strips += prices.forming * sizes.formed + prices.vector * sizes.summed
     return "products" if products <= strips else "strips"
 
 

@@ -22,7 +22,7 @@ from headgram.forms.heads import Heads, read
 from headgram.forms.transforms import with_orthonormal_left
 from headgram.geometry.batches import at_once, in_batches
 from headgram.geometry.checks import check_weights, is_finite
-from headgram.geometry.costs import CPU, GPU, TENSOR_CORES, Prices, Route, Sizes, cheapest
+from headgram.geometry.costs import CPU, CPU_FLOAT64, GPU, TENSOR_CORES, Route, Sizes, cheapest
 from headgram.geometry.float32 import whole_float32
 from headgram.geometry.ratios import ratio
 from headgram.geometry.routes import Inner, by_products, by_strips, longest_sum, multiplied
@@ -106,14 +106,16 @@ def inner_products(x: Heads, y: Heads, precision: Precision = "auto", norms_sq: 
         raise HeadgramError(f"Inner products are taken of square forms of one width, not of {x.widths} and {y.widths}.")
     wide = max(factors.element_size() for heads in (x, y) for factors in (heads.a, heads.b))
     tensor_cores = at_once(x.device) and all(each.dtype == torch.bfloat16 for each in (x.a, x.b, y.a, y.b))
-    route = cheapest(sizes_of(x, y), _prices(x.device, tensor_cores))
+    exact = precision == "float64" or wide > 4
+    dtype = torch.float64 if exact else torch.bfloat16 if tensor_cores else torch.float32
+    route = _route(x, y, dtype)
 
     def measure(run: slice) -> _Part:
         some = x if run == slice(0, len(x)) else x.take(run)
-        if precision == "float64" or wide > 4:
+        if exact:
             return _Part(_in_float64(some, y, route), *(torch.ones(len(each), dtype=torch.bool) for each in (some, y)))
         norms = norms_sq and (norms_sq[0][run], norms_sq[1])
-        return _in_float32(some, y, route, torch.bfloat16 if tensor_cores else torch.float32, norms)
+        return _in_float32(some, y, route, dtype, norms)
 
     parts = list(in_batches(range(len(x)), len(x), measure))  # in pieces only where memory runs out
     gram, transposed = (torch.cat(values) for values in zip(*(part.inner for part in parts), strict=True))
@@ -145,10 +147,13 @@ def sizes_of(x: Heads, y: Heads) -> Sizes:
     )
 
 
-def _prices(device: torch.device, tensor_cores: bool) -> Prices:
-    if not at_once(device):
-        return CPU
-    return replace(TENSOR_CORES, longest=longest_sum(device)) if tensor_cores else GPU
+def _route(x: Heads, y: Heads, dtype: torch.dtype) -> Route:
+    """The cheaper route where weights are multiplied in a precision; bfloat16 means tensor cores."""
+    if not at_once(x.device):
+        prices = CPU_FLOAT64 if dtype == torch.float64 else CPU
+    else:
+        prices = replace(TENSOR_CORES, longest=longest_sum(x.device)) if dtype == torch.bfloat16 else GPU
+    return cheapest(sizes_of(x, y), prices)
 
 
 def _multiplied(x: Heads, y: Heads, route: Route) -> Inner:
@@ -251,13 +256,15 @@ def _in_float32(x: Heads, y: Heads, route: Route, dtype: torch.dtype, norms_sq: 
     whole = Inner(*(values * of_x.unit[:, None] * of_y.unit for values in inner))
     if bool(rough_x.any()):
         places = rough_x.nonzero().flatten()
-        for values, exact in zip(whole, _in_float64(x.take(places), y, route), strict=True):
+        some = x.take(places)
+        for values, exact in zip(whole, _in_float64(some, y, _route(some, y, torch.float64)), strict=True):
             values[places.to(values.device)] = exact
             if same:
                 values[:, places.to(values.device)] = exact.mT
     if bool(rough_y.any()) and not same:
         places = rough_y.nonzero().flatten()
-        for values, exact in zip(whole, _in_float64(x, y.take(places), route), strict=True):
+        some = y.take(places)
+        for values, exact in zip(whole, _in_float64(x, some, _route(x, some, torch.float64)), strict=True):
             values[:, places.to(values.device)] = exact
     return _Part(whole, rough_x, rough_y)
 

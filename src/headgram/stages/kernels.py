@@ -33,7 +33,8 @@ def _tables(stack: str, roles: tuple[str, ...], sources: Sources, device: str) -
     folded = all(sources.folds(stack, circuit) for circuit in ("qk", "ov"))
     files = {role: sources.files(stack, _ROLES[role][0], folded) for role in roles}
     first = next(iter(files.values()))
-    most = max(1, BLOCK_BYTES // (4 * len(roles) * first.heads * max(file.rank for file in files.values()) * first.width))
+    of_layer = sum(file.kv_heads if role in ("key", "value") else file.heads for role, file in files.items())
+    most = max(1, BLOCK_BYTES // (4 * of_layer * max(file.rank for file in files.values()) * first.width))
     runs = [first.layers[start : start + most] for start in range(0, len(first.layers), most)]
 
     @lru_cache(maxsize=_KEPT)
