@@ -35,7 +35,8 @@ STAGES = {
     "derive": ("merge", "eigen"),
     "composition": ("extract", "around"),
     "render": ("merge", "derive", "composition", "rotary"),
-    "report": ("render",),
+    "shell": (),
+    "report": ("shell", "render"),
 }
 
 

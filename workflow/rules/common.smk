@@ -67,6 +67,7 @@ RECORDS = {
         "composition",
         "tokens",
         "render",
+        "shell",
         "report",
     )
 }

@@ -77,10 +77,16 @@ def render_input(wildcards):
     }
 
 
+def shell_input(_):
+    run_if_other(PLAN.shell.key, RECORDS["shell"])
+    return {}
+
+
 def report_input(_):
     run_if_other(PLAN.report.key, RECORDS["report"])
     models = PLAN.models
     return {
+        "shell": [PATHS.report("shell.txt"), RECORDS["shell"]],
         **{
             table: [PATHS.table(table, model) for model in models]
             for table in ("models", "layers", "heads")

@@ -18,6 +18,7 @@ with running(snakemake) as (provenance, _):
     drift, compared = (
         dict(zip(map(tuple, pairs), map(Path, snakemake.input[name]), strict=True)) for name in ("drift", "compared")
     )
+    shell = Path(snakemake.input.shell[0])
     page, record = (Path(snakemake.output[name]) for name in ("page", "record"))
     report = ReportFiles(page, figures=page.with_name("figures"), lineages=page.with_name("lineages"), record=record)
-    write_report(sources, Lineages(members, drift, compared), report, provenance)
+    write_report(shell, sources, Lineages(members, drift, compared), report, provenance)

@@ -31,6 +31,7 @@ def stack_figures(model: str, name: str, stack: StackArrays) -> dict[str, str]:
 def profile_figures(models: Mapping[str, StackSummary]) -> dict[str, str]:
     """Figures that lay the first models over each other, by column."""
     known = {column.name: i for i, column in enumerate(columns())}
+    chart = pictures.profile("relative depth")
     figures = {}
     for name, label in PROFILE_FIGURES.items():
         rows = [
@@ -43,7 +44,7 @@ def profile_figures(models: Mapping[str, StackSummary]) -> dict[str, str]:
         facts = next(iter(models.values())).facts
         chance = band(nulls(facts).get(name), facts["layers"] * facts["heads"])
         datasets = {"profile": rows, "chosen": [], "chance": chance}
-        figures[name] = pictures.figure(pictures.profile("relative depth"), f"{label} along the depth", datasets, 640, 300)
+        figures[name] = pictures.figure(chart, f"{label} along the depth", datasets, 640, 300)
     return figures
 
 

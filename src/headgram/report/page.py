@@ -1,4 +1,7 @@
-"""The page: one HTML file that holds its library, its styles, its pictures and the models' data, and needs no network."""
+"""The page: one HTML file that holds its library, its styles, its pictures and the models' data, and needs no network.
+
+All but the data is its shell, which is the same for every study.
+"""
 
 from __future__ import annotations
 
@@ -18,6 +21,8 @@ from headgram.version import __version__
 
 #: One script on the page, in this order: `app` starts it.
 SCRIPTS = ("data", "looks", "picking", "saving", "matrix", "positions", "pictures", "steps", "app")
+#: Where the shell has room for models' data.
+_DATA = "<!-- models -->"
 #: Characters of models' data that the page itself holds, in the manifest's order. What goes beyond lies beside the page.
 EMBEDDED = 24 * 2**20
 
@@ -56,8 +61,8 @@ def index_pack(
     return pack(meta, quartiles)
 
 
-def page_shell() -> dict[str, str]:
-    """The parts of the page that do not depend on the models: library, pictures, styles and script."""
+def page_shell() -> str:
+    """The page without models: library, pictures, styles and script."""
     specs = {
         "cells": pictures.heatmap("head", "layer"),
         "square": pictures.heatmap("layer_b", "layer_a"),
@@ -65,15 +70,17 @@ def page_shell() -> dict[str, str]:
         "profile": pictures.profile(),
         "steps": pictures.steps(),
     }
-    return {
+    parts = {
         "style": _asset("style.css"),
         "vega": pictures.vega_library(),
         "pictures": script_json({name: pictures.for_page(chart) for name, chart in specs.items()}),
         "app": "".join(_asset(f"{name}.js") for name in SCRIPTS),
+        "data": _DATA,
     }
+    return re.sub(r"\{\{(\w+)\}\}", lambda match: parts[match[1]], _asset("page.html"))
 
 
-def page(shell: Mapping[str, str], index: str, packs: Mapping[str, str]) -> str:
+def page(shell: str, index: str, packs: Mapping[str, str]) -> str:
     """The page.
 
     Parameters
@@ -87,8 +94,7 @@ def page(shell: Mapping[str, str], index: str, packs: Mapping[str, str]) -> str:
     """
     data = [("index", index), *((f"pack-{model}", text) for model, text in packs.items())]
     scripts = "\n".join(f'<script type="text/plain" id="{html.escape(name)}">{text}</script>' for name, text in data)
-    parts = {**shell, "data": scripts}
-    return re.sub(r"\{\{(\w+)\}\}", lambda match: parts[match[1]], _asset("page.html"))
+    return shell.replace(_DATA, scripts)
 
 
 def _asset(name: str) -> str:

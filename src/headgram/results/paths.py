@@ -76,6 +76,7 @@ class Results:
                 "rotary": f"provenance/rotary/{model}.json",
                 "tokens": f"provenance/tokens/{model}.json",
                 "render": f"report/data/{model}.json",
+                "shell": "report/shell.json",
                 "report": "report/index.json",
             }[stage]
         )

@@ -9,10 +9,10 @@ from pathlib import Path
 from headgram.report.arrays import StackSummary, read_summaries
 from headgram.report.figures import profile_figures
 from headgram.report.pack import beside, from_beside
-from headgram.report.page import EMBEDDED, index_pack, page, page_shell
+from headgram.report.page import EMBEDDED, index_pack, page
 from headgram.report.steps import steps_pack
 from headgram.results.files import write_text
-from headgram.results.record import Provenance, Record, check, seal
+from headgram.results.record import Provenance, Record, check, record_of, seal
 
 
 @dataclass(frozen=True)
@@ -64,8 +64,13 @@ class ReportFiles:
     record: Path
 
 
-def write_report(sources: Sequence[Source], lineages: Lineages, report: ReportFiles, provenance: Provenance) -> None:
+def write_report(shell: Path, sources: Sequence[Source], lineages: Lineages, report: ReportFiles, provenance: Provenance) -> None:
     """Write the page and the figures of all models; the record names the rendered models' records, too.
+
+    Parameters
+    ----------
+    shell
+        The page without models.
 
     Raises
     ------
@@ -73,6 +78,7 @@ def write_report(sources: Sequence[Source], lineages: Lineages, report: ReportFi
         If a file that is read is damaged or belongs to another run.
     """
     keys = iter(provenance.identity.upstream)
+    check(record_of(shell), next(keys), reads=[shell])
     origins, summaries, packs = {}, {}, {}
     held = 0
     for source in sources:
@@ -92,7 +98,7 @@ def write_report(sources: Sequence[Source], lineages: Lineages, report: ReportFi
     texts = {report.figures / f"{name}.svg": drawn for name, drawn in profile_figures(first).items()}
     for i, names in enumerate(lineages.models.values()):
         texts[report.lineages / f"{i}.js"] = beside(f"lineages/{i}", _steps(names, sources, summaries, lineages))
-    texts[report.page] = page(page_shell(), index_pack(summaries, origins, lineages.models), packs)
+    texts[report.page] = page(shell.read_text(encoding="utf-8"), index_pack(summaries, origins, lineages.models), packs)
     for path, text in texts.items():
         write_text(path, text)
     seal(report.record, provenance, [*texts, *(source.rendered for source in sources)])

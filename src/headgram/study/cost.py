@@ -92,7 +92,7 @@ def costs(plan: Plan) -> dict[str, Work]:
     >>> from headgram.study.cost import GPUS, costs
     >>> from headgram.study.options import Config
     >>> from headgram.study.plan import Plan
-    >>> nothing = costs(Plan(Config(), {}, [], "", ""))
+    >>> nothing = costs(Plan(Config(), {}, [], "", "", ""))
     >>> nothing["eigen"].seconds(GPUS[0])
     0.0
     """

@@ -60,7 +60,8 @@ class Plan:
     config: Config
     models: dict[str, ModelPlan]
     pairs: list[Pair]  # of models of one lineage
-    report_code: str  # the digest of the stage that makes the page
+    shell_code: str  # the digest of the stage that makes the page without models
+    report_code: str  # that of the stage that puts models into it
     pair_code: str  # the digest of the stage that compares two models
 
     @property
@@ -83,10 +84,17 @@ class Plan:
         return [pair for pair in self.pairs if pair in drawn]
 
     @property
+    def shell(self) -> Identity:
+        """What the page without models follows from: code alone."""
+        return Identity("shell", canonical({}), digest(), self.shell_code)
+
+    @property
     def report(self) -> Identity:
-        """What the page follows from: the models' names, in order, their tables, what was rendered of them, and their drift."""
+        """What the page follows from: its shell, the models' names, in order, their tables, what was rendered of them, and their
+        drift."""
         stages = ("merge", "derive", "render")
-        upstream = [model.identities[stage, ""].key for model in self.models.values() for stage in stages]
+        upstream = [self.shell.key]
+        upstream += [model.identities[stage, ""].key for model in self.models.values() for stage in stages]
         upstream += [self.pair_identity(pair).key for pair in self.drawn_pairs]
         return Identity("report", canonical({}), digest(*self.models), self.report_code, tuple(upstream))
 
@@ -117,7 +125,7 @@ class Plan:
     def records(self) -> dict[str, str]:
         """The key of every artifact, by its record's path below the results folder."""
         paths = Results(".")
-        keys = {paths.record("report"): self.report.key}
+        keys = {paths.record("shell"): self.shell.key, paths.record("report"): self.report.key}
         for name, model in self.models.items():
             key = {stage: identity.key for stage, identity in model.identities.items()}
             keys |= {paths.record(stage, name): found for (stage, circuit), found in key.items() if not circuit}
@@ -185,8 +193,9 @@ def make_plan(
     models = {name: _plan_model(name, entry, labels[name], config, scripts) for name, entry in entries.items()}
     stage = PAIR_STAGES[config.lineage.basis]
     pair_code = code_digest(stage, scripts / f"{stage}.py")
-    report_code = digest(code_digest("report", scripts / "report.py"), page_digest())
-    plan = Plan(config, models, pairs(labels, config.lineage.pairs), report_code, pair_code)
+    shell_code = digest(code_digest("shell", scripts / "shell.py"), page_digest())
+    report_code = code_digest("report", scripts / "report.py")
+    plan = Plan(config, models, pairs(labels, config.lineage.pairs), shell_code, report_code, pair_code)
     return replace(plan, pairs=[pair for pair in plan.pairs if plan.pair_places(pair)])
 
 

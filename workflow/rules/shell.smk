@@ -1,0 +1,22 @@
+# The page without models: its library, pictures, styles and script. Nothing waits for it but the report.
+rule shell:
+    input:
+        unpack(shell_input),
+    output:
+        shell=PATHS.report("shell.txt"),
+        record=RECORDS["shell"],
+    log:
+        PATHS.log("shell"),
+    conda:
+        ENVIRONMENT
+    threads: 1
+    priority: -1
+    resources:
+        mem_mb=memory_mb,
+    params:
+        identity=canonical(PLAN.shell.described()),
+        order=order_of("shell"),
+    message:
+        "Making the page without models"
+    script:
+        "../scripts/shell.py"
