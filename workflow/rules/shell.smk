@@ -7,10 +7,10 @@ rule shell:
         record=RECORDS["shell"],
     log:
         PATHS.log("shell"),
+    priority: -1
     conda:
         ENVIRONMENT
     threads: 1
-    priority: -1
     resources:
         mem_mb=memory_mb,
     params:
