@@ -174,6 +174,8 @@ class StandIn(TorchFunctionMode):
         moves = func in (Tensor.to, Tensor.cuda)
         if func is Tensor.cuda:
             func, args = Tensor.to, (args[0], "cuda")
+        if func is Tensor.to and len(args) > 1 and isinstance(args[1], Tensor):  # where, and as precise as, another lies
+            args = (args[0], args[1].device, args[1].dtype)
         if not _is_device(kwargs.get("device")) and not (moves and any(map(_is_device, args[1:]))):
             return func(*args, **kwargs)
         args, kwargs = _each((args, kwargs), lambda value: "cpu" if _is_device(value) else value)
@@ -202,6 +204,8 @@ class StandIn(TorchFunctionMode):
                 f"Expected all tensors to be on the same device, but found at least two devices, cuda:0 and cpu! ({func})"
             )
         args, kwargs = _each((args, kwargs), lambda value: value.inner if isinstance(value, OnDevice) else value)
+        if func is aten._conj.default:  # a mark on a tensor, which torch overlooks where tensors are wrapped
+            func = aten.conj_physical.default
         operation = func.overloadpacket
         if operation in PRODUCTS:
             self._count_product(func, args)

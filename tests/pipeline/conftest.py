@@ -157,8 +157,8 @@ def measured(tmp_path_factory) -> Path:
     """Results of the default manifest, from its committed lock. Not to be changed."""
     project = default_project(tmp_path_factory.mktemp("real") / "project")
     assert (
-        len(project.planned()) == 2 * (2 * 3 + 6) + 1
-    )  # both models take one job per stage and circuit, then six, and then there is the report
+        len(project.planned()) == 2 * (2 * 3 + 6) + 2
+    )  # both models take one job per stage and circuit, then six, and then there are the page without models and the report
     project.run()
     assert (project.folder / "config" / "models.lock.json").read_bytes() == (ROOT / "config" / "models.lock.json").read_bytes()
     return project.folder / "results"

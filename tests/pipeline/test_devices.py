@@ -8,14 +8,16 @@ import subprocess
 import sys
 import time
 from datetime import datetime, timedelta
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 
-from pipeline.conftest import ROOT, OnStandIn, small_project
+from pipeline.conftest import ROOT, OnStandIn, Project, new_project
 
 SNAKEFILE = """
 rule all:
@@ -104,13 +106,35 @@ def test_the_device_of_a_killed_job_is_free_at_once(tmp_path):
     assert_alone([(job["gpu"], job["start"], job["end"]) for job in held], {"0"})
 
 
-def test_the_pipeline_on_two_devices(tmp_path, monkeypatch, small):
+def training(folder: Path) -> Project:
+    """Two steps of a tiny llama that turns its heads, scaled by YaRN: every stage has work, on heads of both circuits."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    project = new_project(folder)
+    sizes = {"hidden_size": 24, "intermediate_size": 16, "num_hidden_layers": 3, "num_attention_heads": 4, "head_dim": 6}
+    turning = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16, "rope_theta": 1e4}
+    rows = ["name\tsource\tlineage\tstep"]
+    for step in (0, 1000):
+        torch.manual_seed(step)
+        config = LlamaConfig(**sizes, num_key_value_heads=2, vocab_size=40, max_position_embeddings=64, rope_parameters=turning)
+        LlamaForCausalLM(config).save_pretrained(folder / "models" / f"step{step}")
+        vocabulary = {"model": {"vocab": {f"t{i}": i for i in range(40)}}}
+        (folder / "models" / f"step{step}" / "tokenizer.json").write_text(json.dumps(vocabulary))
+        rows.append(f"step{step}\tmodels/step{step}\ttraining\t{step}")
+    (folder / "config" / "models.tsv").write_text("\n".join(rows) + "\n")
+    return project
+
+
+@pytest.mark.parametrize("basis", ["residual", "tokens"])
+def test_the_pipeline_on_two_devices(tmp_path, monkeypatch, basis):
     """The jobs' own records say which device each held; what they measured is what a CPU measures."""
     monkeypatch.setenv("TMPDIR", str(tmp_path))
-    project = OnStandIn(small_project(tmp_path / "project").folder)
-    project.run()
+    known = training(tmp_path / "on-cpu")
+    project = OnStandIn(known.copy(tmp_path / "project").folder)
+    for each in (known, project):
+        each.run("--config", "tokens={enabled: true}", f"lineage={{basis: {basis}}}", "report={enabled: false}")
     made = {record["stage"]: record for record in (json.loads(path.read_text()) for path in project.records())}
-    on_gpus = {"eigen", "gram", "rotary", "derive", "composition"} & set(made)
+    on_gpus = {"eigen", "gram", "rotary", "derive", "composition", "tokens", "lineage"}
     assert {stage for stage, record in made.items() if record["gpu"]} == on_gpus
     assert {stage for stage, record in made.items() if record["device"] == "cuda"} == on_gpus
     held = []
@@ -120,11 +144,11 @@ def test_the_pipeline_on_two_devices(tmp_path, monkeypatch, small):
     assert {gpu for gpu, *_ in held} <= {"0", "1"}
     assert_alone(held, {gpu for gpu, *_ in held})
 
-    found, known = project.tables(), small.tables()
-    assert found.keys() == known.keys()
+    found, expected = project.tables(), known.tables()
+    assert found.keys() == expected.keys()
     for name in found:
         if name.endswith(".parquet"):
-            assert_close(*(pq.read_table(pa.BufferReader(tables[name])).to_pandas() for tables in (found, known)))
+            assert_close(*(pq.read_table(pa.BufferReader(tables[name])).to_pandas() for tables in (found, expected)))
 
 
 def assert_close(found: pd.DataFrame, known: pd.DataFrame) -> None:

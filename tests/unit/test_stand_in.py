@@ -9,14 +9,17 @@ import torch
 import headgram
 from headgram.errors import HeadgramError
 from headgram.forms.circuits import ov, qk
-from headgram.geometry import composition, drift, inner, routes, scores, spectra
+from headgram.forms.reading import Rotary
+from headgram.geometry import composition, drift, frequencies, inner, routes, scores, spectra
 from headgram.geometry.inner import inner_products
 from headgram.geometry.neighbours import span_overlaps
 from headgram.geometry.original import original_quantities
 from headgram.geometry.overlaps import overlaps
 from headgram.geometry.same_index import same_index_products
 from headgram.geometry.scores import layer_scores
+from headgram.geometry.spans import kernels, spans
 from headgram.geometry.spectra import Spectrum
+from headgram.geometry.token_space import TokenProducts, between_tokens, centred_gram
 from headgram.results.factors import write_factors
 from headgram.results.record import Identity, Provenance, record_of, seal
 from headgram.results.tables import read_table
@@ -30,6 +33,8 @@ SIZES = [
     *((spectra, "BATCH_BYTES"), (inner, "EXACT_BYTES"), (routes, "PRODUCT_BYTES"), (routes, "STRIP_BYTES")),
     *((scores, "BLOCK"), (drift, "_BATCH_BYTES"), (routes, "_TERMS")),
 ]
+#: How a layer turns its queries and keys: not all of their rows, and scaled.
+TURNS = Rotary(torch.tensor([1.0, 0.3, 0.1], dtype=torch.float64), interleaved=True, start=1, factor=1.25)
 LATE = getattr(torch, "AcceleratorError", RuntimeError)("CUDA error: an illegal memory access was encountered")
 
 
@@ -158,6 +163,16 @@ MEASURES = {
     "channels": lambda q, k, move: composition.channels("k", *both(q, k, move)[::-1], 4),
     "drift": lambda q, k, move: drift.drift(qk(move(q[0]), move(k[0])), qk(move(q[1]), move(k[1]))),
     "span overlaps": lambda q, k, move: span_overlaps(directions(3, q.shape[1]), move(q).device.type),
+    "kernels": lambda q, k, move: kernels(spans(move(q[0])), spans(move(k[0]))),
+    "energies": lambda q, k, move: frequencies.energies(qk(move(q[0]), move(k[0])), TURNS),
+    "at offsets": lambda q, k, move: frequencies.at_offsets(qk(move(q[0]), move(k[0])), TURNS, [0, 1, -3]),
+    "turning": lambda q, k, move: frequencies.turning(qk(move(q[0]), move(k[0])), TURNS, 64),
+    "composition over offsets": lambda q, k, move: composition.scores(
+        composition.reads("k", both(q, k, move)[0], TURNS), writers(q, k, move)
+    ),
+    "between tokens": lambda q, k, move: between_tokens(
+        qk(move(q[0]), move(k[0])), TokenProducts(*(centred_gram([move(each.flatten(0, 2))]) for each in (q, k, q)))
+    ),
 }
 #: Of heads of the same index: these are looked at one index after the other.
 BY_INDEX = {

@@ -8,7 +8,7 @@ by `R(s)`, so that their score depends on the offset alone: `g(p - s) = W_K^T R(
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from jaxtyping import Float
@@ -72,6 +72,10 @@ class Rotary:
             return self.start + 2 * planes, self.start + 2 * planes + 1
         return self.start + planes, self.start + planes + len(planes)
 
+    def to(self, device: torch.device) -> Rotary:
+        """On another device."""
+        return replace(self, frequencies=self.frequencies.to(device))
+
     def turned(self, factors: Float[Tensor, "*n rank width"], offset: int | float | Tensor) -> Float[Tensor, "*n rank width"]:
         """`R(offset)` times factors, in float64, without the factor.
 
@@ -82,9 +86,10 @@ class Rotary:
         offset
             In tokens; a tensor `(width,)` has one for each column.
         """
-        first, second = self.rows
+        here = self.to(factors.device)
+        first, second = here.rows
         offsets = torch.as_tensor(offset, dtype=torch.float64, device=factors.device)
-        angles = offsets * self.frequencies[:, None].to(factors.device)
+        angles = offsets * here.frequencies[:, None]
         result = factors.double().clone()
         one, other = result[..., first, :], result[..., second, :]
         result[..., first, :] = one * angles.cos() - other * angles.sin()
@@ -96,7 +101,7 @@ class Rotary:
         if self.factor == 1:
             return factors.double()
         scale = torch.ones(factors.shape[-2], dtype=torch.float64, device=factors.device)
-        scale[torch.cat(self.rows)] = self.factor**2
+        scale[torch.cat(self.to(factors.device).rows)] = self.factor**2
         return factors.double() * scale[:, None]
 
 

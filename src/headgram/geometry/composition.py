@@ -151,8 +151,8 @@ def _mean_roots(factors: Float[Tensor, "n rank width"], rotary: Rotary) -> Float
     across planes of equal frequency products that turn together; and rows that do not turn, as they are.
     """
     gram = factors @ factors.mT
-    first, second = (rows.to(gram.device) for rows in rotary.rows)
-    frequencies = rotary.frequencies.to(gram.device)
+    rotary = rotary.to(gram.device)
+    (first, second), frequencies = rotary.rows, rotary.frequencies
     turns = frequencies != 0
     first, second, frequencies = first[turns], second[turns], frequencies[turns]
     still = torch.ones(gram.shape[-1], dtype=torch.bool, device=gram.device)

@@ -236,7 +236,8 @@ class _Grams:
 
     @classmethod
     def of(cls, heads: Heads, rotary: Rotary) -> _Grams:
-        first, second = (rows.to(heads.device) for rows in rotary.rows)
+        rotary = rotary.to(heads.device)
+        first, second = rotary.rows
         still = torch.ones(heads.rank, dtype=torch.bool, device=heads.device)
         still[torch.cat([first, second])] = False
         rows = torch.cat([first, still.nonzero().flatten()])
@@ -248,7 +249,7 @@ class _Grams:
             products = torch.complex(one + two, cross.mT - cross), torch.complex(one - two, cross.mT + cross)
             sides.append([each[reads.to(heads.device)] for each in products])
         (q_unitary, q_plain), (k_unitary, k_plain) = sides
-        frequencies = torch.nn.functional.pad(rotary.frequencies.double(), (0, len(rows) - len(first))).to(heads.device)
+        frequencies = torch.nn.functional.pad(rotary.frequencies.double(), (0, len(rows) - len(first)))
         return cls(frequencies, k_unitary.conj() * q_unitary, k_plain.conj() * q_plain)
 
     def inner(self, one: Tensor, other: Tensor) -> Float[Tensor, " n"]:

@@ -23,7 +23,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from headgram.errors import HeadgramError
-from headgram.forms.heads import Heads
+from headgram.forms.heads import Heads, read
 from headgram.geometry.checks import is_finite
 from headgram.geometry.eigenvalues import Eigenvalues, eigenvalues
 from headgram.geometry.ratios import ratio
@@ -108,7 +108,7 @@ def _passing(table: TokenRows) -> Iterator[Float[Tensor, "_ width"]]:
 def norms(heads: Heads, left: Float[Tensor, "width width"], right: Float[Tensor, "width width"]) -> Float[Tensor, " n"]:
     """`‖T‖` of every head, from the products `E^T E` and `F^T F` of its own model's tables; float64."""
     a, b = ((factors.double() @ own) @ factors.double().mT for factors, own in ((heads.a, left), (heads.b, right)))
-    a, b = a[heads.reads_a], b[heads.reads_b]
+    a, b = read(a, heads.reads_a), read(b, heads.reads_b)
     squares: Tensor = (a * b).sum((-1, -2))
     return squares.where(squares > _ZERO * a.norm(dim=(-1, -2)) * b.norm(dim=(-1, -2)), 0).sqrt()
 
