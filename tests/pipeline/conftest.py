@@ -156,9 +156,8 @@ def default_project(folder: Path) -> Project:
 def measured(tmp_path_factory) -> Path:
     """Results of the default manifest, from its committed lock. Not to be changed."""
     project = default_project(tmp_path_factory.mktemp("real") / "project")
-    assert (
-        len(project.planned()) == 2 * (2 * 3 + 6) + 2
-    )  # both models take one job per stage and circuit, then six, and then there are the page without models and the report
+    # Both models take one job per stage and circuit, then six; then there are the page without models and the report.
+    assert len(project.planned()) == 2 * (2 * 3 + 6) + 2
     project.run()
     assert (project.folder / "config" / "models.lock.json").read_bytes() == (ROOT / "config" / "models.lock.json").read_bytes()
     return project.folder / "results"
