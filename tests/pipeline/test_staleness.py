@@ -1,5 +1,6 @@
 """What each change makes stale: the exact set of jobs of a dry run."""
 
+import json
 import os
 import shutil
 from pathlib import Path
@@ -253,7 +254,10 @@ def test_garbage_in_snakemakes_memory_is_one_sentence_that_helps(finished, tmp_p
     ended = (project.folder / "results" / ".lock").stat().st_mtime_ns
     assert all(path.stat().st_mtime_ns <= ended for path in memory.rglob("*") if path.is_file())  # of which none is read again
     path = next(path for path in memory.rglob("*") if path.is_file())
-    for garbage in (b"\xff\xfe", b'{"input": 3}', None):
+    remembered = json.loads(path.read_text())
+    names = ("rule", "input", "params", "starttime", "job_hash", "input_checksums")
+    wrong = [json.dumps(remembered | {name: [["wrong"]] if name != "params" else 1}).encode() for name in names]
+    for garbage in (b"\xff\xfe", b'{"input": 3}', b"[1]", *wrong, None):
         path.unlink()
         if garbage is None:
             path.symlink_to("/dev/zero")

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import filelock
+from pydantic import BaseModel
 
 from headgram.errors import HeadgramError
 from headgram.foreign import read_bounded
@@ -262,8 +263,8 @@ def _check_snakemakes_memory(results: Path) -> None:
                 if stat.S_ISREG(state.st_mode) and state.st_mtime_ns <= ended:
                     continue
                 content = json.loads(read_bounded(Path(folder, name), _LARGEST).decode())
-                if content and not (isinstance(content, dict) and "rule" in content):
-                    raise ValueError("it names no rule")
+                if content:  # Snakemake takes what is empty for nothing
+                    _Remembered.model_validate(content)
             except json.JSONDecodeError:
                 continue  # Snakemake passes over it
             except (OSError, ValueError, RecursionError):
@@ -271,6 +272,27 @@ def _check_snakemakes_memory(results: Path) -> None:
                     f"{Path(folder, name)}, where Snakemake remembers an earlier run, is damaged: delete the folder {_MEMORY}, "
                     f"and run again. What is finished stays so: the records in {results} tell."
                 ) from None
+
+
+class _Remembered(BaseModel):
+    """What Snakemake remembers of a file, in the types that it reads; what it does not read may be anything."""
+
+    rule: str | None
+    input: list[str] | None = None
+    log: list[str] | None = None
+    shellcmd: str | None = None
+    params: list[Any] | None = None
+    code: str | None = None
+    record_format_version: int = 0
+    conda_env: str | None = None
+    container_img_url: str | None = None
+    software_stack_hash: str | None = None
+    job_hash: int | None = None
+    starttime: float | None = None
+    endtime: float | None = None
+    incomplete: bool | None = None
+    external_jobid: str | None = None
+    input_checksums: dict[str, Any] | None = None
 
 
 def _read_sightings(path: Path) -> dict[str, Any]:
