@@ -136,6 +136,27 @@ def test_missing_and_foreign_files_are_named(finished, tmp_path):
     assert "extra.parquet" in followed.stderr.splitlines()[-1]
 
 
+@pytest.mark.parametrize("name", ["provenance/mine.json", "models/mine.json", "report/data/mine.json", "atlas/heads/mine.txt"])
+@pytest.mark.parametrize("text", ['{"a": 1}', "no JSON"])
+def test_what_somebody_else_keeps_there_is_theirs_to_move(finished, tmp_path, name, text):
+    project = finished.copy(tmp_path / "project")
+    path = project.folder / "results" / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+    for repair in ([], ["--repair"]):
+        done = project.headgram("verify", *repair)
+        assert done.returncode == 1
+        theirs, summary = done.stderr.splitlines()
+        assert theirs.endswith(
+            f"results/{name} belongs to no finished artifact, and nothing says that headgram wrote it: "
+            "move it elsewhere, or delete it"
+        )
+        assert summary == "headgram: results: 1 thing is wrong, which no run mends"
+    assert path.read_text() == text
+    path.rename(tmp_path / "mine")
+    assert project.headgram("verify").returncode == 0
+
+
 def test_tables_that_contradict_each_other_are_named(finished, tmp_path):
     from headgram.atlas.verify import _identity_problems
 
@@ -225,7 +246,7 @@ def test_one_repair_and_one_run_make_anew_whatever_was_damaged(finished, tmp_pat
     repaired = project.headgram("verify", "--repair")
     assert repaired.returncode == 1
     left = repaired.stderr.partition("does not mend all of it:")[2].split("\n  ")[1:]
-    assert [line.strip() for line in left] == ["results/atlas/notes.txt belongs to no finished artifact"]
+    assert [line.strip().partition(", ")[0] for line in left] == ["results/atlas/notes.txt belongs to no finished artifact"]
     (results / "atlas" / "notes.txt").rename(results / "notes.txt")
     project.run()
     done = project.headgram("verify")

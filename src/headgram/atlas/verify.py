@@ -17,6 +17,7 @@ import pyarrow as pa
 from headgram.errors import HeadgramError
 from headgram.forms.variants import Variant
 from headgram.results.asked import asked_for
+from headgram.results.claims import claimed
 from headgram.results.files import link_message
 from headgram.results.paths import FOLDERS, RECORDS
 from headgram.results.record import DescribedIdentity, Record, damages, read_record, record_of
@@ -86,14 +87,18 @@ def verify(results: Path, lock: Lock | None = None, keys: Mapping[str, str] | No
         raise HeadgramError(f"{results} holds no artifact to verify")
     if keys is None:
         keys = asked_for(results) or {}
+    ours = {results / name for name in (*keys, *claimed(results))}
     findings = [Finding(link_message(link, results), None, "you") for link in links]
-    sealed = {_place(path) for path in (*paths, *links)}
+    sealed = {_place(path) for path in links}
     records: dict[Path, Record] = {}
     for path in paths:
         try:
             records[path] = read_record(path)
         except HeadgramError as error:
+            if path not in ours:
+                continue  # somebody else's
             findings.append(Finding(str(error), path, "anew"))
+        sealed.add(_place(path))
     unreadable: set[str] = set()  # models
     for path, record in records.items():
         if record.key != keys.get(path.relative_to(results).as_posix(), record.key):
@@ -118,7 +123,10 @@ def verify(results: Path, lock: Lock | None = None, keys: Mapping[str, str] | No
     for path in sorted({record_of(stray) for stray in strays} - set(paths)):
         if path.relative_to(results).as_posix() in keys:
             findings.append(Finding(f"{path} is missing, though what it describes is there", path, "anew"))
-    findings += [Finding(f"{path} belongs to no finished artifact", path, "removal") for path in strays]
+    for path in strays:
+        theirs = path not in ours
+        hint = ", and nothing says that headgram wrote it: move it elsewhere, or delete it" if theirs else ""
+        findings.append(Finding(f"{path} belongs to no finished artifact{hint}", path, "you" if theirs else "removal"))
     return len(present), findings
 
 
