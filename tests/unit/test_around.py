@@ -21,6 +21,8 @@ from headgram.families.registry import adopting, families, family_of
 from headgram.proofs.listed import listed_models
 from headgram.proofs.prove import TOLERANCE, _residuals, quiet
 from headgram.results.around import around_of
+from headgram.study.manifest import Row
+from headgram.study.resolve import resolve
 
 WAVES = {"rope_theta": 10000.0}
 LINEAR = {"rope_type": "linear", "factor": 4.0}
@@ -459,9 +461,12 @@ def test_a_bias_that_one_layer_lacks_is_no_bias_of_nothing(tmp_path: Path, role:
         kept = {key: tensor for key, tensor in tensors.items() if key not in lost}
         save_file(kept, tmp_path / "model.safetensors", metadata={"format": "pt"})
         with open_checkpoint(tmp_path) as checkpoint:
-            missing = checkpoint.frames("self").missing
-        assert (role in missing) == (lost != held)
-        assert lost == held or f"lacks the bias of '{role}'" in missing[role]
+            read = checkpoint.frames("self").missing
+        locked = resolve(Row(line=2, name="opt", source=str(tmp_path), revision=None, overrides={})).stacks[0].around
+        assert locked is not None
+        for missing in (read, locked.missing):  # what a job reads is what the lock says
+            assert (role in missing) == (lost != held)
+            assert lost == held or f"lacks the bias of '{role}'" in missing[role]
 
 
 def test_biases_that_the_configuration_denies(tmp_path: Path) -> None:

@@ -251,21 +251,24 @@ class Around:
         return tensor.double()
 
 
-def check_biases(role: str, layers: Sequence[Around], values: Sequence[Any]) -> None:
+def check_biases(role: str, layers: Sequence[Around]) -> None:
     """Refuse a bias that some layers of a stack have and others lack: no model is like that, so tensors are missing.
+
+    Of queries and keys, biases that are zero count as none.
 
     Raises
     ------
     HeadgramError
         If a layer lacks one.
     """
+    names = {layer.layer: layer.names(role) for layer in layers}
     if role in ("query_bias", "key_bias"):
-        held = {layer.layer: bool(layer.names(role)) for layer in layers if any(value is not None for value in values)}
+        held = {number: bool(some) for number, some in names.items()}
     else:
-        held = {
-            layer.layer: value.bias is not None for layer, value in zip(layers, values, strict=True) if isinstance(value, Norm)
-        }
-    if lacking := [number for number, has in held.items() if not has and any(held.values())]:
-        raise HeadgramError(
-            f"layer {lacking[0]}: the checkpoint lacks the bias of '{role}' that other layers have: fetch it again"
-        )
+        held = {number: any(name.endswith((".bias", ".beta")) for name in some) for number, some in names.items() if some}
+    lacking = [number for number, has in held.items() if not has]
+    if not lacking or not any(held.values()):
+        return
+    if role in ("query_bias", "key_bias") and all(layer.read(role) is None for layer in layers):
+        return
+    raise HeadgramError(f"layer {lacking[0]}: the checkpoint lacks the bias of '{role}' that other layers have: fetch it again")

@@ -124,7 +124,7 @@ class Checkpoint(Described):
         for role in AROUND:
             try:
                 values = [layer.read(role) for layer in layers]
-                check_biases(role, layers, values)
+                check_biases(role, layers)
             except HeadgramError as error:
                 missing[role] = str(error)
             else:

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
+from headgram.checkpoints.around import check_biases
 from headgram.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from headgram.checkpoints.stack import Stack
 from headgram.errors import MANIFEST, HeadgramError
@@ -138,6 +139,7 @@ def _locked_around(checkpoint: Checkpoint, stack: Stack) -> LockedAround:
         try:
             for layer in layers:
                 layer.check(role)
+            check_biases(role, layers)
         except HeadgramError as error:
             missing[role] = str(error)
     turns = "rotary" not in missing and any(layer.rotary() is not None for layer in layers)
