@@ -13,6 +13,7 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import psutil
@@ -269,7 +270,7 @@ def damaged_cache(
 def two_runs(arena: Arena, same_folder: Sequence[bool] = (True, False)) -> None:
     """Two snakemakes at once, in one folder and in two folders over one results folder: one works, the other says so."""
     with tempfile.TemporaryDirectory() as folder:
-        elsewhere = new_project(Path(folder) / "elsewhere")
+        elsewhere = replace(arena.project, folder=new_project(Path(folder) / "elsewhere").folder)
         for name in ("models", "config"):
             shutil.copytree(arena.project.folder / name, elsewhere.folder / name, dirs_exist_ok=True)
         for other in (arena.project if same else elsewhere for same in same_folder):
