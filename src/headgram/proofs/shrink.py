@@ -58,6 +58,7 @@ _RULES: tuple[tuple[str, str | int], ...] = (
     (r"num_mel_bins|num_bins|input_feat_per_channel|input_feature_size|feature_size", 8),
     (r"num_conv_pos_embeddings", 4),
     (r"num_conv_pos_embedding_groups", 2),
+    (r"upsample_groups", "width"),
     (r"conv_channels|neck_out_channels|output_channels|subsampling_conv_channels", 16),
     (r"num_queries|num_query_tokens|num_latents|latent_query_num", 11),
 )
