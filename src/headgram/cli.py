@@ -316,6 +316,8 @@ def verify(
     wrong = f"{results}: {len(findings)} thing{'s are' if len(findings) > 1 else ' is'} wrong"
     if not findings:
         print(f"{plain(results)}: {files} files, all as they were written")
+    elif all(finding.mended_by == "you" for finding in findings):
+        raise HeadgramError(f"{wrong}: each line above says what helps")
     elif not repair:
         there = [] if results == Path("results") else [str(results)]
         listed = [] if manifest == MANIFEST else ["--manifest", str(manifest)]

@@ -129,11 +129,15 @@ def test_missing_and_foreign_files_are_named(finished, tmp_path):
     assert done.returncode == 1
     assert "tiny-bert.json cannot be read" in done.stderr
     assert "extra.parquet belongs to no finished artifact" in done.stderr
+    (results / "provenance" / "mine.json").write_text("[]")
+    assert "mine.json belongs to no finished artifact" in project.headgram("verify").stderr
     results.rename(project.folder / "other results")
     said = project.headgram("verify", "other results").stderr
     followed = project.headgram(*shlex.split(re.search(r"`headgram (.*?)`", said)[1]))
     assert "the next run does not mend all of it" in followed.stderr
-    assert "extra.parquet" in followed.stderr.splitlines()[-1]
+    left = followed.stderr.splitlines()[-2:]
+    for name, line in zip(("extra.parquet", "mine.json"), left, strict=True):
+        assert re.search(rf"{name} belongs to no finished artifact, .*: move it out of other results/\w+, or delete it", line)
 
 
 def test_tables_that_contradict_each_other_are_named(finished, tmp_path):
@@ -225,7 +229,7 @@ def test_one_repair_and_one_run_make_anew_whatever_was_damaged(finished, tmp_pat
     repaired = project.headgram("verify", "--repair")
     assert repaired.returncode == 1
     left = repaired.stderr.partition("does not mend all of it:")[2].split("\n  ")[1:]
-    assert [line.strip() for line in left] == ["results/atlas/notes.txt belongs to no finished artifact"]
+    assert ["results/atlas/notes.txt belongs to no finished artifact" in line for line in left] == [True]
     (results / "atlas" / "notes.txt").rename(results / "notes.txt")
     project.run()
     done = project.headgram("verify")
