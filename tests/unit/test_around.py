@@ -21,6 +21,8 @@ from headgram.families.registry import adopting, families, family_of
 from headgram.proofs.listed import listed_models
 from headgram.proofs.prove import TOLERANCE, _residuals, quiet
 from headgram.results.around import around_of
+from headgram.study.manifest import Row
+from headgram.study.resolve import resolve_all
 
 WAVES = {"rope_theta": 10000.0}
 LINEAR = {"rope_type": "linear", "factor": 4.0}
@@ -462,6 +464,21 @@ def test_a_bias_that_one_layer_lacks_is_no_bias_of_nothing(tmp_path: Path, role:
             missing = checkpoint.frames("self").missing
         assert (role in missing) == (lost != held)
         assert lost == held or f"lacks the bias of '{role}'" in missing[role]
+        models, problems = resolve_all([Row(2, "lossy", str(tmp_path), None, {})])
+        assert set(models) == ({"lossy"} if lost == held else set())
+        assert problems == ([] if lost == held else [f"line 2 (lossy): {missing[role]}"])
+
+
+def test_a_bias_of_zeros_that_one_layer_lacks_is_locked_as_none(tmp_path: Path) -> None:
+    tensors = load_file(saved(tiny("opt")[0], tmp_path) / "model.safetensors")
+    first, *others = [key for key in tensors if key.endswith("self_attn.q_proj.bias")]
+    kept = {key: torch.zeros_like(tensor) if key in others else tensor for key, tensor in tensors.items() if key != first}
+    save_file(kept, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    models, problems = resolve_all([Row(2, "zeros", str(tmp_path), None, {})])
+    assert problems == []
+    around = models["zeros"].stacks[0].around
+    assert around is not None
+    assert "query_bias" not in around.missing
 
 
 def test_biases_that_the_configuration_denies(tmp_path: Path) -> None:

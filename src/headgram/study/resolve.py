@@ -14,6 +14,7 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
+from headgram.checkpoints.around import check_biases
 from headgram.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from headgram.checkpoints.stack import Stack
 from headgram.errors import MANIFEST, HeadgramError
@@ -87,7 +88,7 @@ def resolve(row: Row) -> LockedModel:
     Raises
     ------
     HeadgramError
-        If the checkpoint cannot be opened.
+        If the checkpoint cannot be opened, or a layer lacks a bias that others have.
     """
     checkpoint, derived, family = open_or_derive(row.source, row.revision, row.overrides)
     with checkpoint:
@@ -132,14 +133,20 @@ def _locked_stack(checkpoint: Checkpoint, stack: Stack) -> LockedStack:
 
 
 def _locked_around(checkpoint: Checkpoint, stack: Stack) -> LockedAround:
+    """Pin what stands around a stack; of tensors, only those are read that some layers hold and others lack."""
     missing: dict[str, str] = {}
     layers = [checkpoint.around(stack.name, layer) for layer in stack.layers]
     for role in AROUND:
         try:
             for layer in layers:
                 layer.check(role)
+            uneven = len({len(layer.names(role)) for layer in layers}) > 1
+            values = [layer.read(role) for layer in layers] if uneven else []
         except HeadgramError as error:
             missing[role] = str(error)
+        else:
+            if uneven:
+                check_biases(role, layers, values)
     turns = "rotary" not in missing and any(layer.rotary() is not None for layer in layers)
     digests = tuple(checkpoint.digest(stack.name, layer, AROUND) for layer in stack.layers)
     return LockedAround(digests=digests, turns=turns, missing=missing)
