@@ -317,7 +317,7 @@ def verify(
     if not findings:
         print(f"{plain(results)}: {files} files, all as they were written")
     elif all(finding.mended_by == "you" for finding in findings):
-        raise HeadgramError(f"{wrong}, which no run mends")
+        raise HeadgramError(f"{wrong}: each line above says what helps")
     elif not repair:
         there = [] if results == Path("results") else [str(results)]
         listed = [] if manifest == MANIFEST else ["--manifest", str(manifest)]

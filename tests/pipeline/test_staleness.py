@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from headgram.errors import HeadgramError
+from headgram.run.startup import _check_snakemakes_memory
 from pipeline.conftest import Project, edit
 from tiny import llama_tensors, write_llama
 
@@ -248,21 +250,31 @@ def test_going_back_after_losing_the_memory(finished, tmp_path):
     assert project.tables() == before
 
 
+def memory_of(project) -> Path:
+    return project.folder / ".snakemake" / "metadata"
+
+
+def a_memory_of(project) -> Path:
+    return next(path for path in sorted(memory_of(project).rglob("*")) if path.is_file())
+
+
+def test_snakemakes_memory_is_not_read_again_after_a_run(finished):
+    ended = (finished.folder / "results" / ".lock").stat().st_mtime_ns
+    assert all(path.stat().st_ctime_ns <= ended for path in memory_of(finished).rglob("*") if path.is_file())
+
+
 def test_garbage_in_snakemakes_memory_is_one_sentence_that_helps(finished, tmp_path):
     project = finished.copy(tmp_path / "project")
-    memory = project.folder / ".snakemake" / "metadata"
-    ended = (project.folder / "results" / ".lock").stat().st_mtime_ns
-    assert all(path.stat().st_mtime_ns <= ended for path in memory.rglob("*") if path.is_file())  # of which none is read again
-    path = next(path for path in memory.rglob("*") if path.is_file())
-    remembered = json.loads(path.read_text())
-    names = ("rule", "input", "params", "starttime", "job_hash", "input_checksums")
-    wrong = [json.dumps(remembered | {name: [["wrong"]] if name != "params" else 1}).encode() for name in names]
-    for garbage in (b"\xff\xfe", b'{"input": 3}', b"[1]", *wrong, None):
+    memory, path = memory_of(project), a_memory_of(project)
+    whole = json.loads(path.read_text())
+    wrong = ([], {**whole, "rule": 1}, {**whole, "params": [[1]]})
+    for garbage in (b"\xff\xfe", *(json.dumps(content).encode() for content in wrong), None):
         path.unlink()
         if garbage is None:
             path.symlink_to("/dev/zero")
         else:
             path.write_bytes(garbage)
+            os.utime(path, (0, 0))  # its date says nothing
         done = project.snakemake("-n")
         assert done.returncode != 0
         assert "Traceback" not in done.stderr
@@ -280,3 +292,19 @@ def test_garbage_in_snakemakes_memory_is_one_sentence_that_helps(finished, tmp_p
             assert words in done.stderr
             folder.unlink()
     assert project.planned() == set()
+
+
+def test_any_wrong_type_in_snakemakes_memory_is_refused(finished, tmp_path, monkeypatch):
+    """Of each field that Snakemake writes, and of what lists and objects in them hold."""
+    project = finished.copy(tmp_path / "project")
+    monkeypatch.chdir(project.folder)
+    path = a_memory_of(project)
+    whole = json.loads(path.read_text())
+    assert {type(whole[name]) for name in ("input", "params", "input_checksums")} == {list, dict}
+    changes = [{name: {"a": [1]}} for name in whole]
+    changes += [{name: [[1]]} for name, value in whole.items() if isinstance(value, list)]
+    _check_snakemakes_memory(Path("results"))
+    for content in ([], 0, None, "", False, [whole], *(whole | change for change in changes)):
+        path.write_text(json.dumps(content))
+        with pytest.raises(HeadgramError, match="where Snakemake remembers an earlier run, is damaged"):
+            _check_snakemakes_memory(Path("results"))

@@ -129,32 +129,15 @@ def test_missing_and_foreign_files_are_named(finished, tmp_path):
     assert done.returncode == 1
     assert "tiny-bert.json cannot be read" in done.stderr
     assert "extra.parquet belongs to no finished artifact" in done.stderr
+    (results / "provenance" / "mine.json").write_text("[]")
+    assert "mine.json belongs to no finished artifact" in project.headgram("verify").stderr
     results.rename(project.folder / "other results")
     said = project.headgram("verify", "other results").stderr
     followed = project.headgram(*shlex.split(re.search(r"`headgram (.*?)`", said)[1]))
     assert "the next run does not mend all of it" in followed.stderr
-    assert "extra.parquet" in followed.stderr.splitlines()[-1]
-
-
-@pytest.mark.parametrize("name", ["provenance/mine.json", "models/mine.json", "report/data/mine.json", "atlas/heads/mine.txt"])
-@pytest.mark.parametrize("text", ['{"a": 1}', "no JSON"])
-def test_what_somebody_else_keeps_there_is_theirs_to_move(finished, tmp_path, name, text):
-    project = finished.copy(tmp_path / "project")
-    path = project.folder / "results" / name
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(text)
-    for repair in ([], ["--repair"]):
-        done = project.headgram("verify", *repair)
-        assert done.returncode == 1
-        theirs, summary = done.stderr.splitlines()
-        assert theirs.endswith(
-            f"results/{name} belongs to no finished artifact, and nothing says that headgram wrote it: "
-            "move it elsewhere, or delete it"
-        )
-        assert summary == "headgram: results: 1 thing is wrong, which no run mends"
-    assert path.read_text() == text
-    path.rename(tmp_path / "mine")
-    assert project.headgram("verify").returncode == 0
+    left = followed.stderr.splitlines()[-2:]
+    for name, line in zip(("extra.parquet", "mine.json"), left, strict=True):
+        assert re.search(rf"{name} belongs to no finished artifact, .*: move it out of other results/\w+, or delete it", line)
 
 
 def test_tables_that_contradict_each_other_are_named(finished, tmp_path):
@@ -246,7 +229,7 @@ def test_one_repair_and_one_run_make_anew_whatever_was_damaged(finished, tmp_pat
     repaired = project.headgram("verify", "--repair")
     assert repaired.returncode == 1
     left = repaired.stderr.partition("does not mend all of it:")[2].split("\n  ")[1:]
-    assert [line.strip().partition(", ")[0] for line in left] == ["results/atlas/notes.txt belongs to no finished artifact"]
+    assert ["results/atlas/notes.txt belongs to no finished artifact" in line for line in left] == [True]
     (results / "atlas" / "notes.txt").rename(results / "notes.txt")
     project.run()
     done = project.headgram("verify")

@@ -183,6 +183,51 @@ def test_whatever_a_sealed_record_holds_verify_goes_on_to_the_end(tmp_path_facto
     assert repair(results, verify(results)[1], {}) is not None
 
 
+# ---- files of strangers
+
+
+def asked(results: Path) -> dict[str, str]:
+    """The keys of what `made` made, as a run asks for them."""
+    ask_for(results, {"provenance/m.json": MERGE.key, "provenance/derived/m.json": DERIVE.key})
+    return asked_for(results) or {}
+
+
+@pytest.mark.parametrize("text", ["notes", "[]", "{}", '{"files": {"../heads.parquet": 3}}', "[" * 10**5])
+@pytest.mark.parametrize("place", ["provenance/mine.json", "report/data/mine.json", "models/m/a/mine.json", "atlas/notes.txt"])
+def test_a_file_that_no_run_wrote_is_called_that_and_stays(results, whole, place, text):
+    path, keys = results / place, asked(results)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+    (found,) = [finding for finding in verify(results)[1] if path.name in finding.sentence]
+    assert "belongs to no finished artifact" in found.sentence
+    assert f"move it out of {results / place.split('/')[0]}" in found.sentence
+    assert found in repair(results, [found], keys)
+    assert path.read_text() == text
+    path.rename(results / path.name)  # what the sentence says
+    assert [sentence.replace(str(results), "") for sentence in sentences(results)] == whole
+
+
+def test_what_a_run_wrote_and_nobody_asks_for_is_removed_by_a_repair(results, whole):
+    path, keys = results / "provenance" / "old.json", asked(results)
+    claim(results, [Writing(path, [path])])
+    path.write_text("{")
+    (found,) = [finding for finding in verify(results)[1] if path.name in finding.sentence]
+    assert repair(results, [found], keys) == []
+    assert [sentence.replace(str(results), "") for sentence in sentences(results)] == whole
+
+
+def test_a_record_that_nobody_asks_for_has_no_file_removed_of_which_it_tells_nothing_true(results):
+    """Whatever it names: what lies there is another's."""
+    notes, keys = results / "atlas" / "notes.txt", asked(results)
+    notes.write_text("mine")
+    forged = results / "provenance" / "forged.json"
+    seal_again(forged, [notes, Path(Results(str(results)).table("heads", "m"))], Provenance(MERGE, "m", None))
+    notes.write_text("more")
+    found = [finding for finding in verify(results)[1] if "notes.txt" in finding.sentence]
+    repair(results, found, keys)
+    assert notes.read_text() == "more"
+
+
 #: What may stand in the metadata of a table, given what should.
 METADATA: dict[str, Callable[[dict], bytes | None]] = {
     "a list": lambda _: b"[1, 2]",

@@ -11,9 +11,9 @@ import filelock
 
 from headgram.atlas.verify import Finding
 from headgram.errors import HeadgramError
-from headgram.results.claims import Writing, claim, claimed
+from headgram.results.claims import Claims, Writing, claim, claimed, is_as_written, is_ours
 from headgram.results.files import link_on_the_way, remove_temporaries, write_text
-from headgram.results.record import read_record
+from headgram.results.record import FileSum, read_record
 
 
 def repair(results: Path, findings: Iterable[Finding], keys: Mapping[str, str]) -> list[Finding]:
@@ -21,7 +21,7 @@ def repair(results: Path, findings: Iterable[Finding], keys: Mapping[str, str]) 
 
     The record of an artifact that is asked for is emptied: so the artifact is there, but is not what is asked for, and its job
     runs, whether or not anything else needs what it writes. An artifact that nobody asks for any more is removed, and so is what
-    headgram left without a record. Nothing is removed of which neither a record nor a claim says that it is headgram's.
+    headgram left without a record. Nothing is removed but what a run has claimed, or what still is what a record names.
 
     Parameters
     ----------
@@ -45,16 +45,16 @@ def repair(results: Path, findings: Iterable[Finding], keys: Mapping[str, str]) 
     lock = filelock.FileLock(results / ".lock", timeout=0)
     try:
         with lock:
-            ours = {results / name for name in claimed(results) if not link_on_the_way(results / name, results)}
-            remove_temporaries(ours)
-            return [finding for finding in findings if not _mend(finding, results, keys, ours)]
+            claims = claimed(results)
+            remove_temporaries(results / name for name in claims if not link_on_the_way(results / name, results))
+            return [finding for finding in findings if not _mend(finding, results, keys, claims)]
     except filelock.Timeout:
         raise HeadgramError(f"A run works on {results}: wait for it, and repair then.") from None
     except OSError as error:
         raise HeadgramError(f"{results} cannot be repaired ({error.strerror or error}).") from None
 
 
-def _mend(finding: Finding, results: Path, keys: Mapping[str, str], ours: set[Path]) -> bool:
+def _mend(finding: Finding, results: Path, keys: Mapping[str, str], claims: Claims) -> bool:
     """Prepare for one finding; whether a run, or this, mends it."""
     if finding.path is None or finding.mended_by in ("run", "you"):
         return finding.mended_by == "run"
@@ -64,29 +64,36 @@ def _mend(finding: Finding, results: Path, keys: Mapping[str, str], ours: set[Pa
         return False
     if finding.mended_by == "anew" and name in keys:
         return _make_stale(path, results)
-    files = _named_by(path, results) if finding.mended_by == "anew" else []
-    if not files and path not in ours:
+    files = _named_by(path, results) if finding.mended_by == "anew" else {}
+    if not files and not is_ours(path, results, claims):
         return not os.path.lexists(path)
-    for file in (*files, path):
-        file.unlink(missing_ok=True)
-    return True
+    for file, written in files.items():
+        if is_ours(file, results, claims) or is_as_written(file, written.bytes, written.blake2b):
+            file.unlink(missing_ok=True)
+    path.unlink(missing_ok=True)
+    return not any(map(os.path.lexists, files))
 
 
 def _make_stale(record: Path, results: Path) -> bool:
-    """Empty a record, once its files are claimed; whether that could be done."""
+    """Empty a record, once it and what it names are claimed; whether that could be done."""
     with contextlib.suppress(HeadgramError):
-        claim(results, [Writing(record, [record, *_named_by(record, results)])])
+        claim(results, [Writing(record, [record])])
         write_text(record, "")
         return True
     return False
 
 
-def _named_by(record: Path, results: Path) -> list[Path]:
+def _named_by(record: Path, results: Path) -> dict[Path, FileSum]:
     """The data files of a record that lie in the results folder, and not beyond a link; none if it cannot be read."""
     try:
         names = read_record(record).files
     except HeadgramError:
-        return []
-    files = [results / os.path.relpath(record.parent / name, results) for name in names]
-    inside = [file for file in files if os.pardir not in file.relative_to(results).parts]
-    return [file for file in inside if not link_on_the_way(file, results) and (file.is_symlink() or not file.is_dir())]
+        return {}
+    files = {results / os.path.relpath(record.parent / name, results): written for name, written in names.items()}
+    return {
+        file: written
+        for file, written in files.items()
+        if os.pardir not in file.relative_to(results).parts
+        and not link_on_the_way(file, results)
+        and (file.is_symlink() or not file.is_dir())
+    }

@@ -17,7 +17,7 @@ import pyarrow as pa
 from headgram.errors import HeadgramError
 from headgram.forms.variants import Variant
 from headgram.results.asked import asked_for
-from headgram.results.claims import claimed
+from headgram.results.claims import Claims, claimed, is_ours
 from headgram.results.files import link_message
 from headgram.results.paths import FOLDERS, RECORDS
 from headgram.results.record import DescribedIdentity, Record, damages, read_record, record_of
@@ -45,7 +45,7 @@ class Finding:
     path
         The record of the artifact that has to be made anew, or the file that belongs to none; None if neither mends it.
     mended_by
-        `anew`: the artifact has to be made anew. `removal`: the file may go, if it is headgram's. `run`: the next run does by
+        `anew`: the artifact has to be made anew. `removal`: the file is headgram's, and may go. `run`: the next run does by
         itself. `you`: nobody else can.
     """
 
@@ -87,7 +87,6 @@ def verify(results: Path, lock: Lock | None = None, keys: Mapping[str, str] | No
         raise HeadgramError(f"{results} holds no artifact to verify")
     if keys is None:
         keys = asked_for(results) or {}
-    ours = {results / name for name in (*keys, *claimed(results))}
     findings = [Finding(link_message(link, results), None, "you") for link in links]
     sealed = {_place(path) for path in links}
     records: dict[Path, Record] = {}
@@ -95,8 +94,8 @@ def verify(results: Path, lock: Lock | None = None, keys: Mapping[str, str] | No
         try:
             records[path] = read_record(path)
         except HeadgramError as error:
-            if path not in ours:
-                continue  # somebody else's
+            if keys and path.relative_to(results).as_posix() not in keys:
+                continue  # somebody else's file, or a record that nobody asks for
             findings.append(Finding(str(error), path, "anew"))
         sealed.add(_place(path))
     unreadable: set[str] = set()  # models
@@ -123,11 +122,18 @@ def verify(results: Path, lock: Lock | None = None, keys: Mapping[str, str] | No
     for path in sorted({record_of(stray) for stray in strays} - set(paths)):
         if path.relative_to(results).as_posix() in keys:
             findings.append(Finding(f"{path} is missing, though what it describes is there", path, "anew"))
-    for path in strays:
-        theirs = path not in ours
-        hint = ", and nothing says that headgram wrote it: move it elsewhere, or delete it" if theirs else ""
-        findings.append(Finding(f"{path} belongs to no finished artifact{hint}", path, "you" if theirs else "removal"))
+    claims = claimed(results)
+    findings += [_stray(path, results, claims) for path in strays]
     return len(present), findings
+
+
+def _stray(path: Path, results: Path, claims: Claims) -> Finding:
+    """What is said of a file that belongs to no finished artifact."""
+    if is_ours(path, results, claims):
+        return Finding(f"{path} belongs to no finished artifact", path, "removal")
+    folder = results / path.relative_to(results).parts[0]
+    sentence = f"{path} belongs to no finished artifact, and is nothing that a run wrote: move it out of {folder}, or delete it"
+    return Finding(sentence, path, "you")
 
 
 def _whatever(check: Callable[[], Iterable[str]]) -> Iterator[str]:

@@ -50,7 +50,7 @@ def claim(results: Path, writings: Iterable[Writing]) -> None:
     writings = list(writings)
     for folder in {path.parent for writing in writings for path in writing.files}:
         refuse_links(folder / "file", results)
-    claims, known = _read(results), dict[str, list[Any] | None]()
+    claims, known = claimed(results), dict[str, list[Any] | None]()
     for writing in writings:
         known |= _known_by_record(results, writing)
     claims |= known
@@ -67,9 +67,19 @@ def claim(results: Path, writings: Iterable[Writing]) -> None:
     _remove_halves(results, claims)
 
 
-def claimed(results: Path) -> set[str]:
-    """The files that runs have claimed, relative to the results folder."""
-    return set(_read(results))
+def claimed(results: Path) -> Claims:
+    """What runs have claimed; nothing if that is lost or damaged, for then records say what is headgram's."""
+    try:
+        content = json.loads(read_bounded(results / NAME, _LARGEST))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return {name: entry for name, entry in content.items() if _is_claim(name, entry)} if isinstance(content, dict) else {}
+
+
+def is_ours(path: Path, results: Path, claims: Claims) -> bool:
+    """Whether a file is headgram's by its claim; if a record named it, it must still be what was written."""
+    name = _name(path, results)
+    return name in claims and ((entry := claims[name]) is None or is_as_written(path, *entry[1:]))
 
 
 def settle(results: Path) -> None:
@@ -78,7 +88,7 @@ def settle(results: Path) -> None:
     A record that is removed, as of a model that the report no longer shows, takes the files with it that it names. What was left
     half-written goes too: a job that outlived an earlier run may have been killed during this one.
     """
-    claims = _read(results)
+    claims = claimed(results)
     kept: Claims = {}
     named: dict[str, set[str] | None] = {}
     for name, entry in claims.items():
@@ -109,13 +119,18 @@ def _remove_halves(results: Path, claims: Claims) -> None:
 def _remove(path: Path, results: Path, size: int, blake2b: str) -> None:
     """Remove a file that still is what was written; of a record, first the files that it names."""
     inside = not _name(path, results).startswith(os.pardir)
-    if not inside or link_on_the_way(path, results) or path.is_symlink() or not path.is_file():
-        return
-    if path.stat().st_size != size or checksum(path) != blake2b:
+    if not inside or link_on_the_way(path, results) or not is_as_written(path, size, blake2b):
         return
     for name, file in _files_of(path).items():
         _remove(path.parent / name, results, file.bytes, file.blake2b)
     path.unlink()
+
+
+def is_as_written(path: Path, size: int, blake2b: str) -> bool:
+    """Whether a file still is what a record says of it; a link is not, nor is what cannot be read."""
+    with contextlib.suppress(OSError):
+        return not path.is_symlink() and path.is_file() and path.stat().st_size == size and checksum(path) == blake2b
+    return False
 
 
 def _files_of(path: Path) -> dict[str, FileSum]:
@@ -157,15 +172,6 @@ def _name(path: Path, results: Path) -> str:
 
 def _is_folder(path: Path) -> bool:
     return path.is_dir() and not path.is_symlink()
-
-
-def _read(results: Path) -> Claims:
-    """What earlier runs claimed; nothing if that is lost or damaged, for then records say what is headgram's."""
-    try:
-        content = json.loads(read_bounded(results / NAME, _LARGEST))
-    except (OSError, ValueError, RecursionError):
-        return {}
-    return {name: entry for name, entry in content.items() if _is_claim(name, entry)} if isinstance(content, dict) else {}
 
 
 def _is_claim(name: str, entry: Any) -> bool:

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import filelock
-from pydantic import BaseModel
+from pydantic import BaseModel, ConfigDict
 
 from headgram.errors import HeadgramError
 from headgram.foreign import read_bounded
@@ -58,6 +58,29 @@ _LOCK = ".lock"
 _SEEN = ".sources.json"
 #: What is remembered of thousands of models is smaller.
 _LARGEST = 64 * 2**20
+
+
+class _Remembered(BaseModel):
+    """What Snakemake remembers of a file. It ends with a traceback where one of these fields is of another type."""
+
+    model_config = ConfigDict(strict=True)
+
+    rule: str | None = None
+    input: list[str] | None = None
+    log: list[str] | None = None
+    shellcmd: str | None = None
+    params: list[str] | None = None
+    code: str | None = None
+    record_format_version: int = 0
+    conda_env: str | None = None
+    container_img_url: str | None = None
+    software_stack_hash: str | None = None
+    job_hash: int | None = None
+    starttime: float | None = None
+    endtime: float | None = None
+    incomplete: bool | None = None
+    external_jobid: str | None = None
+    input_checksums: dict[str, str | None] | None = None
 
 
 class Run:
@@ -244,8 +267,8 @@ def _writings(workflow: Any, beside: Callable[[Any], Sequence[str]]) -> Iterator
 def _check_snakemakes_memory(results: Path) -> None:
     """Refuse files of Snakemake's at which it would end with a traceback, whatever it is asked for, and what is no folder.
 
-    Only files that somebody changed after the latest run's end are opened: Snakemake itself changes none then, unless it was
-    killed, and there may be many.
+    Only files that changed after the latest run's end are opened, whatever date somebody gave them: Snakemake itself changes none
+    then, unless it was killed, and there may be many.
     """
     for place in (_MEMORY.parent, _MEMORY):
         if os.path.lexists(place) and not place.is_dir():
@@ -260,11 +283,9 @@ def _check_snakemakes_memory(results: Path) -> None:
         for name in names:
             try:
                 state = os.lstat(Path(folder, name))
-                if stat.S_ISREG(state.st_mode) and state.st_mtime_ns <= ended:
+                if stat.S_ISREG(state.st_mode) and state.st_ctime_ns <= ended:
                     continue
-                content = json.loads(read_bounded(Path(folder, name), _LARGEST).decode())
-                if content:  # Snakemake takes what is empty for nothing
-                    _Remembered.model_validate(content)
+                _Remembered.model_validate(json.loads(read_bounded(Path(folder, name), _LARGEST).decode()))
             except json.JSONDecodeError:
                 continue  # Snakemake passes over it
             except (OSError, ValueError, RecursionError):
@@ -272,27 +293,6 @@ def _check_snakemakes_memory(results: Path) -> None:
                     f"{Path(folder, name)}, where Snakemake remembers an earlier run, is damaged: delete the folder {_MEMORY}, "
                     f"and run again. What is finished stays so: the records in {results} tell."
                 ) from None
-
-
-class _Remembered(BaseModel):
-    """What Snakemake remembers of a file, in the types that it reads; what it does not read may be anything."""
-
-    rule: str | None
-    input: list[str] | None = None
-    log: list[str] | None = None
-    shellcmd: str | None = None
-    params: list[Any] | None = None
-    code: str | None = None
-    record_format_version: int = 0
-    conda_env: str | None = None
-    container_img_url: str | None = None
-    software_stack_hash: str | None = None
-    job_hash: int | None = None
-    starttime: float | None = None
-    endtime: float | None = None
-    incomplete: bool | None = None
-    external_jobid: str | None = None
-    input_checksums: dict[str, Any] | None = None
 
 
 def _read_sightings(path: Path) -> dict[str, Any]:
