@@ -6,6 +6,8 @@ import math
 import os
 import re
 import stat
+from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -83,8 +85,14 @@ def read_bounded(path: Path, most: int) -> bytes:
             raise ValueError("it is no regular file")
         content = file.read(most + 1)
     if len(content) > most:
-        raise ValueError(f"it is larger than {most >> 20} MiB, which no real one is")
+        raise ValueError(f"it is larger than {most:,} bytes, which no real one is")
     return content
+
+
+def stands_twice(keys: Iterable[str]) -> str:
+    """What is said of a table that has a key twice."""
+    [(key, _)] = Counter(keys).most_common(1)
+    return f"the key {key!r:.200} stands there twice"
 
 
 class _Loader(yaml.SafeLoader):
@@ -93,8 +101,7 @@ class _Loader(yaml.SafeLoader):
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
         keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
         if len(set(keys)) < len(keys):
-            twice = max(keys, key=keys.count)
-            raise yaml.MarkedYAMLError(problem=f"the key {twice!r:.200} stands there twice", problem_mark=node.start_mark)
+            raise yaml.MarkedYAMLError(problem=stands_twice(keys), problem_mark=node.start_mark)
         return super().construct_mapping(node, deep)
 
 

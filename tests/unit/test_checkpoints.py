@@ -204,6 +204,14 @@ def test_a_link_may_not_lead_outside(tmp_path):
         ("package:headgram/../x.gguf", "leads out of"),
         ("package:headgram/none.gguf", "holds no"),
         ("package:os.path/x", "not a package source"),
+        ("package:sys/x", "is not installed"),
+        ("package:__main__/x", "is not installed"),
+        *(
+            (f"{beginning}/{rest}", "not a path of this system|no file or folder|holds no|Hugging Face cache")
+            for beginning in ("package:json", "/tmp", ".", "x" * 300)
+            for rest in ("a\0b", "x" * 5000, "x/" * 3000, "\ud800")
+        ),
+        ("x" * 300 + "/y", "Hugging Face cache"),
     ],
 )
 def test_sources_that_are_not_there(source, words):

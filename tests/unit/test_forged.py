@@ -19,6 +19,7 @@ from locked import locked_llama
 
 from headgram.atlas.repair import repair
 from headgram.atlas.verify import verify
+from headgram.checkpoints.sources import parse_json
 from headgram.errors import HeadgramError, UnknownTypeError
 from headgram.results.asked import ask_for, asked_for, given_to
 from headgram.results.claims import Writing, claim, claimed, settle
@@ -99,6 +100,14 @@ def test_a_key_that_stands_twice_in_a_lock_is_refused(tmp_path):
         (tmp_path / "a.lock.json").write_text(text.replace(f'"{name}": ', f'"{name}": 1, "{name}": ', 1))
         with pytest.raises(HeadgramError, match=f"the key '{name}' stands there twice"):
             read_lock(tmp_path / "a.lock.json")
+
+
+def test_a_key_that_stands_twice_among_many_is_found_at_once():
+    content = "{" + ", ".join(f'"{i}": 1' for i in (*range(200_000), 7)) + "}"
+    start = time.process_time()
+    with pytest.raises(ValueError, match="the key '7' stands there twice"):
+        parse_json(content.encode())
+    assert time.process_time() - start < 10
 
 
 def test_what_is_locked_can_be_read(tmp_path):

