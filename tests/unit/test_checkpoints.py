@@ -207,8 +207,8 @@ def test_a_link_may_not_lead_outside(tmp_path):
         ("package:sys/x", "is not installed"),
         ("package:__main__/x", "is not installed"),
         *(
-            (f"{beginning}/{rest}", "not a path of this system|no file or folder|holds no|Hugging Face cache")
-            for beginning in ("package:json", "/tmp", ".", "x" * 300)
+            (f"{beginning}/{rest}", "not a path of this system|no file or folder|holds no")
+            for beginning in ("package:json", "/tmp", ".")
             for rest in ("a\0b", "x" * 5000, "x/" * 3000, "\ud800")
         ),
         ("x" * 300 + "/y", "Hugging Face cache"),
