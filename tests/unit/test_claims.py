@@ -1,13 +1,16 @@
 """What is headgram's below results, and what becomes of everything else."""
 
+import contextlib
 import json
 
 import pytest
 
+from headgram.atlas.repair import repair
+from headgram.atlas.verify import verify
 from headgram.errors import HeadgramError
 from headgram.results.claims import NAME, Writing, claim, settle
 from headgram.results.files import part_of, write_text
-from headgram.results.record import Identity, Provenance, seal
+from headgram.results.record import Identity, Provenance, _sealed_text, seal
 
 
 def artifact(results, *names, text="ours"):
@@ -116,6 +119,26 @@ def test_nothing_is_removed_beyond_a_link_or_outside(tmp_path):
     settle(results)
     assert (outside / "seed" / "m.json").exists()
     assert (outside / "x.json").exists()
+
+
+@pytest.mark.parametrize("name", ["", ".", "seed/..", "./.", "a//b", "\ud800", "\udc80/x", "x" * 300, "x/" * 3000 + "x", "a\0b"])
+def test_a_claim_or_a_record_that_names_no_file_below_results_is_none(tmp_path, name):
+    """Neither stops a run, nor reaches what lies beside the results folder."""
+    results, mine = tmp_path / "results", tmp_path / ".results.1.tmp"
+    ours = dict.fromkeys(("a.pt", "provenance/m.json"))
+    writing = artifact(results, "a.pt")
+    mine.touch()
+    content = json.loads(writing.record.read_text())
+    content["files"][f"../{name}"] = content["files"]["../a.pt"]
+    del content["record"]
+    with contextlib.suppress(UnicodeEncodeError):  # no record of such a name is whole
+        writing.record.write_text(_sealed_text(content))
+    (results / NAME).write_text(json.dumps({name: None, f"{name}/": ["a.json", 1, "x"], "b.pt": [name, 1, "x"], **ours}))
+    claim(results, [writing])
+    settle(results)
+    repair(results, verify(results)[1], {})
+    assert mine.exists()
+    assert set(json.loads((results / NAME).read_text())) == set(ours)
 
 
 def test_links_on_the_way_are_refused_before_anything_is_read_or_removed(tmp_path):

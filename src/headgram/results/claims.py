@@ -18,7 +18,7 @@ from typing import Any
 
 from headgram.errors import HeadgramError
 from headgram.foreign import read_bounded
-from headgram.results.files import checksum, link_on_the_way, refuse_links, remove_temporaries, write_text
+from headgram.results.files import checksum, is_file_name, link_on_the_way, refuse_links, remove_temporaries, write_text
 from headgram.results.record import FileSum, read_record
 
 #: In the results folder.
@@ -153,7 +153,7 @@ def _known_by_record(results: Path, writing: Writing) -> Claims:
     record = _name(writing.record, results)
     for name, entry in content.files.items():
         place = _name(writing.record.parent / name, results)
-        if not place.startswith(os.pardir):  # whoever made the record, it speaks of results only
+        if _is_inside(place):  # whoever made the record, it speaks of results only
             claims[place] = [record, entry.bytes, entry.blake2b]
     return claims
 
@@ -179,7 +179,12 @@ def _is_claim(name: str, entry: Any) -> bool:
     if entry is not None and not (isinstance(entry, list) and [type(part) for part in entry] == [str, int, str]):
         return False
     places = [name] if entry is None else [name, entry[0]]
-    return all(not Path(place).is_absolute() and os.pardir not in Path(place).parts and "\0" not in place for place in places)
+    return all(map(_is_inside, places))
+
+
+def _is_inside(name: str) -> bool:
+    """Whether a text is the path of a file below the results folder, from there."""
+    return is_file_name(name) and os.pardir not in Path(name).parts
 
 
 def _write(results: Path, claims: Mapping[str, list[Any] | None]) -> None:

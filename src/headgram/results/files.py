@@ -6,9 +6,10 @@ import contextlib
 import errno
 import hashlib
 import os
+import posixpath
 import re
 from collections.abc import Callable, Iterable, Iterator
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import IO
 
 from headgram.errors import HeadgramError
@@ -16,6 +17,8 @@ from headgram.results.asked import still_asked_for
 
 #: In the environment of a run and of its jobs: the results folder.
 RESULTS = "HEADGRAM_RESULTS"
+#: Characters of a path and of a name in it; no file system holds longer names, and headgram's are far shorter.
+_LONGEST_PATH, _LONGEST_NAME = 1000, 255
 #: A file system that cannot flush a folder says one of these.
 _NOT_SUPPORTED = (errno.EINVAL, errno.ENOTSUP, errno.EBADF)
 
@@ -169,6 +172,20 @@ def _is_temporary_of(name: str, wanted: set[str]) -> bool:
     return any("-".join(parts[:count]) in wanted for count in range(1, len(parts) + 1))
 
 
+def is_file_name(name: str) -> bool:
+    """Whether a text is the path of a file from a folder, as headgram writes such paths; it may lead out of the folder.
+
+    Examples
+    --------
+    >>> is_file_name("../atlas/a.pt"), is_file_name("atlas//a.pt"), is_file_name(".."), is_file_name("/etc/passwd")
+    (True, False, False, False)
+    """
+    path = PurePosixPath(name)
+    normal = posixpath.normpath(name) == name and path.name not in ("", os.pardir) and not path.is_absolute()
+    short = len(name) <= _LONGEST_PATH and all(len(part) <= _LONGEST_NAME for part in path.parts)
+    return normal and short and name.isascii() and name.isprintable()
+
+
 # ---- links
 
 
@@ -194,7 +211,7 @@ def _results() -> Path | None:
 
 def link_on_the_way(path: Path, results: Path) -> Path | None:
     """The first folder between the results folder and a path in it that is a symbolic link."""
-    return next((folder for folder in _folders_to(path, results) if folder.is_symlink()), None)
+    return next((folder for folder in _folders_to(path, results) if os.path.islink(folder)), None)  # noqa: PTH114
 
 
 def _folders_to(path: Path, results: Path) -> list[Path]:

@@ -30,7 +30,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 from headgram.errors import HeadgramError
 from headgram.foreign import first_problem, read_bounded
 from headgram.results.asked import still_asked_for
-from headgram.results.files import checksum, refuse_links, write_text
+from headgram.results.files import checksum, is_file_name, refuse_links, write_text
 from headgram.version import __version__
 
 #: Raised when the meaning or the layout of a file changes.
@@ -53,7 +53,7 @@ def digest(*parts: str) -> str:
 
 
 def _is_relative(name: str) -> str:
-    if Path(name).is_absolute() or "\0" in name:
+    if not is_file_name(name):
         raise ValueError("a file name relative to the record is needed")
     return name
 
