@@ -251,6 +251,7 @@ def test_a_stack_that_the_registry_forgets_is_noticed(monkeypatch: pytest.Monkey
         ("llama", 0, {"num_hidden_layers": -1}, r"num_hidden_layers = -1, which should be a whole number of at least 1"),
         ("llama", 0, {"num_hidden_layers": 2**31 - 1}, r"declares 2,147,483,647 layers, which no real model has"),
         ("llama", 0, {"per_layer_config": {"1": {"head_dim": 6}}}, r"changes layers 0 to 1 differently"),
+        ("llama", 0, {"per_layer_config": {"01": {"head_dim": 6}}}, r"changes layers 0 to 1 differently"),
         ("zamba2", 0, {"use_shared_attention_adapter": True}, r"adapter = True, a variant whose layout is not known"),
         ("gpt_bigcode", 0, {"multi_query": None}, r"multi_query = None, a variant whose layout is not known"),
         ("llama", 0, {"num_attention_heads": [4, 4]}, r"num_attention_heads = \[4, 4\], which should be a whole number"),
@@ -314,6 +315,10 @@ def test_global_heads_may_be_stated_in_either_way(tmp_path: Path) -> None:
     folder = saved("gemma4_text", tmp_path)
     with open_checkpoint(folder) as checkpoint:
         expected = checkpoint.stacks
+    changes = json.loads((folder / "config.json").read_text())["per_layer_config"]
+    padded = {name.zfill(2): change for name, change in changes.items()}  # as it writes them for more than ten layers
+    with open_checkpoint(reconfigured(folder, per_layer_config=padded)) as checkpoint:
+        assert checkpoint.stacks == expected
     with open_checkpoint(reconfigured(folder, per_layer_config=None, global_head_dim=20)) as checkpoint:
         assert checkpoint.stacks == expected
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any, Self
@@ -122,8 +123,8 @@ class Section:
         changes = self.get("per_layer_config")
         if not isinstance(changes, Mapping):
             return self
-        stated = [changes.get(str(layer)) for layer in layers]
-        own = [change if isinstance(change, Mapping) else {} for change in stated]
+        stated = {int(key): change for key, change in changes.items() if re.fullmatch("[0-9]{1,9}", str(key))}  # also "05"
+        own = [change if isinstance(change := stated.get(layer), Mapping) else {} for layer in layers]
         if any(change != own[0] for change in own):
             raise HeadgramError(
                 f"{self.whose} changes layers {layers[0]} to {layers[-1]} differently, which one stack cannot hold"
