@@ -229,20 +229,22 @@ def show(
     With --head, show one head of the first stack or of --stack: its numbers, heads like it, heads that feed or read it, tokens.
     """
     from headgram.atlas.display import console, show_head, show_model, show_models
+    from headgram.atlas.verify import blamed_on_damage
 
-    atlas = _opened(results, where)
     if head is not None and model is None:
         raise HeadgramError("--head needs a model: write `headgram show MODEL --head LAYER.HEAD`")
     if head is not None and not re.fullmatch(r"[0-9]{1,9}\.[0-9]{1,9}", head):
         raise HeadgramError(f"--head names a head of a model as LAYER.HEAD, such as 16.0, not {head!r:.60}")
-    if model is None:
-        show_models(atlas, console())
-    elif head is not None:
-        chosen = stack or atlas.stacks(model, circuit)[0]
-        layer, index = map(int, head.split("."))
-        show_head(atlas, model, chosen, circuit, layer, index, top, console())
-    else:
-        show_model(atlas, model, stack, circuit, top, console())
+    with blamed_on_damage(results):
+        atlas = _opened(results, where)
+        if model is None:
+            show_models(atlas, console())
+        elif head is not None:
+            chosen = stack or atlas.stacks(model, circuit)[0]
+            layer, index = map(int, head.split("."))
+            show_head(atlas, model, chosen, circuit, layer, index, top, console())
+        else:
+            show_model(atlas, model, stack, circuit, top, console())
 
 
 @app.command()
@@ -259,10 +261,12 @@ def compare(
     from headgram.atlas.compare import compare as compare_models
     from headgram.atlas.display import console, show_comparison
     from headgram.atlas.export import harmless
+    from headgram.atlas.verify import blamed_on_damage
     from headgram.results.files import write_text
 
-    comparison = compare_models(before, after, results, stack, circuit)
-    show_comparison(comparison, top, console())
+    with blamed_on_damage(results):
+        comparison = compare_models(before, after, results, stack, circuit)
+        show_comparison(comparison, top, console())
     if out:
         write_text(out, harmless(comparison.heads).to_csv(index=False))
         print(plain(f"wrote {out}"))
@@ -281,11 +285,13 @@ def export(
 ) -> None:
     """Write all tables of the atlas as CSV or NetCDF."""
     from headgram.atlas.export import export_csv, export_netcdf
+    from headgram.atlas.verify import blamed_on_damage
 
-    atlas = _opened(results, where)
-    for model in models or []:
-        atlas.stacks(model)  # refuse an unknown name before anything is written
-    paths = {"csv": export_csv, "netcdf": export_netcdf}[format](atlas, list(dict.fromkeys(models or atlas.models)), to)
+    with blamed_on_damage(results):
+        atlas = _opened(results, where)
+        for model in models or []:
+            atlas.stacks(model)  # refuse an unknown name before anything is written
+        paths = {"csv": export_csv, "netcdf": export_netcdf}[format](atlas, list(dict.fromkeys(models or atlas.models)), to)
     print(plain(f"wrote {', '.join(str(path) for path in paths)}"))
 
 

@@ -4,6 +4,8 @@ import contextlib
 import copy
 import json
 import os
+import shutil
+import subprocess
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -13,20 +15,25 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from locked import locked_llama
+from typer.testing import CliRunner
 
+from headgram.atlas.export import export_csv
+from headgram.atlas.reader import open_atlas
 from headgram.atlas.repair import repair
-from headgram.atlas.verify import verify
+from headgram.atlas.verify import blamed_on_damage, verify
 from headgram.checkpoints.sources import parse_json
+from headgram.cli import app
 from headgram.errors import HeadgramError, UnknownTypeError
 from headgram.results.asked import ask_for, asked_for, given_to
 from headgram.results.claims import Writing, claim, claimed, settle
 from headgram.results.paths import DERIVED, MERGED, Results
 from headgram.results.record import Identity, Provenance, _sealed_text, canonical, is_fresh, parquet_metadata, read_record, seal
 from headgram.results.tables import TABLES
-from headgram.run.startup import _read_sightings
+from headgram.run.startup import _read_sightings, asked_by_study
 from headgram.study.lock import Lock, lock_path, missing_rows, read_lock, write_lock
 from headgram.study.manifest import read_manifest
 from headgram.study.options import Config, read_options
@@ -322,6 +329,90 @@ def test_whatever_a_table_holds_verify_goes_on_to_the_end_and_names_it(results, 
     assert new, found
 
 
+#: Tables of other layers and heads than their model has.
+PLACED: dict[str, Callable[[pa.Table], pa.Table]] = {
+    "no rows": lambda table: table.slice(0, 0),
+    "other layers and heads in each of many rows": lambda table: pa.table(
+        {field.name: many(field, table[field.name][0].as_py()) for field in table.schema}, schema=table.schema
+    ),
+}
+
+
+def many(field: pa.Field, value: Any) -> list[Any]:
+    return list(range(3000)) if field.name in ("layer", "head", "layer_a", "layer_b", "index") else [value] * 3000
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+@pytest.mark.parametrize("name", ["models", "heads", "layers", "gram", "overlap", "spectra"])
+@pytest.mark.parametrize("kind", [*CONTENT, *PLACED])
+def test_whatever_a_table_holds_what_is_shown_of_it_is_shown_or_refused_in_one_sentence(results, kind, name, monkeypatch):
+    monkeypatch.chdir(results.parent)
+    path = Path(Results(str(results)).table(name, "m"))
+    write(path, (CONTENT | PLACED)[kind](read(path)), None)
+    for command in ("show", "show m", "show m --head 0.0", "compare m m", "export --format netcdf"):
+        error = CliRunner().invoke(app, [*command.split(), "--results", str(results)]).exception
+        assert error is None or isinstance(error, HeadgramError), (command, error)
+
+
+def test_an_error_that_no_damage_explains_stays_what_it_is(tmp_path):
+    with pytest.raises(ZeroDivisionError), blamed_on_damage(tmp_path):
+        _ = 1 / 0
+
+
+# ---- what is no file, at each level
+
+
+PLACES = [
+    "atlas", "atlas/heads", "atlas/heads/model=m", "atlas/heads/model=m/heads.parquet", "atlas/new",
+    "provenance", "provenance/m.json", "provenance/new.json", "models", "report", "report/data",
+]  # fmt: skip
+
+
+def deep(path: Path) -> None:
+    """Folders in one another, so many that no path leads to the last."""
+    with contextlib.chdir(path.parent):
+        for _ in range(1500):
+            os.mkdir(path.name)  # noqa: PTH102
+            os.chdir(path.name)
+
+
+ODDITIES: dict[str, Callable[[Path], None]] = {
+    "a link to itself": lambda path: path.symlink_to(path.name),
+    "a link to what no file system holds": lambda path: path.symlink_to("x" * 300),
+    "a link to nothing": lambda path: path.symlink_to("/nowhere"),
+    "a link to a device": lambda path: path.symlink_to("/dev/zero"),
+    "a link upwards": lambda path: path.symlink_to(".."),
+    "a pipe": os.mkfifo,
+    "deep folders": deep,
+}
+
+
+@pytest.mark.parametrize("kind", ODDITIES)
+@pytest.mark.parametrize("place", PLACES)
+def test_whatever_lies_in_a_results_folder_it_is_named_and_nothing_ends_early(results, place, kind):
+    path = results / place
+    if path.is_dir():
+        shutil.rmtree(path)
+    path.unlink(missing_ok=True)
+    path.parent.mkdir(exist_ok=True)
+    (results / "seed").mkdir()
+    (results / "seed" / "mine").touch()
+    ODDITIES[kind](path)
+    found = verify(results)[1]
+    said = " ".join(finding.sentence for finding in found)
+    assert "seed/mine belongs to no finished artifact" in said
+    assert place in said or kind == "deep folders"
+    repair(results, found, {})
+    with contextlib.suppress(HeadgramError):
+        claim(results, [Writing(results / "provenance" / "m.json", [results / name for name in PLACES if "." in name])])
+    settle(results)
+    with contextlib.suppress(HeadgramError):
+        open_atlas(results).table("heads")
+    assert (results / "seed" / "mine").exists()
+    if kind == "deep folders":
+        subprocess.run(["rm", "-r", str(path)], check=True)  # which pytest could not
+
+
 # ---- files without end
 
 
@@ -373,3 +464,65 @@ def test_a_file_of_a_study_that_never_ends_or_is_none_is_no_trap(tmp_path, reade
     except OSError as error:
         assert reader == "a run's beginning", error  # noqa: PT017  (said by the run that begins)
     assert time.monotonic() - start < 10
+
+
+#: What may stand in the place of directions, though it is a file that torch can read.
+DIRECTIONS = {"a list": [1], "no circuit": {}, "no stack": {"qk": 1}, "no tensors": {"qk": {"qk": {"layers": 1}}}}
+
+
+@pytest.mark.parametrize("what", ["table", "directions"])
+@pytest.mark.parametrize("kind", ["pipe", "/dev/zero", "loop", "folder", "gone", "garbage", *DIRECTIONS])
+def test_what_cannot_be_read_of_an_atlas_is_one_sentence_that_names_it(request, results, what, kind):
+    paths, atlas, start = Results(str(results)), open_atlas(results), time.monotonic()
+    path = Path(paths.directions("m") if what == "directions" else paths.table("spectra", "m"))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.unlink(missing_ok=True)
+    if kind == "pipe":
+        os.mkfifo(path)
+        # Another process wakes whoever waits for it: a library may hold the interpreter meanwhile.
+        waking = subprocess.Popen(["sh", "-c", 'while sleep 5; do : <> "$0"; done', path])
+        request.addfinalizer(lambda: (waking.kill(), waking.wait()))
+    elif kind == "folder":
+        path.mkdir()
+    elif kind in ("/dev/zero", "loop"):
+        path.symlink_to(path.name if kind == "loop" else kind)
+    elif kind in DIRECTIONS:
+        torch.save(DIRECTIONS[kind], path)
+    elif kind == "garbage":
+        path.write_bytes(b"\xff" * 100)
+    with pytest.raises(HeadgramError, match="cannot be read .*verify --repair") as caught:
+        atlas.directions("m", "qk") if what == "directions" else atlas.table("spectra", "m")
+    assert str(path) in str(caught.value)
+    if what == "table":
+        with pytest.raises(HeadgramError, match="spectra.parquet cannot be read"):  # not that what is written cannot be
+            export_csv(atlas, ["m"], results.parent / "export")
+    assert time.monotonic() - start < 5
+
+
+def test_a_results_folder_that_is_a_link_to_itself_is_one_sentence(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("results").symlink_to("results")
+    (tmp_path / "config").mkdir()
+    (tmp_path / "config" / "models.tsv").write_text("name\tsource\nm\tmodels/m\n")
+    write_lock(lock_path(tmp_path / "config" / "models.tsv"), {"m": locked_llama()})
+    asked_by_study(Path("results"))
+    with pytest.raises(HeadgramError, match="holds no artifact to verify"):
+        verify(Path("results"))
+
+
+def test_folders_without_end_are_walked_through_and_what_lies_beyond_a_path_is_passed_over(results, whole, monkeypatch):
+    """Folders in folders, deeper than Python recurses and than a path may be long."""
+    for level in range(3000):
+        if level == 0:
+            monkeypatch.chdir(results / "atlas")
+        Path("a").mkdir()
+        os.chdir("a")
+        if level in (10, 1500):
+            Path("notes.txt").touch()
+    monkeypatch.chdir(results.parent)
+    try:
+        found = [sentence.replace(str(results), "") for sentence in sentences(results)]
+        assert sum("notes.txt belongs to no finished artifact" in sentence for sentence in found) == 2
+        assert [sentence for sentence in found if "notes.txt" not in sentence] == whole
+    finally:
+        subprocess.run(["rm", "-r", results], check=True)  # which pytest could not

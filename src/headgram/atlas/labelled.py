@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
+
+from headgram.errors import HeadgramError
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -15,12 +18,13 @@ def by_layers(table: pd.DataFrame, value: str, attributes: Mapping[str, Any] | N
     import numpy as np
     import xarray as xr
 
-    layers, heads = np.unique(table["layer_a"]), np.unique(table["head"])
-    a, b = (np.searchsorted(layers, table[name]) for name in ("layer_a", "layer_b"))
+    layers, heads = np.union1d(table["layer_a"], table["layer_b"]), np.unique(table["head"])
+    keys = {"layer_a": layers, "layer_b": layers, "head": heads}
+    _require_filled(table, [*keys], len(layers) * (len(layers) + 1) // 2 * len(heads))
+    a, b, head = (np.searchsorted(axis, table[key]) for key, axis in keys.items())
     data = np.zeros((len(layers), len(layers), len(heads)))
-    data[a, b, table["head"]] = data[b, a, table["head"]] = table[value]
-    coordinates = {"layer_a": layers, "layer_b": layers, "head": heads}
-    return xr.DataArray(data, coords=coordinates, dims=list(coordinates), name=value, attrs=attributes)
+    data[a, b, head] = data[b, a, head] = table[value]
+    return xr.DataArray(data, coords=keys, dims=list(keys), name=value, attrs=attributes)
 
 
 def by_heads(
@@ -30,8 +34,12 @@ def by_heads(
     import numpy as np
     import xarray as xr
 
-    both = {"a": heads_a, "b": heads_b}
-    coordinates = {f"{name}_{side}": np.unique(heads[name]) for side, heads in both.items() for name in ("layer", "head")}
+    both: dict[str, pd.MultiIndex] = {
+        side: by_place(heads, ["layer", "head"]).index for side, heads in (("a", heads_a), ("b", heads_b))
+    }
+    coordinates = {
+        f"{name}_{side}": np.unique(heads.get_level_values(name)) for side, heads in both.items() for name in heads.names
+    }
     data = np.full([len(each) for each in coordinates.values()], np.nan, dtype=np.float32)
     data[tuple(np.searchsorted(each, table[name]) for name, each in coordinates.items())] = table[value]
     return xr.DataArray(data, coords=coordinates, dims=list(coordinates), name=value, attrs=attributes)
@@ -50,7 +58,7 @@ def symmetric(array: xr.DataArray, itself: pd.Series) -> xr.DataArray:
 
 def by_offset(table: pd.DataFrame, value: str, attributes: Mapping[str, Any]) -> xr.DataArray:
     """A column of the table `rotary`, as layers by heads by offsets."""
-    array: xr.DataArray = table.set_index(["layer", "head", "offset"])[value].to_xarray()
+    array: xr.DataArray = by_place(table, ["layer", "head", "offset"])[value].to_xarray()
     return array.assign_attrs(attributes)
 
 
@@ -60,3 +68,21 @@ def by_plane(table: pd.DataFrame, value: str, attributes: Mapping[str, Any]) -> 
     array: xr.DataArray = table[value].to_xarray()
     wavelength = table["wavelength"].to_xarray().isel(head=0, drop=True)
     return array.assign_coords(wavelength=wavelength).assign_attrs(attributes)
+
+
+def by_place(table: pd.DataFrame, keys: Sequence[str]) -> pd.DataFrame:
+    """A table with its places as index: one row for each layer, head and so on, so that an array of them holds no more than it.
+
+    Raises
+    ------
+    HeadgramError
+        If rows are missing or too many, as no run writes them.
+    """
+    _require_filled(table, keys, math.prod(table[key].nunique() for key in keys))
+    return table.set_index(list(keys))
+
+
+def _require_filled(table: pd.DataFrame, keys: Sequence[str], places: int) -> None:
+    if len(table) != places:
+        found = f"a table by {', '.join(keys)} has {len(table)} rows for {places} places"
+        raise HeadgramError(f"{found}: `headgram verify` names it, and with --repair the run after it makes it anew")

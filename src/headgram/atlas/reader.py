@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import os
+import pickle
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
-from headgram.atlas.labelled import by_heads, by_layers, by_offset, by_plane, symmetric
+from headgram.atlas.labelled import by_heads, by_layers, by_offset, by_place, by_plane, symmetric
 from headgram.atlas.tables import Tables
 from headgram.errors import HeadgramError, door, doors
+from headgram.results.files import MENDING, require_file
 
 if TYPE_CHECKING:
     import pandas as pd
     import xarray as xr
 
+_DIRECTIONS = ("layers", "right", "left", "signed", "signed_values")
 PairColumn = Literal["gram", "cosine", "transposed", "symmetric", "antisymmetric", "z"]
 Kind = Literal["q", "k", "v"]
 OffsetColumn = Literal["norm", "cosine", "transposed", "symmetry", "trace", "expected", "share", "energy"]
@@ -76,7 +79,7 @@ class Atlas(Tables):
         tables = {name: self.of_heads(name, model, stack, circuit) for name in pairs}
         arrays = {value: by_layers(tables[name], value) for name, values in pairs.items() for value in values}
         for name, keys in (("heads", ["layer", "head"]), ("spectra", ["layer", "head", "index"]), ("layers", ["layer"])):
-            table = self.of_heads(name, model, stack, circuit).drop(columns=["model", "circuit", "stack"]).set_index(keys)
+            table = by_place(self.of_heads(name, model, stack, circuit).drop(columns=["model", "circuit", "stack"]), keys)
             arrays |= dict(table.drop(columns=["rank", "hidden", "norms", "offset"], errors="ignore").to_xarray().data_vars)
         facts = self.of_heads("models", model, stack, circuit).set_index(["circuit", "stack"]).iloc[0]
         known = {name: value for name, value in facts.items() if value is not None}
@@ -269,14 +272,20 @@ class Atlas(Tables):
         Raises
         ------
         HeadgramError
-            If the model or the circuit was not measured.
+            If the model or the circuit was not measured, or the file cannot be read.
         """
         import torch
 
-        self._require(model)
-        self.stacks(model, circuit)
-        loaded: dict[str, dict[str, dict[str, Any]]] = torch.load(self.paths.directions(model), mmap=True, weights_only=True)
-        return loaded[circuit]
+        stacks, path = self.stacks(model, circuit), Path(self.paths.directions(model))
+        require_file(path)
+        try:
+            loaded = torch.load(path, mmap=True, weights_only=True)[circuit]
+            found = {stack: {name: loaded[stack][name] for name in _DIRECTIONS} for stack in stacks}
+        except (OSError, RuntimeError, pickle.UnpicklingError, LookupError, TypeError) as error:
+            raise HeadgramError(f"{path} cannot be read ({type(error).__name__}): {MENDING}") from None
+        if not all(isinstance(tensor, torch.Tensor) for tensors in found.values() for tensor in tensors.values()):
+            raise HeadgramError(f"{path} cannot be read (it holds no tensors): {MENDING}")
+        return found
 
 
 @door

@@ -12,7 +12,7 @@ import filelock
 from headgram.atlas.verify import Finding
 from headgram.errors import HeadgramError
 from headgram.results.claims import Claims, Writing, claim, claimed, is_as_written, is_ours
-from headgram.results.files import link_on_the_way, remove_temporaries, write_text
+from headgram.results.files import is_folder, link_on_the_way, remove_temporaries, write_text
 from headgram.results.record import FileSum, read_record
 
 
@@ -93,7 +93,5 @@ def _named_by(record: Path, results: Path) -> dict[Path, FileSum]:
     return {
         file: written
         for file, written in files.items()
-        if os.pardir not in file.relative_to(results).parts
-        and not link_on_the_way(file, results)
-        and (file.is_symlink() or not file.is_dir())
+        if os.pardir not in file.relative_to(results).parts and not link_on_the_way(file, results) and not is_folder(file)
     }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from functools import lru_cache
 from numbers import Real
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Self
 from headgram.described import Described
 from headgram.errors import HeadgramError, doors, require
 from headgram.forms.variants import is_made
+from headgram.results.files import MENDING
 from headgram.results.paths import LINEAGE, OPTIONAL, Results
 from headgram.results.record import read_record
 from headgram.study.manifest import MODEL_NAME
@@ -30,7 +32,9 @@ class Tables(Described):
     @property
     def models(self) -> list[str]:
         """Names of the measured models, sorted; those that were chosen by `where`."""
-        found = (path.stem for path in Path(self.paths.record("merge", "*")).parent.glob("*.json"))
+        found: list[str] = []
+        with contextlib.suppress(OSError):  # no folder, or none that can be read
+            found = [path.stem for path in Path(self.paths.record("merge", "*")).parent.glob("*.json")]
         names = sorted(name for name in found if MODEL_NAME.fullmatch(name))
         return names if self._chosen is None else [name for name in names if name in self._chosen]
 
@@ -137,7 +141,7 @@ class Tables(Described):
             try:
                 table = read_table(Path(path))
             except (OSError, pa.ArrowException) as error:
-                raise HeadgramError(f"{path} cannot be read ({error}): run `snakemake` again") from None
+                raise HeadgramError(f"{path} cannot be read ({error}): {MENDING}") from None
             if not table.schema.equals(TABLES[name]):
                 raise HeadgramError(f"{path} has other columns than the table '{name}' has now: run `snakemake` again")
             tables.append(table.to_pandas().assign(**keys))
@@ -197,7 +201,10 @@ class Tables(Described):
             raise HeadgramError(
                 f"the circuit '{circuit}' of '{model}' was not measured; there are: {', '.join(circuits)}{options}"
             )
-        return list(table[table["circuit"] == circuit]["stack"])
+        stacks = list(table[table["circuit"] == circuit]["stack"])
+        if len(stacks) > len(set(stacks)):
+            raise HeadgramError(f"the table `models` of '{model}' names a stack twice: {MENDING}")
+        return stacks
 
     def circuits(self, model: str) -> list[str]:
         """The circuits that were measured of a model: `qk`, `ov`, and forms that are made of them, such as `qk-folded`."""

@@ -8,6 +8,7 @@ import numpy as np
 import pyarrow as pa
 import xarray as xr
 
+from headgram.atlas.labelled import by_place
 from headgram.atlas.reader import Atlas
 from headgram.errors import HeadgramError
 from headgram.results.tables import DRIFT, HEADS, LAYERS
@@ -39,7 +40,7 @@ def trajectory(
         rows = table[table["other"] == other] if to else table
         if rows.empty:
             raise HeadgramError(f"{model} was compared with {other} in token space (lineage.basis), where heads have no {column}")
-        arrays.append(rows.set_index(keys)[column].to_xarray())
+        arrays.append(by_place(rows, keys)[column].to_xarray())
         if not arrays[-1].coords.equals(arrays[0].coords):
             raise HeadgramError(
                 f"{model} has other layers or heads than {pairs[0][0]}, so {column} has no trajectory over '{lineage}'; "

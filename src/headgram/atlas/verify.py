@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -18,7 +19,7 @@ from headgram.errors import HeadgramError
 from headgram.forms.variants import Variant
 from headgram.results.asked import asked_for
 from headgram.results.claims import Claims, claimed, is_ours
-from headgram.results.files import link_message
+from headgram.results.files import MENDING, everything_in, is_folder, link_message
 from headgram.results.paths import FOLDERS, RECORDS
 from headgram.results.record import DescribedIdentity, Record, damages, read_record, record_of
 from headgram.results.tables import QUARTILES, SIDES, SUMMARISED, TABLES, read_parts, read_table
@@ -79,10 +80,10 @@ def verify(results: Path, lock: Lock | None = None, keys: Mapping[str, str] | No
         If there is nothing to check.
     """
     folders = [results / folder for folder in FOLDERS]
-    links = sorted(path for folder in folders for path in (folder, *folder.rglob("*")) if path.is_symlink() and path.is_dir())
-    inside = [path for folder in folders if folder not in links for path in folder.rglob("*")]
+    inside = [path for folder in folders for path in everything_in(folder)]
+    links = sorted(path for path in inside if path.is_symlink() and os.path.isdir(path))  # noqa: PTH112  (that of Path raises)
     paths = sorted(path for path in inside if path.suffix == ".json" and path.relative_to(results).parts[0] in RECORDS)
-    present = {_place(path) for path in inside if (path.is_symlink() or not path.is_dir()) and path.name != _FOLDER_DATE}
+    present = {_place(path) for path in inside if not is_folder(path) and path.name != _FOLDER_DATE}
     if not paths and not links and not present:
         raise HeadgramError(f"{results} holds no artifact to verify")
     if keys is None:
@@ -125,6 +126,28 @@ def verify(results: Path, lock: Lock | None = None, keys: Mapping[str, str] | No
     claims = claimed(results)
     findings += [_stray(path, results, claims) for path in strays]
     return len(present), findings
+
+
+@contextlib.contextmanager
+def blamed_on_damage(results: Path) -> Iterator[None]:
+    """Whatever ends a reading of damaged results is said to be the damage; any other error is a fault of headgram, and stays so.
+
+    Raises
+    ------
+    HeadgramError
+        Names the first thing that `verify` finds.
+    """
+    try:
+        yield
+    except HeadgramError:
+        raise
+    except Exception as error:
+        findings: list[Finding] = []
+        with contextlib.suppress(HeadgramError):
+            findings = verify(results)[1]
+        if not findings:
+            raise
+        raise HeadgramError(f"{findings[0].sentence}; {MENDING}") from error
 
 
 def _stray(path: Path, results: Path, claims: Claims) -> Finding:

@@ -18,7 +18,15 @@ from typing import Any
 
 from headgram.errors import HeadgramError
 from headgram.foreign import read_bounded
-from headgram.results.files import checksum, is_file_name, link_on_the_way, refuse_links, remove_temporaries, write_text
+from headgram.results.files import (
+    checksum,
+    is_file_name,
+    is_folder,
+    link_on_the_way,
+    refuse_links,
+    remove_temporaries,
+    write_text,
+)
 from headgram.results.record import FileSum, read_record
 
 #: In the results folder.
@@ -57,7 +65,7 @@ def claim(results: Path, writings: Iterable[Writing]) -> None:
     for writing in writings:
         for path in writing.files:
             name = _name(path, results)
-            if os.path.lexists(path) and (name not in claims or _is_folder(path)):
+            if os.path.lexists(path) and (name not in claims or is_folder(path)):
                 raise HeadgramError(
                     f"{path} is in the way: headgram would write there, but no record of headgram names what lies there; "
                     "move it elsewhere, or delete it, and run again"
@@ -168,10 +176,6 @@ def _named(record: Path, results: Path) -> set[str] | None:
 
 def _name(path: Path, results: Path) -> str:
     return Path(os.path.relpath(path, results)).as_posix()
-
-
-def _is_folder(path: Path) -> bool:
-    return path.is_dir() and not path.is_symlink()
 
 
 def _is_claim(name: str, entry: Any) -> bool:

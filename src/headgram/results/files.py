@@ -19,6 +19,8 @@ from headgram.results.asked import still_asked_for
 RESULTS = "HEADGRAM_RESULTS"
 #: Characters of a path and of a name in it; no file system holds longer names, and headgram's are far shorter.
 _LONGEST_PATH, _LONGEST_NAME = 1000, 255
+#: What helps where a file of the results cannot be read, whatever is wrong with it.
+MENDING = "`headgram verify --repair`, and the run after it, make it anew"
 #: A file system that cannot flush a folder says one of these.
 _NOT_SUPPORTED = (errno.EINVAL, errno.ENOTSUP, errno.EBADF)
 
@@ -50,7 +52,7 @@ def written_whole(path: Path) -> Iterator[IO[bytes]]:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
         # torch reports a failed write as a RuntimeError of its own, with the system's error behind it.
-        if failure := _system_error(error):
+        if not isinstance(error, HeadgramError) and (failure := _system_error(error)):
             raise HeadgramError(f"{path} cannot be written: {_reason(failure)}.") from error
         raise
 
@@ -126,6 +128,28 @@ def scratch(beside: Path) -> Iterator[Callable[[str, int], Path]]:
             path.unlink(missing_ok=True)
 
 
+def everything_in(folder: Path) -> Iterator[Path]:
+    """A folder and all that lies in it, beyond no link; without what is not there, or has a path too long for the system."""
+    waiting = [folder]
+    while waiting:
+        if os.path.lexists(path := waiting.pop()):
+            yield path
+            with contextlib.suppress(OSError):
+                waiting += path.iterdir() if is_folder(path) else ()
+
+
+def require_file(path: Path) -> None:
+    """Refuse what is there and is no file, before it is opened: a pipe would be waited for, and a device might never end.
+
+    Raises
+    ------
+    HeadgramError
+        If it is anything else; not if there is nothing.
+    """
+    if path.exists() and not path.is_file():
+        raise HeadgramError(f"{path} cannot be read (it is no file): {MENDING}")
+
+
 def checksum(path: Path) -> str:
     """BLAKE2b of a file, as 32 hexadecimal digits."""
     with path.open("rb") as file:
@@ -187,6 +211,11 @@ def is_file_name(name: str) -> bool:
 
 
 # ---- links
+
+
+def is_folder(path: Path) -> bool:
+    """Whether something is a folder itself, not a link to one; also of a path that is too long."""
+    return os.path.isdir(path) and not os.path.islink(path)  # noqa: PTH112, PTH114  (those of Path raise)
 
 
 def refuse_links(path: Path, results: Path | None = None) -> None:

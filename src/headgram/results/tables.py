@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 
 from headgram.errors import HeadgramError
 from headgram.forms.variants import Variant
-from headgram.results.files import written_whole
+from headgram.results.files import require_file, written_whole
 from headgram.results.paths import Place
 from headgram.results.record import Provenance, parquet_metadata
 
@@ -314,6 +314,7 @@ def read_table(path: Path) -> pa.Table:
 @contextlib.contextmanager
 def _checked(path: Path) -> Iterator[pq.ParquetFile]:
     """An open Parquet file that claims no more values than its bytes can hold; pages are verified as they are read."""
+    require_file(path)
     with pq.ParquetFile(path, page_checksum_verification=True) as file:
         metadata = file.metadata
         groups = [metadata.row_group(i) for i in range(metadata.num_row_groups)]

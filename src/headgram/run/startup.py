@@ -24,7 +24,7 @@ from headgram.foreign import read_bounded
 from headgram.results.asked import ask_for, given_to
 from headgram.results.claims import NAME as CLAIMS
 from headgram.results.claims import Writing, claim, settle
-from headgram.results.files import RESULTS, remove_temporaries, write_text
+from headgram.results.files import RESULTS, everything_in, remove_temporaries, write_text
 from headgram.run import forkserver
 from headgram.run.project import FOLDER
 from headgram.study.lineages import misfits
@@ -223,7 +223,7 @@ def asked_by_study(results: Path) -> dict[str, str] | None:
     """
     try:
         plan = planned(given_to(results))
-        return plan.records() if Path(plan.config.results).resolve() == results.resolve() else None
+        return plan.records() if os.path.realpath(plan.config.results) == os.path.realpath(results) else None
     except (HeadgramError, OSError):
         return None
 
@@ -265,34 +265,33 @@ def _writings(workflow: Any, beside: Callable[[Any], Sequence[str]]) -> Iterator
 
 
 def _check_snakemakes_memory(results: Path) -> None:
-    """Refuse files of Snakemake's at which it would end with a traceback, whatever it is asked for, and what is no folder.
+    """Refuse files of Snakemake's at which it would end with a traceback, whatever it is asked for, and what is no folder in it.
 
     Only files that changed after the latest run's end are opened, whatever date somebody gave them: Snakemake itself changes none
     then, unless it was killed, and there may be many.
     """
-    for place in (_MEMORY.parent, _MEMORY):
+    for place in (_MEMORY.parent, *sorted(path for path in _MEMORY.parent.glob("*") if "." not in path.name)):
         if os.path.lexists(place) and not place.is_dir():
             kind = "a link to what is not there" if place.is_symlink() and not place.exists() else "no folder"
             raise HeadgramError(
-                f"{place}, where Snakemake remembers earlier runs, is {kind}: remove it, and run again. What is finished "
-                f"stays so: the records in {results} tell."
+                f"{place}, where Snakemake keeps what it knows of earlier runs, is {kind}: move it elsewhere, or delete it, "
+                f"and run again. What is finished stays so: the records in {results} tell."
             )
     lock = results / _LOCK
     ended = lock.stat().st_mtime_ns if lock.exists() else 0
-    for folder, _, names in os.walk(_MEMORY):
-        for name in names:
-            try:
-                state = os.lstat(Path(folder, name))
-                if stat.S_ISREG(state.st_mode) and state.st_ctime_ns <= ended:
-                    continue
-                _Remembered.model_validate(json.loads(read_bounded(Path(folder, name), _LARGEST).decode()))
-            except json.JSONDecodeError:
-                continue  # Snakemake passes over it
-            except (OSError, ValueError, RecursionError):
-                raise HeadgramError(
-                    f"{Path(folder, name)}, where Snakemake remembers an earlier run, is damaged: delete the folder {_MEMORY}, "
-                    f"and run again. What is finished stays so: the records in {results} tell."
-                ) from None
+    for path in everything_in(_MEMORY):
+        try:
+            state = path.lstat()
+            if stat.S_ISDIR(state.st_mode) or (stat.S_ISREG(state.st_mode) and state.st_ctime_ns <= ended):
+                continue
+            _Remembered.model_validate(json.loads(read_bounded(path, _LARGEST).decode()))
+        except json.JSONDecodeError:
+            continue  # Snakemake passes over it
+        except (OSError, ValueError, RecursionError):
+            raise HeadgramError(
+                f"{path}, where Snakemake remembers an earlier run, is damaged: delete the folder {_MEMORY}, "
+                f"and run again. What is finished stays so: the records in {results} tell."
+            ) from None
 
 
 def _read_sightings(path: Path) -> dict[str, Any]:
