@@ -7,6 +7,7 @@ rule around:
         record=RECORDS["around"],
     log:
         PATHS.log("around", "{model}"),
+    priority: 1  # the longest job of a model, composition, waits for it
     conda:
         ENVIRONMENT
     threads: 1

@@ -10,6 +10,7 @@ rule composition:
         record=RECORDS["composition"],
     log:
         PATHS.log("composition", "{model}"),
+    priority: 1  # the longest job of a model begins first
     conda:
         ENVIRONMENT
     threads: 1
