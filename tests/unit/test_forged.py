@@ -25,9 +25,9 @@ from headgram.atlas.export import export_csv
 from headgram.atlas.reader import open_atlas
 from headgram.atlas.repair import repair
 from headgram.atlas.verify import blamed_on_damage, verify
-from headgram.checkpoints.sources import parse_json
 from headgram.cli import app
 from headgram.errors import HeadgramError, UnknownTypeError
+from headgram.foreign import parse_json
 from headgram.results.asked import ask_for, asked_for, given_to
 from headgram.results.claims import Writing, claim, claimed, settle
 from headgram.results.paths import DERIVED, MERGED, Results
@@ -115,6 +115,17 @@ def test_a_key_that_stands_twice_among_many_is_found_at_once():
     with pytest.raises(ValueError, match="the key '7' stands there twice"):
         parse_json(content.encode())
     assert time.process_time() - start < 10
+
+
+@pytest.mark.parametrize("read", [read_record, read_lock, lambda path: claimed(path.parent) or read_lock(path)])
+def test_values_of_a_few_bytes_that_take_much_memory_are_not_parsed(tmp_path, read):
+    content = b'{"a": [' + b"{}," * (20 * 2**20) + b"{}]}"
+    for name in ("a.json", ".claims.json"):
+        (tmp_path / name).write_bytes(content)
+    start = time.process_time()
+    with pytest.raises(HeadgramError, match="it holds more than 2,097,152 values"):
+        read(tmp_path / "a.json")
+    assert time.process_time() - start < 2
 
 
 def test_what_is_locked_can_be_read(tmp_path):

@@ -27,10 +27,10 @@ from huggingface_hub.utils import httpx
 from pydantic import BaseModel, Field, ValidationError
 
 from headgram.checkpoints.answers import ATTEMPTS, answer, chunks, fetch, pause
-from headgram.checkpoints.sources import HUB_DIGEST, json_object, largest_json, parse_json
+from headgram.checkpoints.sources import HUB_DIGEST, json_object, largest_json
 from headgram.checkpoints.weight_files import CONFIG, PARAMS, WeightFiles, choose_weights, config_of, described_by, format_of
 from headgram.errors import HeadgramError
-from headgram.foreign import first_problem
+from headgram.foreign import first_problem, parse_json
 
 #: A listing of 50,000 files is smaller.
 _LARGEST_LISTING = 16 * 2**20

@@ -13,8 +13,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
 
-from headgram.checkpoints.sources import parse_json
 from headgram.errors import HeadgramError
+from headgram.foreign import parse_json
 
 #: As in the safetensors library.
 LARGEST_HEADER = 100_000_000

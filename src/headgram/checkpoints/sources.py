@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
-import json
 import os
 import re
 from dataclasses import dataclass
@@ -33,7 +32,7 @@ from headgram.checkpoints.weight_files import (
     weights_of_file,
 )
 from headgram.errors import HeadgramError
-from headgram.foreign import parse_yaml, read_bounded, stands_twice
+from headgram.foreign import parse_json, parse_yaml, read_bounded
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _PACKAGE = re.compile(r"package:([A-Za-z_]\w*)/(.+)")
@@ -222,24 +221,6 @@ def read_yaml(path: Path) -> dict[str, Any]:
     if not isinstance(value, dict) or not all(isinstance(name, str) for name in value):
         raise HeadgramError(f"{path} does not hold a table")
     return value
-
-
-def parse_json(text: bytes) -> Any:
-    """JSON in which no object has a key twice: a reader would have to choose between the two values.
-
-    Raises
-    ------
-    ValueError
-        If it is no JSON, or has a key twice.
-    """
-
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        found = dict(pairs)
-        if len(found) < len(pairs):
-            raise ValueError(stands_twice(key for key, _ in pairs))
-        return found
-
-    return json.loads(text, object_pairs_hook=unique)
 
 
 def _inside(boundary: Path, folder: Path, name: str) -> Path:

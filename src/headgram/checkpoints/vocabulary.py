@@ -15,14 +15,16 @@ from typing import Any
 
 from headgram.checkpoints.bases import AdaptedLocation, AnyLocation
 from headgram.checkpoints.gguf_store import strings_of
-from headgram.checkpoints.sources import Location, parse_json
+from headgram.checkpoints.sources import Location
 from headgram.errors import HeadgramError
-from headgram.foreign import read_bounded
+from headgram.foreign import parse_json, read_bounded
 
 #: The largest file of a tokenizer that is read; real ones take up to about 40 MiB.
 _LARGEST = 128 * 2**20
 #: The most tokens that are numbered; real vocabularies have up to about 300,000.
 _MOST = 2**21
+#: Values in a tokenizer's file: tokens, and pairs that are merged.
+_MOST_VALUES = 8 * _MOST
 #: What marks a blank at the beginning of a word in SentencePiece.
 _BLANK = "\u2581"
 #: Of these types, a token's number is that of its piece in a SentencePiece file and this: tokens of the model's own come first.
@@ -86,7 +88,7 @@ def _held_once(vocabulary: Mapping[int, str]) -> dict[str, int]:
 
 def _tokenizer_json(content: bytes) -> dict[int, str]:
     """The format of the library `tokenizers`: a map, or a list of texts and scores."""
-    whole = parse_json(content)
+    whole = parse_json(content, _MOST_VALUES)
     vocabulary = whole["model"]["vocab"]
     texts = _numbered(vocabulary) if isinstance(vocabulary, Mapping) else {i: str(text) for i, (text, _) in enumerate(vocabulary)}
     if '"ByteLevel"' in json.dumps([whole.get("pre_tokenizer"), whole.get("decoder")]):
@@ -98,7 +100,7 @@ def _tokenizer_json(content: bytes) -> dict[int, str]:
 
 def _vocab_json(content: bytes) -> dict[int, str]:
     """The map of GPT-2's format."""
-    return _decoded(_numbered(parse_json(content)))
+    return _decoded(_numbered(parse_json(content, _MOST_VALUES)))
 
 
 def _vocab_txt(content: bytes) -> dict[int, str]:

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from headgram.errors import HeadgramError
-from headgram.foreign import read_bounded
+from headgram.foreign import parse_json, read_bounded
 from headgram.results.files import (
     checksum,
     is_file_name,
@@ -78,7 +78,7 @@ def claim(results: Path, writings: Iterable[Writing]) -> None:
 def claimed(results: Path) -> Claims:
     """What runs have claimed; nothing if that is lost or damaged, for then records say what is headgram's."""
     try:
-        content = json.loads(read_bounded(results / NAME, _LARGEST))
+        content = parse_json(read_bounded(results / NAME, _LARGEST))
     except (OSError, ValueError, RecursionError):
         return {}
     return {name: entry for name, entry in content.items() if _is_claim(name, entry)} if isinstance(content, dict) else {}

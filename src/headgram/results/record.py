@@ -28,7 +28,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 from headgram.errors import HeadgramError
-from headgram.foreign import first_problem, read_bounded
+from headgram.foreign import first_problem, parse_json, read_bounded
 from headgram.results.asked import still_asked_for
 from headgram.results.files import checksum, is_file_name, refuse_links, write_text
 from headgram.version import __version__
@@ -266,9 +266,9 @@ def read_record(record: Path) -> Record:
         If it is damaged, too large, or of another schema.
     """
     try:
-        text = read_bounded(record, _LARGEST).decode()
-        content = json.loads(text)
-        if not isinstance(content, dict) or content.pop("record", None) is None or text != _sealed_text(content):
+        written = read_bounded(record, _LARGEST)
+        content = parse_json(written)
+        if not isinstance(content, dict) or content.pop("record", None) is None or written != _sealed_text(content).encode():
             raise ValueError("it is not what was written")
         return Record.model_validate(content)
     except (OSError, ValueError, RecursionError) as error:

@@ -20,7 +20,7 @@ import filelock
 from pydantic import BaseModel, ConfigDict
 
 from headgram.errors import HeadgramError
-from headgram.foreign import read_bounded
+from headgram.foreign import parse_json, read_bounded
 from headgram.results.asked import ask_for, given_to
 from headgram.results.claims import NAME as CLAIMS
 from headgram.results.claims import Writing, claim, settle
@@ -297,7 +297,7 @@ def _check_snakemakes_memory(results: Path) -> None:
 def _read_sightings(path: Path) -> dict[str, Any]:
     """What earlier runs remember; nothing if that is lost or damaged, for it can be found again."""
     try:
-        content = json.loads(read_bounded(path, _LARGEST))
+        content = parse_json(read_bounded(path, _LARGEST))
     except (OSError, ValueError, RecursionError):
         return {}
     return content if isinstance(content, dict) else {}

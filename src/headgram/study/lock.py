@@ -17,11 +17,11 @@ import filelock
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from headgram.checkpoints.bases import AnyLocation, locate_here
-from headgram.checkpoints.sources import HUB_DIGEST, parse_json
+from headgram.checkpoints.sources import HUB_DIGEST
 from headgram.errors import MANIFEST, HeadgramError, upgrading
 from headgram.families.around import AROUND
 from headgram.families.registry import Family
-from headgram.foreign import first_problem, read_bounded
+from headgram.foreign import first_problem, parse_json, read_bounded
 from headgram.results.files import remove_temporaries, temporaries_in, write_text
 from headgram.results.record import canonical, digest
 from headgram.study.manifest import MODEL_NAME, OVERRIDE_COLUMNS, Row
