@@ -28,6 +28,7 @@ import torch
 from headgram.forms.circuits import ov, qk, shared_head
 from headgram.geometry.composition import reads, scores, writes
 from headgram.geometry.costs import Route, Sizes, cheapest, flops
+from headgram.geometry.eigen import largest_magnitude
 from headgram.geometry.inner import inner_products, sizes_of
 from headgram.geometry.same_index import same_index_products
 from headgram.run.forkserver import KEEP_MEMORY
@@ -166,6 +167,29 @@ def spectra_table(device: str, rounds: int, peer: type | None) -> list[str]:
             f"| {shape.name} | {ours / shape.timed_heads * 1e3:.1f} | {ours / floor:.2f} | {loop / ours:.2f} "
             f"| {'' if svd is None else f'{svd / ours:.2f}'} |"
         )
+    return rows
+
+
+def refined(rough: torch.Tensor, matrices: torch.Tensor) -> torch.Tensor:
+    """The four products of a step of refinement of eigenvectors, in float64 (Ogita & Aishima, JJIAM 35, 2018)."""
+    vectors = rough.double()
+    return vectors @ (vectors.mT @ vectors + vectors.mT @ (matrices @ vectors))
+
+
+def eigenproblem_table(device: str, rounds: int) -> list[str]:
+    """A row per size: the symmetric eigenproblem of a head, all values and the vectors of the 8 largest."""
+    rows = ["| rows | ours, ms | all vectors / ours | in float32, then refined / ours |", "|---|---|---|---|"]
+    for rank in sorted({shape.rank for shape in SHAPES}):
+        matrices = torch.randn(8, 2 * rank, 2 * rank, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).to(device)
+        matrices = matrices + matrices.mT
+        ours, everything, twice = seconds(
+            lambda m=matrices: largest_magnitude(m, 8),
+            lambda m=matrices: torch.linalg.eigh(m),
+            lambda m=matrices: refined(torch.linalg.eigh(m.float())[1], m),
+            rounds=rounds,
+            device=device,
+        )
+        rows.append(f"| {2 * rank} | {ours / len(matrices) * 1e3:.1f} | {everything / ours:.2f} | {twice / ours:.2f} |")
     return rows
 
 
@@ -321,6 +345,7 @@ def main() -> None:
         where = "the GPU" if device == "cuda" else f"{threads} thread{'s' if threads > 1 else ''}"
         if threads == 1:
             print(f"### Spectra of a layer, {where}\n", *spectra_table(device, arguments.rounds, peer), sep="\n", end="\n\n")
+            print(f"### Eigenproblems, {where}\n", *eigenproblem_table(device, arguments.rounds), sep="\n", end="\n\n")
             print(f"### Growth, {where}\n", *growth_table(device, arguments.rounds), sep="\n", end="\n\n")
         print(f"### Inner products, {where}\n", *pairs_table(device, arguments.rounds), sep="\n", end="\n\n", flush=True)
         print(f"### All heads with all heads, {where}\n", *all_pairs_table(device, arguments.rounds), sep="\n", end="\n\n")
