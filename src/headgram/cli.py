@@ -8,6 +8,7 @@ import re
 import shlex
 import sys
 import textwrap
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal, Optional
 
@@ -198,9 +199,11 @@ _Where = Annotated[
 _Top = Annotated[int, typer.Option(min=1, help="Rows of each list of heads.")]
 
 
-def _opened(results: Path, where: list[str] | None) -> Atlas:
-    """The atlas of the models that are asked for."""
+@contextlib.contextmanager
+def _opened(results: Path, where: list[str] | None) -> Iterator[Atlas]:
+    """The atlas of the models that are asked for; whatever ends its reading is said to be damage, if there is any."""
     from headgram.atlas.reader import open_atlas
+    from headgram.atlas.verify import blamed_on_damage
 
     wanted: dict[str, list[str | float]] = {}
     for text in where or []:
@@ -210,8 +213,9 @@ def _opened(results: Path, where: list[str] | None) -> Atlas:
         wanted.setdefault(column, []).append(value)
         with contextlib.suppress(ValueError):
             wanted[column].append(float(value))
-    atlas = open_atlas(results)
-    return atlas.where(**wanted) if wanted else atlas
+    with blamed_on_damage(results):
+        atlas = open_atlas(results)
+        yield atlas.where(**wanted) if wanted else atlas
 
 
 @app.command()
@@ -229,22 +233,19 @@ def show(
     With --head, show one head of the first stack or of --stack: its numbers, heads like it, heads that feed or read it, tokens.
     """
     from headgram.atlas.display import console, show_head, show_model, show_models
-    from headgram.atlas.verify import blamed_on_damage
 
     if head is not None and model is None:
         raise HeadgramError("--head needs a model: write `headgram show MODEL --head LAYER.HEAD`")
     if head is not None and not re.fullmatch(r"[0-9]{1,9}\.[0-9]{1,9}", head):
         raise HeadgramError(f"--head names a head of a model as LAYER.HEAD, such as 16.0, not {head!r:.60}")
-    with blamed_on_damage(results):
-        atlas = _opened(results, where)
+    with _opened(results, where) as atlas:
         if model is None:
             show_models(atlas, console())
-        elif head is not None:
-            chosen = stack or atlas.stacks(model, circuit)[0]
-            layer, index = map(int, head.split("."))
-            show_head(atlas, model, chosen, circuit, layer, index, top, console())
-        else:
+        elif head is None:
             show_model(atlas, model, stack, circuit, top, console())
+        else:
+            layer, index = map(int, head.split("."))
+            show_head(atlas, model, stack or atlas.stacks(model, circuit)[0], circuit, layer, index, top, console())
 
 
 @app.command()
@@ -261,10 +262,9 @@ def compare(
     from headgram.atlas.compare import compare as compare_models
     from headgram.atlas.display import console, show_comparison
     from headgram.atlas.export import harmless
-    from headgram.atlas.verify import blamed_on_damage
     from headgram.results.files import write_text
 
-    with blamed_on_damage(results):
+    with _opened(results, None):
         comparison = compare_models(before, after, results, stack, circuit)
         show_comparison(comparison, top, console())
     if out:
@@ -285,10 +285,8 @@ def export(
 ) -> None:
     """Write all tables of the atlas as CSV or NetCDF."""
     from headgram.atlas.export import export_csv, export_netcdf
-    from headgram.atlas.verify import blamed_on_damage
 
-    with blamed_on_damage(results):
-        atlas = _opened(results, where)
+    with _opened(results, where) as atlas:
         for model in models or []:
             atlas.stacks(model)  # refuse an unknown name before anything is written
         paths = {"csv": export_csv, "netcdf": export_netcdf}[format](atlas, list(dict.fromkeys(models or atlas.models)), to)
