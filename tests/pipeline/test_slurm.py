@@ -4,14 +4,17 @@ import json
 import os
 import subprocess
 import time
+from pathlib import Path
 
 import pytest
+import yaml
 
 from pipeline.conftest import Project, default_project, small_project
 from pipeline.s3_server import SECRET_KEY, s3_server
 from pipeline.slurm_cluster import INSTALL, OPTIONS, SlurmCluster, missing, slurm_cluster
 
-GPU_STAGES = ("eigen", "gram", "derive")
+RULES = Path(__file__).parents[2] / "workflow" / "rules"
+GPU_STAGES = {path.stem for path in RULES.glob("*.smk") if "gpu=GPUS" in path.read_text()}
 
 
 @pytest.fixture(scope="module")
@@ -38,6 +41,12 @@ def start(project: Project, cluster: SlurmCluster, *arguments: str) -> subproces
 def records(project: Project) -> list[dict]:
     report = project.folder / "results" / "report"
     return [json.loads(path.read_text()) for path in [*project.records(), *report.rglob("*.json")]]
+
+
+def test_every_rule_that_computes_has_a_partition_with_gpus():
+    profile = yaml.safe_load((RULES.parents[1] / "profiles" / "slurm" / "config.yaml").read_text())
+    assert set(profile["set-resources"]) == GPU_STAGES > {"eigen", "gram", "composition"}
+    assert all(asked == {"slurm_partition": "gpu", "gpu": 1} for asked in profile["set-resources"].values())
 
 
 def test_the_default_manifest(cluster, measured, tmp_path):

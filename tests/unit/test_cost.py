@@ -9,12 +9,17 @@ from locked import locked_llama
 from typer.testing import CliRunner
 
 from headgram.cli import app
+from headgram.forms.reading import Frame, Frames, Norm, Rotary
 from headgram.geometry import costs as prices
 from headgram.geometry import inner, routes
+from headgram.results.around import write_around
 from headgram.results.factors import write_factors
 from headgram.results.record import Identity, Provenance, record_of, seal
+from headgram.stages.composition import Composed, compose
 from headgram.stages.eigen import measure_shard
 from headgram.stages.gram import measure_row
+from headgram.stages.rotary import Turned, measure_rotary
+from headgram.stages.sources import Sources
 from headgram.study.cost import GPUS, costs, table
 from headgram.study.lock import lock_path, write_lock
 from headgram.study.options import load_config
@@ -30,8 +35,9 @@ SHAPES = {
 SMALL = {"layers": 4, "heads": 6, "kv_heads": 3, "rank": 8, "hidden": 512}
 
 
-def planned(shape, **options):
-    return make_plan({"m": locked_llama(**shape)}, load_config({"circuits": ["qk"]} | options), ROOT / "workflow" / "scripts")
+def planned(shape, circuits=("qk",), **options):
+    config = load_config({"circuits": list(circuits)} | options)
+    return make_plan({"m": locked_llama(**shape)}, config, ROOT / "workflow" / "scripts")
 
 
 @pytest.mark.parametrize(
@@ -66,10 +72,55 @@ def test_a_gpu_is_given_as_many_bytes_and_multiplies_as_much_as_the_plan_says(tm
         assert device.bytes_in == pytest.approx(work["eigen"].copied, rel=0.03)
 
 
+@pytest.mark.parametrize("block", [2**30, 2 * 6 * 4 * 8 * 512], ids=["one block", "two layers in a block"])
+def test_compositions_and_turns_are_what_the_plan_says(tmp_path, monkeypatch, block):
+    monkeypatch.setattr(prices, "BLOCK_BYTES", block)
+    monkeypatch.setattr("headgram.study.cost.BLOCK_BYTES", block)
+    monkeypatch.setattr("headgram.stages.kernels.BLOCK_BYTES", block)
+    plan = planned(SMALL, ("qk", "ov"), composition={"enabled": True, "strongest": 3})
+    work, chance = costs(plan), torch.Generator().manual_seed(0)
+    files, keys = {}, {}
+    for circuit, roles in (("qk", ("query", "key")), ("ov", ("output", "value"))):
+        path, extract = tmp_path / f"{circuit}.pt", Identity("extract", "{}", circuit, "c")
+        weights = {role: torch.randn(4, n, 8, 512, generator=chance).bfloat16() for role, n in zip(roles, (6, 3), strict=True)}
+        write_factors(path, range(4), weights)
+        seal(record_of(path), Provenance(extract, "m", "self", circuit), [path])
+        files[circuit], keys[circuit] = [path], extract.key
+    waves = Rotary(torch.tensor([1.0, 0.3, 0.1, 0.03], dtype=torch.float64), interleaved=False)
+    norm = Norm(centred=False, gain=torch.rand(512, generator=chance, dtype=torch.float64) + 0.5)
+    frames = {"self": Frames({layer: Frame(norm=norm, source_norm=norm, rotary=waves) for layer in range(4)}, context=2**10)}
+    around = tmp_path / "around.pt"
+    identity = Identity("around", "{}", "f", "c")
+    write_around(around, frames)
+    seal(record_of(around), Provenance(identity, "m", None), [around])
+
+    def provenance(stage, upstream):
+        return Provenance(Identity(stage, "{}", "f", "c", upstream), "m", None, None, "cuda")
+
+    with StandIn() as device:
+        composed = Composed(*(tmp_path / name for name in ("a", "b", "c", "d", "e.json")))
+        compose(Sources({"self": files}, keys, frames), composed, plan.config, provenance("composition", tuple(keys.values())))
+        counted = {str(of).removeprefix("torch."): flops for (of, _), flops in device.flops.items()}
+        assert device.bytes_in == pytest.approx(work["composition"].copied, rel=0.1)
+        assert counted["float32"] == pytest.approx(work["composition"].flops["float32"], rel=0.1)
+        assert 0.8 < counted["float64"] / work["composition"].flops["float64"] < 1  # without what is factored
+        device.reset()
+        turned = Turned(*(tmp_path / name for name in ("f", "g", "h", "i.json")))
+        measure_rotary(
+            (around, record_of(around)),
+            {"self": files["qk"]},
+            turned,
+            plan.config,
+            provenance("rotary", (keys["qk"], identity.key)),
+        )
+        assert device.bytes_in == pytest.approx(work["rotary"].copied, rel=0.1)
+        assert device.flops[torch.float64, torch.float64] == pytest.approx(work["rotary"].flops["float64"])
+
+
 @functools.cache
-def counted(name, pairs, budget):
+def counted(name, pairs, budget, circuits=("qk",)):
     """The plan of a shape, and its costs, which take seconds to count for a hundred thousand pairs of blocks."""
-    plan = planned(SHAPES[name], gram={"pairs": pairs}, memory_budget=budget)
+    plan = planned(SHAPES[name], circuits, gram={"pairs": pairs}, memory_budget=budget)
     return plan, costs(plan)
 
 
@@ -95,7 +146,7 @@ def test_a_part_more_doubles_what_is_counted():
     ("name", "pairs"), [("Qwen3-4B", "auto"), ("Llama-3.1-405B", "auto"), ("Llama-3.1-70B", "all"), ("Llama-3.1-405B", "all")]
 )
 def test_the_documentation_says_what_is_counted(name, pairs):
-    assert table(counted(name, pairs, "2 GiB")[1]) in (ROOT / "docs" / "scaling.md").read_text()
+    assert table(counted(name, pairs, "2 GiB", ("qk", "ov"))[1]) in (ROOT / "docs" / "scaling.md").read_text()
 
 
 @pytest.mark.parametrize(("name", "count", "budget"), [("Llama-3.1-70B", 5120, "512 MiB"), ("Llama-3.1-405B", 16128, "2 GiB")])

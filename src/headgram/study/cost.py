@@ -12,17 +12,26 @@ from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
-from headgram.geometry.costs import GPU, TENSOR_CORES, Route, Sizes, blocks, cheapest, flops, spectra_flops, traffic
-from headgram.study.jobs import HeadsPlan, Layers, stored_bytes
+from headgram.forms.variants import FOLDED, Variant, needs
+from headgram.geometry.costs import BLOCK_BYTES, GPU, TENSOR_CORES, Route, Sizes, blocks, cheapest, flops, spectra_flops, traffic
+from headgram.results.paths import between_streams
+from headgram.study.jobs import HeadsPlan, Layers, stored_bytes, turns
+from headgram.study.lock import LockedStack
 from headgram.study.options import Config
-from headgram.study.plan import Plan
+from headgram.study.plan import ModelPlan, Plan
 
-#: The stages that compute on a GPU, where there is one.
-STAGES = ("eigen", "gram", "derive")
+#: The stages that compute on a GPU, where there is one, with the options as they are delivered.
+STAGES = ("eigen", "gram", "rotary", "derive", "composition")
 #: How often the weights of a batch go through memory while its spectra are measured: products, triangles, directions, checks.
 _PASSES = 8
+#: The same while the forms of their products are made.
+_PASSES_OF_ENDS = 4
 #: Terms that tensor cores are taken to add up accurately.
 _LONGEST = 4096
+#: Products of the weights with themselves that the stage `rotary` takes of each form, and the offsets that it measures, about.
+_GRAMS, _OFFSETS = 4, 24
+#: Blocks of spans that the stage `composition` keeps, and what it takes to look at one pair closely: QR, an SVD, eigenvalues.
+_KEPT_SPANS, _QR, _SMALL = 8, 8, 60
 
 
 @dataclass(frozen=True)
@@ -99,11 +108,18 @@ def costs(plan: Plan) -> dict[str, Work]:
     found = {stage: Work() for stage in STAGES}
     for model in plan.models.values():
         found["derive"].jobs += 1
+        if ("rotary", "") in model.identities:
+            found["rotary"].jobs += 1
+            for stack in model.stacks_of("qk"):
+                found["rotary"].add(_rotary(model.extracted["qk", stack], plan.config))
+        found["composition"].jobs += bool(model.composed)
+        for stack in model.composed:
+            found["composition"].add(_composition(model, stack, plan.config))
         for (circuit, _), heads in model.heads.items():
             found["eigen"].add(_eigen(heads, plan.config, plan.config.original.enabled and circuit == "qk"))
             found["gram"].add(_gram(heads, plan.config))
             found["derive"].add(_derive(heads, plan.config.eigen.topk))
-    return found
+    return {stage: work for stage, work in found.items() if work.jobs}
 
 
 def _layer_bytes(plan: HeadsPlan, config: Config) -> int:
@@ -199,6 +215,104 @@ def _derive(plan: HeadsPlan, topk: int) -> Work:
         route = cheapest(sizes, GPU)
         work.flops[kind] = 3 * sets * flops(route, sizes)
         work.memory += 3 * sets * traffic(route, sizes, GPU.longest) * (2 if kind == "float64" else 1)
+    return work
+
+
+def _folds(stack: LockedStack, circuit: str) -> bool:
+    """Whether norms before a stack's heads are known, so that they are folded into the forms of a circuit."""
+    return stack.around is not None and not set(needs(Variant(circuit, FOLDED))) & set(stack.around.missing)
+
+
+def _rotary(plan: HeadsPlan, config: Config) -> Work:
+    """Products of queries and of keys, in float64, of each form; the offsets, whose small matrices go through memory."""
+    stack, rank, layers = plan.stack, plan.locked.rank, len(plan.stack.layers)
+    work, forms = Work(distinct=float(layers * _layer_bytes(plan, config))), 1 + _folds(stack, "qk")
+    work.copied = forms * work.distinct
+    if not turns(plan):
+        return work
+    products = _GRAMS * (stack.heads + stack.kv_heads) + stack.heads
+    work.flops["float64"] = forms * layers * products * 2.0 * rank**2 * stack.hidden
+    work.memory = forms * layers * 8.0 * (products * rank * stack.hidden + _OFFSETS * stack.heads * 8 * rank**2)
+    return work
+
+
+def _composition(model: ModelPlan, name: str, config: Config) -> Work:
+    """All compositions of a stack, the kernels of all spans, and the strongest pairs of each kind."""
+    plans = {circuit: model.extracted[circuit, name] for circuit in ("qk", "ov")}
+    work = Work(distinct=sum(float(len(plan.stack.layers) * _layer_bytes(plan, config)) for plan in plans.values()))
+    writings: set[str] = set()  # of what is written, where one block holds all of it: formed once
+    for circuit in ("qk", "qk", "ov"):
+        reading = plans[circuit]
+        crossing = between_streams(name) and bool(work.flops)  # keys and values are those of the encoder's stream
+        if crossing and ("ov", "encoder") not in model.extracted:
+            break
+        writing = model.extracted["ov", "encoder"] if crossing else plans["ov"]
+        folded = _folds(reading.stack, circuit) and _folds(writing.stack, "ov")
+        sides = 1 + (circuit == "qk" and turns(reading))
+        work.add(_ends(reading, config, folded, sides))
+        readers, writers = (Counter(_heads_of_blocks(each)) for each in (reading, writing))
+        formed = readers.total() if writers.total() > 1 else int(writing.stack.name not in writings)
+        writings.add(writing.stack.name)
+        for _ in range(formed):
+            work.add(_ends(writing, config, folded))
+        for (n_x, count_x), (n_y, count_y) in itertools.product(readers.items(), writers.items()):
+            heads, ranks = (sides * n_x, n_y), (reading.locked.rank, writing.locked.rank)
+            work.add(
+                _between(Sizes(heads, heads, heads, ranks, reading.stack.hidden, same=False, symmetric=True), count_x * count_y)
+            )
+        rank, width, pairs = reading.locked.rank, reading.stack.hidden, config.composition.strongest
+        work.flops["float64"] += pairs * (_QR * rank**2 * width + _SMALL * rank**3)
+        work.copied += (
+            pairs * 2.0 * (rank + writing.locked.rank) * width * (4 if folded else stored_bytes(reading.locked, config))
+        )
+    work.add(_kernels(plans, config))
+    return work
+
+
+def _heads_of_blocks(plan: HeadsPlan) -> Iterator[int]:
+    for layers, heads in blocks(plan.stack.layers, plan.stack.heads, plan.locked.rank, plan.stack.hidden):
+        yield len(layers) * len(heads)
+
+
+def _ends(plan: HeadsPlan, config: Config, folded: bool, sides: int = 1) -> Work:
+    """What heads read or write, as forms in float32 from products in float64; on two sides if positions turn what is read."""
+    stack, rank, layers = plan.stack, plan.locked.rank, len(plan.stack.layers)
+    factors, stored = layers * (stack.heads + stack.kv_heads), 4 if folded else stored_bytes(plan.locked, config)
+    work = Work(copied=float(factors * rank * stack.hidden * stored))
+    work.flops["float64"] = sides * (2.0 * factors * rank**2 * stack.hidden + layers * stack.heads * 4.0 * rank**3)
+    work.flops["float64"] += (sides - 1) * factors * 30.0 * rank**3
+    work.flops["float32"] = sides * layers * stack.heads * 2.0 * rank**2 * stack.hidden
+    work.memory = sides * _PASSES_OF_ENDS * 8.0 * factors * rank * stack.hidden
+    return work
+
+
+def _kernels(plans: dict[str, HeadsPlan], config: Config) -> Work:
+    """Spans of queries, keys, values and outputs, layer by layer in blocks, and the products of every two."""
+    stack, rank = plans["qk"].stack, max(plan.locked.rank for plan in plans.values())
+    folded = all(_folds(stack, circuit) for circuit in plans)
+    roles = [stack.heads * 2, stack.kv_heads * 2] if between_streams(stack.name) else [2 * (stack.heads + stack.kv_heads)]
+    work = Work()
+    for spans in roles:
+        most = max(1, BLOCK_BYTES // (4 * spans * rank * stack.hidden))
+        runs = [min(most, len(stack.layers) - start) for start in range(0, len(stack.layers), most)]
+        pairs = list(itertools.combinations_with_replacement(range(len(runs)), 2))
+        read = len(runs) if len(runs) <= _KEPT_SPANS else len(pairs)  # a block that is not kept is read again
+        factors = spans * len(stack.layers) * read / len(runs)
+        stored = 4 if folded else stored_bytes(plans["qk"].locked, config)
+        work.copied += factors * rank * stack.hidden * stored
+        work.flops["float64"] += 3.0 * factors * rank**2 * stack.hidden
+        work.memory += _PASSES_OF_ENDS * 8.0 * factors * rank * stack.hidden
+        for one, other in pairs:
+            heads = spans * runs[one], spans * runs[other]
+            sizes = Sizes(heads, heads, heads, (rank, rank), stack.hidden, same=one == other, symmetric=True)
+            work.add(_between(sizes, 1))
+    return work
+
+
+def _between(sizes: Sizes, count: int) -> Work:
+    """Products of symmetric forms in float32."""
+    work, route = Work(), cheapest(sizes, GPU)
+    work.flops["float32"], work.memory = count * flops(route, sizes), count * traffic(route, sizes, GPU.longest)
     return work
 
 

@@ -124,14 +124,14 @@ def composition_flops(qk: HeadsPlan, ov: HeadsPlan) -> float:
     both = (count, count)
     of_kinds = [
         Sizes(both, both, both, (reading.locked.rank, ov.locked.rank), qk.stack.hidden, same=False, symmetric=True)
-        for reading in (*(qk,) * (4 if _turns(qk) else 2), ov)
+        for reading in (*(qk,) * (4 if turns(qk) else 2), ov)
     ]
     spans, rank = (2 * (count + len(qk.stack.layers) * qk.stack.kv_heads),) * 2, max(qk.locked.rank, ov.locked.rank)
     of_kinds.append(Sizes(spans, spans, spans, (rank, rank), qk.stack.hidden, same=True, symmetric=True))
     return sum(flops(cheapest(sizes), sizes) for sizes in of_kinds)
 
 
-def _turns(heads: HeadsPlan) -> bool:
+def turns(heads: HeadsPlan) -> bool:
     """Whether positions are known to turn queries and keys."""
     return heads.stack.around is not None and heads.stack.around.turns
 
