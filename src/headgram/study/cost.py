@@ -119,7 +119,7 @@ def costs(plan: Plan) -> dict[str, Work]:
             found["eigen"].add(_eigen(heads, plan.config, plan.config.original.enabled and circuit == "qk"))
             found["gram"].add(_gram(heads, plan.config))
             found["derive"].add(_derive(heads, plan.config.eigen.topk))
-    return {stage: work for stage, work in found.items() if work.jobs}
+    return found
 
 
 def _layer_bytes(plan: HeadsPlan, config: Config) -> int:
@@ -317,12 +317,12 @@ def _between(sizes: Sizes, count: int) -> Work:
 
 
 def table(found: dict[str, Work]) -> str:
-    """A row for each stage, in Markdown."""
+    """A row for each stage that has jobs, in Markdown."""
     kinds = ("float64", "float32", "bfloat16")
     head = ["stage", "jobs", *(f"TFLOP {kind}" for kind in kinds), "GB in memory", "GB copied", "times each"]
     head += [f"{gpu.name}, s" for gpu in GPUS]
     lines = [head, ["---"] * len(head)]
-    for stage, work in found.items():
+    for stage, work in ((stage, work) for stage, work in found.items() if work.jobs):
         numbers = [*(work.flops[kind] / 1e12 for kind in kinds), work.memory / 1e9, work.copied / 1e9, work.copies]
         numbers += [work.seconds(gpu) for gpu in GPUS]
         lines.append([stage, str(work.jobs), *(f"{number:,.0f}" if number >= 100 else f"{number:.2g}" for number in numbers)])
