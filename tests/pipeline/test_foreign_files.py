@@ -1,6 +1,7 @@
 """Whatever lies in the results folder and is not headgram's, survives every run; no link in it is followed."""
 
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -123,6 +124,31 @@ def test_a_file_where_headgram_would_write_is_not_overwritten(project, place):
     assert f"results/{place} is in the way" in sentence
     assert path.read_text() == "mine"
     assert [file for file in (project.folder / "results").rglob("*") if file.is_file() and file.name[0] != "."] == [path]
+
+
+@pytest.mark.parametrize("name", [".lock", ".sources.json", ".claims.json", ".plan.json"])
+@pytest.mark.parametrize("kind", ["text", "link", "folder", "pipe"])
+def test_what_lies_where_a_run_keeps_what_it_knows_is_not_overwritten(project, tmp_path, name, kind):
+    path, diary = project.folder / "results" / name, tmp_path / "diary"
+    path.unlink()
+    diary.write_text("mine")
+    match kind:
+        case "text":
+            path.write_text("mine")
+        case "link":
+            path.symlink_to(diary)
+        case "folder":
+            path.mkdir()
+        case "pipe":
+            os.mkfifo(path)
+    changed(project)
+    sentence = error_of(project.snakemake("--cores", "2"))
+    assert f"results/{name} is in the way" in sentence
+    assert "move it elsewhere" in sentence
+    assert diary.read_text() == "mine"
+    if kind == "text":
+        assert path.read_text() == "mine"
+    assert os.path.lexists(path)
 
 
 def test_moving_what_is_in_the_way_helps(project):

@@ -258,7 +258,7 @@ def test_the_lock_covers_base_and_adapter(pair):
 
 
 REFUSED = {
-    "another kind": ({"peft_type": "IA3"}, "peft_type = 'IA3': headgram reads LoRA and DoRA; merge it"),
+    "another kind": ({"peft_type": "IA3"}, "peft_type = 'IA3': headgram reads LoRA and DoRA; if peft can merge it, do so"),
     "no kind": ({"peft_type": None}, "peft_type = None"),
     "acts on some tokens": ({"alora_invocation_tokens": [1]}, "alora_invocation_tokens"),
     "repeats layers": ({"layer_replication": [[0, 2], [1, 2]]}, "layer_replication"),
@@ -292,7 +292,10 @@ DAMAGE = {
     "one factor": ({f"{KEY}.lora_B.weight": None}, "no lora_B of 'model.layers.0.self_attn.q_proj'"),
     "another part": ({f"{KEY}.lora_E": torch.ones(4)}, "lora_E"),
     "two adapters": ({f"{KEY}.lora_A.other.weight": torch.ones(4, 32)}, "twice|several adapters"),
-    "a layer that is not there": ({f"{KEY.replace('0', '7')}.lora_A.weight": torch.ones(4, 32)}, "the base has no such module"),
+    "a layer that is not there": (
+        {f"{KEY.replace('0', '7')}.lora_A.weight": torch.ones(4, 32)},
+        "the base has no such module: .*`base` in the manifest",
+    ),
     "integers": ({f"{KEY}.lora_B.weight": torch.ones(32, 4, dtype=torch.int8)}, "stored as I8"),
 }
 
@@ -360,6 +363,16 @@ def test_an_unmerged_state_dict_without_settings_is_refused(tmp_path):
         (tmp_path / name).unlink()
     save_file({name: tensor.clone() for name, tensor in model.state_dict().items()}, tmp_path / "model.safetensors")
     with pytest.raises(HeadgramError, match=r"not merged, and no adapter_config\.json"):
+        open_checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize("lost", ["k_proj", "proj"])
+def test_an_unmerged_state_dict_that_lost_factors_is_not_read_as_its_base(tmp_path, lost):
+    model = adapter(tmp_path, base(tmp_path))
+    (tmp_path / "adapter_model.safetensors").unlink()
+    state = {name: tensor.clone() for name, tensor in model.state_dict().items() if not (lost in name and ".lora_" in name)}
+    save_file(state, tmp_path / "model.safetensors")
+    with pytest.raises(HeadgramError, match=r"base_layer of 'model\.layers\.0\.self_attn\..*_proj', but not the factors"):
         open_checkpoint(tmp_path)
 
 

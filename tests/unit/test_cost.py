@@ -1,6 +1,7 @@
 """What a plan costs on paper, against what a pretended GPU counts, and what the documentation says."""
 
 import functools
+import time
 from pathlib import Path
 
 import pytest
@@ -168,6 +169,15 @@ def test_all_pairs_of_thousands_of_heads_are_cut_into_jobs_within_the_budget(nam
     )  # both inner products, shared keys once for eight or sixteen
     assert 0.2 * products < sum(work.flops.values()) < 1.2 * products
     assert work.distinct == len(heads.stack.layers) * (heads.stack.heads + heads.stack.kv_heads) * rank * width * 2
+
+
+@pytest.mark.parametrize("count", ["heads", "kv_heads", "rank", "hidden"])
+def test_the_largest_counts_that_a_lock_may_state_take_no_time(count):
+    """`headgram plan --cost` on a lock that somebody edited."""
+    shape = SMALL | {count: 2**24} | ({"heads": 2**24} if count == "kv_heads" else {})
+    began = time.process_time()
+    assert costs(planned(shape, gram={"pairs": "same"}))["gram"].flops["bfloat16"] > 0
+    assert time.process_time() - began < 10
 
 
 def test_the_command_line_says_it(tmp_path, monkeypatch):

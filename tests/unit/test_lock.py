@@ -2,7 +2,9 @@
 
 import json
 import re
+import resource
 import shlex
+import time
 from pathlib import Path
 
 import pytest
@@ -152,6 +154,31 @@ def test_a_lock_that_pins_nothing_around_heads_goes_on_working(manifest):
     assert not [each for each in left_out(after) if "does not pin" in each]
 
 
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-32", "latin-1"])
+def test_a_manifest_in_another_encoding(tmp_path, encoding):
+    (tmp_path / "m.tsv").write_bytes("name\tsource\na\tmodèle\n".encode(encoding))
+    with pytest.raises(HeadgramError, match="not text in UTF-8: save it in that encoding"):
+        read_manifest(tmp_path / "m.tsv")
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("name\tsource\t" + "\t".join(f"l{i}" for i in range(2_000_000)), "has more than 1,000 columns, which no real one has"),
+        ("name\tsource\n" + "a\n" * 8_000_000, "has more than 1,000,000 lines, which no real one has"),
+        ("\n" * 32_000_000, "is empty"),
+    ],
+    ids=["columns", "lines", "blank lines"],
+)
+def test_a_manifest_of_millions_takes_no_time_and_little_memory(tmp_path, text, words):
+    (tmp_path / "m.tsv").write_text(text)
+    began, before = time.process_time(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(HeadgramError, match=words):
+        read_manifest(tmp_path / "m.tsv")
+    assert time.process_time() - began < 30
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 2**20  # KiB
+
+
 @pytest.mark.parametrize(
     ("text", "words"),
     [
@@ -162,7 +189,8 @@ def test_a_lock_that_pins_nothing_around_heads_goes_on_working(manifest):
         ("name\tsource\trevison\na\tb\tc\n", "the column 'revison', which is nearly 'revision'"),
         ("name\tsource\tSteps\na\tb\tc\n", "the column 'Steps', which is nearly 'step'"),
         ("name\tsource\tits colour\na\tb\tc\n", "the column 'its colour', which is no label's name"),
-        ("name\tname\tsource\na\ta\tb\n", "repeats a column"),
+        ("name\tname\tsource\na\ta\tb\n", "repeats the column 'name'"),
+        ("name\tsource\t\t\na\tb\t\t\n", "repeats the column ''"),
     ],
 )
 def test_a_table_that_is_no_manifest(tmp_path, text, words):

@@ -121,6 +121,25 @@ def test_rows_meet_the_rotary_encoding_of_transformers(tmp_path):
     torch.testing.assert_close(meta, ours)
 
 
+@pytest.mark.parametrize("stated", [True, False])
+@pytest.mark.parametrize("described", ["params.json", "config.json"])
+def test_the_last_slices_are_missing(tmp_path, stated, described):
+    """What is left of two slices is a llama of narrower heads, unless `head_dim` follows from `dim` and `n_heads`."""
+    params = PARAMS | {"dim": HEADS * RANK}
+    whole = {f"layers.{i}.attention.{name}.weight": torch.ones(64, 64) for i in range(2) for name in ("wq", "wk", "wv", "wo")}
+    config = {
+        "model_type": "llama", "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 4, "hidden_size": 64,
+        "head_dim": RANK,
+    } if described == "config.json" else params | {"n_kv_heads": 4}  # fmt: skip
+    if not stated:
+        del config["head_dim"]
+    write(tmp_path, {"consolidated.00.pth": pickled(whole), described: json.dumps(config).encode()})
+    assert open_checkpoint(tmp_path).stacks[0].rank == RANK
+    cut = {name: weight[:, :32] if "wo" in name else weight[:32] for name, weight in whole.items()}
+    write(tmp_path, {"consolidated.00.pth": pickled({name: weight.clone() for name, weight in cut.items()})})
+    assert_refused(tmp_path, r"wq\.weight .*has 32 rows, .*fetch all files")
+
+
 def test_what_is_incomplete_is_refused(tmp_path):
     files = in_slices(3 - 1)
     write(tmp_path, files)

@@ -271,6 +271,26 @@ def test_gptq(tmp_path, bits, version, offset, ordered):
     assert_means(write(tmp_path, tensors, settings), meaning, word="gptq")
 
 
+@pytest.mark.parametrize(("hidden", "group"), [(192, 128), (320, 128), (192, -1), (192, None)])
+@pytest.mark.parametrize("named", [True, False])
+def test_gptq_groups_of_the_stated_size(tmp_path, hidden, group, named):
+    """The last group may be smaller: 192 inputs in groups of 128 are 128 and 64, not 96 and 96."""
+    size = {-1: hidden, None: 64}.get(group, group)
+
+    def quantise(weight: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+        outputs, inputs = weight.shape
+        groups = torch.arange(inputs) // size
+        count = math.ceil(inputs / size)
+        values, zeros = torch.randint(16, (inputs, outputs)), torch.randint(1, 16, (count, outputs))
+        scales = torch.rand(count, outputs) + 0.5
+        parts = {"qweight": pack(values.T, 4).T, "qzeros": pack(zeros - 1, 4), "scales": scales}
+        return parts | ({"g_idx": groups.int()} if named else {}), (scales[groups] * (values - zeros[groups])).T
+
+    tensors, meaning = quantised(quantise, hidden_size=hidden)
+    settings = {"quant_method": "gptq", "bits": 4, "group_size": group, "desc_act": False}
+    assert_means(write(tmp_path, tensors, settings, hidden_size=hidden), meaning, word="gptq")
+
+
 HQQ = {"8bit_u8": (8, 1), "4bit_u8": (4, 2), "3bit_32": (3, 10), "2bit_u8": (2, 4), "1bit_u8": (1, 8)}
 
 
@@ -432,8 +452,12 @@ def test_a_missing_library_is_named(tmp_path, monkeypatch):
         ({"quant_method": "awq", "version": "gemv"}, {}, "version = 'gemv'"),
         ({"quant_method": "awq"}, {"scales": torch.ones(3, 7)}, "do not fit together"),
         ({"quant_method": "awq"}, {"qweight": torch.ones(3, dtype=torch.int32)}, "do not fit together"),
+        ({"quant_method": "awq", "format": "gemv"}, {}, "format = 'gemv'"),
+        ({"quant_method": "awq", "version": "gemm", "checkpoint_format": "marlin"}, {}, "checkpoint_format = 'marlin'"),
+        ({"quant_method": "awq", "backend": "llm-awq"}, {}, "backend = 'llm-awq'"),
+        ({"quant_method": "awq", "group_size": 128}, {}, "do not fit together"),
+        ({"quant_method": "awq", "q_group_size": 0}, {}, "do not fit together"),
         ({"quant_method": "gptq", "bits": 3}, {}, "bits = 3"),
-        ({"quant_method": "gptq", "bits": 4}, {"g_idx": torch.full((256,), 99, dtype=torch.int32)}, "shape|do not fit together"),
     ],
 )
 def test_parts_that_do_not_fit(tmp_path, settings, damage, sentence):
@@ -442,6 +466,50 @@ def test_parts_that_do_not_fit(tmp_path, settings, damage, sentence):
     write(tmp_path, tensors, settings)
     with pytest.raises(HeadgramError, match=sentence), open_checkpoint(tmp_path) as checkpoint:
         checkpoint.qk("self", 0)
+
+
+@pytest.mark.parametrize(
+    ("settings", "damage", "sentence"),
+    [
+        ({"checkpoint_format": "marlin"}, {}, "checkpoint_format = 'marlin'"),
+        ({"format": "bitblas"}, {}, "format = 'bitblas'"),
+        ({"format": 2}, {}, "format = 2"),
+        ({"checkpoint_format": "gptq", "format": "gptq_v2"}, {}, "states both gptq and gptq_v2"),
+        ({"is_marlin_format": True}, {}, "is_marlin_format = True"),
+        ({"group_size": 128}, {}, "do not fit together"),
+        ({"group_size": -1}, {}, "do not fit together"),
+        ({"group_size": "64"}, {}, "do not fit together"),
+        ({}, {"g_idx": torch.full((256,), 99, dtype=torch.int32)}, "do not fit together"),
+        ({}, {"g_idx": torch.full((256,), -1, dtype=torch.int32)}, "do not fit together"),
+        ({}, {"g_idx": torch.zeros(256)}, "do not fit together"),
+    ],
+)
+def test_gptq_in_another_format_or_in_other_groups_than_stated(tmp_path, settings, damage, sentence):
+    test_gptq(tmp_path, 4, "gptq", 1, True)
+    tensors = load_file(tmp_path / "model.safetensors") | {f"{Q.format(0)}.{part}": value for part, value in damage.items()}
+    write(tmp_path, tensors, {"quant_method": "gptq", "bits": 4, "group_size": 64} | settings)
+    with pytest.raises(HeadgramError, match=sentence), open_checkpoint(tmp_path) as checkpoint:
+        checkpoint.qk("self", 0)
+
+
+def test_the_second_format_of_gptq_by_its_other_name(tmp_path):
+    test_gptq(tmp_path, 4, "gptq_v2", 0, True)
+    config = json.loads((tmp_path / "config.json").read_text())
+    settings = config["quantization_config"]
+    with open_checkpoint(tmp_path) as checkpoint:
+        expected = checkpoint.qk("self", 0)[0]
+    settings["format"] = settings.pop("checkpoint_format")
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with open_checkpoint(tmp_path) as checkpoint:
+        assert torch.equal(checkpoint.qk("self", 0)[0], expected)
+
+
+@pytest.mark.parametrize("part", ["qweight", "W_q", "weight_packed", "weight.absmax"])
+def test_a_quantised_weight_that_no_configuration_explains_is_named(tmp_path, part):
+    tensors = {f"{name.removesuffix('weight')}{part}" if is_attention(name) else name: t for name, t in llama_tensors().items()}
+    write(tmp_path, tensors, {})
+    with pytest.raises(HeadgramError, match=rf"q_proj\.{part} instead.* `quantization_config`"):
+        open_checkpoint(tmp_path)
 
 
 #: A check that writes a checkpoint and reads it, a part of one weight, and what becomes of that part; gone, if None.

@@ -149,3 +149,10 @@ def test_tables_that_hold_one_table_many_times_take_no_time(tmp_path):
     write(tmp_path, {"pytorch_model.bin": archive(content, {"0": bytes(16)}), "config.json": config_bytes()})
     assert_refused(tmp_path, "more tables and tensors than any checkpoint has")
     assert time.process_time() - began < 20
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "pytorch_model.bin", "model.gguf", "consolidated.00.pth"])
+def test_what_git_leaves_in_the_place_of_a_large_file_is_called_by_its_name(tmp_path, name):
+    pointer = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a2146\nsize 12345\n"
+    write(tmp_path, {name: pointer, "config.json": config_bytes()})
+    assert_refused(tmp_path, r"pointer of Git LFS.* `git lfs pull`")

@@ -86,7 +86,8 @@ class Settings:
         whose = f"the {ADAPTER_CONFIG} of {where}"
         if config.get("peft_type") != "LORA":
             raise HeadgramError(
-                f"{whose} has peft_type = {config.get('peft_type')!r:.60}: headgram reads LoRA and DoRA; merge it with peft first"
+                f"{whose} has peft_type = {config.get('peft_type')!r:.60}: headgram reads LoRA and DoRA; if peft can merge "
+                "it, do so"
             )
         for name, why in _OTHER_VARIANTS.items():
             if config.get(name):
@@ -204,7 +205,7 @@ def with_adapters_merged(store: TensorStore, config: Mapping[str, Any] | None, w
         )
     factors, rest = _sorted_out(names, where)
     plain = {name.replace(".base_layer.", "."): key for name, key in rest.items()}
-    changes = {name: Change(key) for name, key in plain.items() if name != key}
+    changes = {name: Change(key, problem=_lost(key, where)) for name, key in plain.items() if name != key}
     for module, parts in factors.items():
         for name, change in _changes_of(store, module, module, parts, settings).items():
             if name not in plain:
@@ -246,8 +247,17 @@ class _Homes:
             return found[0]
         if found or needed:
             what = f"several modules that might be meant ({', '.join(sorted(found)[:2])})" if found else "no such module"
-            raise HeadgramError(f"the adapter {self._where} changes {module!r:.200}, but the base has {what}")
+            raise HeadgramError(
+                f"the adapter {self._where} changes {module!r:.200}, but the base has {what}: name the right one as "
+                "`base` in the manifest, or merge the adapter with peft first"
+            )
         return None
+
+
+def _lost(key: str, where: str) -> str | None:
+    """Why a weight under `base_layer` cannot be read if no factors are there that change it."""
+    module, wrapped, _ = key.rpartition(_WRAPPED)[2].rpartition(".base_layer.")
+    return f"{where} holds base_layer of {module!r:.200}, but not the factors that change it: save all of it" if wrapped else None
 
 
 def _is_in_a_layer(module: str) -> bool:

@@ -133,7 +133,10 @@ def with_base(
     try:
         underneath = locate(source, revision)
     except HeadgramError as error:
-        raise HeadgramError(f"the adapter {location.where} needs its base '{source:.200}': {plain(error, 400)}") from None
+        raise HeadgramError(
+            f"the adapter {location.where} needs its base '{source:.200}': {plain(error, 400)}; if it lies elsewhere, set `base` "
+            "in the manifest"
+        ) from None
     if underneath.choice.adapter:
         raise HeadgramError(
             f"the base '{source:.200}' of {location.where} is an adapter itself: merge that one into its own base first, "

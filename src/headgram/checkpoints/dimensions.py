@@ -172,10 +172,16 @@ def find_rules(store: TensorStore, family: Family, config: Mapping[str, Any], ar
     required = [rule for rule in missing if not rule.optional or not found]
     if required:
         layer = (_candidates(required[0], Section.of(required[0], config, architecture)) or [0])[0]
-        wanted = family.prefixes[0] + next(iter(required[0].tensors(QK).values()))
+        key = next(iter(required[0].tensors(QK).values())).format(layer=layer)
+        stems = tuple(prefix + key.removesuffix("weight") for prefix in family.prefixes)
+        instead = next((name for name in store.names() if name.startswith(stems) and not name.endswith(".bias")), None)
         raise HeadgramError(
-            f"the checkpoint lacks tensor {wanted.format(layer=layer)}, under any known prefix: if its names begin "
-            "otherwise, set `prefix` in the manifest"
+            f"the checkpoint lacks tensor {family.prefixes[0]}{key}"
+            + (
+                f", and holds {instead:.200} instead: if it is quantised, config.json must state `quantization_config`"
+                if instead
+                else ", under any known prefix: if its names begin otherwise, set `prefix` in the manifest"
+            )
         )
     return [(one, prefix) for rule, prefix in found for one in _by_counts(rule, Section.of(rule, config, architecture))]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from headgram.checkpoints.adapters import merged, with_adapters_merged
@@ -18,6 +19,9 @@ from headgram.checkpoints.stores import TensorStore
 from headgram.checkpoints.weight_files import ADAPTER_CONFIG, MODELOPT_CONFIG
 from headgram.checkpoints.wrappers import without_wrappers
 from headgram.errors import HeadgramError
+
+#: Bytes of a pointer of Git LFS, by its specification.
+_LARGEST_POINTER = 1024
 
 if TYPE_CHECKING:
     from headgram.checkpoints.hub import RemoteLocation
@@ -88,6 +92,12 @@ def _check_agreement(where: str, stated: Any, modelopt: Mapping[str, Any]) -> No
             )
 
 
+def _check_fetched(path: Path) -> None:
+    """Refuse what Git leaves in the place of a large file that it did not fetch."""
+    if path.stat().st_size < _LARGEST_POINTER and path.read_bytes().startswith(b"version https://git-lfs"):
+        raise HeadgramError(f"{path} is a pointer of Git LFS, and not the file that it stands for: fetch that by `git lfs pull`")
+
+
 def _plain_store(location: Location | RemoteLocation) -> TensorStore:
     """The tensors as they are stored."""
     if not isinstance(location, Location):
@@ -95,6 +105,8 @@ def _plain_store(location: Location | RemoteLocation) -> TensorStore:
 
         return without_wrappers(RemoteSafetensorsStore(location))
     paths = {name: location.path(name) for name in location.weights}
+    for path in paths.values():
+        _check_fetched(path)
     if location.format == "gguf":
         return GgufStore(paths)
     if location.format == "distcp":

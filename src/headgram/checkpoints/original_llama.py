@@ -47,15 +47,24 @@ def in_transformers_names(store: TensorStore, config: Mapping[str, Any] | None, 
     Raises
     ------
     HeadgramError
-        If it is, and the configuration does not state the numbers of heads that the rows belong to.
+        If it is, and the configuration does not state the numbers of heads that the rows belong to, or states other rows.
     """
     names = store.names()
-    if not any(f".{name}".endswith(_SIGN) for name in names):
+    queries = next((name for name in names if f".{name}".endswith(_SIGN)), None)
+    if queries is None:
         return store
-    heads: Any = (config or {}).get("num_attention_heads")
-    counts = {"self_attn.q_proj.": heads, "self_attn.k_proj.": (config or {}).get("num_key_value_heads") or heads}
+    stated = config or {}
+    heads: Any = stated.get("num_attention_heads")
+    counts = {"self_attn.q_proj.": heads, "self_attn.k_proj.": stated.get("num_key_value_heads") or heads}
     if not all(type(count) is int and count > 0 for count in counts.values()):
         raise HeadgramError(f"{where} is in llama's original layout, but no params.json beside it states `n_heads`: put it there")
+    head_dim, hidden = stated.get("head_dim"), stated.get("hidden_size")
+    rows = heads * head_dim if type(head_dim) is int else hidden
+    if type(rows) is int and queries in store and store.shape(queries)[:1] != (rows,):
+        raise HeadgramError(
+            f"tensor {queries:.200} of {where} has {next(iter(store.shape(queries)), 0)} rows, and its configuration asks for "
+            f"{rows}: fetch all files again, for each may hold a slice of every weight"
+        )
     return OriginalLlama(store, {_new_name(name): name for name in names}, counts)
 
 

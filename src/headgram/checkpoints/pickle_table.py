@@ -39,7 +39,7 @@ _OTHER_TENSORS = {
     "torch._utils _rebuild_sparse_tensor": "a sparse tensor",
     "torch._utils _rebuild_qtensor": "a quantised tensor of torch's own kind",
     "torch._utils _rebuild_wrapper_subclass": "a tensor of a subclass",
-    "torch._tensor _rebuild_from_type_v2": "a tensor of a subclass",
+    "torch._tensor _rebuild_from_type_v2": "a tensor of a subclass, or with attributes of its own",
     "torch._utils _rebuild_device_tensor_from_numpy": "a tensor of another device",
     "torch._utils _rebuild_device_tensor_from_cpu_tensor": "a tensor of another device",
 }

@@ -54,7 +54,7 @@ def header_length(prefix: bytes, file_size: int, where: str) -> int:
     if len(prefix) < PREFIX or not 2 <= length <= min(LARGEST_HEADER, file_size - PREFIX):
         raise HeadgramError(
             f"{where} is not a whole safetensors file: its header claims {length} bytes, of {file_size} in the file "
-            f"and {LARGEST_HEADER} allowed"
+            f"and {LARGEST_HEADER} allowed: fetch it again"
         )
     return length
 
@@ -83,7 +83,7 @@ def parse_header(header: bytes, file_size: int, where: str) -> dict[str, TensorP
         places = {name: _place(name, entry, data) for name, entry in entries.items()}
         _check_cover(places, data, file_size)
     except (ValueError, RecursionError) as error:
-        raise HeadgramError(f"{where} is not a whole safetensors file: its header holds {error}") from None
+        raise HeadgramError(f"{where} is not a whole safetensors file: its header holds {error}: fetch it again") from None
     return places
 
 

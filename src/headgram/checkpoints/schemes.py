@@ -116,16 +116,39 @@ def _check_algorithm(settings: Config) -> None:
             raise HeadgramError(f"the weights are quantised by modelopt's {algorithm:.60}; headgram reads {', '.join(_MODELOPT)}")
 
 
+def _format(settings: Config, keys: tuple[str, ...], allowed: tuple[str, ...]) -> str:
+    """The format that a configuration states under one of several names; the first of those that are read if under none."""
+    stated = {key: settings[key] for key in keys if settings.get(key) is not None}
+    for key, value in stated.items():
+        if not isinstance(value, str) or value.lower() not in allowed:
+            raise HeadgramError(f"quantization_config has {key} = {value!r:.60}; headgram reads {', '.join(allowed)}")
+    found = sorted({value.lower() for value in stated.values()})
+    if len(found) > 1:
+        raise HeadgramError(f"quantization_config states both {' and '.join(found)} as the format: remove the one that is wrong")
+    return found[0] if found else allowed[0]
+
+
+def _groups(scales: Tensor, inputs: int, settings: Config) -> Tensor:
+    """The group of each input: of as many inputs as is stated, where the last may have fewer; if nothing is, of equally many."""
+    stated = next((settings[key] for key in ("group_size", "q_group_size") if settings.get(key) is not None), None)
+    size = inputs if stated == -1 else inputs / len(scales) if stated is None else stated
+    if isinstance(size, str) or size < 1 or size != int(size) or math.ceil(inputs / size) != len(scales):
+        raise ValueError(f"{len(scales)} groups of {inputs} inputs, of group_size {stated}")
+    return torch.arange(inputs) // int(size)
+
+
 def _awq_shape(stored: Stored, settings: Config) -> tuple[int, ...]:
-    if str(settings.get("version", "gemm")).lower() != "gemm":
-        raise HeadgramError(f"quantization_config has version = {settings['version']!r}; of AWQ's, headgram reads 'gemm'")
+    _format(settings, ("version", "format", "checkpoint_format"), ("gemm",))
+    if settings.get("backend") == "llm-awq":
+        raise HeadgramError("quantization_config has backend = 'llm-awq', of which headgram does not read the format")
     _whole(settings, ("bits", "w_bit"), (4,), default=4)
     inputs, words = stored.shapes["qweight"]
     return words * 8, inputs
 
 
 def _decode_awq(parts: Parts, settings: Config, module: str) -> Tensor:
-    return awq_weight(parts["qweight"], parts["qzeros"], parts["scales"])
+    groups = _groups(parts["scales"], len(parts["qweight"]), settings)
+    return awq_weight(parts["qweight"], parts["qzeros"], parts["scales"], groups)
 
 
 def _gptq_shape(stored: Stored, settings: Config) -> tuple[int, ...]:
@@ -138,9 +161,13 @@ def _decode_gptq(parts: Parts, settings: Config, module: str) -> Tensor:
         raise HeadgramError(
             f"the inputs of {module:.200} are in no order of groups (desc_act), and its g_idx is missing: fetch it again"
         )
-    offset = 0 if settings.get("checkpoint_format") == "gptq_v2" else 1  # the first format stores zeros minus one
+    if settings.get("is_marlin_format"):
+        raise HeadgramError("quantization_config has is_marlin_format = True; headgram reads gptq, gptq_v2")
+    stored = _format(settings, ("checkpoint_format", "format"), ("gptq", "gptq_v2"))
+    offset = 1 if stored == "gptq" else 0  # the first format stores zeros minus one
     bits = _whole(settings, ("bits",), (2, 4, 8))
-    return gptq_weight(parts["qweight"], parts["qzeros"], parts["scales"], parts.get("g_idx"), bits, offset)
+    groups = parts["g_idx"] if "g_idx" in parts else _groups(parts["scales"], len(parts["qweight"]) * 32 // bits, settings)
+    return gptq_weight(parts["qweight"], parts["qzeros"], parts["scales"], groups, bits, offset)
 
 
 def _hqq_shape(stored: Stored, settings: Config) -> tuple[int, ...]:

@@ -227,7 +227,7 @@ def _inside(boundary: Path, folder: Path, name: str) -> Path:
     relative = PurePosixPath(name)
     path = folder / relative
     if not leads_out(relative) and not path.is_file():
-        raise HeadgramError(f"{folder} lacks the file '{name}'")
+        raise HeadgramError(f"{folder} lacks the file '{name}': fetch it")
     if leads_out(relative) or not path.resolve().is_relative_to(boundary.resolve()):
         raise HeadgramError(f"the file name '{name}' leads out of {boundary}: a checkpoint may only name its own files")
     return path

@@ -26,38 +26,49 @@ def unpack_integers(packed: Int[Tensor, "rows words"], bits: int) -> Int[Tensor,
 
 
 def awq_weight(
-    qweight: Int[Tensor, "in words"], qzeros: Int[Tensor, "groups words"], scales: Float[Tensor, "groups out"]
+    qweight: Int[Tensor, "in words"],
+    qzeros: Int[Tensor, "groups words"],
+    scales: Float[Tensor, "groups out"],
+    group: Int[Tensor, " in"],
 ) -> Float[Tensor, "out in"]:
     """AWQ's GEMM format: 4-bit columns in an order of its own, a zero and a scale per group of inputs."""
-    _check_groups(qweight, qzeros, scales, len(qweight))
     order = torch.arange(scales.shape[1]).view(-1, 8)[:, list(_AWQ_ORDER)].flatten()
     values, zeros = (unpack_integers(packed, 4)[:, order] for packed in (qweight, qzeros))
-    group = torch.arange(len(values)) // (len(values) // len(scales))
-    return ((values - zeros[group]) * scales.to(torch.float32)[group]).T.contiguous()
-
-
-def _check_groups(qweight: Tensor, qzeros: Tensor, scales: Tensor, inputs: int | None) -> None:
-    """Refuse zeros and scales of other numbers of groups; of `inputs` in order, groups of one length."""
-    if qweight.ndim != 2 or len(qzeros) != len(scales) or (inputs is not None and inputs % len(scales)):
-        raise ValueError(f"{len(qzeros)} groups of zeros, {len(scales)} of scales")
+    return _grouped(values, zeros, scales, group)
 
 
 def gptq_weight(
     qweight: Int[Tensor, "words out"],
     qzeros: Int[Tensor, "groups zero_words"],
     scales: Float[Tensor, "groups out"],
-    group: Int[Tensor, " in"] | None,
+    group: Int[Tensor, " in"],
     bits: int,
     zero_offset: int,
 ) -> Float[Tensor, "out in"]:
-    """GPTQ: integers packed along the inputs; `group` names each input's group, which follow in order if it is None."""
+    """GPTQ: integers packed along the inputs."""
     values = unpack_integers(qweight.T.contiguous(), bits).T
-    _check_groups(qweight, qzeros, scales, None if group is not None else len(values))
-    if scales.shape[1] != values.shape[1] or (group is not None and len(group) != len(values)):
-        raise ValueError(f"scales {tuple(scales.shape)} of {values.shape[1]} outputs, and {len(values)} inputs in groups")
-    zeros = unpack_integers(qzeros, bits)[:, : scales.shape[1]] + zero_offset
-    if group is None:
-        group = torch.arange(len(values)) // (len(values) // len(scales))
+    return _grouped(values, unpack_integers(qzeros, bits)[:, : scales.shape[1]] + zero_offset, scales, group)
+
+
+def _grouped(
+    values: Int[Tensor, "in out"],
+    zeros: Int[Tensor, "groups out"],
+    scales: Float[Tensor, "groups out"],
+    group: Int[Tensor, " in"],
+) -> Float[Tensor, "out in"]:
+    """Integers with a zero and a scale for each group of inputs; `group` names each input's.
+
+    Raises
+    ------
+    ValueError
+        If the parts do not fit together.
+    """
+    if zeros.shape != scales.shape or scales.shape[1] != values.shape[1] or len(group) != len(values):
+        raise ValueError(
+            f"zeros {tuple(zeros.shape)}, scales {tuple(scales.shape)}, integers {tuple(values.shape)}, and {len(group)} inputs"
+        )
+    if group.is_floating_point() or int(group.min()) < 0 or int(group.max()) >= len(scales):
+        raise ValueError(f"inputs of groups that are not among {len(scales)}")
     group = group.long()
     return ((values - zeros[group]) * scales.to(torch.float32)[group]).T.contiguous()
 

@@ -20,7 +20,8 @@ from typing import Any
 
 from headgram.errors import HeadgramError
 
-_NAME = ".plan.json"
+#: In the results folder.
+NAME = ".plan.json"
 #: Stands among the records, and is none.
 _GIVEN = "--config"
 #: Characters that are read of it; the plan of thousands of models has fewer.
@@ -60,7 +61,7 @@ def ask_for(results: Path, keys: Mapping[str, str], given: Mapping[str, Any] | N
     OSError
         If the file cannot be written, or is a link.
     """
-    number = os.open(results / _NAME, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
+    number = os.open(results / NAME, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
     with os.fdopen(number, "r+", encoding="utf-8") as file, _locked(number, fcntl.LOCK_EX):
         file.truncate()
         json.dump({**keys, _GIVEN: json.dumps(given or {}, default=str)}, file, indent=0, sort_keys=True)
@@ -135,7 +136,7 @@ def _compare(keys: Mapping[str, str] | None, order: Order) -> None:
 def _reading(results: Path) -> Iterator[str | None]:
     """The text of the list, held as it is for the length of the block."""
     try:
-        number = os.open(results / _NAME, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+        number = os.open(results / NAME, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
     except OSError:
         yield None  # no run began here: a node of a run whose results are kept elsewhere
         return

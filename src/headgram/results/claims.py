@@ -75,6 +75,31 @@ def claim(results: Path, writings: Iterable[Writing]) -> None:
     _remove_halves(results, claims)
 
 
+def check_own(path: Path) -> None:
+    """Refuse what lies where a run keeps what it knows, unless a run may have written it: no file, or a text that is no JSON.
+
+    What is empty, or begins as JSON does, may be what a crash left, and is written anew.
+
+    Raises
+    ------
+    HeadgramError
+        If somebody else put it there.
+    OSError
+        If it cannot be read.
+    """
+    if not os.path.lexists(path):
+        return
+    ours = not path.is_symlink() and path.is_file()
+    if ours:
+        with path.open("rb") as file:
+            ours = file.read(1) in (b"", b"{", b"[")
+    if not ours:
+        raise HeadgramError(
+            f"{path} is in the way: a run keeps there what it knows, and no run wrote this; move it elsewhere, or delete it, and "
+            "run again"
+        )
+
+
 def claimed(results: Path) -> Claims:
     """What runs have claimed; nothing if that is lost or damaged, for then records say what is headgram's."""
     try:

@@ -21,9 +21,10 @@ from pydantic import BaseModel, ConfigDict
 
 from headgram.errors import HeadgramError
 from headgram.foreign import parse_json, read_bounded
+from headgram.results.asked import NAME as ASKED
 from headgram.results.asked import ask_for, given_to
 from headgram.results.claims import NAME as CLAIMS
-from headgram.results.claims import Writing, claim, settle
+from headgram.results.claims import Writing, check_own, claim, settle
 from headgram.results.files import RESULTS, everything_in, remove_temporaries, write_text
 from headgram.run import forkserver
 from headgram.run.project import FOLDER
@@ -161,6 +162,8 @@ class Run:
         """
         try:
             self._results.mkdir(parents=True, exist_ok=True)
+            for name in (_LOCK, _SEEN, CLAIMS, ASKED):
+                check_own(self._results / name)
             self._held = filelock.FileLock(self._results / _LOCK, timeout=0)
             self._held.acquire()
             remove_temporaries(self._results / name for name in (_SEEN, CLAIMS))

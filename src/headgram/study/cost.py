@@ -141,7 +141,10 @@ def _eigen(plan: HeadsPlan, config: Config, original: bool) -> Work:
 
 def _gram(plan: HeadsPlan, config: Config) -> Work:
     work = Work(len(plan.tiles), distinct=float(len(plan.stack.layers) * _layer_bytes(plan, config)))
-    met = Counter(pair for name in plan.rows for pair in (_block_pairs if plan.all_pairs else _layer_pairs)(plan, name))
+    met = Counter[tuple[Sizes, int]]()
+    for name in plan.rows:
+        for sizes, copied, count in (_block_pairs if plan.all_pairs else _layer_pairs)(plan, name):
+            met[sizes, copied] += count
     stored = stored_bytes(plan.locked, config)
     weights = "float64" if stored == 8 else "bfloat16" if plan.locked.dtype == "BF16" and stored == 2 else "float32"
     longest = _LONGEST if weights == "bfloat16" else GPU.longest
@@ -165,8 +168,8 @@ def _by_precision(route: Route, sizes: Sizes, weights: str) -> Iterator[tuple[st
         yield "float64" if weights == "float64" else "float32", sizes.summed
 
 
-def _block_pairs(plan: HeadsPlan, row: str) -> Iterator[tuple[Sizes, int]]:
-    """Blocks of heads that are multiplied with one another, and how many numbers are copied to a GPU for that."""
+def _block_pairs(plan: HeadsPlan, row: str) -> Iterator[tuple[Sizes, int, int]]:
+    """Blocks of heads that are multiplied with one another, how many numbers are copied to a GPU for that, and how often."""
     stack, rank = plan.stack, plan.locked.rank
     own, *_ = tiles = plan.row(row)
 
@@ -183,7 +186,7 @@ def _block_pairs(plan: HeadsPlan, row: str) -> Iterator[tuple[Sizes, int]]:
                 heads, shared = zip(x, ys[j], strict=True)
                 first = j == (i if same else 0)  # a block of the row stays while it meets those of the tile
                 numbers = (sum(x) if first else 0) + (0 if itself else sum(ys[j]))
-                yield Sizes(heads, shared, heads, (rank, rank), stack.hidden, itself), numbers * rank * stack.hidden
+                yield Sizes(heads, shared, heads, (rank, rank), stack.hidden, itself), numbers * rank * stack.hidden, 1
 
 
 def _shared(plan: HeadsPlan, heads: Sequence[int]) -> int:
@@ -192,15 +195,14 @@ def _shared(plan: HeadsPlan, heads: Sequence[int]) -> int:
     return last - first + 1
 
 
-def _layer_pairs(plan: HeadsPlan, row: str) -> Iterator[tuple[Sizes, int]]:
+def _layer_pairs(plan: HeadsPlan, row: str) -> Iterator[tuple[Sizes, int, int]]:
     """The same of heads of one index: both sides of a tile, for each index; the shared factors once for all that read them."""
     stack, rank = plan.stack, plan.locked.rank
     own, *_ = tiles = plan.row(row)
-    for tile, index in itertools.product(tiles, range(stack.heads)):
+    for tile, (factors, count) in itertools.product(tiles, ((2, stack.kv_heads), (1, stack.heads - stack.kv_heads))):
         same = tile == own
-        factors = 1 + (1 if index == 0 or _shared(plan, (index - 1, index)) == 2 else 0)
         numbers = factors * (len(own) + (0 if same else len(tile))) * rank * stack.hidden
-        yield Sizes.unshared(len(own), len(tile), rank, stack.hidden, same), numbers
+        yield Sizes.unshared(len(own), len(tile), rank, stack.hidden, same), numbers, count
 
 
 def _derive(plan: HeadsPlan, topk: int) -> Work:

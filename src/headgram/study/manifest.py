@@ -5,8 +5,10 @@ from __future__ import annotations
 import csv
 import difflib
 import io
+import itertools
 import math
 import re
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,6 +29,8 @@ _HEADER = f"with the columns {', '.join(COLUMNS)} in its first line (where neede
 _FORM = f"{_HEADER}, separated by tabs"
 #: A manifest of a million models is smaller.
 _LARGEST = 64 * 2**20
+_MOST_LINES = 1_000_000
+_MOST_COLUMNS = 1_000
 #: What other systems do not hold as the name of a file.
 _RESERVED = re.compile(r".*\.|(con|prn|aux|nul|com\d|lpt\d)(\..*)?", re.IGNORECASE)
 #: What a model may be called: its name is part of file names.
@@ -101,17 +105,25 @@ def read_manifest(path: Path) -> Manifest:
     """
     try:
         text = read_bounded(path, _LARGEST).decode("utf-8-sig")
-        lines = list(enumerate(csv.reader(io.StringIO(text, newline=""), delimiter="\t", quoting=csv.QUOTE_NONE), start=1))
+        table = csv.reader(io.StringIO(text, newline=""), delimiter="\t", quoting=csv.QUOTE_NONE)
+        filled = ((n, cells) for n, cells in enumerate(table, 1) if any(map(str.strip, cells)) and not cells[0].startswith("#"))
+        lines = list(itertools.islice(filled, _MOST_LINES + 2))
     except FileNotFoundError:
         raise HeadgramError(
             f"There is no manifest {path}: begin a project with `headgram init DIR`, or create it, {_FORM}."
         ) from None
-    except (OSError, ValueError, csv.Error) as error:
-        raise HeadgramError(f"The manifest {path} cannot be read ({error}).") from None
-    lines = [(number, cells) for number, cells in lines if any(cell.strip() for cell in cells) and not cells[0].startswith("#")]
+    except OSError as error:
+        raise HeadgramError(f"The manifest {path} cannot be read ({error.strerror}).") from None
+    except UnicodeDecodeError:
+        raise HeadgramError(f"The manifest {path} is not text in UTF-8: save it in that encoding, {_FORM}.") from None
+    except (ValueError, csv.Error) as error:
+        raise HeadgramError(f"The manifest {path} cannot be read ({error}): write it {_FORM}.") from None
     if not lines:
         raise HeadgramError(f"The manifest {path} is empty: fill it, {_FORM}.")
     (_, header), *body = lines
+    for most, counted, what in ((_MOST_LINES, body, "lines"), (_MOST_COLUMNS, header, "columns")):
+        if len(counted) > most:
+            raise HeadgramError(f"The manifest {path} has more than {most:,} {what}, which no real one has: write it {_FORM}.")
     _check_header(path, header)
     rows: list[Row] = []
     problems: list[str] = []
@@ -172,7 +184,8 @@ def add_twin(path: Path, model: str, seed: int = 1) -> str:
 def _check_header(path: Path, header: list[str]) -> None:
     missing = [column for column in ("name", "source") if column not in header]
     if missing or len(set(header)) < len(header):
-        what = f"lacks the column '{missing[0]}'" if missing else "repeats a column"
+        [(most_common, _)] = Counter(header).most_common(1)
+        what = f"lacks the column '{missing[0]}'" if missing else f"repeats the column '{most_common}'"
         raise HeadgramError(f"The manifest {path} {what}: write it {_FORM}.")
     for column in (column for column in header if column not in _KNOWN):
         near = difflib.get_close_matches(column.lower(), _KNOWN, n=1, cutoff=0.8)
