@@ -30,7 +30,7 @@ from headgram.errors import HeadgramError
 from headgram.families.registry import Family, families
 from headgram.proofs.candidates import proven_family
 from headgram.proofs.inputs import looks_like_attention
-from headgram.proofs.shrink import model_classes, tiny_config, way_of
+from headgram.proofs.shrink import classes_to_build, model_classes, tiny_config, way_of
 from headgram.study.options_docs import renewed
 
 ROOT = Path(__file__).parents[1]
@@ -187,7 +187,7 @@ def lists(results: dict[str, dict[str, Any]]) -> list[str]:
 def has_separate_modules(model_type: str) -> bool:
     """Whether a tiny model of a type can be built, and has attention whose queries and keys are made by two modules."""
     try:
-        base, way = model_classes(model_type)[0], way_of(model_type)
+        base, way = classes_to_build(model_type)[0], way_of(model_type)
         with torch.device("meta"):
             model: Any = base(tiny_config(model_type, 0, way))
     except Exception:  # whatever transformers raises

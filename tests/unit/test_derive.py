@@ -65,7 +65,7 @@ def test_a_known_type_is_not_derived_and_gives_the_same_weights(row):
     [
         ("no_such_type", "transformers does not know the model type 'no_such_type'"),
         ("mamba", "no layout is proven for it .*no attention module was found"),
-        ("deformable_detr", "no layout is proven for it .*cannot be built small"),
+        ("dinat", "no layout is proven for it .*cannot be built small"),
     ],
 )
 def test_nothing_is_guessed(tmp_path, model_type, words):
@@ -87,7 +87,15 @@ def forget(monkeypatch, model_type: str) -> None:
     monkeypatch.setattr("headgram.proofs.prove.families", lambda: kept)
 
 
-@pytest.mark.parametrize(("model_type", "stacks"), [("ctrl", ["self"]), ("moonshine", ["encoder", "decoder", "cross"])])
+@pytest.mark.parametrize(
+    ("model_type", "stacks"),
+    [
+        ("ctrl", ["self"]),
+        ("moonshine", ["encoder", "decoder", "cross"]),
+        ("embedding_gemma2_text", ["sliding", "full"]),  # whose layers have counts of their own
+        ("detr", ["encoder", "decoder", "cross"]),  # whose modules add places to what queries and keys read
+    ],
+)
 def test_a_layout_that_no_known_type_has_is_read_off_live_models_and_kept_in_the_lock(tmp_path, monkeypatch, model_type, stacks):
     model, _ = next(walked_models(model_type))
     model.save_pretrained(tmp_path / "m")

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
 
 from headgram.checkpoints.checkpoint import open_checkpoint
@@ -21,6 +22,7 @@ from headgram.errors import HeadgramError
 from headgram.families import layouts
 from headgram.families.registry import Family, StackRule, families, family_of, others
 from headgram.proofs.listed import listed_models
+from headgram.proofs.probe import Call
 from headgram.proofs.prove import TOLERANCE, Proof, known_types, prove
 
 #: Prefixes of published checkpoints that transformers reads, but no longer writes: type, what it writes, what it reads.
@@ -30,7 +32,10 @@ OLD_PREFIXES = [
     ("llava", "language_model.model.", "model.language_model."),
 ]
 #: Types that the walk has found, one of each kind: `make walk` proves all.
-WALKED = ["apertus", "axk1", "blip", "donut-swin", "funnel", "kimi_linear", "lilt", "sam", "siglip2", "xglm"]
+WALKED = [
+    *("apertus", "axk1", "blip", "cohere_asr", "dbrx", "deformable_detr", "detr", "donut-swin", "embedding_gemma2_text"),
+    *("esmc", "funnel", "kimi_linear", "lilt", "mimi", "musicgen", "nemotron_asr_streaming_encoder", "sam", "siglip2", "xglm"),
+]
 
 
 def saved(model_type: str, folder: Path, number: int = 0) -> Path:
@@ -221,6 +226,22 @@ def test_what_lies_between_values_and_outputs_must_be_remarked(monkeypatch: pyte
     assert "between values and outputs" in (prove(model_type).problem or "")
 
 
+def test_places_that_a_module_adds_to_what_queries_and_keys_read_must_be_remarked(monkeypatch: pytest.MonkeyPatch) -> None:
+    family = family_of("detr")
+    silent = tuple(rule.model_copy(update={"remarks": ()}) for rule in family.stacks)
+    monkeypatch.setattr("headgram.checkpoints.declared.family_of", lambda _: family.model_copy(update={"stacks": silent}))
+    assert "adds places to what queries and keys read" in (prove("detr").problem or "")
+
+
+@pytest.mark.parametrize("hiding", ["one token", "zeros", "no number"])
+def test_what_hides_the_weights_shows_nothing_of_them(hiding: str) -> None:
+    x = torch.ones(1 if hiding == "one token" else 3, 8)
+    x = x * {"one token": 1, "zeros": 0, "no number": float("nan")}[hiding]
+    assert not Call("attention", x[None], x[None], x, x, x).telling
+    seen = torch.ones(3, 8)
+    assert Call("attention", seen[None], seen[None], seen, seen, seen).telling
+
+
 def test_keys_that_the_data_calls_queries_are_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     """BERT's queries and keys exchanged, in data instead of code."""
     family = family_of("bert")
@@ -333,6 +354,7 @@ def test_defaults_are_those_of_transformers() -> None:
                 # What is left out when a section is saved is the default of its own class, whatever the whole gives it.
                 config = type(getattr(config, section))() if hasattr(config, section) else config
             plain = {name: value for name, value in defaults.items() if name not in ROTARY}  # test_around.py is about the others
+            config.allow_global_per_layer_attribute_access = True  # single layers may have other counts
             stated = {name: getattr(config, name) for name in plain}
             assert {name: list(value) if isinstance(value, tuple) else value for name, value in stated.items()} == plain
 

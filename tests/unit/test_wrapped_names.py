@@ -13,6 +13,8 @@ from test_hostile import QUERY, archive, assert_refused, pickled, write
 from test_one_answer import inspect
 
 from headgram.checkpoints.checkpoint import open_checkpoint
+from headgram.checkpoints.wrappers import plain_name
+from headgram.families.registry import families
 from headgram.study.manifest import read_manifest
 from headgram.study.resolve import resolve_all
 
@@ -90,6 +92,12 @@ def test_a_missing_layer_behind_a_prefix_is_named(tmp_path):
     tensors = renamed(WRAPPERS["a student"])
     del tensors["student.model.layers.1.self_attn.k_proj.weight"]
     assert_refused(write(tmp_path, single(tensors)), r"lacks tensor model\.layers\.1\.self_attn\.k_proj\.weight")
+
+
+def test_no_name_of_a_family_has_modules_that_are_taken_for_wrappers():
+    """Names are read without them: CohereAsr's own `transf_decoder._decoder` would be found under no name that holds it."""
+    names = [name for family in families() for rule in family.stacks for name in rule.tensors().values()]
+    assert [name for name in names if plain_name(name) != name] == []
 
 
 def test_two_tensors_that_differ_by_wrappers_only_are_refused(tmp_path):

@@ -13,7 +13,7 @@ from headgram.families.registry import Family, Remark, StackRule, adopting, fami
 from headgram.proofs.derive import derive_family
 from headgram.proofs.listed import saved
 from headgram.proofs.prove import prove
-from headgram.proofs.shrink import model_classes, quiet, switched, tiny_model
+from headgram.proofs.shrink import classes_to_build, quiet, switched, tiny_model
 
 
 def proven_family(model_type: str, config: Mapping[str, Any] | None = None) -> Family:
@@ -46,7 +46,7 @@ def _candidates(model_type: str, reasons: list[str]) -> Iterator[Family]:
         yield family
         return
     reasons.append(problems[0] if problems else "no attention module was found")
-    with saved(tiny_model(model_type, model_classes(model_type)[0], 0)) as folder:
+    with saved(tiny_model(model_type, classes_to_build(model_type)[0], 0)) as folder:
         for known in (known for known in families() if not known.walked and known.stacks):
             own = {"name": re.sub(r"\W", "_", model_type), "model_types": (model_type,), "walked": True, "gguf": None}
             stacks = [rule.model_copy(update={"around": (), "defaults": {}, "remarks": _unbound(rule)}) for rule in known.stacks]

@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
 from headgram.errors import HeadgramError
 from headgram.families.registry import Family
 from headgram.proofs.inputs import attention_modules
-from headgram.proofs.shrink import SHAPES, model_classes, tiny_model
+from headgram.proofs.shrink import SHAPES, classes_to_build, tiny_model
 from headgram.proofs.walk import Found, Sighting, look_at, names_on_disk
 
 
@@ -26,6 +26,7 @@ class _Run:
     names: Mapping[str, str]  # with `{layer}`
     layers: tuple[int, ...]
     one: Found
+    placed: bool
 
 
 def runs_of(found: Sequence[Found]) -> list[_Run]:
@@ -46,7 +47,7 @@ def runs_of(found: Sequence[Found]) -> list[_Run]:
         for members in parts.values():
             first = members[0][1]
             names = {role: _template(name, place) for role, name in first.names.items()}
-            made.append(_Run(names, tuple(sorted(layer for layer, _ in members)), first))
+            made.append(_Run(names, tuple(sorted(layer for layer, _ in members)), first, any(one.placed for _, one in members)))
     return made
 
 
@@ -85,8 +86,10 @@ _WORDS = {
 }
 
 
-def _named(what: str, values: Sequence[int], sections: Sequence[Mapping[str, Any]], path: str) -> str | None:
-    """The name under which the configurations of several models state these numbers."""
+def _named(
+    what: str, values: Sequence[int], sections: Sequence[Mapping[str, Any]], path: str, declared: Container[str]
+) -> str | None:
+    """The name under which the configurations of several models state these numbers; rather one that its class has `declared`."""
     names = [
         name
         for name in sections[0]
@@ -108,6 +111,7 @@ def _named(what: str, values: Sequence[int], sections: Sequence[Mapping[str, Any
         return (
             place.isdigit() and f".{place}." not in path,
             bool(other) and other[0] not in sides[:1],
+            name.partition(".")[0] not in declared,
             not (sides and other == sides[:1]),
             preferred.index(name) if name in preferred else len(preferred),
         )
@@ -117,10 +121,7 @@ def _named(what: str, values: Sequence[int], sections: Sequence[Mapping[str, Any
 
 def stacks_of(sightings: Sequence[Sighting]) -> tuple[list[dict[str, Any]], list[str]]:
     """The rules of every run of layers that all models of one class have, and what stands in the way of others."""
-    tables = [
-        {(tuple(run.names.values()), run.one.layout, run.one.section, run.one.kind): run for run in runs_of(sighting.found)}
-        for sighting in sightings
-    ]
+    tables = [_table(sighting) for sighting in sightings]
     problems = [problem for sighting in sightings for problem in sighting.problems]
     rules: list[dict[str, Any]] = []
     for key in dict.fromkeys(key for table in tables for key in table):
@@ -129,14 +130,37 @@ def stacks_of(sightings: Sequence[Sighting]) -> tuple[list[dict[str, Any]], list
             continue
         runs = [table[key] for table in tables]
         configs = [_at(sighting.config, runs[0].one.section) for sighting in sightings]
-        sections = [_counts(config.to_dict()) for config in configs]
+        sections = [_counts(_at_layer(config.to_dict(), run.layers[0])) for config, run in zip(configs, runs, strict=True)]
         try:
-            rules.append(_rule(runs, sections, configs))
+            rules.append(_rule(runs, sections, configs, key[-1]))
             rules[-1]["inner_type"] = _inner_type(sightings[0].config, runs[0].one.section)
         except HeadgramError as error:
             problems.append(f"{runs[0].one.module}: {error}")
     _name(rules)
     return rules, list(dict.fromkeys(problems))
+
+
+def _table(sighting: Sighting) -> dict[tuple[Any, ...], _Run]:
+    """The runs of one model by what they are in all models; where layers have counts of their own, by their kinds too."""
+    table = {}
+    for run in runs_of(sighting.found):
+        config = _at(sighting.config, run.one.section)
+        kinds = _kinds(config, run.layers) if config.to_dict().get("per_layer_config") else ()
+        table[tuple(run.names.values()), run.one.layout, run.one.section, run.one.kind, kinds] = run
+    return table
+
+
+def _kinds(config: Any, layers: Sequence[int]) -> tuple[str, ...]:
+    """What the configuration calls these layers; nothing if others are called so too."""
+    stated = list(getattr(config, "layer_types", None) or ())
+    kinds = {stated[layer] for layer in layers if layer < len(stated)}
+    return tuple(sorted(kinds)) if tuple(layer for layer, kind in enumerate(stated) if kind in kinds) == tuple(layers) else ()
+
+
+def _at_layer(section: Mapping[str, Any], layer: int) -> dict[str, Any]:
+    """A section as it is for one layer."""
+    changes = {int(number): change for number, change in (section.get("per_layer_config") or {}).items()}
+    return {**section, **changes.get(layer, {})}
 
 
 def _counts(section: Mapping[str, Any]) -> dict[str, Any]:
@@ -161,13 +185,16 @@ def _at(config: Any, path: str) -> Any:
     return config
 
 
-def _rule(runs: Sequence[_Run], sections: Sequence[Mapping[str, Any]], configs: Sequence[Any]) -> dict[str, Any]:
+def _rule(
+    runs: Sequence[_Run], sections: Sequence[Mapping[str, Any]], configs: Sequence[Any], kinds: tuple[str, ...]
+) -> dict[str, Any]:
     first = runs[0]
     names = list(first.names.values())
     path = names[0]
+    declared = {field.name for field in fields(type(configs[0]))}
 
     def named(what: str, values: Sequence[int]) -> str | None:
-        return _named(what, values, sections, path)
+        return _named(what, values, sections, path, declared)
 
     counts = {what: [run.one.counts[what] for run in runs] for what in runs[0].one.counts}
     block = _common(
@@ -182,9 +209,11 @@ def _rule(runs: Sequence[_Run], sections: Sequence[Mapping[str, Any]], configs: 
         raise HeadgramError(f"a tensor is called {names[0]}")
     if first.one.section:
         rule["config"] = first.one.section
-    lengths = [len(run.layers) for run in runs]
-    whole = all(run.layers == tuple(range(len(run.layers))) for run in runs)
+    lengths = [len(config.layer_types) if kinds else len(run.layers) for config, run in zip(configs, runs, strict=True)]
+    whole = bool(kinds) or all(run.layers == tuple(range(len(run.layers))) for run in runs)
     layers = named("layers", lengths) if whole else None
+    if kinds:
+        rule["layer_types"] = kinds
     if layers is None and not whole:
         rule["sparse"] = True
         layers = next(
@@ -229,6 +258,7 @@ def _rule(runs: Sequence[_Run], sections: Sequence[Mapping[str, Any]], configs: 
     }
     rule["at"] = first.layers[:1]
     rule["kind"], rule["notes"], rule["path"] = first.one.kind, first.one.notes, first.one.module
+    rule["placed"] = any(run.placed for run in runs)
     return rule
 
 
@@ -261,6 +291,7 @@ def _name(rules: list[dict[str, Any]]) -> None:
             parts.append("cross")
         elif seq and rule["side"]:
             parts.append(rule["side"])
+        parts += [kind.removesuffix("_attention") for kind in rule.get("layer_types", ())]
         rule["name"] = "_".join(parts) or "self"
     for name in {rule["name"] for rule in rules}:
         same = [rule for rule in rules if rule["name"] == name]
@@ -288,6 +319,7 @@ _REMARKS = {
     "norm of values": "a norm divides every head's values by their rms, which is left out",
     "sink": "a sink takes part of the softmax, so that what a head writes is scaled by one positive number per head and token",
 }
+_PLACES = "queries and keys read the tokens and what stands for their places; values read the tokens alone"
 _CROSS = (
     "values read the encoder's stream and outputs write the decoder's, two bases: trace, symmetry and copying of W_O W_V are not "
     "defined"
@@ -296,7 +328,7 @@ _CROSS = (
 
 def derive_family(model_type: str) -> tuple[Family | None, list[str]]:
     """The family that a type is derived to be, and what stands in the way of being whole; nothing of it is proven yet."""
-    base, *others = model_classes(model_type)
+    base, *others = classes_to_build(model_type)
     first = tiny_model(model_type, base, 0)
     sightings = [look_at(model_type, base, number) for number in range(len(SHAPES))]
     rules, problems = stacks_of(sightings)
@@ -358,6 +390,7 @@ def _stack_rule(rule: Mapping[str, Any], model_type: str, alone: bool) -> dict[s
         "head_dim",
         "value_rank",
         "output_width",
+        "layer_types",
         "sparse",
     )
     made = {key: () if rule[key] == "none" else rule[key] for key in kept if key in rule}
@@ -367,10 +400,14 @@ def _stack_rule(rule: Mapping[str, Any], model_type: str, alone: bool) -> dict[s
         made["when"] = {"model_type": rule["inner_type"]}
     if rule["defaults"]:
         made["defaults"] = {model_type: rule["defaults"]}
+    texts = [_REMARKS[note] for note in rule["notes"] if note != "writes"] + ([_CROSS] if rule["cross"] else [])
+    remarks: list[dict[str, Any]] = []
+    if rule["placed"]:
+        remarks.append({"roles": ("query", "key"), "text": _PLACES})
     if "writes" in rule["notes"]:
-        made["remarks"] = ({"roles": ("value", "output"), "text": _NO_FORM, "unproven": True},)
-        return made
-    texts = [_REMARKS[note] for note in rule["notes"]] + ([_CROSS] if rule["cross"] else [])
-    if texts:
-        made["remarks"] = ({"roles": ("value", "output"), "text": "; ".join(texts)},)
+        remarks.append({"roles": ("value", "output"), "text": _NO_FORM, "unproven": True})
+    elif texts:
+        remarks.append({"roles": ("value", "output"), "text": "; ".join(texts)})
+    if remarks:
+        made["remarks"] = tuple(remarks)
     return made

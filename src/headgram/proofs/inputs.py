@@ -17,6 +17,8 @@ from headgram.proofs.probe import Call, Watch
 _TOKENS = 7
 #: Frames and their width, where a model hears features instead of sound.
 _FEATURES = (18, 8)
+#: The side of a picture that no configuration states; a backbone leaves a 32nd of it, which should be several tokens.
+_SIDE, _SIDE_BEFORE_BACKBONE = 28, 96
 #: Tokens of another sequence, which keys come from.
 _SOURCE = 9
 _SEED = 0
@@ -36,7 +38,8 @@ def every_call(model: nn.Module) -> tuple[list[Call], list[str]]:
             with suppress(Exception), torch.no_grad(), _float64(), Watch(model, still=True) as watch:
                 model.get_submodule(path)(**inputs)
                 failed = False
-            new = [call for call in watch.calls if call.module not in covered and (call.complete or not failed)]
+            caught = [call for call in watch.calls if call.module not in covered and call.telling]
+            new = [call for call in caught if call.complete or not failed]
             calls.extend(new)
             covered.update(call.module for call in new)
             if not _missing(model, covered, path):
@@ -88,7 +91,7 @@ def _missing(model: nn.Module, covered: set[str], below: str) -> list[str]:
 
 def attention_only(model: nn.Module, calls: list[Call]) -> list[Call]:
     """Without products that are no softmax attention: the likeness of a picture and a text, linear attention, the choice of one
-    group for each piece of a picture."""
+    group for each piece of a picture, sums over points of a picture that queries alone choose."""
     named = [(call, model.get_submodule(call.module)) for call in calls]
     return [
         call
@@ -103,7 +106,7 @@ def looks_like_attention(module: nn.Module) -> bool:
 
 
 def _is_of_another_kind(module: nn.Module) -> bool:
-    return bool(re.search("Lightning|DeltaAttention|AssignAttention", type(module).__name__))
+    return bool(re.search("Lightning|DeltaAttention|AssignAttention|DeformableAttention", type(module).__name__))
 
 
 def _noise(*shape: int) -> Tensor:
@@ -127,8 +130,9 @@ def _model_inputs(module: Any) -> Iterator[dict[str, Any]]:
     """What a model may be given, by the names of its arguments; the likeliest first."""
     config = module.config
     accepted = inspect.signature(module.forward).parameters
-    image = _size(config, "image_size", "img_size", default=28)
-    image = image if isinstance(image, int) else image[0] if isinstance(image, list | tuple) else 28
+    side = _SIDE_BEFORE_BACKBONE if getattr(config, "backbone_config", None) else _SIDE
+    image = _size(config, "image_size", "img_size", default=side)
+    image = image if isinstance(image, int) else image[0] if isinstance(image, list | tuple) else side
     patch = _size(config, "patch_size", default=14)
     patch = patch if isinstance(patch, int) else patch[0]
     channels = _size(config, "num_channels", "in_channels", default=3)
@@ -207,12 +211,18 @@ def _alone(module: nn.Module, path: str) -> Iterator[dict[str, Any]]:
                     source = _noise(*tokens[:-1], _SOURCE, width)
                     inputs[other] = source if other.startswith("key") else source + 1
             flat = torch.ones(*tokens, rank, dtype=torch.float64)
+            places = _noise(1, *tokens, width)[0]  # unlike the tokens
+            distances = torch.zeros(1, 2 * _TOKENS - 1, width, dtype=torch.float64)
             known: dict[str, list[Any]] = {
                 "position_embeddings": [
                     (flat, flat * 0),
                     (flat[0], flat[0] * 0),
                     torch.ones(1, _TOKENS, rank // 2, dtype=torch.complex128),
+                    distances,
+                    places,
                 ],
+                "relative_position_embeddings": [distances],
+                "object_queries": [places],
                 "cu_seqlens": [torch.tensor([0, _TOKENS], dtype=torch.int32)],
                 "position_ids": [torch.zeros(1, _TOKENS, dtype=torch.long)],
                 "max_seqlen": [_TOKENS],

@@ -91,7 +91,8 @@ class Call:
     `reading` is what the module did next with the softmax of that product, if that was a matrix product, and `logits` what that
     softmax was given. `outer` has what the modules around it were given, by their paths. `written` is what all heads
     write together, which is added to `stream` as `added`; `source` is what the last block left of the stack that ran before.
-    `between` has what lies between values and outputs besides: a `gate`, a `norm`.
+    `between` has what lies between values and outputs besides: a `gate`, a `norm`. `placed`: the module itself added places to
+    the inputs of queries and keys, and not to those of values.
     """
 
     module: str
@@ -108,6 +109,7 @@ class Call:
     stream: Tensor | None = None
     source: Tensor | None = None
     between: set[str] = field(default_factory=set)
+    placed: bool = False
 
     @property
     def layer(self) -> int | None:
@@ -119,6 +121,11 @@ class Call:
     def complete(self) -> bool:
         """Whether its heads were seen to be handed on."""
         return self.reading is not None and self.reading.given is not None
+
+    @property
+    def telling(self) -> bool:
+        """Whether it can show something of its weights: neither what it reads nor a single token to attend to hides them."""
+        return len(self.y) > 1 and all(bool(one.any() and one.isfinite().all()) for one in (self.x, self.y, self.z))
 
     def may_be(self, layer: int) -> bool:
         """Whether the module may be that of a layer: its path has that number, or none at all."""
@@ -147,6 +154,11 @@ def _first(result: Any) -> Any:
     return result[0] if isinstance(result, tuple) else result
 
 
+def _memory(x: Tensor | None) -> int | None:
+    """Where a tensor's numbers begin, whatever its shape."""
+    return None if x is None else x.data_ptr()
+
+
 def _named(given: Mapping[str, Any], names: tuple[str, ...], other: Tensor | None) -> Tensor | None:
     """The first tensor under one of the names."""
     return next((given[name] for name in names if isinstance(given.get(name), Tensor)), other)
@@ -157,9 +169,12 @@ class _Running:
     """A module whose `forward` is under way, with what its queries and its keys are made of."""
 
     module: str
+    tokens: Tensor | None
     x: Tensor | None
     y: Tensor | None
     z: Tensor | None
+    given: frozenset[int | None]  # where its arguments' numbers begin
+    placed: bool = False  # it has added some of its arguments to x or y
     call: Call | None = None
     columns: Tensor | None = None  # which columns of its products are tokens, and neither padding nor others
 
@@ -203,7 +218,8 @@ class Watch(TorchFunctionMode):
             x = _named(given, _QUERY_INPUTS, first)
             y = _named(given, _KEY_INPUTS, x)
             self._writes(module, args)
-            self._running.append(_Running(path, x, y, _named(given, _VALUE_INPUTS, y)))
+            arguments = frozenset(_memory(value) for value in given.values() if isinstance(value, Tensor))
+            self._running.append(_Running(path, x, x, y, _named(given, _VALUE_INPUTS, y), arguments))
 
         return hook
 
@@ -235,6 +251,8 @@ class Watch(TorchFunctionMode):
         if func in _GATES and self._unwritten is not None:
             self._unwritten.between.add("gate")
             result = torch.ones_like(result)
+        if func in _SUMS and self._running:
+            self._places(self._running[-1], args, result)
         if func in _SUMS and self._unadded is not None:
             self._adds(self._unadded, args)
         if func in _SOFTMAXES and self._running:
@@ -284,6 +302,17 @@ class Watch(TorchFunctionMode):
             given = given if self._running[-1].columns is None else given[..., self._running[-1].columns]
             call.logits = given.double().reshape(-1, *given.shape[-2:])
 
+    def _places(self, running: _Running, summands: tuple[Any, ...], result: Tensor) -> None:
+        """What a module is given beside its tokens and adds to them, before any product, stands for their places."""
+        if running.call is not None or not all(isinstance(one, Tensor) and one.shape == result.shape for one in summands[:2]):
+            return
+        tokens, place = (_memory(one) for one in summands[:2])
+        if tokens == place or place not in running.given:
+            return
+        queries, keys = tokens == _memory(running.x), tokens == _memory(running.y)
+        running.x, running.y = result if queries else running.x, result if keys else running.y
+        running.placed |= queries or keys
+
     def _adds(self, call: Call, summands: tuple[Any, ...]) -> None:
         """The first sum of this size has what heads write, as it is or as the last module left it, and their stream."""
         before = call.outer.get(call.block)
@@ -316,7 +345,8 @@ class Watch(TorchFunctionMode):
         batch = sequences(x)
         heads = product[..., 0, 0].numel() // batch  # of several sequences, the first is looked at
         both = (x.shape[-2], x.shape[-2] + y.shape[-2])
-        if running.call is None and y is not x and y is z and product.shape[-2:] == both and x.shape[:-2] == y.shape[:-2]:
+        apart = y is not x and y is z and not running.placed
+        if running.call is None and apart and product.shape[-2:] == both and x.shape[:-2] == y.shape[:-2]:
             running.y = running.z = y = z = torch.cat([y, x], -2)  # tokens of a context before the own ones
         scores = (x[..., 0].numel() // batch, y[..., 0].numel() // batch)
         others = None
@@ -341,7 +371,8 @@ class Watch(TorchFunctionMode):
                 rows(x, scores[0]),
                 rows(y, scores[1]),
                 rows(z, scores[1]),
-                outer={run.module: run.x.clone() for run in self._running[:-1] if run.x is not None},
+                outer={run.module: run.tokens.clone() for run in self._running[:-1] if run.tokens is not None},
+                placed=running.placed,
             )
             stack = running.call.block.rpartition(".")[0]
             before = [call.block for call in self.calls if call.block.rpartition(".")[0] != stack]

@@ -243,8 +243,8 @@ def _residuals(model: nn.Module, checkpoint: Checkpoint, entry: Mapping[str, Any
     Raises
     ------
     HeadgramError
-        If a layer never ran, the model has attention that belongs to no stack, or something lies between values and outputs
-        that no remark tells.
+        If a layer never ran, the model has attention that belongs to no stack, or no remark tells what lies between values and
+        outputs or is added before queries and keys.
     """
     model.double()
     without_epsilon(model)
@@ -273,6 +273,8 @@ def _residuals(model: nn.Module, checkpoint: Checkpoint, entry: Mapping[str, Any
             claimed.add(best)
             ours = [call for call in mine if call.module == best]
             scores = max(scores, *(_difference(call, w_q * scale, w_k, entry["whole"]) for call in ours))
+            if any(call.placed for call in ours) and not {"query", "key"} & stack.notes.keys():
+                raise HeadgramError(f"the model adds places to what queries and keys read at {best}, unremarked")
             if {"value", "output"} <= weights.keys():
                 writes = max(writes, *(_written(call, stack, weights["value"], weights["output"]) for call in ours))
             matched.append(Matched(stack, checkpoint.around(stack.name, layer), w_q, w_k, free.get(best, ours[0]), ours[0]))

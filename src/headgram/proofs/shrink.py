@@ -33,7 +33,7 @@ _RULES: tuple[tuple[str, str | int], ...] = (
     (r"(qk_nope|v)_head_dim", 8),
     (r"qk_rope_head_dim", 4),
     (r".*(decoder|cross).*(num_)?(attention_)?heads", "other_heads"),
-    (r".*(key_value|kv)_heads|kv_heads|num_kv_heads|multi_query_group_num", "kv"),
+    (r".*(key_value|kv)_heads|kv_heads|kv_n_heads|num_kv_heads|multi_query_group_num", "kv"),
     (r"(.*_)?(n|num|attention|self_attention|encoder_attention)_(attention_)?heads?|heads|attention_heads|n_heads?", "heads"),
     (r".*attention_heads|.*num_heads|.*_heads", "heads"),
     (r"(attention_)?head_dim|d_kv|.*_head_dim|dim_head|attention_head_size|head_size|kv_channels", "rank"),
@@ -59,6 +59,7 @@ _RULES: tuple[tuple[str, str | int], ...] = (
     (r"num_conv_pos_embeddings", 4),
     (r"num_conv_pos_embedding_groups", 2),
     (r"upsample_groups", "width"),
+    (r"num_filters", 8),
     (r"conv_channels|neck_out_channels|output_channels|subsampling_conv_channels", 16),
     (r"num_queries|num_query_tokens|num_latents|latent_query_num", 11),
 )
@@ -75,6 +76,8 @@ _LARGEST_MODEL = 20_000_000
 _SEED = 0
 _TOKENS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 _SPEECH = {"conv_dim": [16], "conv_stride": [25], "conv_kernel": [10]}
+#: What stands for a picture's tower that only the library timm could build; its stages are chosen as those of the tower were.
+_WITHOUT_TIMM = {"model_type": "resnet", "embedding_size": 8, "hidden_sizes": [8, 8, 8, 8], "depths": [1, 1, 1, 1]}
 
 
 @dataclass(frozen=True)
@@ -96,6 +99,7 @@ WAYS = (
     Way(wide=4),
     Way(own_rank=True, wide=4),
     Way(twice=True),
+    Way(wide=8),
 )
 
 
@@ -104,14 +108,17 @@ def shrunk(config_class: Any, number: int, changes: Mapping[str, Any], way: Way,
 
     `changes` are what a type needs besides; tables in it are sections. `other` is set in sections that are not about text.
     """
-    values = {**_small(config_class, SHAPES[number], way, other), **changes}
+    own = {name: None if value == "null" else value for name, value in changes.items()}
+    values = {**_small(config_class, SHAPES[number], way, other), **own}
     if not getattr(config_class, "sub_configs", {}):
         return values
     default = config_class()
     for name in config_class.sub_configs:
         section: Any = getattr(default, name, None)
-        if hasattr(section, "sub_configs"):
-            text = any(word in name for word in ("text", "decoder", "llm", "thinker"))
+        if getattr(section, "model_type", "") == "timm_backbone":
+            values[name] = {**_WITHOUT_TIMM, "out_indices": section.out_indices, **changes.get(name, {})}
+        elif hasattr(section, "sub_configs"):
+            text = any(word in name for word in ("text", "decoder", "llm", "thinker", "attn"))
             inner = shrunk(type(section), number, changes.get(name, {}), way, other=not text)
             values[name] = {"model_type": section.model_type, **inner} if section.model_type else inner
     return values
@@ -176,12 +183,12 @@ def switched(model_type: str, config: Mapping[str, Any]) -> Iterator[None]:
     types = tiny_data()["types"]
     before = types.get(model_type, {})
     types[model_type] = {**before, "config": _joined(_switches(CONFIG_MAPPING[model_type], config), before.get("config", {}))}
-    way_of.cache_clear()
+    _first_built.cache_clear()
     try:
         yield
     finally:
         types[model_type] = before
-        way_of.cache_clear()
+        _first_built.cache_clear()
 
 
 def _switches(config_class: Any, config: Mapping[str, Any]) -> dict[str, Any]:
@@ -213,25 +220,40 @@ def model_classes(model_type: str) -> list[type]:
     return list(dict.fromkeys(entry[0] if isinstance(entry, tuple) else entry for entry in entries))
 
 
-@cache
-def way_of(model_type: str) -> Way:
-    """The first way of shrinking in which a type's base model can be built.
+def classes_to_build(model_type: str) -> list[type]:
+    """As `model_classes`, the first of which a tiny model can be built before all others.
 
     Raises
     ------
     HeadgramError
-        If there is none: says why the last cannot.
+        As `way_of`.
     """
-    base = model_classes(model_type)[0]
+    first, _ = _first_built(model_type)
+    return [first, *(one for one in model_classes(model_type) if one is not first)]
+
+
+def way_of(model_type: str) -> Way:
+    """The first way of shrinking in which a type's base model can be built, or else any of its classes.
+
+    Raises
+    ------
+    HeadgramError
+        If there is none: says why the base model cannot be built in the first way.
+    """
+    return _first_built(model_type)[1]
+
+
+@cache
+def _first_built(model_type: str) -> tuple[type, Way]:
     reasons = []
-    for way in WAYS:
+    for model_class, way in ((one, way) for one in model_classes(model_type) for way in WAYS):
         try:
             for number in range(len(SHAPES)):
-                check_size(base, tiny_config(model_type, number, way))
+                check_size(model_class, tiny_config(model_type, number, way))
         except Exception as error:  # whatever transformers raises
             reasons.append(f"{type(error).__name__}: {error!s:.200}".replace("\n", " "))
             continue
-        return way
+        return model_class, way
     raise HeadgramError(reasons[0])
 
 
@@ -296,7 +318,7 @@ def random_model(model_class: Any, config: Any) -> nn.Module:
 def walked_models(model_type: str) -> Iterator[tuple[nn.Module, dict[str, Any]]]:
     """The tiny models of a type whose data the walk has written: the base model in all shapes, then every class once."""
     entry = tiny_data()["types"].get(model_type, {})
-    base, *others = model_classes(model_type)
+    base, *others = classes_to_build(model_type)
     for model_class, number in [*((base, number) for number in range(len(SHAPES))), *((other, 0) for other in others)]:
         try:
             model: Any = tiny_model(model_type, model_class, number)

@@ -17,6 +17,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from headgram.checkpoints.wrappers import plain_name
 from headgram.errors import HeadgramError
 from headgram.families.layouts import LAYOUTS, QK, Dimensions, Factors
 from headgram.proofs.inputs import attention_only, every_call
@@ -31,12 +32,12 @@ _TRIED = ("separate", "gated", "key_value_blocks", "blocks", "interleaved", "qua
 
 
 def names_on_disk(model: Any) -> list[str]:
-    """The names of a model's tensors as transformers saves them."""
+    """The names of a model's tensors as transformers saves them, and as a checkpoint is read: without wrapping modules."""
     with saved(model) as folder:
         names: list[str] = []
         for path in folder.glob("*.safetensors"):
             with safe_open(path, "pt") as file:
-                names += file.keys()
+                names += map(plain_name, file.keys())
         return names
 
 
@@ -51,6 +52,7 @@ class Found:
     section: str  # the path of the module's configuration
     kind: str  # "self" or "cross"
     notes: tuple[str, ...]  # what lies between values and outputs
+    placed: bool  # whether places were added to what queries and keys read; not every run of a model is given any
 
 
 @dataclass(frozen=True)
@@ -67,7 +69,7 @@ def look_at(model_type: str, model_class: type, number: int) -> Sighting:
     model: Any = tiny_model(model_type, model_class, number)
     with saved(model) as folder:
         every = [item for path in sorted(folder.glob("*.safetensors")) for item in load_file(path).items()]
-        stored = {name: tensor.double() for name, tensor in every if tensor.dim() == 2}
+        stored = {plain_name(name): tensor.double() for name, tensor in every if tensor.dim() == 2}
     model.double()
     calls, _ = every_call(model)
     neutralise(model, {call.module for call in calls})
@@ -132,9 +134,8 @@ def _explain(call: Call, stored: Mapping[str, Tensor], section: str) -> Found:
                 notes = set(call.between)
                 if not bool((reading.weights.sum(-1) - 1).abs().max() < 1e-2):
                     notes.add("sink")
-                return Found(
-                    call.module, layout, names, {**counts, "output_width": width}, section, _kind(call), tuple(sorted(notes))
-                )
+                counts["output_width"] = width
+                return Found(call.module, layout, names, counts, section, _kind(call), tuple(sorted(notes)), call.placed)
     return _explain_scores(call, stored, section, f"no tensor gives its {_worst(call, stored, width)}")
 
 
@@ -153,10 +154,9 @@ def _explain_scores(call: Call, stored: Mapping[str, Tensor], section: str, prob
             names, _ = _fits("separate", dims, call, stored)
             if set(names) >= set(QK):
                 counts = {"heads": heads, "kv_heads": kv_heads, "rank": rank, "hidden": dims.hidden, "value_rank": rank}
+                counts["output_width"] = dims.hidden
                 found = {role: names[role] for role in QK}
-                return Found(
-                    call.module, "separate", found, {**counts, "output_width": dims.hidden}, section, _kind(call), ("writes",)
-                )
+                return Found(call.module, "separate", found, counts, section, _kind(call), ("writes",), call.placed)
     raise HeadgramError(problem)
 
 
