@@ -78,7 +78,7 @@ def claim(results: Path, writings: Iterable[Writing]) -> None:
 def check_own(path: Path) -> None:
     """Refuse what lies where a run keeps what it knows, unless a run may have written it: no file, or a text that is no JSON.
 
-    What is empty, or begins as JSON does, may be what a crash left, and is written anew.
+    What is empty, or begins as JSON or with zeros, may be what a crash left, and is written anew.
 
     Raises
     ------
@@ -92,7 +92,7 @@ def check_own(path: Path) -> None:
     ours = not path.is_symlink() and path.is_file()
     if ours:
         with path.open("rb") as file:
-            ours = file.read(1) in (b"", b"{", b"[")
+            ours = file.read(1) in (b"", b"\0", b"{", b"[")
     if not ours:
         raise HeadgramError(
             f"{path} is in the way: a run keeps there what it knows, and no run wrote this; move it elsewhere, or delete it, and "
