@@ -179,12 +179,11 @@ def inspect(
     console.print(plain(source), style="bold", end="")
     console.print(plain(f": {checkpoint.architecture}{how}, {location.format}{commit}"))
     console.print(table)
-    if location.choice.index is not None:
-        console.print("each tensor is read from the file that the index names for it")
-    for remark in checkpoint.remarks:
-        console.print(plain(remark))
-    if others := location.choice.passed_over:
-        console.print(plain(f"not read, since these were found first: {', '.join(others)}"))
+    said = ["each tensor is read from the file that the index names for it"] if location.choice.index is not None else []
+    said += checkpoint.remarks
+    said += [f"{stack.name}: {note}" for stack in checkpoint.stacks for note in dict.fromkeys(stack.notes.values())]
+    said += [f"not read, since these were found first: {', '.join(others)}"] if (others := location.choice.passed_over) else []
+    console.print(*map(plain, said), sep="\n", end="\n" if said else "")
     console.print(f"{len(location.weights)} weight file(s), {total:,} bytes; q and k are {share:.1%} of them")
 
 

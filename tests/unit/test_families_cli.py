@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 from typer.testing import CliRunner
 
 from headgram.cli import app
 from headgram.errors import HeadgramError
 from headgram.families import layouts
+from headgram.proofs.shrink import model_classes, quiet, tiny_model
 
 RUN = CliRunner()
 
@@ -34,6 +37,19 @@ def test_prove_fails_if_a_proof_does(monkeypatch: pytest.MonkeyPatch) -> None:
     assert result.exit_code == 1
     assert "headgram: gpt_neox: the scores differ by" in result.stderr
     assert [line.split()[-2] for line in result.stdout.splitlines()[2:]] == ["yes", "no"]
+
+
+def test_inspect_says_what_a_reader_of_a_role_must_know(tmp_path: Path) -> None:
+    """Positions that attention modules add, and values of another stream."""
+    model_class, *_ = model_classes("detr")
+    with quiet():
+        tiny_model("detr", model_class, 0).save_pretrained(tmp_path)
+    shown = RUN.invoke(app, ["inspect", str(tmp_path)]).output
+    for said in (
+        "encoder: queries and keys read the tokens and what stands for their places",
+        "cross: values read the encoder's",
+    ):
+        assert said in " ".join(shown.split())
 
 
 def test_adopt_finds_the_layouts_that_fit() -> None:
