@@ -227,7 +227,7 @@ def asked_by_study(results: Path) -> dict[str, str] | None:
     try:
         plan = planned(given_to(results))
         return plan.records() if Path(plan.config.results).resolve() == results.resolve() else None
-    except (HeadgramError, OSError):
+    except (HeadgramError, OSError, RuntimeError):  # the last for a loop of links
         return None
 
 
