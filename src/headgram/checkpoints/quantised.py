@@ -166,7 +166,7 @@ def _settings(config: Config) -> Config:
     methods = [settings.get("quant_method") for settings in found]
     if len(found) == 2 and methods[0] != methods[1]:
         raise HeadgramError(
-            f"config.json states quant_method = {methods[0]!r:.60}, and in its text_config {methods[1]!r:.60}: remove the wrong one"
+            f"config.json states quant_method = {methods[0]!r:.60}, and in its text_config {methods[1]!r:.60}: remove one"
         )
     return found[0] if found else {}
 
