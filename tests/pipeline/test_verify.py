@@ -243,3 +243,13 @@ def test_nothing_to_verify(project):
     done = project.headgram("verify")
     assert done.returncode == 1
     assert "no artifact to verify" in done.stderr
+
+
+def test_results_that_lead_round_in_a_loop_are_one_sentence(project):
+    assert project.headgram("lock").returncode == 0
+    (project.folder / "results").symlink_to("results")
+    for command in ("verify", "show", "export"):
+        done = project.headgram(command)
+        assert done.returncode == 1
+        assert done.stderr.startswith("headgram: ")
+        assert "Traceback" not in done.stderr

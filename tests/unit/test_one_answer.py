@@ -194,6 +194,12 @@ TWICE = {
         {"hf_quant_config.json": b'{"quantization": {"quant_algo": "NVFP4"}}'},
         "states quant_method = 'fp8', and hf_quant_config.json 'modelopt'",
     ),
+    "another method of quantisation in the text's part": (
+        lambda t: t,
+        {"quantization_config": GPTQ, "text_config": {"quantization_config": {"quant_method": "fp8"}}},
+        {},
+        "states quant_method = 'gptq', and in its text_config 'fp8'",
+    ),
     "two algorithms": (
         lambda t: t,
         {"quantization_config": {"quant_method": "modelopt", "quant_algo": "FP8"}},

@@ -557,6 +557,19 @@ def test_short_4bit_tables_are_refused(tmp_path):
             checkpoint.qk("self", 0)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("more", [{}, {"format": "dense", "quantization_status": "frozen"}])
+def test_weights_that_lie_unrounded_beside_their_scales_are_refused(tmp_path, dtype, more):
+    """As llm-compressor saves them with `save_compressed=False`: they would be multiplied by the scales."""
+    test_compressed_tensors(tmp_path, "fp8 blocks")
+    tensors = load_file(tmp_path / "model.safetensors")
+    settings = json.loads((tmp_path / "config.json").read_text())["quantization_config"]
+    plain = {name: tensor.to(dtype) if is_attention(name) else tensor for name, tensor in tensors.items()}
+    write(tmp_path, plain, settings | more)
+    with pytest.raises(HeadgramError, match="beside their scales"):
+        open_checkpoint(tmp_path)
+
+
 def test_rotated_and_reordered_weights_are_refused(tmp_path):
     tensors = llama_tensors(**SIZES) | {f"{Q.format(0)}.weight_scale": torch.ones(1)}
     for extra, settings in (

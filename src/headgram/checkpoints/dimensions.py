@@ -178,7 +178,7 @@ def find_rules(store: TensorStore, family: Family, config: Mapping[str, Any], ar
         raise HeadgramError(
             f"the checkpoint lacks tensor {family.prefixes[0]}{key}"
             + (
-                f", and holds {instead:.200} instead: if it is quantised, config.json must state `quantization_config`"
+                f", and holds {instead:.200} instead: if it is quantised, `quantization_config` must name a method that is read"
                 if instead
                 else ", under any known prefix: if its names begin otherwise, set `prefix` in the manifest"
             )

@@ -153,13 +153,22 @@ def with_plain_weights(store: TensorStore, config: Config | None) -> TensorStore
 
 
 def _settings(config: Config) -> Config:
-    """`quantization_config` of the model or, in a multimodal one, of its text model."""
+    """`quantization_config` of the model or, in a multimodal one, of its text model.
+
+    Raises
+    ------
+    HeadgramError
+        If both are there, and name different methods.
+    """
     text = config.get("text_config")
-    for owner in (config, text if isinstance(text, dict) else {}):
-        settings = owner.get("quantization_config")
-        if isinstance(settings, dict):
-            return settings
-    return {}
+    owners = (config, text if isinstance(text, dict) else {})
+    found = [settings for owner in owners if isinstance(settings := owner.get("quantization_config"), dict)]
+    methods = [settings.get("quant_method") for settings in found]
+    if len(found) == 2 and methods[0] != methods[1]:
+        raise HeadgramError(
+            f"config.json states quant_method = {methods[0]!r:.60}, and in its text_config {methods[1]!r:.60}: remove one"
+        )
+    return found[0] if found else {}
 
 
 def _guarded(name: str, method: str, work: Callable[[], Any]) -> Any:
