@@ -269,6 +269,8 @@ REFUSED = {
     "no rank": ({"r": None}, "r = None"),
     "no alpha": ({"lora_alpha": "many"}, "lora_alpha = 'many'"),
     "an endless alpha": ({"lora_alpha": 10**400}, "lora_alpha"),
+    "a text for a truth value": ({"use_rslora": "false"}, "use_rslora = 'false', which should be true or false"),
+    "a number for a truth value": ({"use_dora": 0}, "use_dora = 0, which should be true or false"),
     "another rank": ({"r": 5}, "have rank 4, but adapter_config.json says 5"),
     "no lengths": ({"use_dora": True}, "no lora_magnitude_vector"),
     "costly patterns": ({"alpha_pattern": {"(a+)+b": 2}}, "costly"),

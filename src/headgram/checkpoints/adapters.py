@@ -108,6 +108,9 @@ class Settings:
         for name in ("r", "lora_alpha"):
             if not _is_number(config.get(name)):
                 raise HeadgramError(f"{whose} has {name} = {config.get(name)!r:.60}, which should be a number")
+        for name in ("use_rslora", "use_dora", "fan_in_fan_out"):
+            if not isinstance(config.get(name), bool | None):
+                raise HeadgramError(f"{whose} has {name} = {config[name]!r:.60}, which should be true or false")
         return cls(
             rank=float(config["r"]),
             alpha=float(config["lora_alpha"]),
