@@ -24,6 +24,7 @@ from headgram.families.registry import Family, StackRule, families, family_of, o
 from headgram.proofs.listed import listed_models
 from headgram.proofs.probe import Call
 from headgram.proofs.prove import TOLERANCE, Proof, known_types, prove
+from headgram.proofs.shrink import model_classes, quiet, tiny_config, way_of
 
 #: Prefixes of published checkpoints that transformers reads, but no longer writes: type, what it writes, what it reads.
 OLD_PREFIXES = [
@@ -419,3 +420,24 @@ def test_what_is_not_needed_is_not_imported(tmp_path: Path, statement: str, unwa
     folder = saved("deepseek_v2", tmp_path)
     code = f"import sys; {statement.format(folder=str(folder))}; assert {unwanted!r} not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize("model_type", ["seamless_m4t", "seamless_m4t_v2"])
+def test_towers_of_one_configuration_have_counts_of_their_own(tmp_path: Path, model_type: str) -> None:
+    """Each of its encoders and decoders has layers and heads under names of its own, which a tiny model might state alike."""
+    counts = {"": (3, 4), "speech_": (4, 2), "t2u_": (2, 8)}
+    config = tiny_config(model_type, 0, way_of(model_type))
+    for tower, (layers, heads) in counts.items():
+        setattr(config, f"{tower}encoder_layers", layers)
+        setattr(config, f"{tower}encoder_attention_heads", heads)
+    config.decoder_layers, config.t2u_decoder_layers = 5, 6
+    with quiet():
+        model_classes(model_type)[0](config).save_pretrained(tmp_path)
+    with open_checkpoint(tmp_path) as checkpoint:
+        found = {stack.name: (len(stack.layers), stack.heads) for stack in checkpoint.stacks}
+    assert found["text_encoder_q_proj"] == counts[""]
+    assert found["encoder_speech_encoder_linear_q"] == counts["speech_"]
+    assert found["encoder_t2u_model_model"] == counts["t2u_"]
+    assert found["speech_encoder_adapter"][1] == counts["speech_"][1]
+    assert found["decoder_text_decoder"][0] == 5
+    assert found["decoder_t2u_model_model"][0] == 6

@@ -86,6 +86,10 @@ _WORDS = {
 }
 
 
+#: Of `t2u_encoder_layers`, the tower that has this encoder: models of several state the numbers of each by its name.
+_TOWER = re.compile("(?!num_|n_)([a-z0-9]+)_(?:en|de)coder_")
+
+
 def _named(
     what: str, values: Sequence[int], sections: Sequence[Mapping[str, Any]], path: str, declared: Container[str]
 ) -> str | None:
@@ -108,9 +112,11 @@ def _named(
             return (preferred.index(name) - len(preferred),)
         other = [side for side in ("decoder", "encoder") if side in name]
         place = name.rpartition(".")[2]
+        tower = _TOWER.match(name)
         return (
             place.isdigit() and f".{place}." not in path,
             bool(other) and other[0] not in sides[:1],
+            1 if tower is None else 0 if tower[1] in path else 2,
             name.partition(".")[0] not in declared,
             not (sides and other == sides[:1]),
             preferred.index(name) if name in preferred else len(preferred),
