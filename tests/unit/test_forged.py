@@ -366,6 +366,8 @@ def test_whatever_a_table_holds_what_is_shown_of_it_is_shown_or_refused_in_one_s
 
 
 def test_an_error_that_no_damage_explains_stays_what_it_is(tmp_path):
+    (tmp_path / "atlas").mkdir()
+    (tmp_path / "atlas" / "notes.txt").touch()  # a stranger's file is no damage
     with pytest.raises(ZeroDivisionError), blamed_on_damage(tmp_path):
         _ = 1 / 0
 

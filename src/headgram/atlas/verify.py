@@ -135,19 +135,19 @@ def blamed_on_damage(results: Path) -> Iterator[None]:
     Raises
     ------
     HeadgramError
-        Names the first thing that `verify` finds.
+        Names the first thing that `verify` finds damaged.
     """
     try:
         yield
     except HeadgramError:
         raise
     except Exception as error:
-        findings: list[Finding] = []
+        damaged: list[Finding] = []
         with contextlib.suppress(HeadgramError):
-            findings = verify(results)[1]
-        if not findings:
+            damaged = [finding for finding in verify(results)[1] if finding.mended_by == "anew"]  # no stranger's file is to blame
+        if not damaged:
             raise
-        raise HeadgramError(f"{findings[0].sentence}; {MENDING}") from error
+        raise HeadgramError(f"{damaged[0].sentence}; {MENDING}") from error
 
 
 def _stray(path: Path, results: Path, claims: Claims) -> Finding:
