@@ -20,11 +20,11 @@ from headgram.checkpoints.weight_files import ADAPTER_CONFIG, MODELOPT_CONFIG
 from headgram.checkpoints.wrappers import without_wrappers
 from headgram.errors import HeadgramError
 
-#: Bytes of a pointer of Git LFS, by its specification.
-_LARGEST_POINTER = 1024
-
 if TYPE_CHECKING:
     from headgram.checkpoints.hub import RemoteLocation
+
+#: Bytes of a pointer of Git LFS, by its specification.
+_LARGEST_POINTER = 1024
 
 
 def locate(source: str, revision: str | None = None, base: str | None = None) -> AnyLocation:

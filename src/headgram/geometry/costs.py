@@ -13,6 +13,9 @@ TRIANGLE = 8
 #: Bytes of the own factors of one block of heads in float32; all heads of two blocks are multiplied at once.
 BLOCK_BYTES = 128 * 2**20
 
+#: As many blocks of spans are kept as fit into about one GiB.
+KEPT_SPANS = 8
+
 #: Neighbouring heads of some layers.
 Block = tuple[Sequence[int], range]
 

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
 from headgram.errors import HeadgramError
 from headgram.families.registry import Family
 from headgram.proofs.inputs import attention_modules
+from headgram.proofs.named import PREFERRED, at_layer, name_of_count, stated
 from headgram.proofs.shrink import SHAPES, classes_to_build, tiny_model
 from headgram.proofs.walk import Found, Sighting, look_at, names_on_disk
 
@@ -58,73 +59,6 @@ def _template(name: str, place: int | None) -> str:
     return name[: matches[place].start()] + "{layer}" + name[matches[place].end() :] if place < len(matches) else name
 
 
-_PREFERRED = {
-    "heads": (
-        "num_attention_heads",
-        "n_head",
-        "num_heads",
-        "n_heads",
-        "encoder_attention_heads",
-        "decoder_attention_heads",
-        "attention_heads",
-    ),
-    "kv_heads": ("num_key_value_heads", "num_kv_heads", "multi_query_group_num"),
-    "rank": ("head_dim", "attention_head_dim", "d_kv"),
-    "hidden": ("hidden_size", "d_model", "n_embd", "embed_dim", "dim", "width"),
-    "layers": ("num_hidden_layers", "n_layer", "num_layers", "n_layers", "encoder_layers", "decoder_layers", "depth"),
-    "value_rank": ("v_head_dim",),
-    "output_width": ("hidden_size", "d_model"),
-}
-_WORDS = {
-    "heads": "head",
-    "kv_heads": "key_value|kv|group",
-    "rank": "head_dim|d_kv|dim_head|head_size|channels",
-    "hidden": "hid|dim|d_|emb|width|size",
-    "layers": "layer|depth|block",
-    "value_rank": "v_head|value",
-    "output_width": "hidden|d_model|width",
-}
-
-
-#: Of `t2u_encoder_layers`, the tower that has this encoder: models of several state the numbers of each by its name.
-_TOWER = re.compile("(?!num_|n_)([a-z0-9]+)_(?:en|de)coder_")
-
-
-def _named(
-    what: str, values: Sequence[int], sections: Sequence[Mapping[str, Any]], path: str, declared: Container[str]
-) -> str | None:
-    """The name under which the configurations of several models state these numbers; rather one that its class has `declared`."""
-    names = [
-        name
-        for name in sections[0]
-        if all(type(section.get(name)) is int and section[name] == value for section, value in zip(sections, values, strict=True))
-        and re.search(_WORDS[what], name)
-    ]
-    if what == "heads":
-        names = [name for name in names if not re.search("key_value|kv|head_dim|linear", name)]
-    if what == "rank":
-        names = [name for name in names if not re.search("qk_|v_head|rope|index|linear|global", name)]
-    sides = [side for side in ("decoder", "encoder") if side in path]
-
-    def order(name: str) -> tuple[Any, ...]:
-        preferred = _PREFERRED[what]
-        if what in ("hidden", "output_width") and name in preferred:
-            return (preferred.index(name) - len(preferred),)
-        other = [side for side in ("decoder", "encoder") if side in name]
-        place = name.rpartition(".")[2]
-        tower = _TOWER.match(name)
-        return (
-            place.isdigit() and f".{place}." not in path,
-            bool(other) and other[0] not in sides[:1],
-            1 if tower is None else 0 if tower[1] in path else 2,
-            name.partition(".")[0] not in declared,
-            not (sides and other == sides[:1]),
-            preferred.index(name) if name in preferred else len(preferred),
-        )
-
-    return min(names, key=order, default=None)
-
-
 def stacks_of(sightings: Sequence[Sighting]) -> tuple[list[dict[str, Any]], list[str]]:
     """The rules of every run of layers that all models of one class have, and what stands in the way of others."""
     tables = [_table(sighting) for sighting in sightings]
@@ -136,7 +70,7 @@ def stacks_of(sightings: Sequence[Sighting]) -> tuple[list[dict[str, Any]], list
             continue
         runs = [table[key] for table in tables]
         configs = [_at(sighting.config, runs[0].one.section) for sighting in sightings]
-        sections = [_counts(_at_layer(config.to_dict(), run.layers[0])) for config, run in zip(configs, runs, strict=True)]
+        sections = [stated(at_layer(config.to_dict(), run.layers[0])) for config, run in zip(configs, runs, strict=True)]
         try:
             rules.append(_rule(runs, sections, configs, key[-1]))
             rules[-1]["inner_type"] = _inner_type(sightings[0].config, runs[0].one.section)
@@ -163,21 +97,6 @@ def _kinds(config: Any, layers: Sequence[int]) -> tuple[str, ...]:
     return tuple(sorted(kinds)) if tuple(layer for layer, kind in enumerate(stated) if kind in kinds) == tuple(layers) else ()
 
 
-def _at_layer(section: Mapping[str, Any], layer: int) -> dict[str, Any]:
-    """A section as it is for one layer."""
-    changes = {int(number): change for number, change in (section.get("per_layer_config") or {}).items()}
-    return {**section, **changes.get(layer, {})}
-
-
-def _counts(section: Mapping[str, Any]) -> dict[str, Any]:
-    """What a section states, entries of lists under their number, and of inner sections under both names."""
-    inner: dict[str, Mapping[Any, Any]] = {
-        name: dict(enumerate(value)) for name, value in section.items() if isinstance(value, list | tuple)
-    }
-    inner |= {name: value for name, value in section.items() if isinstance(value, Mapping)}
-    return {**section, **{f"{name}.{place}": one for name, value in inner.items() for place, one in value.items()}}
-
-
 def _inner_type(config: Any, path: str) -> str:
     """The type of a section that may be of any type."""
     outer, _, name = path.rpartition(".")
@@ -200,7 +119,7 @@ def _rule(
     declared = {field.name for field in fields(type(configs[0]))}
 
     def named(what: str, values: Sequence[int]) -> str | None:
-        return _named(what, values, sections, path, declared)
+        return name_of_count(what, values, sections, path, declared)
 
     counts = {what: [run.one.counts[what] for run in runs] for what in runs[0].one.counts}
     block = _common(
@@ -223,7 +142,7 @@ def _rule(
     if layers is None and not whole:
         rule["sparse"] = True
         layers = next(
-            (name for name in _PREFERRED["layers"] if all(isinstance(section.get(name), int) for section in sections)), None
+            (name for name in PREFERRED["layers"] if all(isinstance(section.get(name), int) for section in sections)), None
         )
         if layers is None or "{layer}" not in block:
             raise HeadgramError("the configuration states no count of its layers")

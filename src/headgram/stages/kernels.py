@@ -8,7 +8,7 @@ from functools import lru_cache
 import numpy as np
 import pyarrow as pa
 
-from headgram.geometry.costs import BLOCK_BYTES
+from headgram.geometry.costs import BLOCK_BYTES, KEPT_SPANS
 from headgram.geometry.spans import Spans, joined, kernels, spans
 from headgram.results.paths import between_streams
 from headgram.results.tables import KERNELS, labelled
@@ -16,8 +16,6 @@ from headgram.stages.sources import Sources
 
 #: Of every role its circuit, and the side of the form that it is.
 _ROLES = {"query": ("qk", "b"), "key": ("qk", "a"), "value": ("ov", "b"), "output": ("ov", "a")}
-#: As many blocks of spans are kept as fit into about one GiB.
-_KEPT = 8
 
 
 def kernel_tables(sources: Sources, device: str) -> Iterator[pa.Table]:
@@ -37,7 +35,7 @@ def _tables(stack: str, roles: tuple[str, ...], sources: Sources, device: str) -
     most = max(1, BLOCK_BYTES // (4 * of_layer * max(file.rank for file in files.values()) * first.width))
     runs = [first.layers[start : start + most] for start in range(0, len(first.layers), most)]
 
-    @lru_cache(maxsize=_KEPT)
+    @lru_cache(maxsize=KEPT_SPANS)
     def found(run: int) -> tuple[Spans, dict[str, np.ndarray]]:
         """The spans of all roles of some layers, and which each is."""
         factors = [getattr(file.read(runs[run]), _ROLES[role][1]).to(device) for role, file in files.items()]

@@ -12,9 +12,22 @@ from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
-from headgram.forms.variants import FOLDED, Variant, needs
-from headgram.geometry.costs import BLOCK_BYTES, GPU, TENSOR_CORES, Route, Sizes, blocks, cheapest, flops, spectra_flops, traffic
+from headgram.forms.variants import FOLDED, Variant
+from headgram.geometry.costs import (
+    BLOCK_BYTES,
+    GPU,
+    KEPT_SPANS,
+    TENSOR_CORES,
+    Route,
+    Sizes,
+    blocks,
+    cheapest,
+    flops,
+    spectra_flops,
+    traffic,
+)
 from headgram.results.paths import between_streams
+from headgram.study.forms import why_not
 from headgram.study.jobs import HeadsPlan, Layers, stored_bytes, turns
 from headgram.study.lock import LockedStack
 from headgram.study.options import Config
@@ -30,8 +43,8 @@ _PASSES_OF_ENDS = 4
 _LONGEST = 4096
 #: Products of the weights with themselves that the stage `rotary` takes of each form, and the offsets that it measures, about.
 _GRAMS, _OFFSETS = 4, 24
-#: Blocks of spans that the stage `composition` keeps, and what it takes to look at one pair closely: QR, an SVD, eigenvalues.
-_KEPT_SPANS, _QR, _SMALL = 8, 8, 60
+#: What it takes to look at one pair of heads closely: QR; an SVD and eigenvalues.
+_QR, _SMALL = 8, 60
 
 
 @dataclass(frozen=True)
@@ -83,14 +96,14 @@ class Work:
             self.copied / gpu.link
         )
 
-    def add(self, other: Work) -> None:
-        """Add what other jobs do."""
-        self.jobs += other.jobs
+    def add(self, other: Work, times: int = 1) -> None:
+        """Add what other jobs do, so many times."""
+        self.jobs += times * other.jobs
         for kind, count in other.flops.items():
-            self.flops[kind] += count
-        self.memory += other.memory
-        self.copied += other.copied
-        self.distinct += other.distinct
+            self.flops[kind] += times * count
+        self.memory += times * other.memory
+        self.copied += times * other.copied
+        self.distinct += times * other.distinct
 
 
 def costs(plan: Plan) -> dict[str, Work]:
@@ -222,7 +235,7 @@ def _derive(plan: HeadsPlan, topk: int) -> Work:
 
 def _folds(stack: LockedStack, circuit: str) -> bool:
     """Whether norms before a stack's heads are known, so that they are folded into the forms of a circuit."""
-    return stack.around is not None and not set(needs(Variant(circuit, FOLDED))) & set(stack.around.missing)
+    return why_not(stack, Variant(circuit, FOLDED)) is None
 
 
 def _rotary(plan: HeadsPlan, config: Config) -> Work:
@@ -243,11 +256,11 @@ def _composition(model: ModelPlan, name: str, config: Config) -> Work:
     plans = {circuit: model.extracted[circuit, name] for circuit in ("qk", "ov")}
     work = Work(distinct=sum(float(len(plan.stack.layers) * _layer_bytes(plan, config)) for plan in plans.values()))
     writings: set[str] = set()  # of what is written, where one block holds all of it: formed once
-    for circuit in ("qk", "qk", "ov"):
+    for kind, circuit in (("q", "qk"), ("k", "qk"), ("v", "ov")):
         reading = plans[circuit]
-        crossing = between_streams(name) and bool(work.flops)  # keys and values are those of the encoder's stream
+        crossing = between_streams(name) and kind != "q"  # keys and values are those of the encoder's stream
         if crossing and ("ov", "encoder") not in model.extracted:
-            break
+            continue
         writing = model.extracted["ov", "encoder"] if crossing else plans["ov"]
         folded = _folds(reading.stack, circuit) and _folds(writing.stack, "ov")
         sides = 1 + (circuit == "qk" and turns(reading))
@@ -255,18 +268,15 @@ def _composition(model: ModelPlan, name: str, config: Config) -> Work:
         readers, writers = (Counter(_heads_of_blocks(each)) for each in (reading, writing))
         formed = readers.total() if writers.total() > 1 else int(writing.stack.name not in writings)
         writings.add(writing.stack.name)
-        for _ in range(formed):
-            work.add(_ends(writing, config, folded))
+        work.add(_ends(writing, config, folded), times=formed)
         for (n_x, count_x), (n_y, count_y) in itertools.product(readers.items(), writers.items()):
             heads, ranks = (sides * n_x, n_y), (reading.locked.rank, writing.locked.rank)
-            work.add(
-                _between(Sizes(heads, heads, heads, ranks, reading.stack.hidden, same=False, symmetric=True), count_x * count_y)
-            )
+            sizes = Sizes(heads, heads, heads, ranks, reading.stack.hidden, same=False, symmetric=True)
+            work.add(_between(sizes), times=count_x * count_y)
         rank, width, pairs = reading.locked.rank, reading.stack.hidden, config.composition.strongest
         work.flops["float64"] += pairs * (_QR * rank**2 * width + _SMALL * rank**3)
-        work.copied += (
-            pairs * 2.0 * (rank + writing.locked.rank) * width * (4 if folded else stored_bytes(reading.locked, config))
-        )
+        stored = 4 if folded else stored_bytes(reading.locked, config)
+        work.copied += pairs * 2.0 * (rank + writing.locked.rank) * width * stored
     work.add(_kernels(plans, config))
     return work
 
@@ -298,7 +308,7 @@ def _kernels(plans: dict[str, HeadsPlan], config: Config) -> Work:
         most = max(1, BLOCK_BYTES // (4 * spans * rank * stack.hidden))
         runs = [min(most, len(stack.layers) - start) for start in range(0, len(stack.layers), most)]
         pairs = list(itertools.combinations_with_replacement(range(len(runs)), 2))
-        read = len(runs) if len(runs) <= _KEPT_SPANS else len(pairs)  # a block that is not kept is read again
+        read = len(runs) if len(runs) <= KEPT_SPANS else len(pairs)  # a block that is not kept is read again
         factors = spans * len(stack.layers) * read / len(runs)
         stored = 4 if folded else stored_bytes(plans["qk"].locked, config)
         work.copied += factors * rank * stack.hidden * stored
@@ -307,14 +317,14 @@ def _kernels(plans: dict[str, HeadsPlan], config: Config) -> Work:
         for one, other in pairs:
             heads = spans * runs[one], spans * runs[other]
             sizes = Sizes(heads, heads, heads, (rank, rank), stack.hidden, same=one == other, symmetric=True)
-            work.add(_between(sizes, 1))
+            work.add(_between(sizes))
     return work
 
 
-def _between(sizes: Sizes, count: int) -> Work:
+def _between(sizes: Sizes) -> Work:
     """Products of symmetric forms in float32."""
     work, route = Work(), cheapest(sizes, GPU)
-    work.flops["float32"], work.memory = count * flops(route, sizes), count * traffic(route, sizes, GPU.longest)
+    work.flops["float32"], work.memory = flops(route, sizes), traffic(route, sizes, GPU.longest)
     return work
 
 

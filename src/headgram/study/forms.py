@@ -23,14 +23,14 @@ def forms(stack: LockedStack, circuit: str, config: Config) -> tuple[list[Varian
     Where none can be, the form of the weights as stored is measured.
     """
     wanted = [form for form in asked_forms(config) if form.circuit == circuit]
-    reasons = {form: reason for form in wanted if (reason := _why_not(stack, form))}
+    reasons = {form: reason for form in wanted if (reason := why_not(stack, form))}
     found = [form for form in wanted if form not in reasons] or [Variant(circuit)]
     instead = f"; {found[0].name} is measured instead" if found[0] not in wanted else ""
     of_reason = {reason: [form.name for form in reasons if reasons[form] == reason] for reason in reasons.values()}
     return found, [f"without {', '.join(names)}: {reason}{instead}" for reason, names in of_reason.items()]
 
 
-def _why_not(stack: LockedStack, form: Variant) -> str | None:
+def why_not(stack: LockedStack, form: Variant) -> str | None:
     """Why a form of a stack cannot be made, or None."""
     if not needs(form):
         return None
