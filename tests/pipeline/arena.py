@@ -171,8 +171,7 @@ def jobs_of(project: Project) -> list[psutil.Process]:
     found = []
     for process in psutil.process_iter():
         with contextlib.suppress(psutil.Error):
-            runs_script = "python" in process.name() and any("/.snakemake/scripts/" in part for part in process.cmdline())
-            if runs_script and process.status() != psutil.STATUS_ZOMBIE and process.cwd() == str(project.folder.resolve()):
+            if "python" in process.name() and _script(process) and process.status() != psutil.STATUS_ZOMBIE and process.cwd() == str(project.folder.resolve()):
                 found.append(process)
     return found
 
@@ -192,10 +191,15 @@ def copies(run: subprocess.Popen) -> list[psutil.Process]:
 
 
 def stage_of(job: psutil.Process) -> str:
-    """The stage that a process of `jobs_of` runs: its script is called `tmpXXXX.STAGE.py`."""
+    """The stage that a process of `jobs_of` runs."""
     with contextlib.suppress(psutil.Error):
-        return next((Path(part).suffixes[-2][1:] for part in job.cmdline() if "/.snakemake/scripts/" in part), "")
+        return Path(_script(job)).stem
     return ""
+
+
+def _script(process: psutil.Process) -> str:
+    """The script of the pipeline that a process was started for."""
+    return next((part for part in process.cmdline() if "/workflow/scripts/" in part), "")
 
 
 def wait_for(condition: Callable[[], object], run: subprocess.Popen) -> None:

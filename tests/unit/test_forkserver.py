@@ -12,26 +12,26 @@ from pathlib import Path
 import psutil
 import pytest
 
-from headgram.run import forkserver
+from headgram.run import forkserver, start
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the server is for Linux only")
 
-#: Put before a script, it leaves a mark when it has asked the server and is about to wait for the answer.
+#: Starts a script, and leaves a mark when it has asked the server and is about to wait for the answer.
 _MARKED = """
-import pathlib, socket
+import pathlib, runpy, socket, sys
+del sys.argv[0]
 class Marked(socket.socket):
     def recv(self, *arguments):
-        pathlib.Path(__file__).with_name("asked").touch()
+        pathlib.Path("asked").touch()
         return super().recv(*arguments)
 socket.socket = Marked
+runpy.run_path(sys.argv[0], run_name="__main__")
 """
 _SCRIPT = """
 import sys
 imported = "torch" in sys.modules
 import os
 from pathlib import Path
-from headgram.run.forkserver import hand_over
-hand_over(Path(__file__))
 """
 
 
@@ -43,11 +43,12 @@ def server(monkeypatch) -> Iterator[subprocess.Popen]:
     forkserver.stop(server)
 
 
-def started(folder: Path, body: str, before: str = "", **options) -> subprocess.Popen:
-    """The process of a script that hands itself over, if it can."""
+def started(folder: Path, body: str, by: tuple[str, ...] = ("-I", "-S"), **options) -> subprocess.Popen:
+    """What starts a script for Snakemake."""
     script = folder / "script.py"
-    script.write_text(before + _SCRIPT + body)
-    return subprocess.Popen([sys.executable, script], text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, **options)
+    script.write_text(_SCRIPT + body)
+    command = [sys.executable, *by, start.__file__, script, "a b"]
+    return subprocess.Popen(command, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, **options)
 
 
 def ended(folder: Path, body: str, typed: str = "", **options) -> tuple[int, str, str]:
@@ -79,7 +80,7 @@ def test_the_copy_has_the_files_environment_and_folder_of_its_script(server, tmp
     (tmp_path / "input").write_text("typed\n")
     with (tmp_path / "input").open() as typed:
         code, output, errors = ended(tmp_path, body, cwd=home, env=os.environ | {"COLOUR": "green"}, stdin=typed)
-    assert (code, output, errors) == (0, f"{home} green typed ['{tmp_path}/script.py']\n", "said\n")
+    assert (code, output, errors) == (0, f"{home} green typed ['{tmp_path}/script.py', 'a b']\n", "said\n")
 
 
 @pytest.mark.parametrize(
@@ -122,7 +123,7 @@ def test_a_copy_whose_script_was_killed_before_it_knew_is_killed(server, tmp_pat
     begun, done = tmp_path / "begun", tmp_path / "done"
     body = f"import time; Path({str(begun)!r}).touch(); time.sleep(3); Path({str(done)!r}).touch()"
     server.send_signal(signal.SIGSTOP)
-    process = started(tmp_path, body, before=_MARKED)
+    process = started(tmp_path, body, by=("-c", _MARKED), cwd=tmp_path)
     assert comes_true((tmp_path / "asked").exists)
     process.send_signal(signal.SIGSTOP)
     server.send_signal(signal.SIGCONT)
@@ -144,7 +145,7 @@ import signal, subprocess, sys
 signal.signal(signal.SIGINT, signal.{"SIG_IGN" if ignored else "SIG_DFL"})
 from headgram.run import forkserver
 server = forkserver.start()
-code = subprocess.Popen([sys.executable, "script.py"])
+code = subprocess.Popen([sys.executable, "-I", "-S", {start.__file__!r}, "script.py"])
 signal.signal(signal.SIGINT, signal.SIG_IGN)
 code = code.wait()
 forkserver.stop(server)
@@ -247,9 +248,9 @@ print(os.getpid(), used["cpu_seconds"], used["peak_mib"])
 
 def test_an_impostor_gets_nothing(server, tmp_path, monkeypatch):
     """Whoever takes the name of a server that is gone; another user here, which the other side's credentials say."""
-    monkeypatch.setattr(forkserver, "_is_ours", lambda peer: False)
+    monkeypatch.setattr(start, "is_ours", lambda peer: False)
     monkeypatch.setattr(socket, "send_fds", lambda *_: pytest.fail("something was sent"))
-    assert forkserver.hand_over(tmp_path / "script.py") is None
+    assert start.hand_over(["script.py"]) is None
 
 
 def test_a_script_runs_by_itself_where_the_server_is_gone(server, tmp_path):
@@ -271,9 +272,9 @@ def test_the_server_ends_with_the_process_that_started_it(tmp_path):
 def test_another_user_is_not_served(monkeypatch):
     ours, theirs = socket.socketpair()
     with ours, theirs:
-        assert forkserver._is_ours(ours)
+        assert start.is_ours(ours)
         monkeypatch.setattr(os, "getuid", lambda: 12345)
-        assert not forkserver._is_ours(ours)
+        assert not start.is_ours(ours)
 
 
 def test_where_the_system_allows_no_server_there_is_none(monkeypatch, tmp_path):

@@ -14,11 +14,8 @@ rule around:
     resources:
         mem_mb=memory_mb,
     params:
-        identity=identity_of("around"),
-        order=order_of("around"),
-        entry=locked_entry,
-        manifest=Path(PLAN.config.manifest),
+        **job("around", entry=locked_entry, manifest=PLAN.config.manifest),
     message:
         "Reading what stands around the projections of {wildcards.model}"
     script:
-        "../scripts/around.py"
+        JOB

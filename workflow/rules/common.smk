@@ -38,6 +38,7 @@ with headgram_errors():
         given=config,
         scripts=RULES.parent / "scripts",
         is_job=workflow.remote_exec,
+        in_environments=bool(workflow.deployment_settings.deployment_method),
     )
 
 PLAN = RUN.plan
@@ -54,7 +55,7 @@ RECORDS = {
         "{model}",
         "{stack}",
         "{circuit}",
-        "{row}" if stage == "gram" else "{layers}",
+        {"gram": "{row}", "lineage": "{other}"}.get(stage, "{layers}"),
     )
     for stage in (
         "extract",
@@ -66,6 +67,7 @@ RECORDS = {
         "derive",
         "composition",
         "tokens",
+        "lineage",
         "render",
         "shell",
         "report",
@@ -109,48 +111,53 @@ def heads_of(wildcards):
 
 
 def identity(stage, wildcards):
-    """The identity of a stage's artifacts of a model, and of a circuit where the stage takes one."""
+    """The identity of the artifact that a job of a stage makes."""
+    if stage in ("shell", "report"):
+        return {"shell": PLAN.shell, "report": PLAN.report}[stage]
+    if stage == "lineage":
+        return PLAN.pair_identity(pair_of(wildcards))
     return model_of(wildcards).identities[stage, wildcards.get("circuit", "")]
 
 
-def identity_of(stage):
-    """A param of a rule: the identity of its artifacts, which decides what is stale."""
-    return lambda wildcards: identity(stage, wildcards).text
+#: What every rule runs. Snakemake itself would take a tenth of a second to start a Python script, and most jobs need no more to work.
+JOB = "../scripts/job.sh"
 
 
-def order_of(stage):
-    """A param of a rule: the results folder, and the record that a job writes there, for it to see what is still asked for.
+def job(stage, script=None, **facts):
+    """The params of a rule that runs `JOB`: the name of the script that does the work, and what it is told, in one JSON text.
 
-    No function, which Snakemake would call for every job of a plan: it fills in wildcards by itself.
+    Facts are values, or functions of the wildcards. Snakemake does not compare what follows from inputs, and need not: the
+    identity decides what is stale.
     """
-    return [RESULTS, PATHS.relative(RECORDS[stage])]
 
+    def told(wildcards, input, output, threads, resources):
+        return canonical(
+            {
+                "identity": identity(stage, wildcards).described(),
+                "results": RESULTS,
+                "record": PATHS.relative(RECORDS[stage].format(**wildcards)),
+                "inputs": dict(input.items()),
+                "outputs": dict(output.items()),
+                "wildcards": dict(wildcards.items()),
+                "threads": threads,
+                "gpu": bool(resources.get("gpu", 0)),
+                "facts": {
+                    name: fact(wildcards) if callable(fact) else fact
+                    for name, fact in facts.items()
+                },
+            }
+        )
 
-def stages_before(*stages):
-    """A param of a rule: the identities of earlier stages, for its record to spell out what their keys stand for."""
-
-    def param(wildcards):
-        identities = model_of(wildcards).identities
-        return {
-            place: found for place, found in identities.items() if place[0] in stages
-        }
-
-    return param
+    return {"script": script or stage, "job": told}
 
 
 def run_if_stale(stage, wildcards):
     """Have Snakemake run a job whose artifact is there but belongs to another identity.
 
-    Snakemake compares params with what it remembers in `.snakemake`; the artifact's own record also holds where that
-    memory is lost. Called by input functions, which see every job of the DAG before it is decided which must run.
+    Called by input functions, which see every job of the DAG before it is decided which must run. Returns whether the artifact
+    is there and the one that the plan asks for.
     """
-    return run_if_other(
-        identity(stage, wildcards).key, RECORDS[stage].format(**wildcards)
-    )
-
-
-def run_if_other(key, record):
-    """As `run_if_stale`; returns whether the artifact is there and the one that the plan asks for."""
+    key, record = identity(stage, wildcards).key, RECORDS[stage].format(**wildcards)
     if workflow.remote_exec:
         # On a node: whoever sent the job decided. Snakemake removes outputs before a job begins: not those of a newer run.
         with headgram_errors():

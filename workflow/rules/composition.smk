@@ -18,9 +18,8 @@ rule composition:
         gpu=GPUS,
         mem_mb=memory_mb,
     params:
-        identity=identity_of("composition"),
-        order=order_of("composition"),
+        **job("composition"),
     message:
         "Composition of the heads of {wildcards.model}"
     script:
-        "../scripts/composition.py"
+        JOB

@@ -17,11 +17,8 @@ rule derive:
         gpu=GPUS,
         mem_mb=memory_mb,
     params:
-        identity=identity_of("derive"),
-        order=order_of("derive"),
-        shards=lambda wildcards: canonical(derive_shards(wildcards)),
-        facts=derive_facts,
+        **job("derive", shards=derive_shards, facts=derive_facts),
     message:
         "Deriving the tables of {wildcards.model}"
     script:
-        "../scripts/derive.py"
+        JOB

@@ -19,10 +19,8 @@ rule eigen:
         gpu=GPUS,
         mem_mb=memory_mb,
     params:
-        identity=identity_of("eigen"),
-        order=order_of("eigen"),
-        layers=lambda wildcards: canonical(eigen_layers(wildcards)),
+        **job("eigen", layers=eigen_layers),
     message:
         "Spectra of {wildcards.model}, stack {wildcards.stack}, circuit {wildcards.circuit}, {wildcards.layers}"
     script:
-        "../scripts/eigen.py"
+        JOB

@@ -15,12 +15,13 @@ rule extract:
     resources:
         mem_mb=memory_mb,
     params:
-        identity=identity_of("extract"),
-        order=order_of("extract"),
-        entry=locked_entry,
-        manifest=Path(PLAN.config.manifest),
-        layers=extract_layers,
+        **job(
+            "extract",
+            entry=locked_entry,
+            manifest=PLAN.config.manifest,
+            layers=extract_layers,
+        ),
     message:
         "Extracting {wildcards.model}, stack {wildcards.stack}, circuit {wildcards.circuit}, {wildcards.layers}"
     script:
-        "../scripts/extract.py"
+        JOB

@@ -14,15 +14,8 @@ rule gram:
         gpu=GPUS,
         mem_mb=memory_mb,
     params:
-        identity=identity_of("gram"),
-        order=order_of("gram"),
-        tiles=lambda wildcards: canonical(
-            {
-                "tiles": heads_of(wildcards).row(wildcards.row),
-                "all_pairs": heads_of(wildcards).all_pairs,
-            }
-        ),
+        **job("gram", tiles=gram_tiles),
     message:
         "Gram matrix of {wildcards.model}, stack {wildcards.stack}, circuit {wildcards.circuit}, {wildcards.row}"
     script:
-        "../scripts/gram.py"
+        JOB

@@ -38,19 +38,14 @@ def around_input(wildcards):
 
 
 def locked_entry(wildcards):
-    """A param of a rule: the lock's entry. Snakemake does not compare such objects, and need not.
-
-    What a source holds is in the fingerprint; where it lies decides nothing.
-    """
-    return model_of(wildcards).entry
+    """What the lock says of a model."""
+    return model_of(wildcards).entry.model_dump(mode="json")
 
 
 def extract_layers(wildcards):
     heads = heads_of(wildcards)
     digests = dict(zip(heads.stack.layers, heads.locked.digests, strict=True))
-    return canonical(
-        [[layer, digests[layer]] for layer in heads.groups[wildcards.layers]]
-    )
+    return [[layer, digests[layer]] for layer in heads.groups[wildcards.layers]]
 
 
 def eigen_layers(wildcards):
@@ -65,6 +60,11 @@ def eigen_input(wildcards):
 def gram_input(wildcards):
     fresh = run_if_stale("gram", wildcards)
     return weights_of(wildcards, heads_of(wildcards).row_layers(wildcards.row), fresh)
+
+
+def gram_tiles(wildcards):
+    heads = heads_of(wildcards)
+    return {"tiles": heads.row(wildcards.row), "all_pairs": heads.all_pairs}
 
 
 def merge_parts(wildcards):
@@ -128,6 +128,15 @@ def merge_input(wildcards):
     }
 
 
+def merged_stages(wildcards):
+    """The identities of the stages before a merge, for its record to spell out what their keys stand for: by stage, by circuit."""
+    found = {}
+    for (stage, circuit), each in model_of(wildcards).identities.items():
+        if stage in ("extract", "around", "eigen", "gram", "rotary"):
+            found.setdefault(stage, {})[circuit] = each.described()
+    return found
+
+
 def derive_shards(wildcards):
     """Of every circuit and stack: their names, and the names of the eigen shards."""
     return [parts[:3] for parts in merge_parts(wildcards)]
@@ -136,15 +145,13 @@ def derive_shards(wildcards):
 def derive_facts(wildcards):
     """What the lock and the manifest say of a model. Its identity covers all of it."""
     plan = model_of(wildcards)
-    return canonical(
-        {
-            "architecture": plan.entry.architecture,
-            "stored_dtypes": [
-                [*place, heads.locked.dtype] for place, heads in plan.heads.items()
-            ],
-            "labels": asdict(plan.labels),
-        }
-    )
+    return {
+        "architecture": plan.entry.architecture,
+        "stored_dtypes": [
+            [*place, heads.locked.dtype] for place, heads in plan.heads.items()
+        ],
+        "labels": asdict(plan.labels),
+    }
 
 
 def derive_input(wildcards):

@@ -16,13 +16,13 @@ rule lineage:
         gpu=GPUS,
         mem_mb=memory_mb,
     params:
-        identity=lambda wildcards: canonical(
-            PLAN.pair_identity(pair_of(wildcards)).described()
+        **job(
+            "lineage",
+            script=PAIR_STAGES[PLAN.config.lineage.basis],
+            parts=pair_parts,
+            entries=pair_entries,
         ),
-        order=order_of("lineage"),
-        parts=lambda wildcards: canonical(pair_parts(wildcards)),
-        entries=pair_entries,
     message:
         "Comparing {wildcards.model} with {wildcards.other}"
     script:
-        f"../scripts/{PAIR_STAGES[PLAN.config.lineage.basis]}.py"
+        JOB

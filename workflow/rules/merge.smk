@@ -18,12 +18,8 @@ rule merge:
     resources:
         mem_mb=memory_mb,
     params:
-        identity=identity_of("merge"),
-        order=order_of("merge"),
-        parts=lambda wildcards: canonical(merge_parts(wildcards)),
-        entry=locked_entry,
-        stages=stages_before("extract", "around", "eigen", "gram", "rotary"),
+        **job("merge", parts=merge_parts, entry=locked_entry, stages=merged_stages),
     message:
         "Merging {wildcards.model}"
     script:
-        "../scripts/merge.py"
+        JOB

@@ -2,8 +2,6 @@
 from headgram.results.paths import LINEAGE
 from headgram.study.plan import PAIR_STAGES
 
-RECORDS["lineage"] = PATHS.record("lineage", "{model}", name="{other}")
-
 
 def pair_of(wildcards):
     for name in (wildcards.model, wildcards.other):
@@ -28,8 +26,11 @@ def pair_parts(wildcards):
 
 
 def pair_entries(wildcards):
-    """A param of a rule: the lock's entries of the earlier model and of the later one, as in `locked_entry`."""
-    return [PLAN.models[name].entry for name in reversed(pair_of(wildcards))]
+    """The lock's entries of the earlier model and of the later one."""
+    return [
+        PLAN.models[name].entry.model_dump(mode="json")
+        for name in reversed(pair_of(wildcards))
+    ]
 
 
 def lineage_input(wildcards):
@@ -38,9 +39,7 @@ def lineage_input(wildcards):
     Where what is made of them is fresh, their dates mean nothing, as in `weights_of`.
     """
     pair = pair_of(wildcards)
-    fresh = run_if_other(
-        PLAN.pair_identity(pair).key, PATHS.record("lineage", pair[0], name=pair[1])
-    )
+    fresh = run_if_stale("lineage", wildcards)
     dated = ancient if fresh else str
     found = {}
     for side, name, parts in zip(

@@ -35,9 +35,8 @@ rule render:
     resources:
         mem_mb=memory_mb,
     params:
-        identity=identity_of("render"),
-        order=order_of("render"),
+        **job("render"),
     message:
         "Rendering {wildcards.model}"
     script:
-        "../scripts/render.py"
+        JOB

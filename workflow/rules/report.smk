@@ -26,11 +26,13 @@ rule report:
     resources:
         mem_mb=memory_mb,
     params:
-        identity=canonical(PLAN.report.described()),
-        order=order_of("report"),
-        models=canonical(list(PLAN.models)),
-        lineages=canonical([PLAN.lineages, PLAN.drawn_pairs]),
+        **job(
+            "report",
+            models=list(PLAN.models),
+            lineages=PLAN.lineages,
+            pairs=PLAN.drawn_pairs,
+        ),
     message:
         "Reporting on all models"
     script:
-        "../scripts/report.py"
+        JOB

@@ -77,13 +77,13 @@ def render_input(wildcards):
     }
 
 
-def shell_input(_):
-    run_if_other(PLAN.shell.key, RECORDS["shell"])
+def shell_input(wildcards):
+    run_if_stale("shell", wildcards)
     return {}
 
 
-def report_input(_):
-    run_if_other(PLAN.report.key, RECORDS["report"])
+def report_input(wildcards):
+    run_if_stale("report", wildcards)
     models = PLAN.models
     return {
         "shell": [PATHS.report("shell.txt"), RECORDS["shell"]],

@@ -16,9 +16,8 @@ rule rotary:
         gpu=GPUS,
         mem_mb=memory_mb,
     params:
-        identity=identity_of("rotary"),
-        order=order_of("rotary"),
+        **job("rotary"),
     message:
         "Scores of {wildcards.model} by offset and frequency"
     script:
-        "../scripts/rotary.py"
+        JOB

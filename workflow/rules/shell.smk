@@ -14,9 +14,8 @@ rule shell:
     resources:
         mem_mb=memory_mb,
     params:
-        identity=canonical(PLAN.shell.described()),
-        order=order_of("shell"),
+        **job("shell"),
     message:
         "Making the page without models"
     script:
-        "../scripts/shell.py"
+        JOB

@@ -15,10 +15,8 @@ rule tokens:
         gpu=GPUS,
         mem_mb=memory_mb,
     params:
-        identity=identity_of("tokens"),
-        order=order_of("tokens"),
-        entry=locked_entry,
+        **job("tokens", entry=locked_entry),
     message:
         "Tokens of the directions of {wildcards.model}"
     script:
-        "../scripts/tokens.py"
+        JOB

@@ -3,11 +3,9 @@
 from pathlib import Path
 
 from headgram.run.job import running
+from headgram.stages.around import extract_around
 
-with running(snakemake) as (provenance, _):
-    from headgram.stages.around import extract_around
-
-    entry = snakemake.params.entry
-    locked = {stack.name: list(zip(stack.layers, stack.around.digests, strict=True)) for stack in entry.stacks}
-    output, record = Path(snakemake.output.around), Path(snakemake.output.record)
-    extract_around(output, record, entry.how_to_open(), locked, provenance, snakemake.params.manifest)
+with running() as (job, provenance, _):
+    output, record = job.write("around", "record")
+    locked = {stack.name: list(zip(stack.layers, stack.around.digests, strict=True)) for stack in job.model.stacks}
+    extract_around(output, record, job.model.how_to_open(), locked, provenance, Path(job.facts["manifest"]))

@@ -1,13 +1,11 @@
 """Extraction job: see headgram.stages.extract."""
 
-import json
 from pathlib import Path
 
 from headgram.run.job import running
+from headgram.stages.extract import extract
 
-with running(snakemake) as (provenance, options):
-    from headgram.stages.extract import extract
-
-    layers, digests = zip(*json.loads(snakemake.params.layers), strict=True)
-    source = snakemake.params.entry.how_to_open()
-    extract(Path(snakemake.output.weights), source, layers, digests, options.weights.dtype, provenance, snakemake.params.manifest)
+with running() as (job, provenance, options):
+    [weights] = job.write("weights")
+    layers, digests = zip(*job.facts["layers"], strict=True)
+    extract(weights, job.model.how_to_open(), layers, digests, options.weights.dtype, provenance, Path(job.facts["manifest"]))

@@ -1,18 +1,15 @@
 """Gram job: see headgram.stages.gram."""
 
-import json
-from pathlib import Path
+from headgram.run.job import running
+from headgram.stages.gram import measure_row
 
-from headgram.run.job import around_of, running
-
-with running(snakemake) as (provenance, options):
-    from headgram.stages.gram import measure_row
-
+with running() as (job, provenance, options):
+    [table] = job.write("table")
     measure_row(
-        output=Path(snakemake.output.table),
-        weights=[Path(path) for path in snakemake.input.weights],
-        **json.loads(snakemake.params.tiles),
+        output=table,
+        weights=job.read("weights"),
+        **job.facts["tiles"],
         options=options.gram,
         provenance=provenance,
-        around=around_of(snakemake.input),
+        around=job.around,
     )

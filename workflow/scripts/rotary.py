@@ -2,15 +2,12 @@
 
 from pathlib import Path
 
-from headgram.run.job import around_of, by_place, running
+from headgram.run.job import by_place, running
+from headgram.stages.rotary import Turned, measure_rotary
 
-with running(snakemake) as (provenance, options):
-    from headgram.stages.rotary import Turned, measure_rotary
-
+with running() as (job, provenance, options):
     weights: dict[str, list[Path]] = {}
-    for (stack, *_), path in by_place(snakemake.input.weights).items():
+    for (stack, *_), path in by_place(job.read("weights")).items():
         weights.setdefault(stack, []).append(path)
-    written = Turned(*(Path(snakemake.output[name]) for name in ("rotary", "frequencies", "turning", "record")))
-    around = around_of(snakemake.input)
-    assert around is not None
-    measure_rotary(around, weights, written, options, provenance)
+    assert job.around is not None
+    measure_rotary(job.around, weights, Turned(*job.write("rotary", "frequencies", "turning", "record")), options, provenance)

@@ -1,10 +1,7 @@
 """Shell job: see headgram.stages.shell."""
 
-from pathlib import Path
-
 from headgram.run.job import running
+from headgram.stages.shell import write_shell
 
-with running(snakemake) as (provenance, _):
-    from headgram.stages.shell import write_shell
-
-    write_shell(Path(snakemake.output.shell), Path(snakemake.output.record), provenance)
+with running() as (job, provenance, _):
+    write_shell(*job.write("shell", "record"), provenance)

@@ -1,7 +1,7 @@
 """A process that has imported what jobs need, and forks copies of itself for them: torch is imported once a run, not once a job.
 
-Importing torch takes longer than most jobs' work. So a run that works on this machine starts this server, and a job's script,
-once Snakemake has started it, asks the server to run the script in its stead (`hand_over`): with the same files, environment
+Importing torch takes longer than most jobs' work. So a run that works on this machine starts this server, and what Snakemake
+starts for a job (`headgram.run.start`) asks the server to run the job's script in its stead: with the same files, environment
 and terminal, and ends as that copy ended. A copy whose script was killed is killed; the server ends with its run, however that
 ends. Where there is no server, as on a cluster's node, a script runs by itself.
 
@@ -25,7 +25,6 @@ import secrets
 import select
 import signal
 import socket
-import struct
 import subprocess
 import sys
 import threading
@@ -36,10 +35,10 @@ from collections.abc import Callable, Container
 from pathlib import Path
 from typing import Any, NoReturn
 
-#: Names the server's socket, in the environment of jobs.
-_ADDRESS = "HEADGRAM_FORKSERVER"
+from headgram.run.start import ADDRESS, STARTED, is_ours
+
 #: What every job imports, and extraction, which comes first.
-_FIRST = ("headgram.stages.extract", "headgram.run.job", "headgram.study.lock", "snakemake.iocontainers", "snakemake.logging")
+_FIRST = ("headgram.stages.extract", "headgram.run.job")
 #: What later jobs import, also what libraries import when they are first used.
 _LATER = (
     *("headgram.stages.eigen", "scipy.linalg.blas", "scipy.linalg.lapack", "headgram.stages.gram"),
@@ -63,8 +62,6 @@ _BACKLOG = 1024
 _GROWTH = 256 << 20
 #: Seconds that a server has to end by itself.
 _PATIENCE = 10
-_STARTED = b"s"
-_CREDENTIALS = struct.Struct("3i")  # struct ucred: pid, uid, gid
 
 
 def start(keeps: bool = False) -> subprocess.Popen[bytes] | None:
@@ -88,51 +85,19 @@ def start(keeps: bool = False) -> subprocess.Popen[bytes] | None:
             pass_fds=[listener.fileno()],
             env=KEEP_MEMORY | os.environ | _ONE_THREAD,
         )
-        os.environ[_ADDRESS] = address
+        os.environ[ADDRESS] = address
         return server
     return None
 
 
 def stop(server: subprocess.Popen[bytes]) -> None:
     """End a server that no script needs any more."""
-    os.environ.pop(_ADDRESS, None)
+    os.environ.pop(ADDRESS, None)
     try:
         server.communicate(timeout=_PATIENCE)  # closes its input
     except subprocess.TimeoutExpired:
         server.kill()
         server.wait()
-
-
-def hand_over(script: Path) -> None:
-    """Let the server run a script, if there is one: then this does not return.
-
-    Raises
-    ------
-    SystemExit
-        When the script has ended; with its exit code.
-    """
-    address = os.environ.pop(_ADDRESS, None)
-    if address is None:
-        return
-    status = b""
-    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as server:
-        try:
-            server.connect(f"\0{address}")
-            if not _is_ours(server):
-                return  # the server is gone, and somebody took its name
-            request = {"script": str(script), "folder": str(Path.cwd()), "environment": dict(os.environ)}
-            socket.send_fds(server, [b"-"], [0, 1, 2])
-            server.sendall(json.dumps(request).encode() + b"\n")
-            started = server.recv(1)
-        except OSError:
-            return  # it is gone; nothing has begun
-        if started != _STARTED:
-            return
-        with contextlib.suppress(ConnectionResetError):
-            status = server.recv(1)
-    if not status:
-        sys.exit("headgram: the job was killed, perhaps because memory ran out; run the same command again")
-    sys.exit(status[0])
 
 
 def serve(listener: socket.socket, parent: int, on_interrupt: Any, keeps: bool) -> None:
@@ -154,7 +119,7 @@ def serve(listener: socket.socket, parent: int, on_interrupt: Any, keeps: bool) 
         if listener.fileno() in ready:
             client, _ = listener.accept()
             with client, contextlib.suppress(OSError):  # no process can be forked: the client finds its connection closed
-                if _is_ours(client) and not copies.give(client):
+                if is_ours(client) and not copies.give(client):
                     control = copies.fork()
                     if control:
                         listener.close()
@@ -227,12 +192,6 @@ def _share_memory() -> None:
     gc.freeze()
 
 
-def _is_ours(peer: socket.socket) -> bool:
-    """Whether the other side is the same user: the name of an abstract socket is known to all, and has no permissions."""
-    credentials = peer.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
-    return bool(_CREDENTIALS.unpack(credentials)[1] == os.getuid())
-
-
 def _work(control: socket.socket, client: socket.socket, on_interrupt: Any, keeps: bool) -> NoReturn:
     """In a copy: run the script that a client asks for, and then those of further clients while `keeps`."""
     try:
@@ -267,11 +226,11 @@ def _run(client: socket.socket, on_interrupt: Any, goes_on: Callable[[], bool]) 
     os.chdir(request["folder"])
     os.environ.clear()
     os.environ.update(request["environment"])
-    sys.argv, path = [request["script"]], list(sys.path)
-    client.sendall(_STARTED)
+    sys.argv, path = request["arguments"], list(sys.path)
+    client.sendall(STARTED)
     ended = threading.Event()
     threading.Thread(target=_die_with, args=[client, ended], daemon=True).start()
-    status = _status_of(request["script"])
+    status = _status_of(sys.argv[0])
     sys.path[:] = path
     sys.stdout.flush()
     sys.stderr.flush()

@@ -1,4 +1,4 @@
-"""What every script of the pipeline has in common: its log, its device, its provenance, and how it fails."""
+"""What every script of the pipeline has in common: what it is told, its log, its device, its provenance, and how it fails."""
 
 from __future__ import annotations
 
@@ -10,51 +10,101 @@ import signal
 import sys
 import time
 import traceback
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from headgram.errors import HeadgramError
 from headgram.foreign import plain
+from headgram.results.asked import Order, working_for
 from headgram.results.files import open_new, refuse_links
-from headgram.run.forkserver import hand_over
+from headgram.results.record import Identity, Provenance
+from headgram.run.devices import leased_device
+from headgram.study.lock import LockedModel
+from headgram.study.options import Config, load_config
 
 if TYPE_CHECKING:
     from headgram.results.paths import Place
-    from headgram.results.record import Identity, Provenance
     from headgram.stages.lineage import FactorsAndDirections
-    from headgram.study.options import Config
 
 
 #: The exit code of a process that Ctrl-C ended.
 _INTERRUPTED = 130
+#: Where a job is told what to do: its standard input.
+_TOLD = 0
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a rule tells its job (`workflow/rules/common.smk`).
+
+    Attributes
+    ----------
+    identity
+        Of the artifact that the job makes, as `Identity.described` gives it.
+    results, record
+        The results folder, and the artifact's record relative to it.
+    inputs, outputs
+        Paths of files, or lists of them, by name.
+    wildcards
+        What stands in the rule's paths, such as the model's name.
+    threads
+        How many the job may use.
+    gpu
+        Whether it works on a GPU.
+    facts
+        What this rule alone tells.
+    """
+
+    identity: Mapping[str, Any]
+    results: str
+    record: str
+    inputs: Mapping[str, str | list[str]]
+    outputs: Mapping[str, str | list[str]]
+    wildcards: Mapping[str, str]
+    threads: int
+    gpu: bool
+    facts: Mapping[str, Any]
+
+    def read(self, *names: str) -> list[Path]:
+        """The input files of these names."""
+        return _paths(self.inputs, names)
+
+    def write(self, *names: str) -> list[Path]:
+        """The output files of these names."""
+        return _paths(self.outputs, names)
+
+    @property
+    def around(self) -> tuple[Path, Path] | None:
+        """What stands around the model's projections, and its record, if that is among the inputs."""
+        return (Path(self.inputs["around"]), Path(self.inputs["around_record"])) if "around" in self.inputs else None
+
+    @property
+    def model(self) -> LockedModel:
+        """What the lock says of the model."""
+        return LockedModel.model_validate(self.facts["entry"])
 
 
 @contextlib.contextmanager
-def running(snakemake: Any) -> Iterator[tuple[Provenance, Config]]:
-    """Run the body of a script as a job; in a process that has imported torch already, if the run has one.
+def running() -> Iterator[tuple[Job, Provenance, Config]]:
+    """Run the body of a script, `SCRIPT LOG`, as the job that its standard input describes in JSON.
 
-    Yields what its artifact comes from, and the options that its stage reads; all others have their defaults.
+    Yields what the job is told, what its artifact comes from, and the options that its stage reads; all others have their defaults.
 
-    Output goes to the rule's log. A `HeadgramError` is printed as one sentence and ends the job with exit code 1; any
-    other error leaves its traceback in the log. Ctrl-C ends it without one.
+    Output goes to the log. A `HeadgramError` is printed as one sentence and ends the job with exit code 1; any other error leaves
+    its traceback in the log. Ctrl-C ends it without one.
     """
     signal.signal(signal.SIGINT, lambda *_: sys.exit(_INTERRUPTED))
-    hand_over(Path(sys.argv[0]))
-    # Only now: a script that hands itself over need not wait for it.
-    from headgram.results.asked import Order, working_for
-    from headgram.results.record import Identity
-    from headgram.run.devices import leased_device
-    from headgram.study.options import load_config
-
+    with open(_TOLD, encoding="utf-8", closefd=False) as told:
+        job = Job(**json.load(told))
+    identity = Identity.read(job.identity)
     try:
-        with _output_to(Path(snakemake.log[0])), leased_device(bool(snakemake.resources.get("gpu", 0))) as device:
-            _limit_threads(snakemake.threads)
-            _date_no_later_than_now(snakemake.input)
-            identity = Identity.read(json.loads(snakemake.params.identity))
-            results, record = snakemake.params.order
-            with working_for(Order(Path(results), record, identity.key)):
-                yield _provenance(snakemake, identity, usable(device)), load_config(json.loads(identity.config))
+        with _output_to(Path(sys.argv[1])), leased_device(job.gpu) as device:
+            _limit_threads(job.threads)
+            _date_no_later_than_now(job.read(*job.inputs))
+            with working_for(Order(Path(job.results), job.record, identity.key)):
+                yield job, _provenance(job, identity, usable(device)), load_config(json.loads(identity.config))
     except _Failed as failure:
         print(failure, file=sys.stderr)
         raise SystemExit(1) from None
@@ -63,18 +113,18 @@ def running(snakemake: Any) -> Iterator[tuple[Provenance, Config]]:
         raise SystemExit(1) from None
 
 
+def _paths(files: Mapping[str, str | list[str]], names: Iterable[str]) -> list[Path]:
+    found = (files[name] for name in names)
+    return [Path(path) for each in found for path in ([each] if isinstance(each, str) else each)]
+
+
 class _Failed(Exception):
     """Ends a job whose log says why, in the same words as its message."""
 
 
-def by_place(paths: Iterable[str]) -> dict[tuple[str, ...], Path]:
+def by_place(paths: Iterable[Path]) -> dict[tuple[str, ...], Path]:
     """Input files by stack, circuit, stage and name. The folder above is Snakemake's matter."""
-    return {(*path.parts[-4:-1], path.stem): path for path in map(Path, paths)}
-
-
-def around_of(inputs: Any) -> tuple[Path, Path] | None:
-    """What stands around a model's projections, and its record, if that is among a job's inputs."""
-    return (Path(inputs.around), Path(inputs.around_record)) if "around" in inputs.keys() else None  # noqa: SIM118
+    return {(*path.parts[-4:-1], path.stem): path for path in paths}
 
 
 @contextlib.contextmanager
@@ -106,23 +156,17 @@ def _output_to(log: Path) -> Iterator[None]:
             file.close()
 
 
-def _provenance(snakemake: Any, identity: Identity, device: str) -> Provenance:
-    from headgram.results.record import Provenance
-
-    origin = {}
-    if "stages" in snakemake.params.keys():  # noqa: SIM118  (Snakemake's params are a list with names)
-        stages: dict[str, dict[str, Any]] = {}
-        for (stage, circuit), found in snakemake.params.stages.items():
-            stages.setdefault(stage, {})[circuit] = found.described()
-        origin = {"lock": snakemake.params.entry.model_dump(mode="json"), "stages": stages}
-    places = snakemake.wildcards.get("model", ""), snakemake.wildcards.get("stack"), snakemake.wildcards.get("circuit")
+def _provenance(job: Job, identity: Identity, device: str) -> Provenance:
+    stages = job.facts.get("stages")
+    origin = {"lock": job.facts["entry"], "stages": stages} if stages else {}
+    places = job.wildcards.get("model", ""), job.wildcards.get("stack"), job.wildcards.get("circuit")
     return Provenance(identity, *places, device, origin=origin)
 
 
-def _date_no_later_than_now(paths: Iterable[str]) -> None:
+def _date_no_later_than_now(paths: Iterable[Path]) -> None:
     """Snakemake fails a job whose input is newer than its output, as after the clock was set back; here, dates mean nothing."""
     now = time.time()
-    for path in map(Path, paths):
+    for path in paths:
         with contextlib.suppress(OSError):
             if path.stat().st_mtime > now:
                 os.utime(path, (now, now))
@@ -144,13 +188,13 @@ def _limit_threads(threads: int) -> None:
     torch.set_num_threads(threads)
 
 
-def both_sides(snakemake: Any) -> list[dict[Place, FactorsAndDirections]]:
+def both_sides(job: Job) -> list[dict[Place, FactorsAndDirections]]:
     """Of the earlier model and of the later one, the input files of a job about two models."""
     from headgram.stages.lineage import FactorsAndDirections
 
     sides = []
-    for side, places in zip(("before", "after"), json.loads(snakemake.params.parts), strict=True):
-        files = by_place(snakemake.input[side])
+    for side, places in zip(("before", "after"), job.facts["parts"], strict=True):
+        files = by_place(job.read(side))
         sides.append(
             {
                 (circuit, stack): FactorsAndDirections(

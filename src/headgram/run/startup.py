@@ -26,7 +26,7 @@ from headgram.results.asked import ask_for, given_to
 from headgram.results.claims import NAME as CLAIMS
 from headgram.results.claims import Writing, check_own, claim, settle
 from headgram.results.files import RESULTS, everything_in, remove_temporaries, write_text
-from headgram.run import forkserver
+from headgram.run import forkserver, start
 from headgram.run.project import FOLDER
 from headgram.study.lineages import misfits
 from headgram.study.lock import (
@@ -51,6 +51,8 @@ if TYPE_CHECKING:
 OPTIONS = Path("config", "config.yaml")
 #: A plan is made of objects that stay. Python looks for unused ones among them this seldom, which saves a tenth of the planning.
 _RARELY = (100_000, 20, 100)
+#: Names what starts a job, and the Python that runs it, in the environment of jobs.
+_START, _PYTHON = "HEADGRAM_START", "HEADGRAM_PYTHON"
 #: Where Snakemake remembers with what a file was made.
 _MEMORY = Path(".snakemake", "metadata")
 #: In the results folder: held by a run, and as old as the end of the latest.
@@ -89,14 +91,24 @@ class Run:
 
     Reading writes nothing, so a dry run leaves no trace; `begin` does, once jobs are about to run. A job that was sent to
     another machine reads the Snakefile again, there: it trusts the lock (`is_job`), which the run that sent it has compared
-    with the sources. So it looks at no source but its own, and models may be added to the manifest meanwhile.
+    with the sources. So it looks at no source but its own, and models may be added to the manifest meanwhile. Jobs may run in
+    environments that Snakemake makes (`in_environments`).
     """
 
-    def __init__(self, options: Path | None, given: Mapping[str, Any], scripts: Path, is_job: bool = False) -> None:
+    def __init__(
+        self,
+        options: Path | None,
+        given: Mapping[str, Any],
+        scripts: Path,
+        is_job: bool = False,
+        in_environments: bool = False,
+    ) -> None:
+        python = sys.executable
         _call_the_interpreter_by_name()
         gc.set_threshold(*_RARELY)
         config = load_config(read_options(options, given))
         self._given = given
+        self._in_environments = in_environments
         self._manifest = Path(config.manifest)
         self._results = Path(config.results)
         self._new: dict[str, LockedModel] = {}
@@ -104,6 +116,8 @@ class Run:
         self._forkserver: subprocess.Popen[bytes] | None = None
         self._progress: ProgressHandler | None = None
         os.environ[RESULTS] = os.path.normpath(self._results.absolute())  # for the jobs of this run
+        # For workflow/scripts/job.sh. An environment that Snakemake made for a rule has a Python of its own.
+        os.environ |= {_START: start.__file__, _PYTHON: "python" if in_environments else python}
         manifest = read_manifest(self._manifest)
         entries = _locked(manifest) if is_job else self._checked(manifest, config.lineage.basis)
         self.plan: Plan = make_plan(entries, config, scripts, manifest.labels)
@@ -167,7 +181,7 @@ class Run:
             self._held = filelock.FileLock(self._results / _LOCK, timeout=0)
             self._held.acquire()
             remove_temporaries(self._results / name for name in (_SEEN, CLAIMS))
-            claim(self._results, _writings(workflow, beside))
+            claim(self._results, self._writings(workflow, beside))
             ask_for(self._results, self.plan.records(), self._given)
             sightings = {name: _sighting(model.entry, file_times(model.entry)) for name, model in self.plan.models.items()}
             write_text(self._results / _SEEN, json.dumps(sightings, indent=1) + "\n")
@@ -188,7 +202,7 @@ class Run:
         if self._new:
             write_lock(lock_path(self._manifest), self._new)
         # Jobs elsewhere, or in an environment of their own, cannot be copies of a process of this one.
-        if workflow.local_exec and not workflow.deployment_settings.deployment_method:
+        if workflow.local_exec and not self._in_environments:
             self._forkserver = forkserver.start(keeps=not on_gpu)
 
         from headgram.run.progress import show_progress  # costs time that a dry run need not spend
@@ -210,6 +224,18 @@ class Run:
         for thread in threading.enumerate():
             if isinstance(thread, threading.Timer) and thread.function.__module__.startswith("snakemake.scheduling"):
                 thread.cancel()
+
+
+    def _writings(self, workflow: Any, beside: Callable[[Any], Sequence[str]]) -> Iterator[Writing]:
+        """What the jobs of a run will write in the results folder; what they keep in object storage is not on this disk.
+
+        A workflow that uses headgram as a module has jobs of its own too.
+        """
+        records = {self._results / record for record in self.plan.records()}
+        for job in workflow.dag.needrun_jobs():
+            files = [Path(file) for file in (*job.output, *job.log) if not file.is_storage]
+            for record in records.intersection(files):
+                yield Writing(record, [*files, *map(Path, beside(job))])
 
 
 def planned(given: Mapping[str, Any]) -> Plan:
@@ -256,15 +282,6 @@ def _call_the_interpreter_by_name() -> None:
     if shlex.quote(sys.executable) != sys.executable:
         folder, sys.executable = os.path.split(sys.executable)
         os.environ["PATH"] = os.pathsep.join([folder, os.environ.get("PATH", os.defpath)])
-
-
-def _writings(workflow: Any, beside: Callable[[Any], Sequence[str]]) -> Iterator[Writing]:
-    """What the jobs of a run will write in the results folder; what they keep in object storage is not on this disk."""
-    for job in workflow.dag.needrun_jobs():
-        files = [Path(file) for file in (*job.output, *job.log) if not file.is_storage]
-        # Snakemake's params and outputs are lists with names. Jobs of a workflow that uses headgram as a module have no order.
-        if "order" in job.params.keys() and "record" in job.output.keys() and files:  # noqa: SIM118
-            yield Writing(Path(job.output.record), [*files, *map(Path, beside(job))])
 
 
 def _check_snakemakes_memory(results: Path) -> None:
