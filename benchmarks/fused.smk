@@ -1,4 +1,4 @@
-# All jobs of one model, or of a few, as one job: the scripts that an earlier run kept run again, one after the other.
+# All jobs of one model, or of a few, as one job: what an earlier run started is started again, one after the other.
 import json
 from pathlib import Path
 
@@ -30,10 +30,15 @@ rule fused:
         ),
     output:
         "fused/{group}",
+    log:
+        "fused-logs/{group}",
     params:
-        scripts=lambda wildcards: GROUPS[int(wildcards.group)],
+        script="../../benchmarks/fused_job",
+        job=lambda wildcards, output: json.dumps(
+            [*GROUPS[int(wildcards.group)], output[0]]
+        ),
     script:
-        "fused_job.py"
+        "../workflow/scripts/job.sh"
 
 
 onstart:

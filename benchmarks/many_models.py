@@ -13,6 +13,7 @@ import argparse
 import json
 import os
 import resource
+import shlex
 import shutil
 import subprocess
 import sys
@@ -20,7 +21,6 @@ import time
 from dataclasses import dataclass
 from itertools import chain, cycle, islice
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from safetensors.numpy import load_file, save_file
@@ -120,11 +120,11 @@ def _resident(pid: int) -> int:
 
 
 def fused(folder: Path, models: int, cores: str) -> Run:
-    """Run the scripts that an earlier run kept, those of so many models in one job."""
+    """Run the jobs of an earlier run again, those of so many models in one job."""
     scripts = sorted((folder / ".snakemake" / "scripts").iterdir(), key=lambda script: script.stat().st_mtime_ns)
-    of_model: dict[str, list[str]] = {}
-    for script in scripts:
-        of_model.setdefault(_model_of(script), []).append(str(script))
+    of_model: dict[str, list[list[str]]] = {}
+    for job in map(_started, scripts):
+        of_model.setdefault(json.loads(job[-1])["wildcards"].get("model", ""), []).append(job)
     report = of_model.pop("")
     each = list(of_model.values())
     groups = [list(chain(*each[i : i + models])) for i in range(0, len(each), models)]
@@ -136,11 +136,15 @@ def fused(folder: Path, models: int, cores: str) -> Run:
     return snakemake(folder, "--snakefile", str(ROOT / "benchmarks" / "fused.smk"), "--cores", cores)
 
 
-def _model_of(script: Path) -> str:
-    """The model of a job, from the script that Snakemake wrote for it; empty for the report."""
-    found: dict[str, Any] = {"__file__": str(script)}
-    exec(script.read_text().splitlines()[1], found)
-    return str(found["snakemake"].wildcards.get("model", ""))
+def _started(script: Path) -> list[str]:
+    """Of a job, from the script that Snakemake wrote for it: the script that it started, its log, and what it was told."""
+    found = {}
+    for line in script.read_text().splitlines():
+        if line.startswith("declare -A "):
+            name, _, values = line.removeprefix("declare -A ").partition("=")
+            found[name] = dict(part.split("]=", 1) for part in shlex.split(values) if part.startswith("["))
+    params = found["snakemake_params"]
+    return [f"{found['snakemake']['[scriptdir']}/{params['[script']}.py", found["snakemake_log"]["[0"], params["[job"]]
 
 
 @dataclass(frozen=True)

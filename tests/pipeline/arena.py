@@ -171,7 +171,9 @@ def jobs_of(project: Project) -> list[psutil.Process]:
     found = []
     for process in psutil.process_iter():
         with contextlib.suppress(psutil.Error):
-            if "python" in process.name() and _script(process) and process.status() != psutil.STATUS_ZOMBIE and process.cwd() == str(project.folder.resolve()):
+            if "python" not in process.name() or not _script(process) or process.status() == psutil.STATUS_ZOMBIE:
+                continue
+            if process.cwd() == str(project.folder.resolve()):
                 found.append(process)
     return found
 
@@ -199,7 +201,7 @@ def stage_of(job: psutil.Process) -> str:
 
 def _script(process: psutil.Process) -> str:
     """The script of the pipeline that a process was started for."""
-    return next((part for part in process.cmdline() if "/workflow/scripts/" in part), "")
+    return next((part for part in process.cmdline() if Path(part).parent.name == "scripts"), "")
 
 
 def wait_for(condition: Callable[[], object], run: subprocess.Popen) -> None:

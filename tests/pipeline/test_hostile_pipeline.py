@@ -1,5 +1,7 @@
 """What strangers wrote reaches no shell, no interpreter and no template, all the way through a real run."""
 
+import os
+
 import pytest
 
 from tiny import write_llama, write_manifest
@@ -38,3 +40,19 @@ def test_templates_in_the_configuration_are_not_evaluated(project, text):
     assert done.returncode != 0
     assert "headgram: " in done.stderr
     assert not list(project.folder.rglob("executed"))
+
+
+def test_an_old_bash_is_named_before_any_job(project, monkeypatch):
+    """That of macOS knows no arrays with names, in which Snakemake tells a Bash script its job."""
+    old = project.folder / "old" / "bash"
+    old.parent.mkdir()
+    old.write_text('#!/bin/sh\ncase "$*" in *"declare -A"*) exit 2;; esac\nexec /bin/bash "$@"\n')
+    old.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{old.parent}:{os.environ['PATH']}")
+    write_llama(project.folder / "models" / "llama")
+    write_manifest(project.folder / "config" / "models.tsv", {"llama": "models/llama"})
+    done = project.snakemake("--cores", "1")
+    assert done.returncode != 0
+    assert "headgram: Jobs are started by Bash 4 or newer" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not list((project.folder / "results").rglob("*.pt"))

@@ -119,12 +119,12 @@ def identity(stage, wildcards):
     return model_of(wildcards).identities[stage, wildcards.get("circuit", "")]
 
 
-#: What every rule runs. Snakemake itself would take a tenth of a second to start a Python script, and most jobs need no more to work.
+# What every job runs. Snakemake takes a tenth of a second to start a Python script, as long as most jobs of small models work.
 JOB = "../scripts/job.sh"
 
 
 def job(stage, script=None, **facts):
-    """The params of a rule that runs `JOB`: the name of the script that does the work, and what it is told, in one JSON text.
+    """Params for `JOB`: the name of the script that does the work, and what it is told, in one JSON text.
 
     Facts are values, or functions of the wildcards. Snakemake does not compare what follows from inputs, and need not: the
     identity decides what is stale.

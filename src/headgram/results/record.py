@@ -97,11 +97,6 @@ class Identity:
             "upstream": list(self.upstream),
         }
 
-    @cached_property
-    def text(self) -> str:
-        """Canonical JSON of what `described` gives; the jobs of a stage share it."""
-        return canonical(self.described())
-
     @classmethod
     def read(cls, described: Mapping[str, Any]) -> Identity:
         """The identity that `described` gave."""

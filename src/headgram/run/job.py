@@ -37,7 +37,7 @@ _TOLD = 0
 
 @dataclass(frozen=True)
 class Job:
-    """What a rule tells its job (`workflow/rules/common.smk`).
+    """What a rule tells its job (`job` in `workflow/rules/common.smk`).
 
     Attributes
     ----------
@@ -78,7 +78,10 @@ class Job:
     @property
     def around(self) -> tuple[Path, Path] | None:
         """What stands around the model's projections, and its record, if that is among the inputs."""
-        return (Path(self.inputs["around"]), Path(self.inputs["around_record"])) if "around" in self.inputs else None
+        if "around" not in self.inputs:
+            return None
+        around, record = self.read("around", "around_record")
+        return around, record
 
     @property
     def model(self) -> LockedModel:
@@ -90,7 +93,8 @@ class Job:
 def running() -> Iterator[tuple[Job, Provenance, Config]]:
     """Run the body of a script, `SCRIPT LOG`, as the job that its standard input describes in JSON.
 
-    Yields what the job is told, what its artifact comes from, and the options that its stage reads; all others have their defaults.
+    Yields what the job is told, what its artifact comes from, and the options that its stage reads; all others have their
+    defaults.
 
     Output goes to the log. A `HeadgramError` is printed as one sentence and ends the job with exit code 1; any other error leaves
     its traceback in the log. Ctrl-C ends it without one.

@@ -5,6 +5,7 @@
 Every job begins here, so it imports little of the standard library and nothing else: it takes a hundredth of a second.
 """
 
+import contextlib
 import json
 import os
 import socket
@@ -34,7 +35,7 @@ def hand_over(arguments: list[str]) -> None:
             server.connect(f"\0{address}")
             if not is_ours(server):
                 return  # the server is gone, and somebody took its name
-            request = {"arguments": arguments, "folder": os.getcwd(), "environment": dict(os.environ)}
+            request = {"arguments": arguments, "folder": os.getcwd(), "environment": dict(os.environ)}  # noqa: PTH109
             socket.send_fds(server, [b"-"], [0, 1, 2])
             server.sendall(json.dumps(request).encode() + b"\n")
             started = server.recv(1)
@@ -42,10 +43,8 @@ def hand_over(arguments: list[str]) -> None:
             return  # it is gone; nothing has begun
         if started != STARTED:
             return
-        try:
+        with contextlib.suppress(ConnectionResetError):
             status = server.recv(1)
-        except ConnectionResetError:
-            pass
     if not status:
         sys.exit("headgram: the job was killed, perhaps because memory ran out; run the same command again")
     sys.exit(status[0])

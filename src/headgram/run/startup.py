@@ -172,8 +172,9 @@ class Run:
         ------
         HeadgramError
             If another run holds the results folder, it cannot be written, a folder in it is a symbolic link, or somebody's file
-            lies where a job would write.
+            lies where a job would write; or if jobs could not start.
         """
+        _require_bash()
         try:
             self._results.mkdir(parents=True, exist_ok=True)
             for name in (_LOCK, _SEEN, CLAIMS, ASKED):
@@ -224,7 +225,6 @@ class Run:
         for thread in threading.enumerate():
             if isinstance(thread, threading.Timer) and thread.function.__module__.startswith("snakemake.scheduling"):
                 thread.cancel()
-
 
     def _writings(self, workflow: Any, beside: Callable[[Any], Sequence[str]]) -> Iterator[Writing]:
         """What the jobs of a run will write in the results folder; what they keep in object storage is not on this disk.
@@ -282,6 +282,13 @@ def _call_the_interpreter_by_name() -> None:
     if shlex.quote(sys.executable) != sys.executable:
         folder, sys.executable = os.path.split(sys.executable)
         os.environ["PATH"] = os.pathsep.join([folder, os.environ.get("PATH", os.defpath)])
+
+
+def _require_bash() -> None:
+    """Snakemake tells a Bash script its job in arrays with names (`workflow/scripts/job.sh`), which the Bash of macOS does not know."""
+    told = ["bash", "-c", "declare -A job=([name]=value)"]
+    if subprocess.run(told, stderr=subprocess.DEVNULL).returncode:
+        raise HeadgramError("Jobs are started by Bash 4 or newer, and `bash` is an older one here: put a newer one on the PATH.")
 
 
 def _check_snakemakes_memory(results: Path) -> None:
