@@ -1,6 +1,7 @@
 """Many small models, end to end: what a run over them costs, and what it would cost if one job measured one model, or eight.
 
-    python benchmarks/many_models.py 1 8 64        # Markdown; a quiet minute for eight models
+    python benchmarks/many_models.py 1 8 64           # Markdown; a quiet minute for eight models
+    python benchmarks/many_models.py 1000 --as-it-is  # a quarter of an hour
 
 Checkpoints of a few KB, of eight architectures in turn, are written with random weights. Then the real `snakemake` runs over
 them, once for everything and once with nothing to do. It keeps the scripts of its jobs. `fused.smk` runs the same scripts
@@ -155,19 +156,19 @@ class Measured:
     jobs: int
     stages: Run
     own: float
-    one: Run
-    eight: Run
     idle: Run
+    one: Run | None = None
+    eight: Run | None = None
 
     def row(self) -> str:
         return (
-            f"| {self.models} | {self.jobs} | {self.stages} | {self.own:.0f} | {self.one} | {self.eight} "
+            f"| {self.models} | {self.jobs} | {self.stages} | {self.own:.0f} | {self.one or '–'} | {self.eight or '–'} "
             f"| {self.idle.wall:.1f} | {max(self.stages.memory)} |"
         )
 
 
-def measured(folder: Path, count: int, cores: str) -> Measured:
-    """Run over so many models in each way."""
+def measured(folder: Path, count: int, cores: str, as_it_is: bool) -> Measured:
+    """Run over so many models: as it is, and, unless that is all, in the other ways."""
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     write_models(folder, count)
@@ -177,16 +178,22 @@ def measured(folder: Path, count: int, cores: str) -> Measured:
     idle = snakemake(folder, *run)
     records = [path for part in ("models", "provenance", "report") for path in (folder / "results" / part).rglob("*.json")]
     own = sum(json.loads(path.read_text())["cpu_seconds"] for path in records)
-    one, eight = (fused(folder, models, cores) for models in (1, 8))
-    return Measured(count, len(records), whole, own, one, eight, idle)
+    others = [] if as_it_is else [fused(folder, models, cores) for models in (1, 8)]
+    return Measured(count, len(records), whole, own, idle, *others)
+
+
+def _extrapolated(few: int, before: Run, more: int, after: Run) -> float:
+    """CPU seconds for `_MANY` models, of runs over few and over more."""
+    return after.cpu + (after.cpu - before.cpu) / (more - few) * (_MANY - more)
 
 
 def main() -> None:
     """Write the models, run, and print what was measured."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("counts", type=int, nargs="*", default=[1, 8], help="how many models")
+    parser.add_argument("counts", type=int, nargs="*", default=[1, 8, 64], help="how many models")
     parser.add_argument("--cores", default="2")
     parser.add_argument("--folder", type=Path, default=ROOT / "build" / "many", help="where everything is written; made anew")
+    parser.add_argument("--as-it-is", action="store_true", help="only the pipeline as it is, no jobs of other sizes")
     arguments = parser.parse_args()
     print(
         f"\n### Many small models, {arguments.cores} cores: seconds of wall / of CPU\n\n"
@@ -195,18 +202,21 @@ def main() -> None:
     )
     found = []
     for count in arguments.counts:
-        found.append(measured(arguments.folder.resolve(), count, arguments.cores))
+        found.append(measured(arguments.folder.resolve(), count, arguments.cores, arguments.as_it_is))
         print(found[-1].row(), flush=True)
     first, last = found[0], found[-1]
     if last.models > first.models:
-        ways = [(first.stages, last.stages), (first.one, last.one), (first.eight, last.eight)]
+        ways = {
+            "a job a stage": (first.stages, last.stages),
+            "a job a model": (first.one, last.one),
+            "a job for eight": (first.eight, last.eight),
+        }
         many = [
-            after.cpu + (after.cpu - before.cpu) / (last.models - first.models) * (_MANY - last.models) for before, after in ways
+            f"{_extrapolated(first.models, before, last.models, after) / 60:.0f} with {way}"
+            for way, (before, after) in ways.items()
+            if before and after
         ]
-        print(
-            f"\nComputed from the first and the last row, for {_MANY} models: {many[0] / 60:.0f} minutes of CPU with a job a "
-            f"stage, {many[1] / 60:.0f} with a job a model, {many[2] / 60:.0f} with a job for eight."
-        )
+        print(f"\nComputed from the first and the last row, minutes of CPU for {_MANY} models: {', '.join(many)}.")
 
 
 if __name__ == "__main__":
