@@ -21,8 +21,8 @@ from headgram.checkpoints.dimensions import find_rules
 from headgram.errors import HeadgramError
 from headgram.families import layouts
 from headgram.families.registry import Family, StackRule, families, family_of, others
+from headgram.proofs.calls import Call
 from headgram.proofs.listed import listed_models
-from headgram.proofs.probe import Call
 from headgram.proofs.prove import TOLERANCE, Proof, known_types, prove
 from headgram.proofs.shrink import model_classes, quiet, tiny_config, way_of
 

@@ -23,7 +23,7 @@ from headgram.checkpoints.stack import Stack
 from headgram.errors import HeadgramError
 from headgram.families.around import NormRule
 from headgram.forms.reading import Norm, Rotary
-from headgram.proofs.probe import Call
+from headgram.proofs.calls import Call
 
 #: Roles that are proven together: queries and keys at different positions follow from all of them.
 CHAIN = ("query_norm", "key_norm", "query_bias", "key_bias", "rotary")

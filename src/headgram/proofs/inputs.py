@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from headgram.proofs.probe import Call, Watch
+from headgram.proofs.calls import Call
+from headgram.proofs.probe import Watch
 
 #: Tokens per sequence: unlike any size of the tiny models, so that a product of this shape can only be the scores.
 _TOKENS = 7

@@ -40,10 +40,11 @@ from headgram.proofs.around import (
     table_residuals,
     without_epsilon,
 )
+from headgram.proofs.calls import Call
 from headgram.proofs.inputs import attention_only, every_call, inputs_of
 from headgram.proofs.listed import NO_FLAGS, listed_models, saved
 from headgram.proofs.neutral import neutralise
-from headgram.proofs.probe import Call, scores_of
+from headgram.proofs.probe import scores_of
 from headgram.proofs.shrink import quiet, walked_models
 
 #: The columns of a table of proofs, and what `Proof.cells` holds.

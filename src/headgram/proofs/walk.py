@@ -20,10 +20,10 @@ from torch import Tensor, nn
 from headgram.checkpoints.wrappers import plain_name
 from headgram.errors import HeadgramError
 from headgram.families.layouts import LAYOUTS, QK, Dimensions, Factors
+from headgram.proofs.calls import Call
 from headgram.proofs.inputs import attention_only, every_call
 from headgram.proofs.listed import saved
 from headgram.proofs.neutral import neutralise
-from headgram.proofs.probe import Call
 from headgram.proofs.shrink import tiny_model
 
 _TOLERANCE = 1e-5
