@@ -10,6 +10,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+#: How far attention weights may sum from 1: some models keep them in bfloat16.
+_SUM_TOLERANCE = 1e-2
+
 
 @dataclass
 class Attended:
@@ -29,6 +32,11 @@ class Attended:
     def heads(self) -> Float[Tensor, "heads t value_rank"]:
         """What every head has gathered from tokens."""
         return self.weights @ self.value
+
+    @property
+    def has_sink(self) -> bool:
+        """Whether something besides tokens takes part in the softmax: then its weights do not sum to 1."""
+        return not bool((self.weights.sum(-1) - 1).abs().max() < _SUM_TOLERANCE)
 
     @property
     def side_by_side(self) -> Float[Tensor, "t all_heads"]:
@@ -92,6 +100,11 @@ class Call:
     def telling(self) -> bool:
         """Whether it can show something of its weights: neither what it reads nor a single token to attend to hides them."""
         return len(self.y) > 1 and all(bool(one.any() and one.isfinite().all()) for one in (self.x, self.y, self.z))
+
+    @property
+    def one_stream(self) -> bool:
+        """Whether queries and keys are made of the same tokens, as in self-attention."""
+        return self.x.shape == self.y.shape and torch.equal(self.x, self.y)
 
     def may_be(self, layer: int) -> bool:
         """Whether the module may be that of a layer: its path has that number, or none at all."""
