@@ -183,7 +183,7 @@ def test_defaults_of_rotary_encoding_are_those_of_transformers() -> None:
             rest = {"layer_types": [rule.only], "max_position_embeddings": 4096, **rule.when}
             rest |= {rule.flags: [1]} if rule.flags else {}
             said = rotary_of(rule, Section({**rest, "rope_parameters": stated}, model_type), 0, 64, 0, None)
-            unsaid = rotary_of(rule, Section.of(family.stacks[0], rest, model_type), 0, 64, 0, None)
+            unsaid = rotary_of(rule, Section(rest, model_type).of(family.stacks[0]), 0, 64, 0, None)
             assert said is not None
             assert unsaid is not None
             torch.testing.assert_close(unsaid.frequencies, said.frequencies, msg=f"{model_type}: {stated}")

@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Mapping, Sequence
-from typing import Any, Self
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from headgram.checkpoints.stores import TensorStore, bytes_of, cut_of
+from headgram.checkpoints.stores import TensorStore, cut_of
 from headgram.checkpoints.views import Renamed
 from headgram.errors import HeadgramError
 from headgram.families.layouts import Cut, undo_gguf_permutation
@@ -151,19 +151,9 @@ class SlicedStore(TensorStore):
     def nbytes(self, name: str) -> int:
         return sum(store.nbytes(name) for store in self._slices) if self._cut(name) is not None else self._slices[0].nbytes(name)
 
-    def raw(self, name: str, cut: Cut | None = None) -> memoryview:
-        return bytes_of(self.part(name, cut))
-
     def part(self, name: str, cut: Cut | None = None) -> Tensor:
         self.shape(name)
         axis = self._cut(name)
         if axis is None:
             return self._slices[0].part(name, cut)
         return cut_of(torch.cat([store.part(name) for store in self._slices], axis), cut)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        for store in self._slices:
-            store.__exit__(*exc)
