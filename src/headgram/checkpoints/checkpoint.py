@@ -259,7 +259,7 @@ class Checkpoint(Described):
             raise HeadgramError(f"the stack '{stack.name}' has no layer {layer}; it has {', '.join(map(str, stack.layers))}")
 
     def _unique(self, stack: Stack, layer: int, roles: Iterable[str]) -> list[Piece]:
-        """What is read for some roles of a layer, each once: a tensor may hold two roles. Of norms and biases, those that exist."""
+        """What is read for some roles of a layer, each once: a tensor may hold two roles. Of norms and biases, what is there."""
         roles = tuple(roles)
         pieces = list(self._pieces(stack, layer, [role for role in roles if role not in AROUND]).values())
         around = self.around(stack.name, layer)
