@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+pytest.register_assert_rewrite("at_the_hub", "forged_results", "hostile_files", "quantised_files")
+
 
 @pytest.fixture
 def hub(monkeypatch, tmp_path):
