@@ -101,15 +101,13 @@ class OriginalLlama(Renamed):
 
     def _turned(self, name: str) -> Tensor:
         tensor = super().part(name)
-        for piece, count in self._counts.items():
-            if piece in name:
-                if len(tensor) % (2 * count):
-                    raise HeadgramError(
-                        f"tensor {name} has {len(tensor)} rows, which do not divide into pairs for {count} heads: "
-                        "correct `n_heads` in params.json"
-                    )
-                return undo_gguf_permutation(tensor.reshape(len(tensor), -1), count).reshape(tensor.shape)
-        return tensor
+        count = next(count for piece, count in self._counts.items() if piece in name)
+        if len(tensor) % (2 * count):
+            raise HeadgramError(
+                f"tensor {name} has {len(tensor)} rows, which do not divide into pairs for {count} heads: "
+                "correct `n_heads` in params.json"
+            )
+        return undo_gguf_permutation(tensor.reshape(len(tensor), -1), count).reshape(tensor.shape)
 
 
 class SlicedStore(TensorStore):

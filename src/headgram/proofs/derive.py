@@ -289,7 +289,7 @@ def derive_family(model_type: str) -> tuple[Family | None, list[str]]:
 
 
 def _fronts(names: Sequence[str], rules: Sequence[Mapping[str, Any]]) -> set[str]:
-    """What may stand before all names of all rules."""
+    """The prefixes under which a model holds the tensors of all rules."""
     ends = [end.format(layer=layer) for rule in rules for end in _tensors(rule) for layer in rule["at"]]
     return set.intersection(*({name.removesuffix(end) for name in names if name.endswith(end)} for end in ends))
 

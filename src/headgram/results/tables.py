@@ -99,6 +99,7 @@ def _number(name: str, suffix: str = "") -> pa.Field:
 
 
 _PLACE = (("circuit", _TEXT), ("stack", _TEXT))
+_HEAD = (*_PLACE, *_each(_INT, "layer", "head"))
 #: What a form's factors are, `raw` or `folded`, and at which offset of query and key, as the name in `circuit` says it too.
 _FORM = (("norms", _TEXT), ("offset", _INT))
 #: The columns that say which heads a row is about, in which form.
@@ -168,8 +169,7 @@ NEIGHBOURS = _schema(
 )
 # The column `other`, the earlier of the two models, is the second partition of what follows.
 DRIFT = _schema(
-    *_PLACE,
-    *_each(_INT, "layer", "head"),
+    *_HEAD,
     *_each(_FLOAT, *DRIFT_NUMBERS, *SIDES, "expected"),
 )
 CHANGES = _schema(
@@ -190,8 +190,7 @@ ROTARY = _schema(
     *_each(_FLOAT, "norm", "cosine", "transposed", "symmetry", "trace", "expected"),
 )
 FREQUENCIES = _schema(
-    *_PLACE,
-    *_each(_INT, "layer", "head"),
+    *_HEAD,
     pa.field("plane", _INT),  # null, as what follows, of the rows that no rotation touches
     *_nullable("wavelength"),
     *_each(_FLOAT, "energy", "share", "expected"),
@@ -199,8 +198,7 @@ FREQUENCIES = _schema(
 )
 #: What `heads` takes from the stage `rotary`.
 TURNING = _schema(
-    *_PLACE,
-    *_each(_INT, "layer", "head"),
+    *_HEAD,
     *_nullable(*AT_TIMES),
 )
 _COMPOSED = (
@@ -231,8 +229,7 @@ CHANNELS = _schema(
     *_nullable("copying", "positive", "departure"),  # null between two streams
 )
 TOKENS = _schema(
-    *_PLACE,
-    *_each(_INT, "layer", "head"),
+    *_HEAD,
     ("side", _TEXT),
     *_each(_INT, "direction", "sign", "place", "token"),
     ("text", _TEXT),
@@ -270,7 +267,7 @@ TABLES = {
 
 
 def labelled(table: pa.Table, schema: pa.Schema, **labels: str | int) -> pa.Table:
-    """Rows that have some texts or numbers in common, with a column for each, as a schema has them."""
+    """Rows with some texts or numbers in common, each of which becomes a column; with the columns of a schema, in its order."""
     rows = pa.array(np.zeros(len(table), dtype=np.int32))
     for name, value in labels.items():
         table = table.append_column(name, pa.array([value]).take(rows))
