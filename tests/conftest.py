@@ -26,3 +26,12 @@ def both_ways(request):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("headgram.geometry.batches.ONE_BY_ONE", request.param)
         yield
+
+
+@pytest.fixture(scope="module")
+def chrome():
+    """A browser."""
+    from browser import browser
+
+    with browser() as running:
+        yield running

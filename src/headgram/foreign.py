@@ -10,12 +10,9 @@ import stat
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import yaml
-
-if TYPE_CHECKING:
-    from pydantic import ValidationError
 
 #: Characters that are printed of one text.
 _MOST_SHOWN = 2000
@@ -144,8 +141,12 @@ def parse_yaml(content: bytes) -> Any:
         loader.dispose()
 
 
-def first_problem(error: ValidationError) -> str:
-    """Where the first thing is that a schema refuses, and what is wrong with it."""
+def first_problem(error: Exception) -> str:
+    """What an error says; if it is of a schema, where the first thing is that the schema refuses, and what is wrong with it."""
+    from pydantic import ValidationError  # costs time where nothing is refused
+
+    if not isinstance(error, ValidationError):
+        return str(error)
     problem = error.errors(include_url=False, include_input=False, include_context=False)[0]
     place = ".".join(map(str, problem["loc"]))
     return f"{place}: {problem['msg']}" if place else problem["msg"]

@@ -12,6 +12,8 @@ import pytest
 
 from tiny import write_bert, write_llama, write_manifest
 
+pytest.register_assert_rewrite("pipeline.page_checks")
+
 ROOT = Path(__file__).parents[2]
 #: On `PYTHONPATH`, pretends GPUs.
 WITH_STAND_IN = Path(__file__).parent / "with_stand_in"

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import json
-import math
 import shutil
-from pathlib import Path
 
 import peft
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from adapter_files import KINDS, adapter, base, change, edited
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, GPT2LMHeadModel
 from typer.testing import CliRunner
 
 from headgram.checkpoints.adapted_store import merge
@@ -23,33 +20,6 @@ from headgram.errors import HeadgramError
 from headgram.study.lock import changes
 from headgram.study.manifest import read_manifest
 from headgram.study.resolve import resolve_all
-
-LLAMA = LlamaConfig(
-    hidden_size=32, intermediate_size=16, vocab_size=16, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-    attention_bias=True,
-)  # fmt: skip
-GPT2 = GPT2Config(n_embd=32, n_layer=2, n_head=4, vocab_size=16, n_positions=8)
-ALL = ["q_proj", "k_proj", "v_proj", "o_proj"]
-
-
-def base(folder: Path, kind: str = "llama", dtype: torch.dtype = torch.float32) -> Path:
-    torch.manual_seed(0)
-    model = LlamaForCausalLM(LLAMA) if kind == "llama" else GPT2LMHeadModel(GPT2)
-    model.to(dtype).save_pretrained(folder)
-    return folder
-
-
-def adapter(folder: Path, of: Path, **settings):
-    """An adapter as peft saves it, with random factors; returns the wrapped model."""
-    torch.manual_seed(1)
-    model = AutoModelForCausalLM.from_pretrained(of)
-    model = get_peft_model(model, LoraConfig(**({"r": 4, "lora_alpha": 6, "target_modules": ALL} | settings)))
-    with torch.no_grad():
-        for name, tensor in model.named_parameters():
-            if "lora_" in name or "modules_to_save" in name:
-                tensor.copy_(torch.rand_like(tensor) + 0.5 if "magnitude" in name else torch.randn_like(tensor))
-    model.save_pretrained(folder)
-    return model
 
 
 def assert_same(source, judge, roles: tuple[str, ...] = ("query", "key", "value", "output"), **options) -> None:
@@ -72,26 +42,6 @@ def gpt2_factors(state: dict[str, Tensor], layer: int) -> dict[str, Tensor]:
     fused = state[f"transformer.h.{layer}.attn.c_attn.weight"].T.unflatten(0, (3, 4, 8))
     output = state[f"transformer.h.{layer}.attn.c_proj.weight"].unflatten(0, (4, 8))
     return dict(zip(("query", "key", "value", "output"), (*fused, output), strict=True))
-
-
-KINDS = {
-    "plain": {},
-    "rank-stabilised": {"use_rslora": True},
-    "DoRA": {"use_dora": True},
-    "patterns": {
-        "rank_pattern": {"q_proj": 2, r"layers\.1\.self_attn\.k_proj": 3},
-        "alpha_pattern": {"^model.layers.0.self_attn.v_proj": 1, "o_proj": 32},
-    },
-    "patterns, rank-stabilised DoRA": {"rank_pattern": {"q_proj": 2}, "use_rslora": True, "use_dora": True},
-    "one layer": {"layers_to_transform": [1], "target_modules": ["q_proj"]},
-    "some by a regular expression": {"target_modules": r".*\.1\.self_attn\.(q|k)_proj"},
-    "whole modules": {"target_modules": ["q_proj"], "modules_to_save": ["k_proj"]},
-    "biases": {"bias": "all", "lora_bias": False},
-    "embeddings too": {"target_modules": ["embed_tokens", "q_proj"]},
-    "single tokens too": {"trainable_token_indices": [1, 2]},
-    "experts by name": {"target_parameters": ["mlp.gate_proj.weight"]},
-    "another beginning": {"init_lora_weights": "orthogonal"},
-}
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -176,27 +126,6 @@ def test_a_quantised_base(tmp_path):
     assert_same(tmp_path / "adapter", peft.PeftModel.from_pretrained(judge, tmp_path / "adapter").merge_and_unload())
 
 
-def change(folder: Path, name: str = "adapter_config.json", **values) -> None:
-    path = folder / name
-    path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
-
-
-@pytest.fixture(scope="module")
-def original(tmp_path_factory):
-    """A base and a plain adapter of it."""
-    folder = tmp_path_factory.mktemp("pair")
-    adapter(folder / "adapter", base(folder / "base"))
-    return folder
-
-
-@pytest.fixture
-def pair(original, tmp_path):
-    """A copy of both, which a test may change."""
-    shutil.copytree(original, tmp_path, dirs_exist_ok=True)
-    change(tmp_path / "adapter", base_model_name_or_path=str(tmp_path / "base"))
-    return tmp_path
-
-
 def test_the_base_may_be_given(pair):
     shutil.move(pair / "base", pair / "moved")
     with pytest.raises(HeadgramError, match=r"needs its base '.*base'.*no file or folder"):
@@ -257,66 +186,6 @@ def test_the_lock_covers_base_and_adapter(pair):
         first = second
 
 
-REFUSED = {
-    "another kind": ({"peft_type": "IA3"}, "peft_type = 'IA3': headgram reads LoRA and DoRA; if peft can merge it, do so"),
-    "no kind": ({"peft_type": None}, "peft_type = None"),
-    "acts on some tokens": ({"alora_invocation_tokens": [1]}, "alora_invocation_tokens"),
-    "repeats layers": ({"layer_replication": [[0, 2], [1, 2]]}, "layer_replication"),
-    "blocks": ({"use_bdlora": {"nblocks": 2}}, "use_bdlora"),
-    "an unknown variant": ({"use_newlora": True}, "use_newlora"),
-    "an unknown configuration": ({"new_config": {"a": 1}}, "new_config"),
-    "a changed base": ({"init_lora_weights": "pissa"}, "changes the base before training"),
-    "no rank": ({"r": None}, "r = None"),
-    "no alpha": ({"lora_alpha": "many"}, "lora_alpha = 'many'"),
-    "an endless alpha": ({"lora_alpha": 10**400}, "lora_alpha"),
-    "a text for a truth value": ({"use_rslora": "false"}, "use_rslora = 'false', which should be true or false"),
-    "a number for a truth value": ({"use_dora": 0}, "use_dora = 0, which should be true or false"),
-    "another rank": ({"r": 5}, "have rank 4, but adapter_config.json says 5"),
-    "no lengths": ({"use_dora": True}, "no lora_magnitude_vector"),
-    "costly patterns": ({"alpha_pattern": {"(a+)+b": 2}}, "costly"),
-    "broken patterns": ({"alpha_pattern": {"(": 2}}, "costly"),
-    "patterns that are none": ({"rank_pattern": [1]}, "rank_pattern"),
-}
-
-
-@pytest.mark.parametrize("kind", REFUSED)
-def test_settings_that_are_refused(pair, kind):
-    settings, sentence = REFUSED[kind]
-    change(pair / "adapter", **settings)
-    with pytest.raises(HeadgramError, match=sentence):
-        open_checkpoint(pair / "adapter")
-
-
-KEY = "base_model.model.model.layers.0.self_attn.q_proj"
-DAMAGE = {
-    "another base": ({f"{KEY}.lora_B.weight": torch.ones(30, 4)}, "do not fit its shape"),
-    "ranks that differ": ({f"{KEY}.lora_B.weight": torch.ones(32, 3)}, "do not fit its shape"),
-    "one factor": ({f"{KEY}.lora_B.weight": None}, "no lora_B of 'model.layers.0.self_attn.q_proj'"),
-    "another part": ({f"{KEY}.lora_E": torch.ones(4)}, "lora_E"),
-    "two adapters": ({f"{KEY}.lora_A.other.weight": torch.ones(4, 32)}, "twice|several adapters"),
-    "a layer that is not there": (
-        {f"{KEY.replace('0', '7')}.lora_A.weight": torch.ones(4, 32)},
-        "the base has no such module: .*`base` in the manifest",
-    ),
-    "integers": ({f"{KEY}.lora_B.weight": torch.ones(32, 4, dtype=torch.int8)}, "stored as I8"),
-}
-
-
-@pytest.mark.parametrize("kind", DAMAGE)
-def test_factors_that_are_refused(pair, kind):
-    edits, sentence = DAMAGE[kind]
-    path = pair / "adapter" / "adapter_model.safetensors"
-    tensors = {name: tensor for name, tensor in (load_file(path) | edits).items() if tensor is not None}
-    save_file(tensors, path)
-    with pytest.raises(HeadgramError, match=sentence):
-        open_checkpoint(pair / "adapter")
-
-
-def edited(path: Path, **edits: Tensor | None) -> None:
-    tensors = load_file(path) | edits
-    save_file({name: tensor for name, tensor in tensors.items() if tensor is not None}, path)
-
-
 def test_a_head_that_is_tied_in_the_base_keeps_nothing_else_from_being_read(pair):
     """An adapter of `lm_head`, which a base with tied tables does not store."""
     edited(pair / "base" / "model.safetensors", **{"lm_head.weight": None})
@@ -342,79 +211,3 @@ def test_modules_that_are_saved_whole_under_every_name(pair):
         with open_checkpoint(pair / "adapter") as checkpoint:
             assert torch.equal(checkpoint.qk("self", 1)[1].flatten(0, 1), whole)
         edited(path, **{f"base_model.model.{key}.{name}": None})
-
-
-def test_a_weight_that_is_replaced_and_changed_is_refused(pair):
-    edited(pair / "adapter" / "adapter_model.safetensors", **{f"{KEY}.modules_to_save.weight": torch.zeros(32, 32)})
-    with pytest.raises(HeadgramError, match="both replaces and changes"):
-        open_checkpoint(pair / "adapter")
-
-
-def test_a_nan_in_a_factor_is_refused(pair):
-    path = pair / "adapter" / "adapter_model.safetensors"
-    tensors = load_file(path)
-    tensors[f"{KEY}.lora_B.weight"][0, 0] = math.nan
-    save_file(tensors, path)
-    with open_checkpoint(pair / "adapter") as checkpoint, pytest.raises(HeadgramError, match="NaN"):
-        checkpoint.qk("self", 0)
-
-
-def test_an_unmerged_state_dict_without_settings_is_refused(tmp_path):
-    model = adapter(tmp_path, base(tmp_path))
-    for name in ("adapter_model.safetensors", "adapter_config.json"):
-        (tmp_path / name).unlink()
-    save_file({name: tensor.clone() for name, tensor in model.state_dict().items()}, tmp_path / "model.safetensors")
-    with pytest.raises(HeadgramError, match=r"not merged, and no adapter_config\.json"):
-        open_checkpoint(tmp_path)
-
-
-@pytest.mark.parametrize("lost", ["k_proj", "proj"])
-def test_an_unmerged_state_dict_that_lost_factors_is_not_read_as_its_base(tmp_path, lost):
-    model = adapter(tmp_path, base(tmp_path))
-    (tmp_path / "adapter_model.safetensors").unlink()
-    state = {name: tensor.clone() for name, tensor in model.state_dict().items() if not (lost in name and ".lora_" in name)}
-    save_file(state, tmp_path / "model.safetensors")
-    with pytest.raises(HeadgramError, match=r"base_layer of 'model\.layers\.0\.self_attn\..*_proj', but not the factors"):
-        open_checkpoint(tmp_path)
-
-
-def test_names_that_anchored_patterns_cannot_be_held_against_are_refused(tmp_path):
-    """A state dict of the inner model: whether something stands before its names cannot be known."""
-    model = adapter(tmp_path, base(tmp_path), **KINDS["patterns"])
-    (tmp_path / "adapter_model.safetensors").unlink()
-    save_file(
-        {name: tensor.clone() for name, tensor in model.base_model.model.state_dict().items()}, tmp_path / "model.safetensors"
-    )
-    with pytest.raises(HeadgramError, match=r"without 'base_model\.model\.'"):
-        open_checkpoint(tmp_path)
-    change(tmp_path, alpha_pattern={"o_proj": 32}, rank_pattern={"q_proj": 2, "1.self_attn.k_proj": 3})
-    with open_checkpoint(tmp_path) as checkpoint:
-        assert checkpoint.stacks[0].dtype == "F32+LoRA"
-
-
-STRANGE = [
-    None, True, -1, 0, 10**400, math.inf, "", "\0", "a" * 5000, "../../etc", [], [[]], {}, {"(a|a)*$": 1}, {"": -1}, {"q": "x"},
-]  # fmt: skip
-SETTINGS = [
-    "peft_type", "base_model_name_or_path", "revision", "r", "lora_alpha", "rank_pattern", "alpha_pattern", "fan_in_fan_out",
-    "use_rslora", "use_dora", "init_lora_weights", "modules_to_save", "target_parameters", "layer_replication", "new_config",
-]  # fmt: skip
-
-
-def refusal(source: Path) -> str:
-    """The sentence that a source is refused with; empty if it is read."""
-    try:
-        with open_checkpoint(source) as checkpoint:
-            checkpoint.qk("self", 0)
-    except HeadgramError as error:
-        return str(error)
-    return ""
-
-
-@pytest.mark.parametrize("name", SETTINGS)
-def test_strange_settings_are_read_or_refused_in_a_sentence(pair, name):
-    for value in STRANGE:
-        change(pair / "adapter", **{name: value})
-        sentence = refusal(pair / "adapter")
-        assert "\n" not in sentence
-        assert len(sentence) < 800

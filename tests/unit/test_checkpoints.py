@@ -306,5 +306,5 @@ class _Counting:
         self._read.append(name)
         return self._store.read(name, cut)
 
-    def __exit__(self, *exc):
-        self._store.__exit__(*exc)
+    def keep(self, pieces):
+        self._store.keep(pieces)

@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 from checkpoint_files import CONFIG, config_bytes, llama_tensors
-from test_hostile import assert_refused, write
+from hostile_files import assert_refused, write
 from test_one_answer import inspect
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import (

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 import torch
 from checkpoint_files import CONFIG, config_bytes, llama_tensors, safetensors_bytes, single
+from hostile_files import QUERY, assert_refused, write
 from safetensors.torch import save
-from test_hostile import QUERY, assert_refused, write
 from typer.testing import CliRunner
 
 from headgram.checkpoints.checkpoint import open_checkpoint

@@ -6,8 +6,8 @@ import json
 
 import pytest
 import torch
+from hostile_files import assert_refused, pickled, write
 from safetensors.torch import save
-from test_hostile import assert_refused, pickled, write
 
 from headgram.checkpoints.checkpoint import open_checkpoint
 from headgram.study.manifest import Row

@@ -6,8 +6,8 @@ import pytest
 import torch
 import yaml
 from checkpoint_files import CONFIG
+from hostile_files import assert_refused, pickled, write
 from safetensors.torch import save
-from test_hostile import assert_refused, pickled, write
 from torch import Tensor
 
 from headgram.checkpoints.checkpoint import open_checkpoint

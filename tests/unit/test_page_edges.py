@@ -4,10 +4,9 @@ import dataclasses
 
 import numpy as np
 import pytest
-from test_page import table_of
-from test_report import stack
+from made_pages import stack, table_of
 
-from browser import assert_legible, browser, opened
+from browser import assert_legible, opened
 from headgram.report.columns import columns
 from headgram.report.pack import beside, model_pack
 from headgram.report.page import index_pack, page, page_shell
@@ -62,12 +61,6 @@ def path(tmp_path_factory):
     index = index_pack({name: {"qk/self": each.summary} for name, each in MODELS.items()})
     found.write_text(page(page_shell(), index, {name: model_pack({"qk/self": each}) for name, each in MODELS.items()}))
     return found
-
-
-@pytest.fixture(scope="module")
-def chrome():
-    with browser() as running:
-        yield running
 
 
 @pytest.mark.parametrize("model", MODELS, ids=lambda name: name[-9:])

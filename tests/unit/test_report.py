@@ -12,12 +12,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
+from made_pages import matrix_of, stack
 
-from browser import browser, opened
-from headgram.report.arrays import StackArrays, StackSummary
+from browser import opened
+from headgram.report.arrays import StackArrays
 from headgram.report.columns import columns
 from headgram.report.figures import profile_figures, stack_figures
-from headgram.report.matrix import Feeding, PairMatrix, read_across
+from headgram.report.matrix import Feeding, read_across
 from headgram.report.names import PROFILE_FIGURES, STACK_FIGURES
 from headgram.report.pack import beside, layer_packs, model_pack, pack
 from headgram.report.page import index_pack, page, page_shell
@@ -43,49 +44,6 @@ def test_whole_numbers_and_zeros_are_exact_and_huge_ones_stay_finite():
     _, found = unpack(pack(None, {"x": np.array([0.0, -1.0, 4095.0, 16384.0, 1e300, -np.inf])}))
     assert found["x"][:4].tolist() == [0, -1, 4095, 16384]
     assert np.isfinite(found["x"]).all()
-
-
-def stack(layers: int, heads: int, rank: int, seed=0, facts=None) -> StackArrays:
-    """A stack of random numbers."""
-    random = np.random.default_rng(seed)
-    pairs = layers * (layers + 1) // 2
-    known = {"architecture": "llama", "stored_dtype": "BF16", "layers": layers, "heads": heads, "kv_heads": heads, "rank": rank}
-    neighbours = np.stack(np.broadcast_arrays(1, 2, random.random((layers, heads, 8)))).astype(float)
-    return StackArrays(
-        summary=StackSummary(
-            facts=known | {"hidden": 4 * rank, "directions": 8} | (facts or {}),
-            layers=np.arange(layers),
-            quartiles=np.sort(random.random((3, len(columns()), layers)), axis=0),
-        ),
-        heads=random.random((len(columns()), layers, heads)),
-        singular=-np.sort(-random.random((layers, heads, rank))),
-        eigenvalues=-np.sort(-random.standard_normal((layers, heads, 2 * rank))),
-        pairs={
-            kind: random.random((pairs, heads))
-            for kind in ("cosine", "transposed", "symmetric", "antisymmetric", "right", "left", "signed")
-        },
-        neighbours=dict.fromkeys(("cosine", "transposed", "right", "left", "signed"), neighbours),
-        matrix=None,
-        expected=np.full((len(columns()), layers), np.nan),
-    )
-
-
-def matrix_of(layers: int, heads: int, seed=0) -> PairMatrix:
-    """Cosines as of random forms, but for a few pairs that are alike; the heads in an order of their own."""
-    random = np.random.default_rng(seed)
-    values = {}
-    for name in ("cosine", "transposed"):
-        square = random.standard_normal((layers * heads,) * 2).astype(np.float32) / 100
-        square = (square + square.T) / 2
-        square[3, 17] = square[17, 3] = -0.8
-        values[name] = square
-    return PairMatrix(values, random.permutation(layers * heads), heads)
-
-
-@pytest.fixture(scope="module")
-def chrome():
-    with browser() as running:
-        yield running
 
 
 def test_fifty_models_of_which_some_lie_beside_the_page(chrome, tmp_path):

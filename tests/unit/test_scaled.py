@@ -7,9 +7,10 @@ import math
 
 import pytest
 import torch
+from checkpoint_files import llama_tensors
 from compressed_tensors.compressors import BaseCompressor
 from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
-from test_quantised import K, Q, assert_means, is_attention, llama_tensors, quantised, write
+from quantised_files import K, Q, assert_means, is_attention, quantised, write
 from torch import Tensor
 
 from headgram.checkpoints.checkpoint import open_checkpoint

@@ -10,7 +10,7 @@ import zipfile
 import pytest
 import torch
 from checkpoint_files import config_bytes, llama_tensors
-from test_hostile import QUERY, archive, assert_refused, pickled, tensor_pickle, write
+from hostile_files import QUERY, archive, assert_refused, pickled, tensor_pickle, write
 
 from headgram.checkpoints.bin_store import BinStore
 from headgram.checkpoints.checkpoint import open_checkpoint

@@ -8,8 +8,8 @@ import collections
 import pytest
 import torch
 from checkpoint_files import CONFIG, config_bytes, llama_tensors, single
+from hostile_files import QUERY, archive, assert_refused, pickled, write
 from safetensors.torch import save
-from test_hostile import QUERY, archive, assert_refused, pickled, write
 from test_one_answer import inspect
 
 from headgram.checkpoints.checkpoint import open_checkpoint

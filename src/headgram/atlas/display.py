@@ -121,12 +121,7 @@ def show_models(atlas: Atlas, out: Console) -> None:
     columns = ["model", "circuit", "stack", "architecture", "layers", "heads", "hidden"]
     columns += ["kv_heads", "rank", "stored_dtype", "directionality_median"] if out.width > _WIDTH else []
     columns += ["symmetry_median", "cosine_adjacent"]
-    _print(
-        out,
-        "Models: medians over heads, mean cosine to the next layer",
-        atlas.summary(),
-        columns,
-    )
+    _print(out, "Models: medians over heads, mean cosine to the next layer", atlas.summary(), columns)
 
 
 def show_model(atlas: Atlas, model: str, stack: str | None, circuit: str, top: int, out: Console) -> None:
@@ -152,12 +147,8 @@ def show_model(atlas: Atlas, model: str, stack: str | None, circuit: str, top: i
         _show_facts(model, facts.iloc[0], out)
         columns = ["layer", "symmetry_median", "layer_symmetry_score", "directionality_median", "layer_directionality"]
         columns += ["positive_energy_median", "stable_rank_median", "effective_rank_median", "cosine_next", "cosine_all"]
-        _print(
-            out,
-            "Layers: medians over heads, and scores of the layer's whole form; mean cosine to the next and to all",
-            layers,
-            columns,
-        )
+        title = "Layers: medians over heads, and scores of the layer's whole form; mean cosine to the next and to all"
+        _print(out, title, layers, columns)
         heads = heads.assign(norm=heads["fro_sq"] ** 0.5)
         columns = ["layer", "head", "symmetry", "positive_energy", "directionality", "stable_rank", "effective_rank", "norm"]
         _print(out, "Most symmetric heads", heads.nlargest(top, "symmetry"), columns)

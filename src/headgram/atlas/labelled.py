@@ -6,6 +6,8 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from headgram.errors import HeadgramError
 
 if TYPE_CHECKING:
@@ -15,7 +17,6 @@ if TYPE_CHECKING:
 
 def by_layers(table: pd.DataFrame, value: str, attributes: Mapping[str, Any] | None = None) -> xr.DataArray:
     """A column of a table of layer pairs, as layers by layers by heads, both triangles."""
-    import numpy as np
     import xarray as xr
 
     layers, heads = np.union1d(table["layer_a"], table["layer_b"]), np.unique(table["head"])
@@ -31,7 +32,6 @@ def by_heads(
     heads_a: pd.DataFrame, heads_b: pd.DataFrame, table: pd.DataFrame, value: str, attributes: Mapping[str, Any]
 ) -> xr.DataArray:
     """A column of a table of two heads, as layers by heads by layers by heads, `a` before `b`; NaN where there is no row."""
-    import numpy as np
     import xarray as xr
 
     both: dict[str, pd.MultiIndex] = {
@@ -47,8 +47,6 @@ def by_heads(
 
 def symmetric(array: xr.DataArray, itself: pd.Series) -> xr.DataArray:
     """An array of `by_heads` with its other triangle, and on the diagonal the value of each head with itself, in their order."""
-    import numpy as np
-
     count = array.shape[0] * array.shape[1]
     square = array.to_numpy().reshape(count, count)
     square = np.where(np.isnan(square), square.T, square)
@@ -71,7 +69,7 @@ def by_plane(table: pd.DataFrame, value: str, attributes: Mapping[str, Any]) -> 
 
 
 def by_place(table: pd.DataFrame, keys: Sequence[str]) -> pd.DataFrame:
-    """A table with its places as index: one row for each layer, head and so on, so that an array of them holds no more than it.
+    """A table with its places as index. It has one row for each layer, head and so on, so that an array of it has no gaps.
 
     Raises
     ------

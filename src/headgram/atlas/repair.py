@@ -19,9 +19,9 @@ from headgram.results.record import FileSum, read_record
 def repair(results: Path, findings: Iterable[Finding], keys: Mapping[str, str]) -> list[Finding]:
     """Have the next run make anew what is wrong.
 
-    The record of an artifact that is asked for is emptied: so the artifact is there, but is not what is asked for, and its job
-    runs, whether or not anything else needs what it writes. An artifact that nobody asks for any more is removed, and so is what
-    headgram left without a record. Nothing is removed but what a run has claimed, or what still is what a record names.
+    The record of an artifact that is asked for is emptied. Then the artifact is not what is asked for, so its job runs, whether
+    or not another job needs what it writes. An artifact that nobody asks for any more is removed, and so is what headgram left
+    without a record. Only files are removed that a run has claimed, or that still are what a record says of them.
 
     Parameters
     ----------

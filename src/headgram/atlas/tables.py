@@ -161,7 +161,7 @@ class Tables(Described):
         return sorted(path.stem for path in paths if self._is_current(path, model))
 
     def _is_current(self, comparison: Path, model: str) -> bool:
-        """Whether a model and an earlier one were compared as they are now: their parts are those of their merged tables."""
+        """Whether two models were compared as they are now: the comparison read what their merged tables are made of."""
         try:
             upstream = read_record(comparison).upstream
             merged = [Path(self.paths.record("merge", each)) for each in (comparison.stem, model)]

@@ -63,8 +63,8 @@ class AdaptedStore(View):
     changes
         By the name of a weight, what becomes of it.
     transposed
-        Whether weights are stored `(in, out)`, as the settings say. What shapes and biases say comes first: one adapter may
-        change weights of both kinds, and peft states that of the last.
+        Whether the settings say that weights are stored `(in, out)`. Shapes and biases are believed first: an adapter may
+        change weights of both kinds, and peft states only the kind of the last one.
     names
         The weights' names, changed or not.
     """
@@ -140,12 +140,14 @@ class AdaptedStore(View):
         return struct.pack("<d", change.scale) if change and change.factors else b""
 
     def _is_transposed(self, name: str, change: Change, shape: tuple[int, ...]) -> bool:
-        """Whether a weight is stored `(in, out)`, where it fits: a square one as others of its layer, or as the settings say.
+        """Whether a weight is stored `(in, out)`.
+
+        Its shape says so, unless it is square. Then it is stored as others of its layer are, or else as the settings say.
 
         Raises
         ------
         HeadgramError
-            If neither fits.
+            If the factors fit its shape in neither way.
         """
         shapes = {part: self._store.shape(key) for part, key in change.factors.items()}
         if "bias" in shapes:
@@ -168,7 +170,7 @@ class AdaptedStore(View):
 
     @cached_property
     def _by_layer(self) -> dict[str, bool]:
-        """Whether a layer's weights are stored `(in, out)`, where biases of those that are not square tell."""
+        """By layer, whether weights are stored `(in, out)`: a bias is as long as the output of a weight that is not square."""
         ways: dict[str, set[bool]] = defaultdict(set)
         for bias in (name for name in self.names() if name.endswith(".bias")):
             weight = f"{bias.removesuffix('bias')}weight"
@@ -179,7 +181,7 @@ class AdaptedStore(View):
         return {layer: way.pop() for layer, way in ways.items() if len(way) == 1}
 
     def _base_shape(self, name: str) -> tuple[int, ...]:
-        """What is stored of a weight before it is changed; nothing if there is no such weight."""
+        """The shape of a weight before it is changed; empty if there is no such weight."""
         source = self.sources(name)[0]
         return self._store.shape(source) if source in self._store else ()
 
@@ -197,7 +199,7 @@ def merge(
     scale: float,
     lengths: Tensor | None = None,
 ) -> Float[Tensor, "out in"]:
-    """`weight + scale left right`, and every row of it brought to a length if there are any; float32, or float64 as `weight`.
+    """`weight + scale left right`, its rows brought to the given lengths, if any; float64 if `weight` is, else float32.
 
     Examples
     --------

@@ -258,7 +258,7 @@ class _Homes:
 
 
 def _lost(key: str, where: str) -> str | None:
-    """Why a weight under `base_layer` cannot be read if no factors are there that change it."""
+    """Why a weight under `base_layer` cannot be read without the factors that change it; None for any other name."""
     module, wrapped, _ = key.rpartition(_WRAPPED)[2].rpartition(".base_layer.")
     return f"{where} holds base_layer of {module!r:.200}, but not the factors that change it: save all of it" if wrapped else None
 
@@ -331,7 +331,7 @@ def _changes_of(store: TensorStore, home: str, module: str, parts: Mapping[str, 
 
 
 def _patterns(config: Mapping[str, Any], name: str, whose: str) -> dict[str, float]:
-    """Regular expressions and numbers; only such expressions as take no time to speak of."""
+    """Regular expressions and their numbers. Expressions that may take long to search for are refused."""
     patterns = config.get(name) or {}
     if not isinstance(patterns, Mapping) or not all(_is_number(value) for value in patterns.values()):
         raise HeadgramError(f"{whose} gives something else than numbers in {name}: correct it")

@@ -32,7 +32,7 @@ def pause(failures: int) -> None:
 def answer(
     url: str, headers: Mapping[str, str] | None = None, params: Mapping[str, bool] | None = None
 ) -> Iterator[httpx.Response]:
-    """The answer to a GET request, with its body unread; a busy hub is asked again when it says, if that is soon.
+    """The answer to a GET request, whose body is not read yet. A busy hub is asked again when it says, if that is soon.
 
     Raises
     ------

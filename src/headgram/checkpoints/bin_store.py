@@ -8,7 +8,6 @@ import struct
 import zipfile
 from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
-from typing import Self
 
 import torch
 from torch import Tensor
@@ -146,12 +145,6 @@ class BinStore(TensorStore):
         if cut is None:
             return archive.tensor(stored)
         return torch.cat([archive.tensor(stored.narrowed(cut.axis, *bounds)) for bounds in cut.ranges], cut.axis)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        self._home.clear()
 
 
 def _check_stored(where: str | Path, records: Mapping[str, zipfile.ZipInfo], total: int) -> None:

@@ -31,7 +31,7 @@ from headgram.families.registry import Family, StackRule, family_of, family_of_g
 from headgram.forms.reading import Frame, Frames
 from headgram.geometry.checks import is_finite
 
-#: Whether both hold the same is not looked at: they may be large.
+#: The two are not compared, because they may be large.
 _TWO_TABLES = "embedding and unembedding are read as they are stored, though the configuration says that they are one table"
 
 
@@ -219,8 +219,8 @@ class Checkpoint(Described):
     def digest(self, stack_name: str, layer: int, roles: Iterable[str] = QK) -> str:
         """What one layer's tensors of some roles are pinned by in the lock.
 
-        BLAKE2b of their stored bytes, as 32 hexadecimal digits. At the hub, where reading them all just to lock would be a
-        waste, a digest of the files' own hashes and the tensors' places, which begins with `hub:`.
+        BLAKE2b of their stored bytes, as 32 hexadecimal digits. At the hub, bytes are not read just to lock them. There it is a
+        digest of the files' own hashes and of the tensors' places, and begins with `hub:`.
 
         Raises
         ------
@@ -231,10 +231,10 @@ class Checkpoint(Described):
         return self._store.pin(name for name, _ in pieces) or self._content_digest(pieces)
 
     def holds(self, stack_name: str, layer: int, digest: str, roles: Iterable[str] = QK) -> bool:
-        """Whether a layer is what was pinned by this digest. What is read for that stays in memory for `factors` to take.
+        """Whether a layer still is what this digest pinned. What is read for that stays in memory, where `factors` takes it.
 
-        What was pinned at the hub and is read from the local cache now rests on the commit, which both were asked for by.
-        Earlier locks pinned whole tensors, also those of which the roles need some rows.
+        A layer that was pinned at the hub may now be read from the local cache. Then nothing is compared, for both have one
+        commit. Earlier locks pinned whole tensors, even where the roles need only some rows. Their digests count, too.
         """
         pieces = self._unique(self.stack(stack_name), layer, roles)
         if digest.startswith(HUB_DIGEST):
@@ -259,7 +259,7 @@ class Checkpoint(Described):
             raise HeadgramError(f"the stack '{stack.name}' has no layer {layer}; it has {', '.join(map(str, stack.layers))}")
 
     def _unique(self, stack: Stack, layer: int, roles: Iterable[str]) -> list[Piece]:
-        """What is read of a layer's tensors; one may serve as key and value at once. Of what stands around, what is there."""
+        """What is read for some roles of a layer, each once: a tensor may hold two roles. Of norms and biases, what is there."""
         roles = tuple(roles)
         pieces = list(self._pieces(stack, layer, [role for role in roles if role not in AROUND]).values())
         around = self.around(stack.name, layer)
@@ -272,7 +272,7 @@ class Checkpoint(Described):
         return self
 
     def __exit__(self, *exc: object) -> None:
-        self._store.__exit__(*exc)
+        self._store.keep(())  # what was read before it was asked for is forgotten
 
 
 @door
@@ -305,24 +305,17 @@ def open_checkpoint(
         final = final_norm(family.gguf.final, architecture) if family.gguf else None
         tables = token_tables(store, ["token_embd"], ["output"], "", None, final)
     else:
-        config = location.config()
-        architecture, family, config = declared_family(location, config, given, family)
-        store, remarks = unwrapped(store, family, config, architecture, given)
-        rules = find_rules(store, family, config, architecture)
+        architecture, family, stated = declared_family(location, location.config(), given, family)
+        config = Section(stated, architecture)
+        store, remarks = unwrapped(store, family, config, given)
+        rules = find_rules(store, family, config)
+        found = [find_layers(store, rule, prefix, config, {} if rule.tower else given) for rule, prefix in rules]
         stacks = tuple(
-            stack_of(
-                store,
-                rule,
-                *find_layers(store, rule, prefix, config, architecture, {} if rule.tower else given),
-                architecture,
-                prefix,
-                Section.of(rule, config, architecture),
-            )
-            for rule, prefix in rules
+            stack_of(store, rule, *each, prefix, config.of(rule)) for (rule, prefix), each in zip(rules, found, strict=True)
         )
-        more = (sentence for rule, prefix in rules for sentence in undeclared(store, rule, prefix, config, architecture))
+        more = (sentence for rule, prefix in rules for sentence in undeclared(store, rule, prefix, config))
         remarks = (*remarks, *dict.fromkeys(more))
-        tables = _token_tables(store, family, *rules[0], config, architecture)
+        tables = _token_tables(store, family, *rules[0], config)
         if tables.contradict:
             remarks = (*remarks, _TWO_TABLES)
     if not stacks:
@@ -335,12 +328,9 @@ def open_checkpoint(
     return Checkpoint(location, store, architecture, stacks, tables, remarks, twin)
 
 
-def _token_tables(
-    store: TensorStore, family: Family, rule: StackRule, prefix: str, config: Mapping[str, Any], architecture: str
-) -> TokenTables:
-    whole, section = Section(config, architecture), Section.of(rule, config, architecture)
-    stated = [tied for where in (whole, section) if isinstance(tied := where.get("tie_word_embeddings"), bool)]
-    final = final_norm(family.final, architecture)
+def _token_tables(store: TensorStore, family: Family, rule: StackRule, prefix: str, config: Section) -> TokenTables:
+    stated = [tied for where in (config, config.of(rule)) if isinstance(tied := where.get("tie_word_embeddings"), bool)]
+    final = final_norm(family.final, config.architecture)
     return token_tables(store, family.embedding, family.unembedding, prefix, next(iter(stated), None), final)
 
 
@@ -349,9 +339,9 @@ def _read_gguf(store: GgufStore, given: dict[str, Any]) -> tuple[str, Family, tu
     family = family_of(given["model_type"]) if "model_type" in given else family_of_gguf(architecture)
     rule, permuted = gguf_rule(family, architecture)
     meta = {key.removeprefix(f"{architecture}."): value for key, value in store.metadata.items()}
-    found = find_layers(store, rule, "", meta, architecture, given)
+    found = find_layers(store, rule, "", Section(meta, architecture), given)
     section = Section(meta | _rotary_scaling(store, meta), architecture)
-    stack = stack_of(store, rule, *found, architecture, "", section, permuted=permuted)
+    stack = stack_of(store, rule, *found, "", section, permuted=permuted)
     return given.get("model_type") or architecture, family, (stack,)
 
 

@@ -21,27 +21,36 @@ _MOST_LAYERS = 10_000
 
 
 class Section:
-    """A checkpoint's configuration as a rule reads it: the rule's section, or the whole if there is none, then the defaults."""
+    """A checkpoint's configuration, or the section of it that a rule reads, with what it leaves unsaid.
+
+    Parameters
+    ----------
+    values
+        What it states.
+    architecture
+        The checkpoint's type.
+    defaults
+        What it leaves unsaid.
+    """
 
     def __init__(self, values: Mapping[str, Any], architecture: str, defaults: Mapping[str, Any] | None = None) -> None:
         self._stated = values
         if defaults and values.get("rope_parameters", {}) is None:
             values = {name: value for name, value in values.items() if name != "rope_parameters"}
         self._values = {**(defaults or {}), **values}
-        self._architecture = architecture
+        self.architecture = architecture
 
-    @classmethod
-    def of(cls, rule: StackRule, config: Mapping[str, Any], architecture: str) -> Self:
-        """What a rule reads; a checkpoint without a configuration has no defaults either."""
-        defaults = rule.defaults.get(architecture, {}) if config else {}
-        inner: Any = config
+    def of(self, rule: StackRule) -> Self:
+        """What a rule reads of the whole: its section, or all if there is none; without a configuration, no defaults either."""
+        defaults = rule.defaults.get(self.architecture, {}) if self._stated else {}
+        inner: Any = self._stated
         for name in rule.config.split(".") if rule.config else ():
             inner = inner.get(name) if isinstance(inner, Mapping) else None
         # What a section leaves unsaid, no other tower's count says.
-        return cls(inner if isinstance(inner, Mapping) else config, architecture, defaults)
+        return type(self)(inner if isinstance(inner, Mapping) else self._stated, self.architecture, defaults)
 
     def get(self, name: str) -> Any:
-        """What the configuration states under a name, under `name.N` as the Nth of a list, or `a.b` in a section; or None."""
+        """What the configuration states, or None. `name.N` is entry `N` of a list, `a.b` is an entry of a section."""
         if name in self._values:  # names of GGUF have dots of their own
             return self._values[name]
         stated, _, place = name.rpartition(".")
@@ -129,15 +138,15 @@ class Section:
             raise HeadgramError(
                 f"{self.whose} changes layers {layers[0]} to {layers[-1]} differently, which one stack cannot hold"
             )
-        return type(self)({**self._values, **own[0]}, self._architecture)
+        return type(self)({**self._values, **own[0]}, self.architecture)
 
     @property
     def whose(self) -> str:
         """How an error names this configuration."""
-        return f"the configuration of this '{self._architecture}' checkpoint"
+        return f"the configuration of this '{self.architecture}' checkpoint"
 
 
-def find_rules(store: TensorStore, family: Family, config: Mapping[str, Any], architecture: str) -> list[tuple[StackRule, str]]:
+def find_rules(store: TensorStore, family: Family, config: Section) -> list[tuple[StackRule, str]]:
     """Every stack that the checkpoint holds: its rule, and the prefix under which its tensors are.
 
     Raises
@@ -149,15 +158,11 @@ def find_rules(store: TensorStore, family: Family, config: Mapping[str, Any], ar
     missing = []
     for name in dict.fromkeys(rule.name for rule in family.stacks):
         rules = [rule for rule in family.stacks if rule.name == name]
-        fitting = [
-            rule
-            for rule in rules
-            if all(Section.of(rule, config, architecture).get(key) == value for key, value in rule.when.items())
-        ]
+        fitting = [rule for rule in rules if all(config.of(rule).get(key) == value for key, value in rule.when.items())]
         if not fitting:
-            stated = ", ".join(f"{key} = {Section.of(rules[0], config, architecture).get(key)!r}" for key in rules[0].when)
-            raise HeadgramError(f"this '{architecture}' checkpoint has {stated}, a variant whose layout is not known")
-        section = Section.of(fitting[0], config, architecture)
+            stated = ", ".join(f"{key} = {config.of(rules[0]).get(key)!r}" for key in rules[0].when)
+            raise HeadgramError(f"this '{config.architecture}' checkpoint has {stated}, a variant whose layout is not known")
+        section = config.of(fitting[0])
         places = [(rule, prefix) for rule in fitting for prefix in family.prefixes if _holds_any(store, rule, prefix, section)]
         keys = {prefix + next(iter(rule.tensors(QK).values())) for rule, prefix in places}
         if len(keys) > 1:
@@ -171,8 +176,7 @@ def find_rules(store: TensorStore, family: Family, config: Mapping[str, Any], ar
             missing.append(fitting[0])
     required = [rule for rule in missing if not rule.optional or not found]
     if required:
-        layer = (_candidates(required[0], Section.of(required[0], config, architecture)) or [0])[0]
-        key = next(iter(required[0].tensors(QK).values())).format(layer=layer)
+        key = first_key(required[0], config)
         stems = tuple(prefix + key.removesuffix("weight") for prefix in family.prefixes)
         instead = next((name for name in store.names() if name.startswith(stems) and not name.endswith(".bias")), None)
         raise HeadgramError(
@@ -183,11 +187,11 @@ def find_rules(store: TensorStore, family: Family, config: Mapping[str, Any], ar
                 else ", under any known prefix: if its names begin otherwise, set `prefix` in the manifest"
             )
         )
-    return [(one, prefix) for rule, prefix in found for one in _by_counts(rule, Section.of(rule, config, architecture))]
+    return [(one, prefix) for rule, prefix in found for one in _by_counts(rule, config.of(rule))]
 
 
 def _by_counts(rule: StackRule, section: Section) -> list[StackRule]:
-    """The rule, or one for all layers of equal counts, where the configuration states counts of heads layer by layer."""
+    """The rule itself; if the configuration states counts of heads layer by layer, a rule for all layers of equal counts each."""
     stated = {what: section.listed(names) for what in ("heads", "kv_heads") if (names := getattr(rule, what)) is not None}
     lists = {what: name for what, name in stated.items() if name}
     if not rule.by_layer or not lists:
@@ -234,14 +238,14 @@ def gguf_rule(family: Family, architecture: str) -> tuple[StackRule, bool]:
     return rule, family.gguf.permuted
 
 
-def first_key(rule: StackRule, config: Mapping[str, Any], architecture: str) -> str:
+def first_key(rule: StackRule, config: Section) -> str:
     """The name, below the prefix, of a tensor that a checkpoint with this stack has."""
-    layer = (_candidates(rule, Section.of(rule, config, architecture)) or [0])[0]
+    layer = (_candidates(rule, config.of(rule)) or [0])[0]
     return next(iter(rule.tensors(QK).values())).format(layer=layer)
 
 
 def find_layers(
-    store: TensorStore, rule: StackRule, prefix: str, config: Mapping[str, Any], architecture: str, given: Mapping[str, Any]
+    store: TensorStore, rule: StackRule, prefix: str, config: Section, given: Mapping[str, Any]
 ) -> tuple[dict[str, str], tuple[int, ...], Dimensions]:
     """The names of a stack's tensors by what the layout calls them, the true indices of its layers, and its dimensions.
 
@@ -250,7 +254,7 @@ def find_layers(
     HeadgramError
         If the configuration does not state a count, or the checkpoint lacks a tensor of queries or keys that it should have.
     """
-    section = Section.of(rule, config, architecture)
+    section = config.of(rule)
     tensors = {role: prefix + key for role, key in rule.tensors().items()}
     needed = {role: tensors[role] for role in rule.tensors(QK)}
     layers = _layers(store, rule, needed, section)
@@ -258,7 +262,7 @@ def find_layers(
     sizes = {role: section.need(names) for role, names in rule.sizes.items()}
     share = section.need(rule.heads_over) if rule.heads_over else 1
     heads = given.get("heads") or max(section.need(rule.heads) // share, 1)
-    whole = Section(config, architecture).find(rule.heads) if rule.config == "text_config" else None
+    whole = config.find(rule.heads) if rule.config == "text_config" else None
     if whole not in (None, heads) and "heads" not in given:
         raise HeadgramError(
             f"{section.whose} states {whole} heads, and {heads} in its text_config: set `heads` in the manifest to what is meant"
@@ -280,9 +284,9 @@ def find_layers(
     return tensors, layers, Dimensions(heads, kv_heads, rank, hidden, value_rank, output_width, sizes)
 
 
-def undeclared(store: TensorStore, rule: StackRule, prefix: str, config: Mapping[str, Any], architecture: str) -> list[str]:
+def undeclared(store: TensorStore, rule: StackRule, prefix: str, config: Section) -> list[str]:
     """A sentence if the checkpoint holds another layer than those that its configuration declares."""
-    count = Section.of(rule, config, architecture).count_layers(rule.layers)
+    count = config.of(rule).count_layers(rule.layers)
     keys = [prefix + key for key in rule.tensors(QK).values() if "{layer}" in key]
     if count is None or not any(key.format(layer=count) in store for key in keys):
         return []
@@ -337,7 +341,7 @@ def _layers(store: TensorStore, rule: StackRule, tensors: Mapping[str, str], sec
 
 
 def _width_of(store: TensorStore, rule: StackRule, tensors: Mapping[str, str], layers: tuple[int, ...], unit: Dimensions) -> int:
-    """The width that queries read, where the configuration does not state it; `unit` are the dimensions with width 0."""
+    """The width that queries read, from the shape of a stored tensor. In `unit` it is 0, which shows the axis that holds it."""
     part = _query_part(rule)
     name, wanted = next((name, shape) for name, shape in part.shapes(unit).items() if 0 in shape)
     found = store.shape(tensors[name].format(layer=layers[0])) if layers else ()
@@ -345,9 +349,9 @@ def _width_of(store: TensorStore, rule: StackRule, tensors: Mapping[str, str], l
 
 
 def _rank_of(store: TensorStore, rule: StackRule, tensors: Mapping[str, str], layers: tuple[int, ...], unit: Dimensions) -> int:
-    """The rank that the stored queries have, where the configuration does not state it; 0 if none fits.
+    """The rank of queries, from the shape of a stored tensor; 0 if no rank fits.
 
-    `unit` are the dimensions with rank 1: some axis grows in proportion to the rank.
+    In `unit` the rank is 1. With rank 2, the axis that holds it is twice as long, which shows the axis.
     """
     part = _query_part(rule)
     ratios = set()

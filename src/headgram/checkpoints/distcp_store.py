@@ -7,7 +7,7 @@ import struct
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,7 +15,7 @@ from torch import Tensor
 from headgram.checkpoints.bin_store import Archive
 from headgram.checkpoints.local_file import LocalFile
 from headgram.checkpoints.pickle_walk import OTHER, Global, Walk, dtype_of
-from headgram.checkpoints.stores import TensorStore, bytes_of, cut_of, word_of
+from headgram.checkpoints.stores import TensorStore, cut_of, word_of
 from headgram.checkpoints.weight_files import DISTRIBUTED_TABLE
 from headgram.errors import HeadgramError
 from headgram.families.layouts import Cut
@@ -27,7 +27,7 @@ _INERT = ("pathlib PosixPath", "pathlib PurePosixPath", "pathlib._local PosixPat
 
 @dataclass(frozen=True)
 class Piece:
-    """A block of a tensor, and where the file has it: a torch file of its own, inside."""
+    """A block of a tensor, and where it lies in a file, as a torch file inside of that file."""
 
     offsets: tuple[int, ...]
     sizes: tuple[int, ...]
@@ -75,9 +75,6 @@ class DistcpStore(TensorStore):
         whole = self._tensors[name]
         return math.prod(whole.shape) * whole.dtype.itemsize
 
-    def raw(self, name: str, cut: Cut | None = None) -> memoryview:
-        return bytes_of(self.part(name, cut))
-
     def part(self, name: str, cut: Cut | None = None) -> Tensor:
         return cut_of(self._whole(name), cut)
 
@@ -116,12 +113,6 @@ class DistcpStore(TensorStore):
         if stored.dtype != whole.dtype or tuple(stored.shape) != piece.sizes:
             raise HeadgramError(f"{self._where}: {where} has another type or shape than the table says")
         return stored
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        self._files.clear()
 
 
 def read_metadata(pickled: bytes) -> dict[str, Whole]:

@@ -6,7 +6,7 @@ import struct
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -90,7 +90,7 @@ class GgufStore(TensorStore):
             yield self.read(name, Cut(0, ((start, min(start + rows, count)),)))
 
     def _stored(self, name: str, cut: Cut | None) -> Any:
-        """What is stored of a tensor, or of some rows: each holds whole blocks of a quantised format."""
+        """What is stored of a tensor, or of some rows. A row of a quantised format holds whole blocks."""
         file, tensor = self._tensors[name]
         count = self.shape(name)[0]
         row = int(tensor.n_bytes) // max(1, count)
@@ -116,12 +116,6 @@ class GgufStore(TensorStore):
 
     def part(self, name: str, cut: Cut | None = None) -> Tensor:
         return self.read(name, cut)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        self._tensors.clear()
 
 
 def strings_of(path: Path, key: str) -> list[str]:

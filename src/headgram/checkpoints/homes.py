@@ -60,7 +60,3 @@ class Homes(Generic[T]):
     def names(self) -> Collection[str]:
         """The tensors that have a home."""
         return self._homes.keys()
-
-    def clear(self) -> None:
-        """Forget all of them."""
-        self._homes.clear()

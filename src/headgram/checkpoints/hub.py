@@ -24,7 +24,7 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 from huggingface_hub.utils import httpx
-from pydantic import BaseModel, Field, ValidationError
+from pydantic import BaseModel, Field
 
 from headgram.checkpoints.answers import ATTEMPTS, answer, chunks, fetch, pause
 from headgram.checkpoints.sources import HUB_DIGEST, json_object, largest_json
@@ -207,10 +207,8 @@ def locate_at_hub(repo: str, revision: str | None) -> RemoteLocation:
         named = {each.rfilename: each for each in listing.siblings}
         files = {name: HubFile(repo, name, str(listing.sha), each.size, _hash(each)) for name, each in named.items()}
     except (ValueError, RecursionError) as error:
-        reason = first_problem(error) if isinstance(error, ValidationError) else str(error)
-        raise HeadgramError(
-            f"{constants.ENDPOINT} describes '{repo}' in a way that headgram does not understand ({reason})"
-        ) from None
+        where = f"{constants.ENDPOINT} describes '{repo}' in a way that headgram does not understand"
+        raise HeadgramError(f"{where} ({first_problem(error)})") from None
     if not listing.sha or not _COMMIT.fullmatch(listing.sha):
         raise HeadgramError(f"{constants.ENDPOINT} names no commit for '{repo}', so headgram cannot pin it: try again")
     location = RemoteLocation(repo, listing.sha, files)

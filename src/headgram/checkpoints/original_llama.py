@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Mapping, Sequence
-from typing import Any, Self
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from headgram.checkpoints.stores import TensorStore, bytes_of, cut_of
+from headgram.checkpoints.stores import TensorStore, cut_of
 from headgram.checkpoints.views import Renamed
 from headgram.errors import HeadgramError
 from headgram.families.layouts import Cut, undo_gguf_permutation
@@ -101,15 +101,13 @@ class OriginalLlama(Renamed):
 
     def _turned(self, name: str) -> Tensor:
         tensor = super().part(name)
-        for piece, count in self._counts.items():
-            if piece in name:
-                if len(tensor) % (2 * count):
-                    raise HeadgramError(
-                        f"tensor {name} has {len(tensor)} rows, which do not divide into pairs for {count} heads: "
-                        "correct `n_heads` in params.json"
-                    )
-                return undo_gguf_permutation(tensor.reshape(len(tensor), -1), count).reshape(tensor.shape)
-        return tensor
+        count = next(count for piece, count in self._counts.items() if piece in name)
+        if len(tensor) % (2 * count):
+            raise HeadgramError(
+                f"tensor {name} has {len(tensor)} rows, which do not divide into pairs for {count} heads: "
+                "correct `n_heads` in params.json"
+            )
+        return undo_gguf_permutation(tensor.reshape(len(tensor), -1), count).reshape(tensor.shape)
 
 
 class SlicedStore(TensorStore):
@@ -151,19 +149,9 @@ class SlicedStore(TensorStore):
     def nbytes(self, name: str) -> int:
         return sum(store.nbytes(name) for store in self._slices) if self._cut(name) is not None else self._slices[0].nbytes(name)
 
-    def raw(self, name: str, cut: Cut | None = None) -> memoryview:
-        return bytes_of(self.part(name, cut))
-
     def part(self, name: str, cut: Cut | None = None) -> Tensor:
         self.shape(name)
         axis = self._cut(name)
         if axis is None:
             return self._slices[0].part(name, cut)
         return cut_of(torch.cat([store.part(name) for store in self._slices], axis), cut)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        for store in self._slices:
-            store.__exit__(*exc)

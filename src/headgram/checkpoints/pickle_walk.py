@@ -1,7 +1,7 @@
 """The machine that reads pickles, without what makes them dangerous: nothing is imported, and no call is made.
 
-Its stack and memo hold plain values, and descriptions where a pickle would call something; what may be described is said by who
-uses it. Opcodes that no plain data needs are refused.
+Its stack and memo hold plain values. Where a pickle would call something, they hold a description of the call. A subclass says
+what may be described. Opcodes that plain data do not need are refused.
 """
 
 from __future__ import annotations

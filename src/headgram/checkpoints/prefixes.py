@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from typing import Any
 
-from headgram.checkpoints.dimensions import find_layers, find_rules, first_key
+from headgram.checkpoints.dimensions import Section, find_layers, find_rules, first_key
 from headgram.checkpoints.stores import TensorStore
 from headgram.checkpoints.views import Renamed
 from headgram.errors import HeadgramError
@@ -13,12 +13,12 @@ from headgram.families.registry import Family
 
 
 def unwrapped(
-    store: TensorStore, family: Family, config: Mapping[str, Any], architecture: str, given: Mapping[str, Any]
+    store: TensorStore, family: Family, config: Section, given: Mapping[str, Any]
 ) -> tuple[TensorStore, tuple[str, ...]]:
-    """The store under the names that its family has, and a sentence if they stand behind a prefix that no family has.
+    """The store under its family's names; and a sentence if these stand behind a prefix that no family has.
 
-    The family's own prefixes come first. Otherwise one prefix is taken, under which all tensors of queries and keys are; a
-    choice between several is the manifest's.
+    The family's own prefixes are tried first, then a prefix under which the model is whole. If it is whole under several, the
+    manifest must choose.
 
     Raises
     ------
@@ -31,12 +31,12 @@ def unwrapped(
         if not inner.names():
             raise HeadgramError(f"no tensor's name begins with '{prefix:.200}', which the manifest gives as `prefix`")
         return inner, (f"the model's names begin with {prefix!r}, as the manifest says",)
-    found = _prefixes(store.names(), family, config, architecture)
+    found = _prefixes(store.names(), family, config)
     try:
-        find_rules(store, family, config, architecture)
+        find_rules(store, family, config)
     except HeadgramError:
         others = [prefix for prefix in found if prefix]
-        whole = [prefix for prefix in others if _is_whole(_under(store, prefix), family, config, architecture, given)]
+        whole = [prefix for prefix in others if _is_whole(_under(store, prefix), family, config, given)]
         if len(whole) > 1 or (not whole and len(others) > 1):
             raise HeadgramError(
                 f"the checkpoint holds several models of this type, under {' and '.join(map(repr, (whole or others)[:4]))}: set "
@@ -51,11 +51,11 @@ def unwrapped(
     return store, ()
 
 
-def _is_whole(store: TensorStore, family: Family, config: Mapping[str, Any], architecture: str, given: Mapping[str, Any]) -> bool:
+def _is_whole(store: TensorStore, family: Family, config: Section, given: Mapping[str, Any]) -> bool:
     """Whether every stack that the configuration declares is there, in all its layers."""
     try:
-        for rule, prefix in find_rules(store, family, config, architecture):
-            find_layers(store, rule, prefix, config, architecture, given)
+        for rule, prefix in find_rules(store, family, config):
+            find_layers(store, rule, prefix, config, given)
     except HeadgramError:
         return False
     return True
@@ -65,10 +65,10 @@ def _under(store: TensorStore, prefix: str) -> TensorStore:
     return Renamed(store, {name.removeprefix(prefix): name for name in store.names() if name.startswith(prefix)})
 
 
-def _prefixes(names: Collection[str], family: Family, config: Mapping[str, Any], architecture: str) -> list[str]:
+def _prefixes(names: Collection[str], family: Family, config: Section) -> list[str]:
     """What stands before the family's own names, of which the longest prefix counts as the family's."""
     own = sorted(family.prefixes, key=len, reverse=True)
-    ends = {first_key(rule, config, architecture) for rule in family.stacks}
+    ends = {first_key(rule, config) for rule in family.stacks}
     before = {name.removesuffix(end) for end in ends for name in names if name.endswith(end)}
     split = [(prefix, next((known for known in own if f".{prefix}".endswith(f".{known}")), "")) for prefix in before]
     wrapped = {prefix.removesuffix(known) for prefix, known in split if known} or {prefix for prefix, _ in split}

@@ -81,8 +81,8 @@ class QuantisedStore(View):
     def _check_whole(self, name: str) -> None:
         """Refuse a quantised weight of which a part is missing."""
         stem = name.removesuffix("weight")
-        markers = [scheme.marker for scheme in SCHEMES[self._method] if stem + scheme.marker in self._store]
-        if len(markers) > 1 and name.endswith(".weight"):
+        markers = [scheme.marker for scheme in self._schemes(name)]
+        if len(markers) > 1:
             raise HeadgramError(
                 f"tensor {name} has two kinds of scales, {' and '.join(markers)}, and nothing says which is meant: "
                 "remove one of them"
@@ -102,10 +102,13 @@ class QuantisedStore(View):
             )
 
     def _scheme(self, name: str) -> Scheme | None:
-        """The first scheme of the method whose marker is there."""
+        return next(iter(self._schemes(name)), None)
+
+    def _schemes(self, name: str) -> list[Scheme]:
+        """The schemes of the method whose markers stand beside a weight."""
         stem = name.removesuffix("weight")
-        found = (scheme for scheme in SCHEMES[self._method] if stem + scheme.marker in self._store)
-        return next(found, None) if name.endswith(".weight") else None
+        known = SCHEMES[self._method] if name.endswith(".weight") else ()
+        return [scheme for scheme in known if stem + scheme.marker in self._store]
 
     def _plain_name(self, key: str) -> str:
         """The weight that a marker announces, or the key itself."""

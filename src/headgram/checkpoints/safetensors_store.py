@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Generic, Self, TypeVar
+from typing import Generic, TypeVar
 
 import torch
 from torch import Tensor
@@ -93,12 +93,6 @@ class Safetensors(TensorStore, Generic[File]):
         row = (place.stop - place.start) // max(1, outer)
         starts = range(place.start, place.start + outer * row, max(1, row))
         return file, [(at + first * size, at + last * size) for at in starts for first, last in cut.ranges]
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        self._kept.keep(())
 
 
 class SafetensorsStore(Safetensors[LocalFile]):

@@ -129,7 +129,7 @@ def _format(settings: Config, keys: tuple[str, ...], allowed: tuple[str, ...]) -
 
 
 def _groups(scales: Tensor, inputs: int, settings: Config) -> Tensor:
-    """The group of each input: of as many inputs as is stated, where the last may have fewer; if nothing is, of equally many."""
+    """The group of each input. A group has as many inputs as is stated, the last maybe fewer; or else equally many."""
     stated = next((settings[key] for key in ("group_size", "q_group_size") if settings.get(key) is not None), None)
     size = inputs if stated == -1 else inputs / len(scales) if stated is None else stated
     if isinstance(size, str) or size < 1 or size != int(size) or math.ceil(inputs / size) != len(scales):

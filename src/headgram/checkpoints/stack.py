@@ -137,7 +137,6 @@ def stack_of(
     tensors: dict[str, str],
     layers: tuple[int, ...],
     dims: Dimensions,
-    architecture: str,
     prefix: str,
     section: Section,
     permuted: bool = False,
@@ -153,7 +152,7 @@ def stack_of(
         raise HeadgramError(
             f"{dims.heads} query heads cannot share {dims.kv_heads} key heads evenly: set `heads` and `kv_heads` in the manifest"
         )
-    remarks = [remark for remark in rule.remarks if architecture in remark.types or not remark.types]
+    remarks = [remark for remark in rule.remarks if section.architecture in remark.types or not remark.types]
     missing = {role: remark.text for remark in remarks if remark.unproven for role in remark.roles}
     if not dims.value_rank:
         missing |= dict.fromkeys(("value", "output"), "the configuration states that its values have the width 0")
@@ -162,7 +161,7 @@ def stack_of(
         if problem and set(part.gives) & set(QK):
             raise HeadgramError(problem)
         missing |= {role: problem for role in part.gives if problem and role not in missing}
-    around = rule_of(rule.around, architecture, section)
+    around = rule_of(rule.around, section.architecture, section)
     places = prefix, prefix + rule.block
     surroundings = Surroundings(around, section.at(layers), *places, rule.modules, rule.layout, dims, permuted)
     readable = reads_of(rule.layout, tuple(role for role in ROLES if role not in missing))

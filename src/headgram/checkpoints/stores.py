@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Iterator
-from typing import Any, Generic, Protocol, Self, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -36,7 +36,7 @@ Stored = TypeVar("Stored")
 
 
 class TensorStore(Protocol):
-    """Tensors by name, as stored; a context manager, closed at the end."""
+    """Tensors by name, as stored."""
 
     def __contains__(self, name: str) -> bool: ...
 
@@ -69,7 +69,8 @@ class TensorStore(Protocol):
         return None
 
     def raw(self, name: str, cut: Cut | None = None) -> memoryview:
-        """The stored bytes; of some rows or columns, or of the whole tensor where its format has no bytes for these alone."""
+        """The stored bytes of a tensor, or of some rows or columns; of all of it where its format has none for these alone."""
+        return bytes_of(self.part(name, cut))
 
     def read(self, name: str, cut: Cut | None = None) -> Tensor:
         """The tensor, or some rows or columns; stored precision, or float32 if the format is quantised."""
@@ -83,13 +84,9 @@ class TensorStore(Protocol):
     def part(self, name: str, cut: Cut | None = None) -> Tensor:
         """The tensor, or some rows or columns, as stored, of any type: what a quantised weight is made of."""
 
-    def __enter__(self) -> Self: ...
-
-    def __exit__(self, *exc: object) -> None: ...
-
 
 class Kept(Generic[Stored]):
-    """What is stored of pieces, read by `read` before it is asked for, or when it is."""
+    """What is stored of pieces. `read` reads them, ahead of time or when they are asked for."""
 
     def __init__(self, read: Callable[[Iterable[Piece]], dict[Piece, Stored]]) -> None:
         self._read = read
@@ -101,7 +98,7 @@ class Kept(Generic[Stored]):
         self.add(pieces)
 
     def add(self, pieces: Iterable[Piece]) -> None:
-        """Keep these besides."""
+        """Keep these as well."""
         if missing := [piece for piece in dict.fromkeys(pieces) if piece not in self._kept]:
             self._kept |= self._read(missing)
 

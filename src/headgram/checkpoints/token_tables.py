@@ -96,8 +96,8 @@ def token_tables(
     Parameters
     ----------
     embedding, unembedding
-        Modules that may hold them: the former below the prefix of the base model, the latter from the top, or beside the prefix's
-        first part.
+        Modules that may hold them. An embedding lies below the prefix of the base model. An unembedding lies below the first part
+        of the prefix, or at the top.
     tied
         What the configuration states: whether one table serves as both. Where it states nothing, a checkpoint without an
         unembedding has one table.

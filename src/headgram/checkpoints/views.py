@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Collection, Iterable, Iterator, Mapping
-from typing import Self
 
 from torch import Tensor
 
@@ -24,7 +23,7 @@ class View(TensorStore):
         return [name]
 
     def is_stored(self, name: str) -> bool:
-        """Whether this tensor is one beneath, number for number: then its rows are that one's."""
+        """Whether this is a tensor beneath, unchanged: then its rows are rows of that one."""
         return True
 
     def __contains__(self, name: str) -> bool:
@@ -69,15 +68,9 @@ class View(TensorStore):
         return self._store.part(self.sources(name)[0], cut)
 
     def _beneath(self, pieces: Iterable[Piece]) -> list[Piece]:
-        """What is read beneath for some pieces: the whole of whatever a tensor is made of that is not stored as it is."""
+        """What is read beneath for some pieces. Of a tensor that is not stored as it is, all that it is made of is read whole."""
         found = ((source, cut if self.is_stored(name) else None) for name, cut in pieces for source in self.sources(name))
         return list(dict.fromkeys(found))
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        self._store.__exit__(*exc)
 
 
 class Renamed(View):
@@ -109,40 +102,34 @@ class Joined(TensorStore):
     """Two stores as one: the tensors of the second have names that begin with a prefix, which none of the first has."""
 
     def __init__(self, first: TensorStore, prefix: str, second: TensorStore) -> None:
-        self._first, self._prefix, self._second = first, prefix, second
+        self._first, self._prefix = first, prefix
+        self._second = Renamed(second, {prefix + name: name for name in second.names()})
 
-    def _find(self, name: str) -> tuple[TensorStore, str]:
-        if name.startswith(self._prefix):
-            return self._second, name.removeprefix(self._prefix)
-        return self._first, name
+    def _of(self, name: str) -> TensorStore:
+        return self._second if name.startswith(self._prefix) else self._first
 
     def _split(self, pieces: Iterable[Piece]) -> Iterator[tuple[TensorStore, list[Piece]]]:
-        found = [(*self._find(name), cut) for name, cut in pieces]
+        found = list(pieces)
         for each in (self._first, self._second):
-            yield each, [(name, cut) for store, name, cut in found if store is each]
+            yield each, [piece for piece in found if self._of(piece[0]) is each]
 
     def __contains__(self, name: str) -> bool:
-        store, inner = self._find(name)
-        return inner in store
+        return name in self._of(name)
 
     def names(self) -> Collection[str]:
-        return [*self._first.names(), *(self._prefix + name for name in self._second.names())]
+        return [*self._first.names(), *self._second.names()]
 
     def shape(self, name: str) -> tuple[int, ...]:
-        store, inner = self._find(name)
-        return store.shape(inner)
+        return self._of(name).shape(name)
 
     def stored(self, name: str) -> str:
-        store, inner = self._find(name)
-        return store.stored(inner)
+        return self._of(name).stored(name)
 
     def dtype(self, name: str) -> str:
-        store, inner = self._find(name)
-        return store.dtype(inner)
+        return self._of(name).dtype(name)
 
     def nbytes(self, name: str) -> int:
-        store, inner = self._find(name)
-        return store.nbytes(inner)
+        return self._of(name).nbytes(name)
 
     def prefetch(self, pieces: Iterable[Piece]) -> None:
         for store, some in self._split(pieces):
@@ -153,7 +140,7 @@ class Joined(TensorStore):
             store.keep(some)
 
     def pin(self, names: Iterable[str]) -> str | None:
-        """Of the first's pin, and of the second's or else of its bytes; None if the first has none."""
+        """A digest of both pins, or of the first's pin and the second's bytes; None if the first has no pin."""
         first, second = ([name for name, _ in some] for _, some in self._split((name, None) for name in names))
         pinned = self._first.pin(first)
         if pinned is None:
@@ -167,20 +154,10 @@ class Joined(TensorStore):
         return HUB_DIGEST + state.hexdigest()
 
     def raw(self, name: str, cut: Cut | None = None) -> memoryview:
-        store, inner = self._find(name)
-        return store.raw(inner, cut)
+        return self._of(name).raw(name, cut)
 
     def read(self, name: str, cut: Cut | None = None) -> Tensor:
-        store, inner = self._find(name)
-        return store.read(inner, cut)
+        return self._of(name).read(name, cut)
 
     def part(self, name: str, cut: Cut | None = None) -> Tensor:
-        store, inner = self._find(name)
-        return store.part(inner, cut)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        self._first.__exit__(*exc)
-        self._second.__exit__(*exc)
+        return self._of(name).part(name, cut)

@@ -27,13 +27,13 @@ _MOST = 2**21
 _MOST_VALUES = 8 * _MOST
 #: What marks a blank at the beginning of a word in SentencePiece.
 _BLANK = "\u2581"
-#: Of these types, a token's number is that of its piece in a SentencePiece file and this: tokens of the model's own come first.
+#: Models of these types have tokens of their own before those of their SentencePiece file. So many are added to a piece's number.
 _SHIFTS = {"camembert": 4, "pegasus": 103, "bigbird_pegasus": 103} | dict.fromkeys(
     ("m2m_100", "mbart", "nllb-moe", "xglm", "xlm-roberta", "xlm-roberta-xl"), 1
 )
 #: Pieces of a file that stand for no text; such models have numbers of their own for them.
 _CONTROLS = 3
-#: The file of types whose tokens are shifted. That of a type that is not known here says nothing of its numbers.
+#: The file of types whose tokens are shifted. Of a type with this file that is not listed above, no token's number is known.
 _SHIFTED = "sentencepiece.bpe.model"
 
 

@@ -10,6 +10,7 @@ have for the head counts: a shape that merely happens to divide is not enough.
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -110,19 +111,28 @@ class Part:
         return self.split(dims, **given, roles=roles) if self.rows else self.split(dims, **given)
 
 
-def queries(dims: Dimensions, query: Tensor) -> Factors:
-    """An `nn.Linear` weight, head after head: `(H·r, d)`."""
-    return {"query": query.view(dims.heads, dims.rank, dims.hidden)}
+def _sizes(dims: Dimensions, role: str) -> tuple[int, int]:
+    """How many heads queries, keys or values have, and the rank of each."""
+    return dims.heads if role == "query" else dims.kv_heads, dims.value_rank if role == "value" else dims.rank
 
 
-def keys(dims: Dimensions, key: Tensor) -> Factors:
-    """An `nn.Linear` weight, head after head: `(K·r, d)`."""
-    return {"key": key.view(dims.kv_heads, dims.rank, dims.hidden)}
+def _linear(role: str) -> Part:
+    """Queries, keys or values in an `nn.Linear` weight, head after head: `(heads · rank, d)`."""
+
+    def split(dims: Dimensions, **tensors: Tensor) -> Factors:
+        return {role: tensors[role].view(*_sizes(dims, role), dims.hidden)}
+
+    return Part((role,), (role,), lambda dims: {role: (math.prod(_sizes(dims, role)), dims.hidden)}, split)
 
 
-def values(dims: Dimensions, value: Tensor) -> Factors:
-    """An `nn.Linear` weight, head after head: `(K·r_v, d)`."""
-    return {"value": value.view(dims.kv_heads, dims.value_rank, dims.hidden)}
+def _transposed(role: str) -> Part:
+    """As TransformerLens stores them: a matrix from the stream to each head, `(heads, d, rank)`."""
+
+    def shapes(dims: Dimensions) -> Shapes:
+        heads, rank = _sizes(dims, role)
+        return {role: (heads, dims.hidden, rank)}
+
+    return Part((role,), (role,), shapes, lambda dims, **tensors: {role: tensors[role].transpose(1, 2)})
 
 
 def outputs(dims: Dimensions, output: Tensor) -> Factors:
@@ -149,11 +159,18 @@ def _fused_shapes(dims: Dimensions) -> Shapes:
     return {"fused": ((dims.heads + 2 * dims.kv_heads) * dims.rank, dims.hidden)}
 
 
-def key_value_blocks(dims: Dimensions, key_value: Tensor, roles: Collection[str] = ("key", "value")) -> Factors:
+def _key_value_rows(dims: Dimensions) -> dict[str, Rows]:
     """One weight with the blocks `[k; v]`, each head after head: `(K·r + K·r_v, d)`."""
-    rows = dims.kv_heads * dims.rank if "key" in roles else 0
-    factors = keys(dims, key_value[:rows]) if "key" in roles else {}
-    return factors | (values(dims, key_value[rows:]) if "value" in roles else {})
+    return {"key_value": [(role, math.prod(_sizes(dims, role))) for role in ("key", "value")]}
+
+
+def key_value_blocks(dims: Dimensions, key_value: Tensor, roles: Collection[str] = ("key", "value")) -> Factors:
+    """Both, out of the rows of those that are asked for."""
+    factors: Factors = {}
+    for role, rows in _key_value_rows(dims)["key_value"]:
+        if role in roles:
+            factors[role], key_value = key_value[:rows].view(*_sizes(dims, role), dims.hidden), key_value[rows:]
+    return factors
 
 
 def _block_order(dims: Dimensions) -> list[str]:
@@ -202,7 +219,8 @@ def latent_queries(dims: Dimensions, query_down: Tensor, query_gain: Tensor, que
 
     A norm between the factors contributes its gain; its data-dependent scale, one number per token, is left out.
     """
-    return queries(dims, _exact(query_up) @ (_exact(query_gain)[:, None] * _exact(query_down)))
+    product = _exact(query_up) @ (_exact(query_gain)[:, None] * _exact(query_down))
+    return {"query": product.view(dims.heads, dims.rank, dims.hidden)}
 
 
 def _latent_shapes(dims: Dimensions) -> Shapes:
@@ -244,20 +262,13 @@ def _exact(tensor: Tensor) -> Tensor:
     return tensor if tensor.element_size() >= 4 else tensor.float()
 
 
-def _transposed(role: str, shapes: Callable[[Dimensions], Shapes]) -> Part:
-    """As TransformerLens stores it: a matrix from the stream to each head, `(H, d, r)`."""
-    return Part((role,), (role,), shapes, lambda dims, **tensors: {role: tensors[role].transpose(1, 2)})
-
-
-_QUERY = Part(("query",), ("query",), lambda dims: {"query": (dims.heads * dims.rank, dims.hidden)}, queries)
-_KEY = Part(("key",), ("key",), lambda dims: {"key": (dims.kv_heads * dims.rank, dims.hidden)}, keys)
-_VALUE = Part(("value",), ("value",), lambda dims: {"value": (dims.kv_heads * dims.value_rank, dims.hidden)}, values)
+_QUERY, _KEY, _VALUE = map(_linear, ("query", "key", "value"))
 _KEY_VALUE = Part(
     ("key", "value"),
     ("key_value",),
     lambda dims: {"key_value": (dims.kv_heads * (dims.rank + dims.value_rank), dims.hidden)},
     key_value_blocks,
-    rows=lambda dims: {"key_value": [("key", dims.kv_heads * dims.rank), ("value", dims.kv_heads * dims.value_rank)]},
+    rows=_key_value_rows,
 )
 _OUTPUT = Part(("output",), ("output",), lambda dims: {"output": (dims.output_width, dims.heads * dims.value_rank)}, outputs)
 _OUTPUT_BESIDE = Part(
@@ -297,12 +308,7 @@ LAYOUTS: dict[str, tuple[Part, ...]] = {
     "column_blocks": (_COLUMNS, _OUTPUT_ROWS),
     "interleaved": (_fused("fused", _fused_shapes, _interleaved_order), _OUTPUT),
     "quarters": (_fused("fused", _quarter_shapes, _quarter_order), _OUTPUT),
-    "by_head": (
-        _transposed("query", lambda dims: {"query": (dims.heads, dims.hidden, dims.rank)}),
-        _transposed("key", lambda dims: {"key": (dims.kv_heads, dims.hidden, dims.rank)}),
-        _transposed("value", lambda dims: {"value": (dims.kv_heads, dims.hidden, dims.value_rank)}),
-        _OUTPUT_BY_HEAD,
-    ),
+    "by_head": (*map(_transposed, ("query", "key", "value")), _OUTPUT_BY_HEAD),
     "latent": (_LATENT_QUERY, _LATENT, _OUTPUT),
     "latent_direct": (_QUERY, _LATENT, _OUTPUT),
 }

@@ -37,7 +37,7 @@ def with_orthonormal_left(heads: Heads) -> Heads:
 
 
 def read_through(norm: Norm | None, vectors: Float[Tensor, "*some width"]) -> Float[Tensor, "*some width"]:
-    """Vectors `v` that what a norm hands on is multiplied with, as those of the stream before it: `C (γ * v)`, in float64."""
+    """Vectors `v` that read what a norm hands on, as vectors that read the stream before it: `C (γ * v)`, in float64."""
     result = vectors.double()
     if norm is None:
         return result
@@ -86,7 +86,7 @@ def folded(
 def constant(
     role: str, factors: Float[Tensor, "n rank width"], bias: Float[Tensor, "n rank"] | None, frame: Frame
 ) -> Float[Tensor, "n rank"] | None:
-    """What queries or keys are beside `folded` factors times the stream, in float64: `diag(γ_q) C_q (b + W β)`; None if nothing.
+    """What `folded` factors times the stream lack to be queries or keys, in float64: `diag(γ_q) C_q (b + W β)`; None if nothing.
 
     Parameters
     ----------

@@ -41,11 +41,11 @@ from headgram.forms.heads import Heads, below, read
 from headgram.forms.reading import Rotary
 from headgram.forms.transforms import product, transposed, with_orthonormal_left
 from headgram.geometry.batches import PIECE_BYTES, in_batches
-from headgram.geometry.eigenvalues import ZERO, Eigenvalues, eigenvalues
+from headgram.geometry.eigenvalues import Eigenvalues, eigenvalues
 from headgram.geometry.float32 import whole_float32
 from headgram.geometry.inner import inner_products
 from headgram.geometry.nulls import Energies
-from headgram.geometry.ratios import ratio
+from headgram.geometry.ratios import ZERO, effective_rank, ratio
 from headgram.geometry.spectra import signs
 from headgram.geometry.triangles import own_products, triangles
 
@@ -147,8 +147,8 @@ def _ends(heads: Heads, rotary: Rotary | None = None) -> Ends:
 def _mean_roots(factors: Float[Tensor, "n rank width"], rotary: Rotary) -> Float[Tensor, "n rank rank"]:
     """`L` with `L^T L` the mean of `R^T A A^T R` over all rotations `R` of rows, float64.
 
-    What is left of a product of two rows after the mean is what turns with one frequency: within a plane the mean of both rows,
-    across planes of equal frequency products that turn together; and rows that do not turn, as they are.
+    The mean keeps only products of rows that turn with one frequency. Within a plane, that is the mean of its two rows. Across
+    planes of equal frequency, it is the products that turn together. Rows that do not turn stay as they are.
     """
     gram = factors @ factors.mT
     rotary = rotary.to(gram.device)
@@ -250,18 +250,13 @@ class Channels:
     @property
     def first(self) -> Float[Tensor, " n"]:
         """The share of the energy in the largest singular value."""
-        return self._shares[:, 0]
+        energy = self.singular_values.square()
+        return ratio(energy[:, 0], energy.sum(-1))
 
     @property
     def effective_rank(self) -> Float[Tensor, " n"]:
         """The exponential of the entropy of the shares of energy; 0 of a zero form."""
-        shares = self._shares
-        return torch.exp(-torch.special.xlogy(shares, shares).sum(-1)) * (shares[:, 0] > 0)
-
-    @property
-    def _shares(self) -> Float[Tensor, "n rank"]:
-        energy = self.singular_values.square()
-        return ratio(energy, energy.sum(-1, keepdim=True))
+        return effective_rank(self.singular_values)
 
 
 def composed(kind: str, ov_a: Heads, forms_b: Heads) -> Heads:

@@ -20,12 +20,10 @@ from headgram.errors import HeadgramError
 from headgram.forms.heads import Heads
 from headgram.geometry.batches import in_batches
 from headgram.geometry.checks import check_weights
-from headgram.geometry.ratios import ratio
+from headgram.geometry.ratios import ZERO, effective_rank, ratio
 
 #: Bytes of float64 working memory that one batch of factors may take; bounds the peak, never the result.
 _BATCH_BYTES = {"cpu": 128 * 2**20, "cuda": 4 * 2**30}
-#: Singular values below this many units of rounding of `sum_i ‖a_i‖ ‖b_i‖` cannot be told from zero.
-_ZERO = 16 * torch.finfo(torch.float64).eps
 
 
 @dataclass(frozen=True)
@@ -102,13 +100,13 @@ def drift(before: Heads, after: Heads) -> Drift:
 
     x, y = left.old @ right.old.mT, left.new @ right.new.mT  # (n, m, m'), in the bases of the factors
     u, s, vh = torch.linalg.svd(x, full_matrices=False)
-    alive = (s > _ZERO * _row_products(left.old, right.old)[:, None]).to(s.dtype)
+    alive = (s > ZERO * _row_products(left.old, right.old)[:, None]).to(s.dtype)
     norm_x, norm_y = s.mul(alive).norm(dim=-1), torch.linalg.matrix_norm(y)
-    norm_y = norm_y.where(norm_y > _ZERO * _row_products(left.new, right.new), 0)
+    norm_y = norm_y.where(norm_y > ZERO * _row_products(left.new, right.new), 0)
     product = (x * (left.old_new @ y @ right.old_new.mT)).sum((-1, -2))
 
     values = torch.linalg.svdvals(left.stacked @ right.stacked.mT)
-    values = values.where(values > _ZERO * _row_products(left.stacked, right.stacked)[:, None], 0)
+    values = values.where(values > ZERO * _row_products(left.stacked, right.stacked)[:, None], 0)
     change = values.norm(dim=-1)
     in_left = (u.mT @ left.old_stacked) * alive[:, :, None]  # the stacked factors in the singular vectors of X
     in_right = (vh @ right.old_stacked) * alive[:, :, None]
@@ -116,7 +114,6 @@ def drift(before: Heads, after: Heads) -> Drift:
         ratio(torch.linalg.matrix_norm(part), change).square().clamp_max(1)
         for part in (left.stacked @ in_right.mT, in_left @ right.stacked.mT, in_left @ in_right.mT)
     ]
-    share = ratio(values.square(), change.square()[:, None])
     floor = (left.rounding * right.row_sq + left.row_sq * right.rounding).sum(-1).sqrt()
     return Drift(
         cosine=ratio(ratio(product, norm_x), norm_y).clamp(-1, 1),
@@ -126,7 +123,7 @@ def drift(before: Heads, after: Heads) -> Drift:
         change_norm=change,
         change=ratio(change, norm_x),
         change_values=torch.nn.functional.pad(values, (0, 2 * before.rank - values.shape[-1])),
-        change_rank=torch.exp(-torch.special.xlogy(share, share).sum(-1)) * (change > 0),
+        change_rank=effective_rank(values),
         inside_right=inside[0],
         inside_left=inside[1],
         inside=inside[2],

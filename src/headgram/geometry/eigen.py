@@ -24,12 +24,11 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from headgram.geometry.batches import at_once
+from headgram.geometry.ratios import ZERO
 from headgram.geometry.residuals import off_identity
 
 #: Residuals and overlaps of vectors above this many units of rounding, for each row, are not trusted.
 _ROUNDING = 8 * np.finfo(np.float64).eps
-#: Singular values up to this many units of rounding of the largest are zero.
-_ZERO = 16 * np.finfo(np.float64).eps
 #: Vectors one by one are worth it up to this share of them.
 _FEW = 1 / 6
 #: Columns that LAPACK works on at once.
@@ -84,7 +83,7 @@ def largest_singular(
         side / side.norm(dim=-1, keepdim=True).where(alive, 1) * alive for side in (vectors[..., :n], vectors[..., n:])
     )
     limit = _ROUNDING * n
-    lost = ((s[:, :count] > _ZERO * s[:, :1]) & ~alive[..., 0]).any(1)
+    lost = ((s[:, :count] > ZERO * s[:, :1]) & ~alive[..., 0]).any(1)
     wrong = lost | ~((off_identity(left) <= limit) & (off_identity(right) <= limit))
     if bool(wrong.any()):
         u, exact, vh = (found.to(s.device) for found in torch.linalg.svd(matrices[wrong].cpu()))

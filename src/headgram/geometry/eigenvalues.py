@@ -31,10 +31,7 @@ from torch import Tensor
 from headgram.errors import HeadgramError
 from headgram.forms.heads import Heads
 from headgram.forms.transforms import with_orthonormal_left
-from headgram.geometry.ratios import ratio
-
-#: A form is zero if it is so much smaller than its weights.
-ZERO = 16 * torch.finfo(torch.float64).eps
+from headgram.geometry.ratios import ZERO, ratio
 
 
 @dataclass(frozen=True)

@@ -31,8 +31,8 @@ from headgram.geometry.routes import Inner, by_products, by_strips, longest_sum,
 #: `‖A‖ ‖B‖` of each form; products of factors by a share of those of both, so there the ratio counts twice.
 _SMALL: dict[Route, float] = {"strips": 0.3, "products": 0.7}
 
-#: The most that few columns may outweigh the rest in both factors: `Σ‖a_j‖⁴ / ‖A‖⁴` over columns, times that of `B`. Where they
-#: do, many small terms follow few large ones in every sum, and each is rounded like those. For so few columns sums are short.
+#: How far a few columns may outweigh the rest: `Σ‖a_j‖⁴ / ‖A‖⁴` over the columns of `A`, times the same of `B`. Beyond that, sums
+#: add many small terms to a few large ones, and round them as coarsely as those. Sums over so few columns are short enough.
 _UNEVEN = 0.01
 _FEW_COLUMNS = 16
 

@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from headgram.geometry.triangles import Products, unbatched
+from headgram.geometry.triangles import Own, Products, Shared, unbatched
 
 
 class Residuals(NamedTuple):
@@ -48,8 +48,8 @@ def identity_residuals(
 
 
 def direction_residuals(
-    b: Float[Tensor, "heads rank hidden"],
-    a: Float[Tensor, "#heads rank hidden"],
+    b: Own,
+    a: Shared,
     s: Float[Tensor, "heads rank"],
     right: Float[Tensor, "heads k hidden"],
     left: Float[Tensor, "heads k hidden"],

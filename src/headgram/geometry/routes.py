@@ -6,10 +6,9 @@
     <X, Y^T> = sum((B_x A_y^T) * (A_x B_y^T))
 
 which costs four products for every pair of factors; heads that share a factor share its products. *Strips*: form each `X`, block
-by block, and take inner products of vectors. Of a block `X[I, J]` and its mirror `X[J, I]^T`, the sum and the difference are
-blocks of
-twice the symmetric part `S` and twice the antisymmetric part `T`, so both inner products follow from one pass:
-`<X, Y> = <S_x, S_y> + <T_x, T_y>`, and with a minus `<X, Y^T>`. Forming costs every head once, not every pair: it wins where
+by block, and take inner products of vectors. The sum of a block `X[I, J]` and its mirror `X[J, I]^T` is a block of `2 S`, twice
+the symmetric part. Their difference is a block of `2 T`, twice the antisymmetric part. So both products follow from one pass:
+`<X, Y> = <S_x, S_y> + <T_x, T_y>`, and with a minus `<X, Y^T>`. Each head is formed once, not each pair, which is cheaper where
 there are many heads for the width. Symmetric forms need a quarter of the products, and no `T`.
 
 Results are float64; products are taken in the precision of the sides. Those of bfloat16 are exact in float32, which is what

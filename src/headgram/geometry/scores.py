@@ -26,7 +26,7 @@ from headgram.errors import HeadgramError
 from headgram.forms.heads import Heads
 from headgram.forms.transforms import transposed
 from headgram.geometry.checks import is_finite
-from headgram.geometry.ratios import ratio
+from headgram.geometry.ratios import ZERO, ratio
 
 #: Bytes of float64 working memory of the weights that blocks of a layer's form are made of. A constant, so that the last bit of
 #: the result does not depend on the machine.
@@ -34,8 +34,6 @@ BATCH_BYTES = 256 * 2**20
 #: Rows and columns of a block of the layer's form: on a CPU, a few blocks should lie in a cache.
 BLOCK = {"cpu": 512, "cuda": 4096}
 
-#: Norms below this many units of rounding of `‖A‖ ‖B‖` cannot be told from zero.
-_ZERO = 16 * torch.finfo(torch.float64).eps
 #: Standard deviations above the mean from which on a norm is large.
 _DEVIATIONS = 2
 #: A norm must exceed the threshold by this share of it: rounding must not choose among norms that are all equal.
@@ -105,7 +103,7 @@ def layer_scores(heads: Heads) -> LayerScores:
     if not is_finite(right, left, overlap):
         raise HeadgramError("The form of a layer overflows float64: rescale its weights.")
     fro_sq = right.sum()
-    alive = fro_sq.sqrt() > _ZERO * weight_b.sqrt() * weight_a.sqrt()
+    alive = fro_sq.sqrt() > ZERO * weight_b.sqrt() * weight_a.sqrt()
     scores = torch.stack([symmetry_score(fro_sq, overlap), directionality(right.sqrt(), left.sqrt())])
     return LayerScores(*scores.where(alive, 0).tolist())
 

@@ -24,16 +24,13 @@ from headgram.forms.transforms import transposed
 from headgram.geometry.batches import at_once, in_batches
 from headgram.geometry.checks import check_weights, is_finite
 from headgram.geometry.eigen import largest_magnitude, largest_singular
-from headgram.geometry.ratios import ratio
+from headgram.geometry.ratios import ZERO, effective_rank, ratio
 from headgram.geometry.residuals import Residuals, direction_residuals, identity_residuals
 from headgram.geometry.scores import directionality
-from headgram.geometry.triangles import Products, Triangles, by_cholesky, by_householder, column_norms, products
+from headgram.geometry.triangles import Own, Products, Shared, Triangles, by_cholesky, by_householder, column_norms, products
 
 #: Bytes of float64 working memory that one batch of heads may take; bounds the peak, never the result.
 BATCH_BYTES = {"cpu": 128 * 2**20, "cuda": 4 * 2**30}
-
-#: Singular values below this many units of rounding of `sum_i ‖a_i‖ ‖b_i‖` cannot be told from zero.
-_ZERO = 16 * torch.finfo(torch.float64).eps
 
 
 #: What each number of a spectrum is, in a few words.
@@ -190,7 +187,7 @@ def _check(heads: Heads, topk: int) -> None:
     check_weights("right", heads.b)
 
 
-def _measure_batch(b: Float[Tensor, "heads rank hidden"], a: Float[Tensor, "#heads rank hidden"], topk: int) -> Spectrum:
+def _measure_batch(b: Own, a: Shared, topk: int) -> Spectrum:
     """Everything of a batch of heads, and of the left factor that they share or of one for each; float64."""
     if 2 * b.shape[1] > b.shape[2]:
         return _balanced_spectrum(b, a, topk)
@@ -208,12 +205,12 @@ def _measure_batch(b: Float[Tensor, "heads rank hidden"], a: Float[Tensor, "#hea
     return Spectrum(**{field.name: getattr(joined, field.name)[places] for field in fields(Spectrum)})
 
 
-def _cholesky_spectrum(b: Float[Tensor, "heads rank hidden"], a: Float[Tensor, "#heads rank hidden"], topk: int) -> Spectrum:
+def _cholesky_spectrum(b: Own, a: Shared, topk: int) -> Spectrum:
     of = products(b, a)
     return _from_factors(by_cholesky(b, a, of)[0], of, b, a, topk)
 
 
-def _balanced_spectrum(b: Float[Tensor, "heads rank hidden"], a: Float[Tensor, "#heads rank hidden"], topk: int) -> Spectrum:
+def _balanced_spectrum(b: Own, a: Shared, topk: int) -> Spectrum:
     b, a, unit = _balanced(b, a)
     result = _from_factors(by_householder(b, a), products(b, a), b, a, topk)
     powers = {"singular_values": 1, "symmetric_eigenvalues": 1, "trace": 1, "spectral_norm": 1, "nuclear_norm": 1}
@@ -223,14 +220,12 @@ def _balanced_spectrum(b: Float[Tensor, "heads rank hidden"], a: Float[Tensor, "
     return replace(result, **scaled)
 
 
-def _from_factors(
-    factors: Triangles, of: Products, b: Float[Tensor, "heads rank hidden"], a: Float[Tensor, "#heads rank hidden"], topk: int
-) -> Spectrum:
+def _from_factors(factors: Triangles, of: Products, b: Own, a: Shared, topk: int) -> Spectrum:
     rank = b.shape[1]
     kept = min(topk, rank)
     lengths = [product.diagonal(dim1=1, dim2=2).sqrt() for product in (of.bb, of.aa)]
     unit = (lengths[0] * lengths[1]).sum(1)  # (H,): at most ‖A‖ ‖B‖, and the same however rows are balanced
-    zero = _ZERO * unit
+    zero = ZERO * unit
 
     left, s, right = largest_singular(factors.core, min(kept, *factors.core.shape[1:]))
     s = s.where(s > zero[:, None], 0)
@@ -247,7 +242,6 @@ def _from_factors(
 
     # What is reported follows from the spectra, which stay accurate where products of weights cancel; the products check it.
     energy, power = s.square().sum(-1), eigenvalues.square().sum(-1)
-    share = ratio(s.square(), energy[:, None])
     unit = unit.where(unit > 0, 1)
     residuals = Residuals(
         *identity_residuals(of, s, eigenvalues, unit),
@@ -265,7 +259,7 @@ def _from_factors(
         spectral_norm=s[:, 0],
         nuclear_norm=s.sum(-1),
         stable_rank=ratio(energy, s[:, 0].square()),
-        effective_rank=torch.exp(-torch.special.xlogy(share, share).sum(-1)) * (energy > 0),
+        effective_rank=effective_rank(s),
         symmetry=ratio(power, energy).clamp(0, 1),
         positive_energy=ratio(eigenvalues.clamp_min(0).square().sum(-1), power),
         directionality=directionality(*_column_norms(factors, b, a, zero)),
@@ -274,7 +268,7 @@ def _from_factors(
 
 
 def _column_norms(
-    of: Triangles, b: Float[Tensor, "heads rank hidden"], a: Float[Tensor, "#heads rank hidden"], zero: Float[Tensor, " heads"]
+    of: Triangles, b: Own, a: Shared, zero: Float[Tensor, " heads"]
 ) -> tuple[Float[Tensor, "heads hidden"], Float[Tensor, "heads hidden"]]:
     """Norms of the columns of `X` and of `X^T`; those below `zero`, which are rounding, are 0."""
     norms = column_norms(of.triangle_a, b), column_norms(of.triangle_b, a)
@@ -282,9 +276,7 @@ def _column_norms(
     return right, left
 
 
-def _balanced(
-    b: Float[Tensor, "heads rank hidden"], a: Float[Tensor, "#heads rank hidden"]
-) -> tuple[Float[Tensor, "heads rank hidden"], Float[Tensor, "heads rank hidden"], Float[Tensor, " heads"]]:
+def _balanced(b: Own, a: Shared) -> tuple[Own, Own, Float[Tensor, " heads"]]:
     """Weights of a form whose rows come in pairs of equal size and are at most about 1, and the factor to the given form.
 
     All factors are powers of two, so nothing is rounded. A row whose partner is zero adds nothing to the form.

@@ -90,9 +90,13 @@ def row_products(x: TokenRows, y: TokenRows) -> Float[Tensor, "width_x width_y"]
             at += len(rows)
         parts.append(product - torch.outer(sum_x, kept.sum(0, dtype=torch.float64)) / count)
     found = torch.cat(parts, 1)
-    if not is_finite(found):
+    return _finite(found)
+
+
+def _finite(products: Tensor) -> Tensor:
+    if not is_finite(products):
         raise HeadgramError("a table of tokens holds a NaN or an infinity: the checkpoint is damaged")
-    return found
+    return products
 
 
 def _passing(table: TokenRows) -> Iterator[Float[Tensor, "_ width"]]:
@@ -169,9 +173,7 @@ def centred_gram(slices: Iterable[Float[Tensor, "_ width"]]) -> Float[Tensor, "w
     if gram is None:
         raise HeadgramError("a table of tokens has no rows: the checkpoint is damaged")
     found = gram.addr_(total, total, alpha=-1 / max(1, count))
-    if not is_finite(found):
-        raise HeadgramError("a table of tokens holds a NaN or an infinity: the checkpoint is damaged")
-    return found
+    return _finite(found)
 
 
 @torch.no_grad()

@@ -29,6 +29,10 @@ from headgram.geometry.batches import at_once
 _PIVOT = 0.05
 _TINY, _HUGE = 1e-100, 1e100
 
+#: A factor for each of some heads; one that all of them read, or one for each.
+Own = Float[Tensor, "heads rank hidden"]
+Shared = Float[Tensor, "#heads rank hidden"]
+
 #: Row vectors of the bases of right factors, of left factors and of both -> the same vectors, as wide as the model. Together: the
 #: weights, much larger than all else, are passed over once.
 Lift = Callable[
@@ -56,7 +60,7 @@ class Triangles:
     lift: Lift
 
 
-def products(b: Float[Tensor, "heads rank hidden"], a: Float[Tensor, "#heads rank hidden"]) -> Products:
+def products(b: Own, a: Shared) -> Products:
     """The products that both spectra and their checks need."""
     return Products(own_products(b), b @ unbatched(a).mT, own_products(a))
 
@@ -95,9 +99,7 @@ def triangles(factors: Float[Tensor, "n rank width"]) -> Float[Tensor, "n m rank
     return upper
 
 
-def column_norms(
-    triangle: Float[Tensor, "#heads p rank"], weights: Float[Tensor, "#heads rank hidden"]
-) -> Float[Tensor, "heads hidden"]:
+def column_norms(triangle: Float[Tensor, "#heads p rank"], weights: Shared) -> Float[Tensor, "heads hidden"]:
     """Norms of the columns of `R W` for an upper triangular `R`: on a CPU by BLAS' routine for that, in half the operations."""
     heads, (p, rank) = max(len(triangle), len(weights)), triangle.shape[1:]
     if at_once(weights.device) or p != rank:
@@ -112,12 +114,12 @@ def column_norms(
     return norms
 
 
-def unbatched(a: Float[Tensor, "#heads rank hidden"]) -> Float[Tensor, "*heads rank hidden"]:
+def unbatched(a: Shared) -> Float[Tensor, "*heads rank hidden"]:
     """A factor that all heads read, as one matrix: products with it are then one product of all heads' rows."""
     return a[0] if len(a) == 1 else a
 
 
-def by_householder(b: Float[Tensor, "heads rank hidden"], a: Float[Tensor, "heads rank hidden"]) -> Triangles:
+def by_householder(b: Own, a: Own) -> Triangles:
     """Of float64 weights whose rows are balanced."""
     rank = b.shape[1]
     basis, r = torch.linalg.qr(torch.cat([b, a], dim=1).mT)  # (H, d, m), (H, m, 2r), m = min(d, 2r)
@@ -135,9 +137,7 @@ def by_householder(b: Float[Tensor, "heads rank hidden"], a: Float[Tensor, "head
     )
 
 
-def by_cholesky(
-    b: Float[Tensor, "heads rank hidden"], a: Float[Tensor, "#heads rank hidden"], of: Products
-) -> tuple[Triangles, Bool[Tensor, " heads"]]:
+def by_cholesky(b: Own, a: Shared, of: Products) -> tuple[Triangles, Bool[Tensor, " heads"]]:
     """Of float64 weights and their products; and which heads to trust. Nothing is said of the others."""
     rank = b.shape[1]
     gram = torch.cat([torch.cat([of.bb, of.ba], 2), torch.cat([of.ba.mT, of.aa.expand_as(of.bb)], 2)], 1)

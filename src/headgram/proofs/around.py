@@ -23,7 +23,8 @@ from headgram.checkpoints.stack import Stack
 from headgram.errors import HeadgramError
 from headgram.families.around import NormRule
 from headgram.forms.reading import Norm, Rotary
-from headgram.proofs.probe import Call
+from headgram.proofs.calls import Call
+from headgram.proofs.products import relative
 
 #: Roles that are proven together: queries and keys at different positions follow from all of them.
 CHAIN = ("query_norm", "key_norm", "query_bias", "key_bias", "rotary")
@@ -57,9 +58,9 @@ def around_residuals(layers: Sequence[Matched]) -> dict[str, float]:
     missing = layers[0].stack.missing
     found: dict[str, float] = {}
     if "norm" not in missing:
-        found["norm"] = max(norm_residual(one.free, one.around) for one in layers)
+        found["norm"] = max(norm_residual(one.free, one.free.stream, one.around.norm, one.free.x) for one in layers)
     if "source_norm" not in missing:
-        found["source_norm"] = max(source_residual(one.free, one.around) for one in layers)
+        found["source_norm"] = max(norm_residual(one.free, one.free.source, one.around.source_norm, one.free.y) for one in layers)
     if "output_norm" not in missing:
         found["output_norm"] = max(output_residual(one.free, one.around) for one in layers)
     for together in (CHAIN, SOFTMAX):
@@ -95,7 +96,7 @@ def table_residuals(model: Any, checkpoint: Checkpoint) -> dict[str, float]:
 
 
 def final_norm_residual(model: Any, checkpoint: Checkpoint, rule: NormRule, inputs: Mapping[str, Any]) -> dict[str, float]:
-    """How far what the unembedding is handed is from what the named norm makes of its own input; nothing of a model without one.
+    """How far the input of the unembedding is from what the named norm makes of its own input; empty without an unembedding.
 
     Both at unit length: some models multiply it by a number.
 
@@ -133,30 +134,6 @@ def without_epsilon(model: nn.Module) -> None:
                 setattr(module, name, 0.0)
 
 
-def norm_residual(call: Call, around: Around) -> float:
-    """How far what queries are made of is from the stream after the block's norm, relative to the largest.
-
-    The stream is what the block is given; in cross-attention, which is not a block's first module, what its result is added to.
-
-    Raises
-    ------
-    HeadgramError
-        If the family's data name no norm, or the block does not run.
-    """
-    return _norm_residual(call, call.stream, around.norm, call.x)
-
-
-def source_residual(call: Call, around: Around) -> float:
-    """Likewise of what keys are made of; in cross-attention their stream is what the last block has left of the stack before.
-
-    Raises
-    ------
-    HeadgramError
-        If the family's data name no norm, or nothing has run before.
-    """
-    return _norm_residual(call, call.source, around.source_norm, call.y)
-
-
 def output_residual(call: Call, around: Around) -> float:
     """How far what is added to the stream is from what heads write after its norm, or from one multiple of that.
 
@@ -173,10 +150,18 @@ def output_residual(call: Call, around: Around) -> float:
     return relative(ours * ((ours * added).sum() / ours.square().sum()), added)
 
 
-def _norm_residual(call: Call, other: Tensor | None, norm: Norm | None, read: Float[Tensor, "tokens width"]) -> float:
-    """Of what is read of the block's stream or, where queries and keys read two, of another one."""
-    one_stream = call.x.shape == call.y.shape and torch.equal(call.x, call.y)
-    stream = call.outer.get(call.block) if one_stream else other
+def norm_residual(call: Call, other: Tensor | None, norm: Norm | None, read: Float[Tensor, "tokens width"]) -> float:
+    """How far what queries, or keys, are made of is from their stream after a norm, relative to the largest.
+
+    In self-attention, the stream is what the block is given. In cross-attention, which is not a block's first module, it is
+    `other`: of queries, what the block's result is added to; of keys, what the last block has left of the stack before.
+
+    Raises
+    ------
+    HeadgramError
+        If there is no such stream: the block does not run, or nothing has run before.
+    """
+    stream = call.outer.get(call.block) if call.one_stream else other
     if stream is None:
         raise HeadgramError(f"the model gives no stream to the block around {call.module}")
     stream = stream.double().reshape(-1, stream.shape[-1])
@@ -236,12 +221,6 @@ def forms_of(
     """`x_s^T g x_t` of every head and every pair of tokens."""
     keys = call.y @ w_k.repeat_interleave(len(w_q) // len(w_k), 0).transpose(1, 2)
     return (call.x @ w_q.transpose(1, 2)) @ keys.transpose(1, 2)
-
-
-def relative(ours: Tensor, theirs: Tensor) -> float:
-    """The largest difference of two tensors, relative to the largest entry of the second; infinite if their shapes differ."""
-    difference = float((ours - theirs).abs().max() / theirs.abs().max()) if ours.shape == theirs.shape else math.inf
-    return difference if math.isfinite(difference) else math.inf
 
 
 def _normed(x: Float[Tensor, "*tokens width"], norm: Norm) -> Float[Tensor, "*tokens width"]:

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
-from contextlib import suppress
 from typing import Any
 
-from headgram.checkpoints.checkpoint import open_checkpoint
 from headgram.errors import HeadgramError
 from headgram.families.registry import Family, Remark, StackRule, adopting, families
 from headgram.proofs.derive import derive_family
 from headgram.proofs.listed import saved
-from headgram.proofs.prove import prove
+from headgram.proofs.prove import fits, prove
 from headgram.proofs.shrink import classes_to_build, quiet, switched, tiny_model
 
 
@@ -36,7 +34,7 @@ def proven_family(model_type: str, config: Mapping[str, Any] | None = None) -> F
 
 
 def _candidates(model_type: str, reasons: list[str]) -> Iterator[Family]:
-    """What is read off the live models and, where that explains not all of them, known layouts whose names and shapes fit."""
+    """What is read off the live models. If that does not explain all of them, known layouts whose names and shapes fit."""
     try:
         family, problems = derive_family(model_type)
     except Exception as error:  # whatever transformers raises
@@ -51,10 +49,7 @@ def _candidates(model_type: str, reasons: list[str]) -> Iterator[Family]:
             own = {"name": re.sub(r"\W", "_", model_type), "model_types": (model_type,), "walked": True, "gguf": None}
             stacks = [rule.model_copy(update={"around": (), "defaults": {}, "remarks": _unbound(rule)}) for rule in known.stacks]
             family = known.model_copy(update={**own, "stacks": tuple(stacks), "embedding": ()})
-            fits = False
-            with suppress(HeadgramError), adopting(model_type, family), open_checkpoint(folder) as checkpoint:
-                fits = checkpoint.architecture == model_type
-            if fits:
+            if fits(model_type, family, folder):
                 yield family
 
 

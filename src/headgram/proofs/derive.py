@@ -17,7 +17,7 @@ from headgram.families.registry import Family
 from headgram.proofs.inputs import attention_modules
 from headgram.proofs.named import PREFERRED, at_layer, name_of_count, stated
 from headgram.proofs.shrink import SHAPES, classes_to_build, tiny_model
-from headgram.proofs.walk import Found, Sighting, look_at, names_on_disk
+from headgram.proofs.walk import COUNTS, Found, Sighting, look_at, names_on_disk
 
 
 @dataclass(frozen=True)
@@ -91,7 +91,7 @@ def _table(sighting: Sighting) -> dict[tuple[Any, ...], _Run]:
 
 
 def _kinds(config: Any, layers: Sequence[int]) -> tuple[str, ...]:
-    """What the configuration calls these layers; nothing if others are called so too."""
+    """What the configuration calls these layers; empty if it calls other layers so, too."""
     stated = list(getattr(config, "layer_types", None) or ())
     kinds = {stated[layer] for layer in layers if layer < len(stated)}
     return tuple(sorted(kinds)) if tuple(layer for layer, kind in enumerate(stated) if kind in kinds) == tuple(layers) else ()
@@ -121,7 +121,7 @@ def _rule(
     def named(what: str, values: Sequence[int]) -> str | None:
         return name_of_count(what, values, sections, path, declared)
 
-    counts = {what: [run.one.counts[what] for run in runs] for what in runs[0].one.counts}
+    counts = {what: [run.one.counts[what] for run in runs] for what in COUNTS}
     block = _common(
         [name.split("{layer}.")[0] + "{layer}." if "{layer}" in name else name.rpartition(".")[0] + "." for name in names]
     )
@@ -289,7 +289,7 @@ def derive_family(model_type: str) -> tuple[Family | None, list[str]]:
 
 
 def _fronts(names: Sequence[str], rules: Sequence[Mapping[str, Any]]) -> set[str]:
-    """What may stand before all names of all rules."""
+    """The prefixes under which a model holds the tensors of all rules."""
     ends = [end.format(layer=layer) for rule in rules for end in _tensors(rule) for layer in rule["at"]]
     return set.intersection(*({name.removesuffix(end) for name in names if name.endswith(end)} for end in ends))
 

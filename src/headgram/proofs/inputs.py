@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from headgram.proofs.probe import Call, Watch
+from headgram.proofs.calls import Call
+from headgram.proofs.probe import Watch
 
 #: Tokens per sequence: unlike any size of the tiny models, so that a product of this shape can only be the scores.
 _TOKENS = 7
@@ -90,8 +91,11 @@ def _missing(model: nn.Module, covered: set[str], below: str) -> list[str]:
 
 
 def attention_only(model: nn.Module, calls: list[Call]) -> list[Call]:
-    """Without products that are no softmax attention: the likeness of a picture and a text, linear attention, the choice of one
-    group for each piece of a picture, sums over points of a picture that queries alone choose."""
+    """The calls of softmax attention.
+
+    Other products are left out: the likeness of a picture and a text, linear attention, the choice of one group for each piece of
+    a picture, and sums over points of a picture that queries alone choose.
+    """
     named = [(call, model.get_submodule(call.module)) for call in calls]
     return [
         call
@@ -113,8 +117,8 @@ def _noise(*shape: int) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(_SEED + len(shape)), dtype=torch.float64)
 
 
-def _ids(count: int) -> Tensor:
-    return torch.randperm(80, generator=torch.Generator().manual_seed(_SEED))[None, :count] + 5
+def _ids() -> Tensor:
+    return torch.randperm(80, generator=torch.Generator().manual_seed(_SEED))[None, :_TOKENS] + 5
 
 
 def _size(config: Any, *names: str, default: int) -> Any:
@@ -140,8 +144,8 @@ def _model_inputs(module: Any) -> Iterator[dict[str, Any]]:
     frames = _size(config, "num_frames", default=2)
     mels = _size(config, "num_mel_bins", "feature_size", "input_feat_per_channel", "feature_projection_input_dim", default=8)
     positions = getattr(config, "max_source_positions", None)
-    ids = {"input_ids": _ids(_TOKENS)}
-    decoder = {"decoder_input_ids": _ids(_TOKENS)} if "decoder_input_ids" in accepted else {}
+    ids = {"input_ids": _ids()}
+    decoder = {"decoder_input_ids": _ids()} if "decoder_input_ids" in accepted else {}
     embeds = _noise(1, _TOKENS, _size(config, "hidden_size", "d_model", default=48))
     source = {"encoder_hidden_states": _noise(1, _SOURCE, embeds.shape[-1])} if "encoder_hidden_states" in accepted else {}
     pictures = [
@@ -189,7 +193,7 @@ def _model_inputs(module: Any) -> Iterator[dict[str, Any]]:
             for sound in sounds:
                 masks = {key: torch.ones(1, sound.shape[1], dtype=torch.bool) for key in required if "mask" in key}
                 yield {name: sound, **decoder, **masks}
-                yield {name: sound, **{key: torch.ones(1, sound.shape[1], dtype=torch.long) for key in ("attention_mask",)}}
+                yield {name: sound, "attention_mask": torch.ones(1, sound.shape[1], dtype=torch.long)}
     for name in ("inputs_embeds", "hidden_states", "query_embeds"):
         if name in accepted:
             yield {name: embeds, **source}

@@ -34,7 +34,7 @@ _WORDS = {
     "value_rank": "v_head|value",
     "output_width": "hidden|d_model|width",
 }
-#: Of `t2u_encoder_layers`, the tower that has this encoder: models of several state the numbers of each by its name.
+#: Of `t2u_encoder_layers`, the tower `t2u`. A model with several encoders begins the names of each one's counts with its tower.
 _TOWER = re.compile("(?!num_|n_)([a-z0-9]+)_(?:en|de)coder_")
 
 

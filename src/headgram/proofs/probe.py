@@ -1,25 +1,25 @@
-"""What attention computes in a running model, caught where its two products are made: that of queries and keys, and that of
-weights and values, with the inputs of all and the projection that the second is handed to.
+"""Catches what attention computes while a model runs.
 
-The code of the models is left as it is: hooks tell which module runs and what it is given, and a torch function mode sees
-every matrix product. The first product in a module of shape (tokens, tokens) is that module's scores; the next that has such a
-matrix on its left is its reading of values; the next module with a weight that takes the heads side by side writes.
+The models' code stays as it is. Hooks tell which module runs and what it is given. A torch function mode sees matrix products:
+
+- The first product of shape (tokens, tokens) in a module is its scores.
+- The next product with such a matrix on its left is its reading of values.
+- The next module whose weight takes all heads side by side is the one that writes.
 """
 
 from __future__ import annotations
 
 import inspect
-import re
 from collections.abc import Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Self
 
 import torch
-from jaxtyping import Float
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from headgram.proofs.calls import Attended, Call, first_of
 from headgram.proofs.neutral import is_norm
 from headgram.proofs.products import as_product, flat, of_same_numbers, per_head, rows, sequences
 
@@ -45,99 +45,6 @@ _KEY_INPUTS = (
 _VALUE_INPUTS = ("value", "value_states", "value_tensor")
 
 
-@dataclass
-class Attended:
-    """One product of attention weights and values, `(H, t, s)` and `(H, s, r_v)`, and what is made of it.
-
-    `others` is what heads gather besides, from what is no token. `project` is the module that writes, and `given` what it is
-    given, `(t, H·r_v)`; None until it runs.
-    """
-
-    weights: Float[Tensor, "heads t s"]
-    value: Float[Tensor, "heads s value_rank"]
-    others: Float[Tensor, "heads t value_rank"] | None = None
-    project: nn.Module | None = None
-    given: Float[Tensor, "t all_heads"] | None = None
-
-    @property
-    def heads(self) -> Float[Tensor, "heads t value_rank"]:
-        """What every head has gathered from tokens."""
-        return self.weights @ self.value
-
-    @property
-    def side_by_side(self) -> Float[Tensor, "t all_heads"]:
-        """What all heads have gathered, head after head."""
-        return (self.heads if self.others is None else self.heads + self.others).transpose(0, 1).flatten(1)
-
-    def written(self, heads: Float[Tensor, "heads t value_rank"]) -> Float[Tensor, "heads t width"]:
-        """What the model's projection makes of single heads: for each, the places of all others are zero."""
-        assert self.project is not None
-        count, tokens, rank = heads.shape
-        alone = heads.new_zeros(count, tokens, count, rank)
-        alone[range(count), :, range(count)] = heads
-        width: Any = self.project.weight.shape
-        alone = alone.reshape(count, tokens, -1)
-        if 2 * alone.shape[-1] in width and alone.shape[-1] not in width:
-            alone = torch.cat([alone, torch.zeros_like(alone)], -1)
-        with torch.no_grad():
-            zero, *made = (_first(self.project(one[None])) for one in (torch.zeros_like(alone[0]), *alone))
-        return torch.cat([one - zero for one in made])
-
-
-@dataclass
-class Call:
-    """One product of queries and keys, `(H, t, r)` and `(H, s, r)`, and the inputs `(t, d)` and `(s, d)` that they come from.
-
-    `reading` is what the module did next with the softmax of that product, if that was a matrix product, and `logits` what that
-    softmax was given. `outer` has what the modules around it were given, by their paths. `written` is what all heads
-    write together, which is added to `stream` as `added`; `source` is what the last block left of the stack that ran before.
-    `between` has what lies between values and outputs besides: a `gate`, a `norm`. `placed`: the module itself added places to
-    the inputs of queries and keys, and not to those of values.
-    """
-
-    module: str
-    query: Float[Tensor, "heads t rank"]
-    key: Float[Tensor, "heads s rank"]
-    x: Float[Tensor, "t hidden"]
-    y: Float[Tensor, "s hidden"]
-    z: Float[Tensor, "s hidden"]  # what values come from: `y` but in few modules
-    reading: Attended | None = None
-    logits: Float[Tensor, "heads t scores"] | None = None
-    outer: dict[str, Tensor] = field(default_factory=dict)
-    written: Tensor | None = None
-    added: Tensor | None = None
-    stream: Tensor | None = None
-    source: Tensor | None = None
-    between: set[str] = field(default_factory=set)
-    placed: bool = False
-
-    @property
-    def layer(self) -> int | None:
-        """The first number in the module's path."""
-        number = re.search(r"\.(\d+)(\.|$)", self.module)
-        return int(number[1]) if number else None
-
-    @property
-    def complete(self) -> bool:
-        """Whether its heads were seen to be handed on."""
-        return self.reading is not None and self.reading.given is not None
-
-    @property
-    def telling(self) -> bool:
-        """Whether it can show something of its weights: neither what it reads nor a single token to attend to hides them."""
-        return len(self.y) > 1 and all(bool(one.any() and one.isfinite().all()) for one in (self.x, self.y, self.z))
-
-    def may_be(self, layer: int) -> bool:
-        """Whether the module may be that of a layer: its path has that number, or none at all."""
-        numbers = re.findall(r"\.(\d+)(?=\.|$)", self.module)
-        return not numbers or str(layer) in numbers
-
-    @property
-    def block(self) -> str:
-        """The module's path up to that number: the block of layers that it is part of."""
-        return re.sub(r"(?<=\.)(\d+)\..*", r"\1", self.module)
-
-
 def scores_of(model: nn.Module, inputs: Mapping[str, Tensor], still: bool = False) -> list[Call]:
     """Run a model, and catch the products of every module that computes attention.
 
@@ -147,11 +54,6 @@ def scores_of(model: nn.Module, inputs: Mapping[str, Tensor], still: bool = Fals
     with torch.no_grad(), Watch(model, still) as watch:
         model(**inputs)
     return watch.calls
-
-
-def _first(result: Any) -> Any:
-    """What a module returns, or the first of it."""
-    return result[0] if isinstance(result, tuple) else result
 
 
 def _memory(x: Tensor | None) -> int | None:
@@ -224,7 +126,7 @@ class Watch(TorchFunctionMode):
         return hook
 
     def _leaves(self, module: nn.Module, args: tuple[Any, ...], result: Any) -> None:
-        running, made = self._running.pop(), _first(result)
+        running, made = self._running.pop(), first_of(result)
         if not isinstance(made, Tensor):
             return
         self._left[running.module] = self._latest = made

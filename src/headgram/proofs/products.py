@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from typing import Any
 
@@ -50,6 +51,19 @@ def per_head(tensor: Tensor, heads: int) -> Float[Tensor, "heads rows columns"]:
     """The first `heads` matrices; fewer, which several heads share, are repeated."""
     flat = tensor.reshape(-1, *tensor.shape[-2:]).double()
     return flat.repeat_interleave(-(-heads // len(flat)), 0)[:heads]
+
+
+def relative(ours: Tensor, theirs: Tensor) -> float:
+    """The largest difference of two tensors, relative to the largest entry of the second; infinite if their shapes differ."""
+    difference = float((ours - theirs).abs().max() / theirs.abs().max()) if ours.shape == theirs.shape else math.inf
+    return difference if math.isfinite(difference) else math.inf
+
+
+def relative_to_multiple(ours: Tensor, theirs: Tensor) -> float:
+    """As `relative`, of that multiple of the first which is nearest to the second; negative multiples do not count."""
+    if ours.shape != theirs.shape:
+        return math.inf
+    return relative(ours * ((ours * theirs).sum() / ours.square().sum()).clamp(min=0), theirs)
 
 
 def of_same_numbers(one: Tensor, other: Tensor) -> bool:

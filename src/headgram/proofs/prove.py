@@ -20,6 +20,7 @@ from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 from jaxtyping import Float
@@ -36,22 +37,21 @@ from headgram.proofs.around import (
     around_residuals,
     final_norm_residual,
     forms_of,
-    relative,
     table_residuals,
     without_epsilon,
 )
+from headgram.proofs.calls import Call
 from headgram.proofs.inputs import attention_only, every_call, inputs_of
 from headgram.proofs.listed import NO_FLAGS, listed_models, saved
 from headgram.proofs.neutral import neutralise
-from headgram.proofs.probe import Call, scores_of
+from headgram.proofs.probe import scores_of
+from headgram.proofs.products import relative, relative_to_multiple
 from headgram.proofs.shrink import quiet, walked_models
 
 #: The columns of a table of proofs, and what `Proof.cells` holds.
 COLUMNS = ("model type", "family", "layout", "stacks", "heads/key heads×rank", "roles", "around them", "residual", "ok")
 #: A right layout agrees to float32 rounding (some models compute scores in float32); a wrong one is off by about 1.
 TOLERANCE = 1e-5
-#: How far attention weights may sum from 1 before something else must take part in their softmax; some are kept in bfloat16.
-_SUM_TOLERANCE = 1e-2
 #: Where there are towers to run besides, each shape is tried with one class alone: of three pairs, these are left out.
 _SKIPPED = (1, 2, 5)
 
@@ -231,10 +231,16 @@ def _openers(model_type: str, flags: Mapping[str, bool]) -> list[Family]:
         raise HeadgramError(f"transformers cannot build a tiny '{model_type}', so that nothing can be proven: {reason}") from None
     with quiet(), saved(model) as folder:
         for family in (one for one in families() if not one.walked):
-            with suppress(HeadgramError), adopting(model_type, family), open_checkpoint(folder) as checkpoint:
-                if checkpoint.architecture == model_type:  # some types are saved under another one's name
-                    found.append(family)
+            if fits(model_type, family, folder):
+                found.append(family)
     return sorted(found, key=lambda family: any(rule.sparse for rule in family.stacks))
+
+
+def fits(model_type: str, family: Family, folder: Path) -> bool:
+    """Whether a saved model of a type can be opened as one of a family. Some types are saved under another one's name."""
+    with suppress(HeadgramError), adopting(model_type, family), open_checkpoint(folder) as checkpoint:
+        return checkpoint.architecture == model_type
+    return False
 
 
 def _residuals(model: nn.Module, checkpoint: Checkpoint, entry: Mapping[str, Any]) -> tuple[float, float, dict[str, float]]:
@@ -310,15 +316,13 @@ def _fits(call: Call, stack: Stack) -> bool:
 
 
 def _difference(
-    call: Call, w_q: Float[Tensor, "heads rank hidden"], w_k: Float[Tensor, "kv_heads rank hidden"], scaled: bool = False
+    call: Call, w_q: Float[Tensor, "heads rank hidden"], w_k: Float[Tensor, "kv_heads rank hidden"], scaled: bool
 ) -> float:
     """How far the model's scores are from `x_s^T g x_t`, or from one multiple of all of them, relative to the largest of them."""
     if call.y.shape[-1] != w_k.shape[-1]:
         return math.inf
     ours, theirs = forms_of(call, w_q, w_k), call.query @ call.key.transpose(1, 2)
-    if scaled and ours.shape == theirs.shape:
-        ours = ours * ((ours * theirs).sum() / (ours * ours).sum()).clamp(min=0)
-    return relative(ours, theirs)
+    return relative_to_multiple(ours, theirs) if scaled else relative(ours, theirs)
 
 
 def _written(
@@ -328,7 +332,7 @@ def _written(
     reading = call.reading
     if reading is None or reading.given is None:
         raise HeadgramError(f"the model's attention at {call.module} hands its heads to no output projection")
-    if not bool((reading.weights.sum(-1) - 1).abs().max() < _SUM_TOLERANCE):
+    if reading.has_sink:
         call.between.add("sink")
     if call.between and not {"value", "output"} & stack.notes.keys():
         raise HeadgramError(f"the model has a {sorted(call.between)[0]} between values and outputs at {call.module}, unremarked")

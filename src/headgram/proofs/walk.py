@@ -11,7 +11,6 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from jaxtyping import Float
 from safetensors import safe_open
 from safetensors.torch import load_file
@@ -20,13 +19,16 @@ from torch import Tensor, nn
 from headgram.checkpoints.wrappers import plain_name
 from headgram.errors import HeadgramError
 from headgram.families.layouts import LAYOUTS, QK, Dimensions, Factors
+from headgram.proofs.calls import Call
 from headgram.proofs.inputs import attention_only, every_call
 from headgram.proofs.listed import saved
 from headgram.proofs.neutral import neutralise
-from headgram.proofs.probe import Call
+from headgram.proofs.products import relative_to_multiple
 from headgram.proofs.shrink import tiny_model
 
 _TOLERANCE = 1e-5
+#: The counts of a stack that its configuration may state.
+COUNTS = ("heads", "kv_heads", "rank", "hidden", "value_rank", "output_width")
 #: Layouts whose parts can be found by trying tensors; each part reads one tensor, and needs no further sizes.
 _TRIED = ("separate", "gated", "key_value_blocks", "blocks", "interleaved", "quarters", "column_blocks")
 
@@ -48,7 +50,7 @@ class Found:
     module: str
     layout: str
     names: Mapping[str, str]  # what the layout reads -> name on disk
-    counts: Mapping[str, int]  # heads, kv_heads, rank, hidden, value_rank, output_width
+    counts: Mapping[str, int]  # by the names of COUNTS
     section: str  # the path of the module's configuration
     kind: str  # "self" or "cross"
     notes: tuple[str, ...]  # what lies between values and outputs
@@ -114,29 +116,36 @@ def _explain(call: Call, stored: Mapping[str, Tensor], section: str) -> Found:
     HeadgramError
         Says which role no tensor gives.
     """
-    heads, _, rank = call.query.shape
+    heads = len(call.query)
     reading = call.reading
     if reading is None or reading.given is None or reading.project is None:
         return _explain_scores(call, stored, section, "hands its heads to no output projection")
     value_rank = reading.value.shape[-1]
     weight: Any = reading.project.weight
     width = next((side for side in weight.shape[::-1] if side != heads * value_rank), heads * value_rank)
-    missing = ""
     for layout in _TRIED:
-        for kv_heads in (count for count in range(heads, 0, -1) if heads % count == 0):
-            dims = Dimensions(heads, kv_heads, rank, call.x.shape[-1], value_rank, width)
+        for dims in _possible(call, value_rank, width):
             try:
                 names, missing = _fits(layout, dims, call, stored)
             except HeadgramError:
                 continue
             if not missing:
-                counts = {"heads": heads, "kv_heads": kv_heads, "rank": rank, "hidden": dims.hidden, "value_rank": value_rank}
-                notes = set(call.between)
-                if not bool((reading.weights.sum(-1) - 1).abs().max() < 1e-2):
-                    notes.add("sink")
-                counts["output_width"] = width
-                return Found(call.module, layout, names, counts, section, _kind(call), tuple(sorted(notes)), call.placed)
+                notes = call.between | ({"sink"} if reading.has_sink else set())
+                return _found(call, layout, names, dims, section, tuple(sorted(notes)))
     return _explain_scores(call, stored, section, f"no tensor gives its {_worst(call, stored, width)}")
+
+
+def _possible(call: Call, value_rank: int, width: int) -> list[Dimensions]:
+    """What the sizes of an attention module may be: with a key head for each head, or with fewer, which heads share evenly."""
+    heads, _, rank = call.query.shape
+    shared = [count for count in range(heads, 0, -1) if heads % count == 0]
+    return [Dimensions(heads, count, rank, call.x.shape[-1], value_rank, width) for count in shared]
+
+
+def _found(call: Call, layout: str, names: Mapping[str, str], dims: Dimensions, section: str, notes: tuple[str, ...]) -> Found:
+    counts = {what: getattr(dims, what) for what in COUNTS}
+    kind = "self" if call.one_stream else "cross"
+    return Found(call.module, layout, names, counts, section, kind, notes, call.placed)
 
 
 def _explain_scores(call: Call, stored: Mapping[str, Tensor], section: str, problem: str) -> Found:
@@ -147,29 +156,17 @@ def _explain_scores(call: Call, stored: Mapping[str, Tensor], section: str, prob
     HeadgramError
         With the problem, if there are none.
     """
-    heads, _, rank = call.query.shape
-    for kv_heads in (count for count in range(heads, 0, -1) if heads % count == 0):
-        dims = Dimensions(heads, kv_heads, rank, call.x.shape[-1], rank, call.x.shape[-1])
+    for dims in _possible(call, call.query.shape[-1], call.x.shape[-1]):
         with suppress(HeadgramError):
             names, _ = _fits("separate", dims, call, stored)
             if set(names) >= set(QK):
-                counts = {"heads": heads, "kv_heads": kv_heads, "rank": rank, "hidden": dims.hidden, "value_rank": rank}
-                counts["output_width"] = dims.hidden
-                found = {role: names[role] for role in QK}
-                return Found(call.module, "separate", found, counts, section, _kind(call), ("writes",), call.placed)
+                return _found(call, "separate", {role: names[role] for role in QK}, dims, section, ("writes",))
     raise HeadgramError(problem)
-
-
-def _kind(call: Call) -> str:
-    return "cross" if call.x.shape != call.y.shape or not torch.equal(call.x, call.y) else "self"
 
 
 def _worst(call: Call, stored: Mapping[str, Tensor], width: int) -> str:
     """The first role that no tensor gives by itself, for a message."""
-    heads, _, rank = call.query.shape
-    dims = Dimensions(heads, heads, rank, call.x.shape[-1], rank, width)
-    for kv_heads in (count for count in range(heads, 0, -1) if heads % count == 0):
-        dims = Dimensions(heads, kv_heads, rank, call.x.shape[-1], rank, width)
+    for dims in _possible(call, call.query.shape[-1], width):
         lacking = [
             part.gives[0]
             for part in LAYOUTS["separate"]
@@ -227,7 +224,4 @@ def _gives(role: str, factor: Float[Tensor, "heads rank width"], call: Call) -> 
 
 def _same(ours: Tensor, theirs: Tensor) -> bool:
     """Whether two are equal up to one positive number."""
-    if ours.shape != theirs.shape:
-        return False
-    scale = float((ours * theirs).sum() / (ours * ours).sum())
-    return scale > 0 and float((ours * scale - theirs).abs().max() / theirs.abs().max()) < _TOLERANCE
+    return relative_to_multiple(ours, theirs) < _TOLERANCE

@@ -15,6 +15,7 @@ import pandas as pd
 import pyarrow as pa
 
 from headgram.forms.variants import Variant
+from headgram.geometry.ratios import cosines
 from headgram.report.columns import columns
 from headgram.report.matrix import Across, Feeding, PairMatrix, read_across, read_feeding, read_matrix
 from headgram.report.names import TABLES
@@ -204,9 +205,7 @@ def _cosines(gram: pd.DataFrame, layers: np.ndarray, heads: int) -> dict[str, np
 
     def normed(name: str, squares: str) -> np.ndarray:
         norms = np.sqrt(table[squares][a == b].clip(0))
-        alive = (norms[a] > 0) & (norms[b] > 0)
-        ratio: np.ndarray = table[name] / np.where(alive, norms[a], np.inf) / np.where(alive, norms[b], np.inf)
-        return ratio.clip(-1, 1)
+        return cosines(table[name], norms[a], norms[b])
 
     return {
         "cosine": table["cosine"],

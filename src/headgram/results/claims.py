@@ -76,9 +76,9 @@ def claim(results: Path, writings: Iterable[Writing]) -> None:
 
 
 def check_own(path: Path) -> None:
-    """Refuse what lies where a run keeps what it knows, unless a run may have written it: no file, or a text that is no JSON.
+    """Refuse what lies where a run keeps what it knows, if no run can have written it: it is no file, or no JSON.
 
-    What is empty, or begins as JSON or with zeros, may be what a crash left, and is written anew.
+    A file that is empty, or begins with zeros, may be what a crash left. It is written anew.
 
     Raises
     ------

@@ -29,7 +29,7 @@ _NOT_SUPPORTED = (errno.EINVAL, errno.ENOTSUP, errno.EBADF)
 def written_whole(path: Path) -> Iterator[IO[bytes]]:
     """Open a temporary file that becomes `path` when the block ends, and vanishes if it fails.
 
-    What was written is on the disk before it gets its name, and the name is before this returns.
+    What was written is on the disk before the file gets its name, and the name is on the disk before this returns.
 
     Raises
     ------
@@ -250,7 +250,7 @@ def _folders_to(path: Path, results: Path) -> list[Path]:
 
 
 def _folders_above(path: Path) -> list[Path]:
-    """What lies above the folder of a file of a run, up to the results folder: the names of new folders are kept there."""
+    """The folders above that of a file, up to the results folder: they hold the names of folders that may be new."""
     results = _results()
     return [folder.parent for folder in reversed(_folders_to(path, results))] if results else []
 

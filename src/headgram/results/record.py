@@ -25,7 +25,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 from headgram.errors import HeadgramError
 from headgram.foreign import first_problem, parse_json, read_bounded
@@ -267,9 +267,8 @@ def read_record(record: Path) -> Record:
             raise ValueError("it is not what was written")
         return Record.model_validate(content)
     except (OSError, ValueError, RecursionError) as error:
-        reason = first_problem(error) if isinstance(error, ValidationError) else str(error)
         raise HeadgramError(
-            f"The provenance record {record} cannot be read ({reason}): run again, which makes it anew."
+            f"The provenance record {record} cannot be read ({first_problem(error)}): run again, which makes it anew."
         ) from None
 
 

@@ -77,17 +77,31 @@ _VALUES_PER_BYTE = 64
 _FEW_VALUES = 2**26
 
 
+_INT, _FLOAT, _SHORT, _TEXT = pa.int32(), pa.float64(), pa.float32(), pa.string()
+
+
 def _schema(*columns: tuple[str, pa.DataType] | pa.Field) -> pa.Schema:
     return pa.schema([each if isinstance(each, pa.Field) else pa.field(*each, nullable=False) for each in columns])
+
+
+def _each(kind: pa.DataType, *names: str) -> list[tuple[str, pa.DataType]]:
+    """Columns of one type."""
+    return [(name, kind) for name in names]
+
+
+def _nullable(*names: str) -> list[pa.Field]:
+    """Columns of numbers that may be null."""
+    return [pa.field(name, pa.float64()) for name in names]
 
 
 def _number(name: str, suffix: str = "") -> pa.Field:
     return pa.field(f"{name}{suffix}", pa.float64(), nullable=name in (*COPYING, *TURNS, *LINEAR))
 
 
-_PLACE = (("circuit", pa.string()), ("stack", pa.string()))
+_PLACE = (("circuit", _TEXT), ("stack", _TEXT))
+_HEAD = (*_PLACE, *_each(_INT, "layer", "head"))
 #: What a form's factors are, `raw` or `folded`, and at which offset of query and key, as the name in `circuit` says it too.
-_FORM = (("norms", pa.string()), ("offset", pa.int32()))
+_FORM = (("norms", _TEXT), ("offset", _INT))
 #: The columns that say which heads a row is about, in which form.
 WHERE = ("circuit", "stack", "norms", "offset")
 
@@ -95,144 +109,138 @@ WHERE = ("circuit", "stack", "norms", "offset")
 HEADS = _schema(
     *_PLACE,
     *_FORM,
-    *((name, pa.int32()) for name in ("layer", "head", "kv_head", "rank", "hidden")),
+    *_each(_INT, "layer", "head", "kv_head", "rank", "hidden"),
     *map(_number, HEAD_NUMBERS),
-    *(pa.field(name, pa.float64()) for name in AT_TIMES),
+    *_nullable(*AT_TIMES),
 )
 SPECTRA = _schema(
     *_PLACE,
     *_FORM,
-    *((name, pa.int32()) for name in ("layer", "head", "index")),
-    ("singular_value", pa.float64()),
-    ("symmetric_eigenvalue", pa.float64()),
-    *(pa.field(name, pa.float64()) for name in ("eigenvalue_real", "eigenvalue_imaginary")),  # null where COPYING is
+    *_each(_INT, "layer", "head", "index"),
+    *_each(_FLOAT, "singular_value", "symmetric_eigenvalue"),
+    *_nullable("eigenvalue_real", "eigenvalue_imaginary"),  # null where COPYING is
 )
 GRAM = _schema(
     *_PLACE,
     *_FORM,
-    *((name, pa.int32()) for name in ("layer_a", "layer_b", "head")),
-    *((name, pa.float64()) for name in ("gram", "cosine", "transposed", "symmetric", "antisymmetric", "z")),
+    *_each(_INT, "layer_a", "layer_b", "head"),
+    *_each(_FLOAT, "gram", "cosine", "transposed", "symmetric", "antisymmetric", "z"),
 )
 PAIRS = _schema(
     *_PLACE,
     *_FORM,
-    *((name, pa.int32()) for name in ("layer_a", "head_a", "layer_b", "head_b")),
+    *_each(_INT, "layer_a", "head_a", "layer_b", "head_b"),
     ("shared", pa.bool_()),
-    *((name, pa.float32()) for name in ("cosine", "transposed")),
+    *_each(_SHORT, "cosine", "transposed"),
 )
 OVERLAP = _schema(
     *_PLACE,
     *_FORM,
-    *((name, pa.int32()) for name in ("layer_a", "layer_b", "head")),
-    *((name, pa.float64()) for name in (*SIDES, "expected")),
+    *_each(_INT, "layer_a", "layer_b", "head"),
+    *_each(_FLOAT, *SIDES, "expected"),
 )
 LAYERS = _schema(
     *_PLACE,
     *_FORM,
-    ("layer", pa.int32()),
+    ("layer", _INT),
     *(_number(name, f"_{label}") for name in SUMMARISED for label in QUARTILES),
-    *((name, pa.float64()) for name in ("cosine_previous", "cosine_next", "cosine_all", *LAYER_SCORES)),
+    *_each(_FLOAT, "cosine_previous", "cosine_next", "cosine_all", *LAYER_SCORES),
 )
 MODELS = _schema(
     *_PLACE,
     *_FORM,
-    *((name, pa.string()) for name in ("architecture", "stored_dtype", "lineage")),
-    pa.field("step", pa.float64()),  # null where the manifest gives none
-    ("labels", pa.string()),
-    *((name, pa.int32()) for name in ("layers", "heads", "kv_heads", "rank", "hidden", "directions")),
+    *_each(_TEXT, "architecture", "stored_dtype", "lineage"),
+    pa.field("step", _FLOAT),  # null where the manifest gives none
+    ("labels", _TEXT),
+    *_each(_INT, "layers", "heads", "kv_heads", "rank", "hidden", "directions"),
     *(_number(name, "_median") for name in (*SUMMARISED, *LAYER_SCORES)),
-    *((name, pa.float64()) for name in ("cosine_adjacent", "cosine_all")),
-    *((f"overlap_{name}", pa.float64()) for name in (*(f"{side}_adjacent" for side in SIDES), "expected")),
+    *_each(_FLOAT, "cosine_adjacent", "cosine_all"),
+    *((f"overlap_{name}", _FLOAT) for name in (*(f"{side}_adjacent" for side in SIDES), "expected")),
     *(pa.field(name, kind) for name, kind in AROUND_MODELS.items()),
 )
 NEIGHBOURS = _schema(
     *_PLACE,
     *_FORM,
-    *((name, pa.int32()) for name in ("layer", "head")),
-    ("measure", pa.string()),
-    *((name, pa.int32()) for name in ("place", "other_layer", "other_head")),
+    *_each(_INT, "layer", "head"),
+    ("measure", _TEXT),
+    *_each(_INT, "place", "other_layer", "other_head"),
     ("same_layer", pa.bool_()),
-    *((name, pa.float64()) for name in ("value", "chance", "deviations")),
+    *_each(_FLOAT, "value", "chance", "deviations"),
 )
 # The column `other`, the earlier of the two models, is the second partition of what follows.
 DRIFT = _schema(
-    *_PLACE,
-    *((name, pa.int32()) for name in ("layer", "head")),
-    *((name, pa.float64()) for name in (*DRIFT_NUMBERS, *SIDES, "expected")),
+    *_HEAD,
+    *_each(_FLOAT, *DRIFT_NUMBERS, *SIDES, "expected"),
 )
 CHANGES = _schema(
     *_PLACE,
-    *((name, pa.int32()) for name in ("layer", "head", "index")),
-    ("singular_value", pa.float64()),
+    *_each(_INT, "layer", "head", "index"),
+    ("singular_value", _FLOAT),
 )
 MATCHES = _schema(
     *_PLACE,
-    ("among", pa.string()),
-    *((name, pa.int32()) for name in ("layer", "head", "other_layer", "other_head")),
-    *((name, pa.float64()) for name in ("cosine", "margin", "chance")),
+    ("among", _TEXT),
+    *_each(_INT, "layer", "head", "other_layer", "other_head"),
+    *_each(_FLOAT, "cosine", "margin", "chance"),
     ("mutual", pa.bool_()),
 )
 ROTARY = _schema(
     *_PLACE,
-    *((name, pa.int32()) for name in ("layer", "head", "offset")),
-    *((name, pa.float64()) for name in ("norm", "cosine", "transposed", "symmetry", "trace", "expected")),
+    *_each(_INT, "layer", "head", "offset"),
+    *_each(_FLOAT, "norm", "cosine", "transposed", "symmetry", "trace", "expected"),
 )
 FREQUENCIES = _schema(
-    *_PLACE,
-    *((name, pa.int32()) for name in ("layer", "head")),
-    pa.field("plane", pa.int32()),  # null, as what follows, of the rows that no rotation touches
-    pa.field("wavelength", pa.float64()),
-    *((name, pa.float64()) for name in ("energy", "share", "expected")),
-    *(pa.field(name, pa.float64()) for name in ("cosine_norm", "sine_norm")),
+    *_HEAD,
+    pa.field("plane", _INT),  # null, as what follows, of the rows that no rotation touches
+    *_nullable("wavelength"),
+    *_each(_FLOAT, "energy", "share", "expected"),
+    *_nullable("cosine_norm", "sine_norm"),
 )
 #: What `heads` takes from the stage `rotary`.
 TURNING = _schema(
-    *_PLACE,
-    *((name, pa.int32()) for name in ("layer", "head")),
-    *(pa.field(name, pa.float64()) for name in AT_TIMES),
+    *_HEAD,
+    *_nullable(*AT_TIMES),
 )
 _COMPOSED = (
-    *((name, pa.string()) for name in ("stack", "kind", "writer")),
-    *((name, pa.int32()) for name in ("layer_a", "head_a", "layer_b", "head_b")),
+    *_each(_TEXT, "stack", "kind", "writer"),
+    *_each(_INT, "layer_a", "head_a", "layer_b", "head_b"),
 )
 COMPOSITION = _schema(
     *_COMPOSED,
-    *((name, pa.float32()) for name in ("score", "times_chance", "z", "acausal")),
-    ("later", pa.int32()),
-    pa.field("averaged", pa.float32()),  # null where positions do not turn what is read, or it is not known how
+    *_each(_SHORT, "score", "times_chance", "z", "acausal"),
+    ("later", _INT),
+    pa.field("averaged", _SHORT),  # null where positions do not turn what is read, or it is not known how
     ("folded", pa.bool_()),
 )
 KERNELS = _schema(
-    ("stack", pa.string()),
-    *(
-        column
-        for side in "ab"
-        for column in ((f"role_{side}", pa.string()), *((f"{n}_{side}", pa.int32()) for n in ("layer", "head")))
-    ),
-    *((name, pa.float32()) for name in ("kernel", "expected", "z")),
+    ("stack", _TEXT),
+    ("role_a", _TEXT),
+    *_each(_INT, "layer_a", "head_a"),
+    ("role_b", _TEXT),
+    *_each(_INT, "layer_b", "head_b"),
+    *_each(_SHORT, "kernel", "expected", "z"),
     ("folded", pa.bool_()),
 )
 CHANNELS = _schema(
     *_COMPOSED,
-    ("place", pa.int32()),
-    ("score", pa.float32()),
-    *((name, pa.float64()) for name in ("first", "effective_rank")),
-    *(pa.field(name, pa.float64()) for name in ("copying", "positive", "departure")),  # null between two streams
+    ("place", _INT),
+    ("score", _SHORT),
+    *_each(_FLOAT, "first", "effective_rank"),
+    *_nullable("copying", "positive", "departure"),  # null between two streams
 )
 TOKENS = _schema(
-    *_PLACE,
-    *((name, pa.int32()) for name in ("layer", "head")),
-    ("side", pa.string()),
-    *((name, pa.int32()) for name in ("direction", "sign", "place", "token")),
-    ("text", pa.string()),
-    *((name, pa.float32()) for name in ("value", "deviations", "chance", "share")),
+    *_HEAD,
+    ("side", _TEXT),
+    *_each(_INT, "direction", "sign", "place", "token"),
+    ("text", _TEXT),
+    *_each(_SHORT, "value", "deviations", "chance", "share"),
     ("folded", pa.bool_()),
 )
 TOKEN_PATHS = _schema(
-    *((name, pa.string()) for name in ("stack", "path")),
-    *(pa.field(name, pa.int32()) for name in ("layer_a", "head_a")),  # null but where one head feeds another
-    *((name, pa.int32()) for name in ("layer", "head")),
-    *((name, pa.float64()) for name in COPYING),
+    *_each(_TEXT, "stack", "path"),
+    *(pa.field(name, _INT) for name in ("layer_a", "head_a")),  # null but where one head feeds another
+    *_each(_INT, "layer", "head"),
+    *_each(_FLOAT, *COPYING),
     ("folded", pa.bool_()),
 )
 #: Every table of the atlas, by name.
@@ -259,7 +267,7 @@ TABLES = {
 
 
 def labelled(table: pa.Table, schema: pa.Schema, **labels: str | int) -> pa.Table:
-    """Rows that have some texts or numbers in common, with a column for each, as a schema has them."""
+    """Rows with some texts or numbers in common, each of which becomes a column; with the columns of a schema, in its order."""
     rows = pa.array(np.zeros(len(table), dtype=np.int32))
     for name, value in labels.items():
         table = table.append_column(name, pa.array([value]).take(rows))
@@ -343,6 +351,21 @@ def _may_hold(group: pq.RowGroupMetaData, labels: Mapping[str, str]) -> bool:
     columns = {(column := group.column(i)).path_in_schema: column.statistics for i in range(group.num_columns)}
     known = {name: columns[name] for name in labels if columns[name] is not None and columns[name].has_min_max}
     return all(each.min <= labels[name] <= each.max for name, each in known.items())
+
+
+def square(gram: pa.Table, column: str, layers: np.ndarray, heads: int) -> np.ndarray:
+    """A column of a stack's rows of the table `gram` as (L, L, H), both triangles.
+
+    Parameters
+    ----------
+    layers : (L,)
+        True indices, ascending.
+    """
+    values = np.zeros((len(layers), len(layers), heads))
+    a, b = (np.searchsorted(layers, gram[name].to_numpy()) for name in ("layer_a", "layer_b"))
+    head = gram["head"].to_numpy()
+    values[a, b, head] = values[b, a, head] = gram[column].to_numpy()
+    return values
 
 
 def pair_indices(pairs: pa.Table, layers: np.ndarray, heads: int) -> tuple[np.ndarray, np.ndarray]:

@@ -35,6 +35,7 @@ from headgram.results.tables import (
     pair_indices,
     read_parts,
     read_table,
+    square,
     write_table,
 )
 
@@ -140,7 +141,7 @@ def _stack(place: Place, heads: pa.Table, gram: pa.Table, merged: Merged, shards
         },
         numbers={column: _by_layer(heads, column, count) for column in SUMMARISED},
         layer_scores={column: _by_layer(measured, column, count)[:, 0] for column in LAYER_SCORES},
-        cosine=_square(gram, "cosine", layers, per_layer),
+        cosine=square(gram, "cosine", layers, per_layer),
         overlap={side: _overlaps(merged.directions, place, side, device) for side in SIDES},
         neighbours=dict(_neighbours(merged, place, layers, per_layer, device)),
     )
@@ -171,15 +172,6 @@ def _by_layer(table: pa.Table, column: str, layers: int) -> np.ndarray:
     """A column of heads, which lie layer by layer, as (L, H)."""
     values: np.ndarray = table[column].to_numpy().reshape(layers, -1)
     return values
-
-
-def _square(gram: pa.Table, column: str, layers: np.ndarray, heads: int) -> np.ndarray:
-    """A column of the Gram table as (L, L, H), both triangles."""
-    square = np.zeros((len(layers), len(layers), heads))
-    a, b = (np.searchsorted(layers, gram[name].to_numpy()) for name in ("layer_a", "layer_b"))
-    head = gram["head"].to_numpy()
-    square[a, b, head] = square[b, a, head] = gram[column].to_numpy()
-    return square
 
 
 def _overlaps(path: Path, place: Place, side: str, device: str) -> np.ndarray:
@@ -276,13 +268,9 @@ def _models_table(stack: _Stack, facts: Mapping[str, Any], frames: Frames | None
 
 
 def _table(stack: _Stack, columns: Mapping[str, Any], schema: pa.Schema) -> pa.Table:
-    columns = {name: _known(values) if schema.field(name).nullable else values for name, values in columns.items()}
-    return at_place(stack.place, pa.table(columns), schema)
-
-
-def _known(values: Any) -> pa.Array:
-    """Values of which NaN is none."""
-    return pa.array(values, from_pandas=True)
+    """Columns as a schema has them: NaN is null where it allows that."""
+    nullable = {name: pa.array(columns[name], from_pandas=True) for name in columns if schema.field(name).nullable}
+    return at_place(stack.place, pa.table({**columns, **nullable}), schema)
 
 
 def _expected_overlap(stack: _Stack) -> float:
@@ -290,18 +278,18 @@ def _expected_overlap(stack: _Stack) -> float:
     return stack.facts["directions"] / stack.facts["hidden"]
 
 
-def _adjacent(square: np.ndarray) -> np.ndarray:
+def _adjacent(values: np.ndarray) -> np.ndarray:
     """Values of each layer and the next, (L - 1, H)."""
-    first = np.arange(len(square) - 1)
-    values: np.ndarray = square[first, first + 1]
-    return values
+    first = np.arange(len(values) - 1)
+    adjacent: np.ndarray = values[first, first + 1]
+    return adjacent
 
 
-def _to_others(square: np.ndarray) -> np.ndarray:
+def _to_others(values: np.ndarray) -> np.ndarray:
     """The mean over heads and all other layers, (L,)."""
-    others = ~np.eye(len(square), dtype=bool)
-    values: np.ndarray = square.mean(-1)[others].reshape(len(square), -1).mean(1)
-    return values
+    others = ~np.eye(len(values), dtype=bool)
+    means: np.ndarray = values.mean(-1)[others].reshape(len(values), -1).mean(1)
+    return means
 
 
 def _median(values: np.ndarray) -> float:

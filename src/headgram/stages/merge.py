@@ -30,6 +30,7 @@ from headgram.results.tables import (
     of_place,
     read_parts,
     read_table,
+    square,
     write_table,
 )
 
@@ -263,17 +264,12 @@ def _public(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 def _write_seed(path: Path, model: str, shards: pa.Table, rows: pa.Table, directions: Mapping[str, torch.Tensor]) -> None:
     eig_dirs = directions["original_eig_dirs"]
     layers, heads = eig_dirs.shape[:2]
-    _, positions = _by_layer(shards, shards["fro_sq"].to_numpy())
-    gram = np.zeros((layers, layers, heads))
-    a, b = (positions[rows[name].to_numpy()] for name in ("layer_a", "layer_b"))
-    head = rows["head"].to_numpy()
-    gram[a, b, head] = gram[b, a, head] = rows["gram"].to_numpy()
     eigenvalues = torch.from_numpy(_matrix(shards, "symmetric_eigenvalues").copy())
     write_seed_files(
         path,
         model,
         head_dim=int(shards["rank"][0].as_py()),
-        gram=torch.from_numpy(gram),
+        gram=torch.from_numpy(square(rows, "gram", np.unique(shards["layer"]), heads)),
         fro_sq=directions["original_fro_sq"],
         eig_dirs=eig_dirs,
         symmetric_eigenvalues=eigenvalues.reshape(layers, heads, -1),

@@ -118,8 +118,10 @@ def _tile_flops(stack: LockedStack, rank: int, layers: int, all_pairs: bool) -> 
 
 
 def composition_flops(qk: HeadsPlan, ov: HeadsPlan) -> float:
-    """Operations of all compositions of a stack, every head with every head: three kinds, two of them over offsets too; and of
-    all kernels of spans, which are no more than twice the heads."""
+    """Operations of all compositions of a stack, and of all its kernels of spans.
+
+    Every head is composed with every head: by queries, keys and values, by the first two also in the mean over offsets.
+    """
     count = len(qk.stack.layers) * qk.stack.heads
     both = (count, count)
     of_kinds = [

@@ -51,11 +51,11 @@ def misfits(rows: Iterable[Row], entries: Mapping[str, LockedModel], basis: str 
             continue
         model = first.setdefault(row.labels.lineage, row)
         shapes = [_shape(entries[each.name]) for each in (model, row)]
+        apart = f"has stacks {', '.join(shapes[1])}, but {model.name} has {', '.join(shapes[0])}"
         if basis == "tokens":
-            common = shapes[0].keys() & shapes[1].keys()
-            what = "" if common else f"has stacks {', '.join(shapes[1])}, but {model.name} has {', '.join(shapes[0])}"
+            what = "" if shapes[0].keys() & shapes[1].keys() else apart
         elif shapes[0].keys() != shapes[1].keys():
-            what = f"has stacks {', '.join(shapes[1])}, but {model.name} has {', '.join(shapes[0])}"
+            what = apart
         else:
             differences = (
                 f"has {name} {ours[name]} in stack {stack}, but {model.name} has {theirs[name]}"

@@ -14,7 +14,7 @@ from pathlib import Path, PurePosixPath
 from typing import Annotated, Any, Self
 
 import filelock
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from headgram.checkpoints.bases import AnyLocation, locate_here
 from headgram.checkpoints.sources import HUB_DIGEST
@@ -212,8 +212,8 @@ def read_lock(path: Path) -> Lock:
     except FileNotFoundError:
         return Lock()
     except (ValueError, OSError, RecursionError) as error:
-        reason = first_problem(error) if isinstance(error, ValidationError) else str(error)
-        raise HeadgramError(f"The lock {path} cannot be read ({reason}): delete it, and the next run makes it anew.") from None
+        what = f"The lock {path} cannot be read ({first_problem(error)})"
+        raise HeadgramError(f"{what}: delete it, and the next run makes it anew.") from None
 
 
 def write_lock(path: Path, entries: dict[str, LockedModel]) -> None:

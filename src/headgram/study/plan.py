@@ -28,8 +28,6 @@ from headgram.study.options import Config
 #: The stage that compares two models of a lineage, by what they share.
 PAIR_STAGES = {"residual": "lineage", "tokens": "token_space"}
 
-Keys = tuple[str, ...]
-
 
 @dataclass(frozen=True)
 class ModelPlan:
@@ -247,6 +245,7 @@ def stage_config(stage: str, config: Config, circuit: str = "qk") -> str:
         "merge": {"export": config.export, "original": config.original},
         "rotary": {"export": config.export},
         "derive": {"export": config.export},
+        "render": {},
     }
     return canonical({name: section.model_dump(mode="json", exclude={"norm"}) for name, section in sections[stage].items()})
 
@@ -265,47 +264,36 @@ def _identities(
     code = {stage: code_digest(stage, scripts / f"{stage}.py") for stage in stages}
     find = family_of_gguf if entry.format == "gguf" and "model_type" not in entry.overrides else family_of
     family = entry.family.model_dump_json() if entry.family else family_text(find(entry.architecture).name)
-    reads_weights = digest(code["extract"], family)
     found: dict[tuple[str, str], Identity] = {}
+
+    def keys(stage: str, forms: Sequence[str] = ("",)) -> list[str]:
+        """The keys of a stage, of those forms of which it is there."""
+        return [found[stage, form].key for form in forms if (stage, form) in found]
+
+    def add(stage: str, upstream: Sequence[str], *told: str, form: str = "", fingerprint: str = entry.fingerprint) -> None:
+        """Add a stage that reads artifacts of these keys, and whose jobs are told more than their options."""
+        options, works = stage_config(stage, config, form or "qk"), digest(code[stage], *told) if told else code[stage]
+        found[stage, form] = Identity(stage, options, fingerprint, works, tuple(upstream))
+
     if entry.pins_around:
-        code_around = digest(code["around"], family, entry.around_fingerprint())
-        found["around", ""] = Identity("around", stage_config("around", config), entry.fingerprint, code_around)
+        add("around", [], family, entry.around_fingerprint())
+    around = keys("around")
     for circuit in circuits:
-        options, fingerprint = stage_config("extract", config), entry.fingerprint_of(circuit)
-        found["extract", circuit] = Identity("extract", options, fingerprint, reads_weights)
-    around: Keys = (found["around", ""].key,) if entry.pins_around else ()
-    upstream: Keys
+        add("extract", [], family, form=circuit, fingerprint=entry.fingerprint_of(circuit))
     for name in names:
         circuit = Variant.of(name).circuit
-        fingerprint, upstream = entry.fingerprint_of(circuit), (found["extract", circuit].key,)
         made = name != circuit  # of what is extracted, as a job reads it
-        upstream = upstream + around if made else upstream
+        upstream = keys("extract", [circuit]) + (around if made else [])
         for stage in ("eigen", "gram"):
-            works = digest(code[stage], name) if made else code[stage]
-            found[stage, name] = Identity(stage, stage_config(stage, config, name), fingerprint, works, upstream)
-    turned: Keys = ()
+            add(stage, upstream, *([name] if made else []), form=name, fingerprint=entry.fingerprint_of(circuit))
     if entry.pins_around and "qk" in circuits:
-        upstream = (found["extract", "qk"].key, *around)
-        options = stage_config("rotary", config)
-        found["rotary", ""] = Identity("rotary", options, entry.fingerprint, code["rotary"], upstream)
-        turned = (found["rotary", ""].key,)
-    measured = {stage: tuple(found[stage, name].key for name in names) for stage in ("eigen", "gram")}
-    upstream = measured["eigen"] + measured["gram"] + turned
-    merge = Identity("merge", stage_config("merge", config), entry.fingerprint, code["merge"], upstream)
-    writes_labels = digest(code["derive"], canonical(asdict(labels)))
-    upstream = (merge.key, *measured["eigen"], *around)
-    derive = Identity("derive", stage_config("derive", config), entry.fingerprint, writes_labels, upstream)
-    found |= {("merge", ""): merge, ("derive", ""): derive}
+        add("rotary", keys("extract", ["qk"]) + around)
+    add("merge", keys("eigen", names) + keys("gram", names) + keys("rotary"))
+    add("derive", keys("merge") + keys("eigen", names) + around, canonical(asdict(labels)))
     if composed:
-        upstream = (*(found["extract", circuit].key for circuit in ("qk", "ov")), *around)
-        options = stage_config("composition", config)
-        found["composition", ""] = Identity("composition", options, entry.fingerprint, code["composition"], upstream)
+        add("composition", keys("extract", ["qk", "ov"]) + around)
     if config.tokens.enabled:  # embeddings are in no fingerprint: that their files are the locked ones must do
-        reads_files = digest(code["tokens"], canonical([file.model_dump(mode="json") for file in entry.files]))
-        upstream = (merge.key, *(found["extract", circuit].key for circuit in circuits), *around)
-        upstream += (found["composition", ""].key,) if composed else ()
-        found["tokens", ""] = Identity("tokens", stage_config("tokens", config), entry.fingerprint, reads_files, upstream)
-    drawn = [found.get((stage, "")) for stage in ("merge", "derive", *RENDERED)]
-    upstream = tuple(each.key for each in drawn if each)
-    found["render", ""] = Identity("render", canonical({}), entry.fingerprint, code["render"], upstream)
+        files = canonical([file.model_dump(mode="json") for file in entry.files])
+        add("tokens", keys("merge") + keys("extract", circuits) + around + keys("composition"), files)
+    add("render", [key for stage in ("merge", "derive", *RENDERED) for key in keys(stage)])
     return found
