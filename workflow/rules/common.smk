@@ -6,6 +6,7 @@ import tempfile
 from pathlib import Path
 
 from snakemake.exceptions import WorkflowError
+from snakemake.settings.types import DeploymentMethod
 
 from headgram.results.record import canonical, has_key, is_fresh
 from headgram.results.asked import check_asked_for
@@ -38,7 +39,8 @@ with headgram_errors():
         given=config,
         scripts=RULES.parent / "scripts",
         is_job=workflow.remote_exec,
-        in_environments=bool(workflow.deployment_settings.deployment_method),
+        in_environments=DeploymentMethod.CONDA
+        in workflow.deployment_settings.deployment_method,
     )
 
 PLAN = RUN.plan
