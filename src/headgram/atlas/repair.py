@@ -13,7 +13,7 @@ from headgram.atlas.verify import Finding
 from headgram.errors import HeadgramError
 from headgram.results.claims import Claims, Writing, claim, claimed, is_as_written, is_ours
 from headgram.results.files import is_folder, link_on_the_way, remove_temporaries, write_text
-from headgram.results.record import FileSum, read_record
+from headgram.results.record import FileSum, files_of
 
 
 def repair(results: Path, findings: Iterable[Finding], keys: Mapping[str, str]) -> list[Finding]:
@@ -85,10 +85,7 @@ def _make_stale(record: Path, results: Path) -> bool:
 
 def _named_by(record: Path, results: Path) -> dict[Path, FileSum]:
     """The data files of a record that lie in the results folder, and not beyond a link; none if it cannot be read."""
-    try:
-        names = read_record(record).files
-    except HeadgramError:
-        return {}
+    names = files_of(record) or {}
     files = {results / os.path.relpath(record.parent / name, results): written for name, written in names.items()}
     return {
         file: written

@@ -27,7 +27,7 @@ from headgram.results.files import (
     remove_temporaries,
     write_text,
 )
-from headgram.results.record import FileSum, read_record
+from headgram.results.record import files_of
 
 #: In the results folder.
 NAME = ".claims.json"
@@ -154,8 +154,10 @@ def _remove(path: Path, results: Path, size: int, blake2b: str) -> None:
     inside = not _name(path, results).startswith(os.pardir)
     if not inside or link_on_the_way(path, results) or not is_as_written(path, size, blake2b):
         return
-    for name, file in _files_of(path).items():
-        _remove(path.parent / name, results, file.bytes, file.blake2b)
+    named = (files_of(path) or {}) if path.suffix == ".json" else {}
+    for name, file in named.items():
+        if not name.endswith(".json"):
+            _remove(path.parent / name, results, file.bytes, file.blake2b)
     path.unlink()
 
 
@@ -166,25 +168,15 @@ def is_as_written(path: Path, size: int, blake2b: str) -> bool:
     return False
 
 
-def _files_of(path: Path) -> dict[str, FileSum]:
-    """The data files that a record names, by their paths from its folder; none if it is no record."""
-    try:
-        files = read_record(path).files if path.suffix == ".json" else {}
-    except HeadgramError:
-        return {}
-    return {name: file for name, file in files.items() if not name.endswith(".json")}
-
-
 def _known_by_record(results: Path, writing: Writing) -> Claims:
     """What the record of an artifact, as it is now, makes headgram's: its files, itself, and its job's log."""
-    try:
-        content = read_record(writing.record)
-    except HeadgramError:
+    files = files_of(writing.record)
+    if files is None:
         return {}
     logs = [path for path in writing.files if path.suffix == ".log"]
     claims: Claims = {_name(path, results): None for path in (writing.record, *logs)}
     record = _name(writing.record, results)
-    for name, entry in content.files.items():
+    for name, entry in files.items():
         place = _name(writing.record.parent / name, results)
         if _is_inside(place):  # whoever made the record, it speaks of results only
             claims[place] = [record, entry.bytes, entry.blake2b]
@@ -193,10 +185,8 @@ def _known_by_record(results: Path, writing: Writing) -> Claims:
 
 def _named(record: Path, results: Path) -> set[str] | None:
     """The files that a record names now; None if it cannot be read."""
-    try:
-        return {_name(record.parent / name, results) for name in read_record(record).files}
-    except HeadgramError:
-        return None
+    files = files_of(record)
+    return None if files is None else {_name(record.parent / name, results) for name in files}
 
 
 def _name(path: Path, results: Path) -> str:

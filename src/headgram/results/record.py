@@ -272,6 +272,13 @@ def read_record(record: Path) -> Record:
         ) from None
 
 
+def files_of(record: Path) -> dict[str, FileSum] | None:
+    """What a record says of its data files, by their paths from its folder; None if it cannot be read."""
+    with contextlib.suppress(HeadgramError):
+        return read_record(record).files
+    return None
+
+
 def check(record: Path, key: str, reads: Collection[Path] | None = None) -> Record:
     """Verify an artifact before its data are read: its key, and the checksum of every file, or of those that are read.
 
