@@ -2,6 +2,8 @@
 
 import functools
 import time
+from collections import Counter
+from itertools import combinations_with_replacement, product
 from pathlib import Path
 
 import pytest
@@ -171,12 +173,33 @@ def test_all_pairs_of_thousands_of_heads_are_cut_into_jobs_within_the_budget(nam
     assert work.distinct == len(heads.stack.layers) * (heads.stack.heads + heads.stack.kv_heads) * rank * width * 2
 
 
-@pytest.mark.parametrize("count", ["heads", "kv_heads", "rank", "hidden"])
+@pytest.mark.parametrize("count", range(1, 12))
+@pytest.mark.parametrize("size", range(1, 5))
+def test_runs_and_their_pairs_are_counted_by_their_lengths(count, size):
+    cut = [range(start, min(start + size, count)) for start in range(0, count, size)]
+    assert prices.runs(count, size) == Counter(map(len, cut))
+    met = Counter((len(one), len(other), one == other) for one, other in combinations_with_replacement(cut, 2))
+    assert prices.pairs_of(prices.runs(count, size)) == met  # the last run alone is shorter, and never the first of two
+
+
+@pytest.mark.parametrize("most", range(1, 14))
+def test_blocks_are_counted_by_their_heads(monkeypatch, most):
+    monkeypatch.setattr(prices, "BLOCK_BYTES", most * 4 * 8 * 16)
+    for layers, heads in product(range(1, 6), range(1, 6)):
+        found = Counter(len(some) * len(each) for some, each in prices.blocks(range(layers), heads, 8, 16))
+        assert prices.block_sizes(layers, heads, 8, 16) == found
+
+
+@pytest.mark.parametrize("count", ["layers", "heads", "kv_heads", "rank", "hidden"])
 def test_the_largest_counts_that_a_lock_may_state_take_no_time(count):
     """`headgram plan --cost` on a lock that somebody edited."""
-    shape = SMALL | {count: 2**24} | ({"heads": 2**24} if count == "kv_heads" else {})
+    most = 10_000 if count == "layers" else 2**24
+    shape = SMALL | {count: most} | ({"heads": most} if count == "kv_heads" else {})
+    plan = planned(shape, ("qk", "ov"), gram={"pairs": "same"}, composition={"enabled": True})
     began = time.process_time()
-    assert costs(planned(shape, gram={"pairs": "same"}))["gram"].flops["bfloat16"] > 0
+    work = costs(plan)
+    assert work["gram"].flops["bfloat16"] > 0
+    assert work["composition"].flops["float32"] > 0
     assert time.process_time() - began < 10
 
 

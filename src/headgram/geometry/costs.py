@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -121,3 +122,28 @@ def blocks(layers: Sequence[int], heads: int, rank: int, width: int) -> list[Blo
         return [(layers[start : start + step], range(heads)) for start in range(0, len(layers), step)]
     some = [range(start, min(start + most, heads)) for start in range(0, heads, most)]
     return [([layer], each) for layer in layers for each in some]
+
+
+def block_sizes(layers: int, heads: int, rank: int, width: int) -> Counter[int]:
+    """How many of `blocks` have each number of heads."""
+    most = max(1, BLOCK_BYTES // (4 * rank * width))
+    if most >= heads:
+        return Counter({count * heads: times for count, times in runs(layers, most // heads).items()})
+    return Counter({count: layers * times for count, times in runs(heads, most).items()})
+
+
+def runs(count: int, size: int) -> Counter[int]:
+    """How many runs of each length a count is cut into: all of one size, but for what is left at the end."""
+    whole, rest = divmod(count, size)
+    return Counter({length: times for length, times in ((size, whole), (rest, 1)) if length * times})
+
+
+def pairs_of(lengths: Counter[int]) -> Counter[tuple[int, int, bool]]:
+    """How often two runs of each two lengths meet, where every run meets itself and each other once; and whether it is itself."""
+    kinds, met = list(lengths.items()), Counter[tuple[int, int, bool]]()
+    for i, (one, times) in enumerate(kinds):
+        met[one, one, True] = times
+        met[one, one, False] = times * (times - 1) // 2
+        for other, more in kinds[i + 1 :]:
+            met[one, other, False] = times * more
+    return +met

@@ -20,9 +20,12 @@ from headgram.geometry.costs import (
     TENSOR_CORES,
     Route,
     Sizes,
+    block_sizes,
     blocks,
     cheapest,
     flops,
+    pairs_of,
+    runs,
     spectra_flops,
     traffic,
 )
@@ -265,7 +268,10 @@ def _composition(model: ModelPlan, name: str, config: Config) -> Work:
         folded = _folds(reading.stack, circuit) and _folds(writing.stack, "ov")
         sides = 1 + (circuit == "qk" and turns(reading))
         work.add(_ends(reading, config, folded, sides))
-        readers, writers = (Counter(_heads_of_blocks(each)) for each in (reading, writing))
+        readers, writers = (
+            block_sizes(len(each.stack.layers), each.stack.heads, each.locked.rank, each.stack.hidden)
+            for each in (reading, writing)
+        )
         formed = readers.total() if writers.total() > 1 else int(writing.stack.name not in writings)
         writings.add(writing.stack.name)
         work.add(_ends(writing, config, folded), times=formed)
@@ -279,11 +285,6 @@ def _composition(model: ModelPlan, name: str, config: Config) -> Work:
         work.copied += pairs * 2.0 * (rank + writing.locked.rank) * width * stored
     work.add(_kernels(plans, config))
     return work
-
-
-def _heads_of_blocks(plan: HeadsPlan) -> Iterator[int]:
-    for layers, heads in blocks(plan.stack.layers, plan.stack.heads, plan.locked.rank, plan.stack.hidden):
-        yield len(layers) * len(heads)
 
 
 def _ends(plan: HeadsPlan, config: Config, folded: bool, sides: int = 1) -> Work:
@@ -306,18 +307,18 @@ def _kernels(plans: dict[str, HeadsPlan], config: Config) -> Work:
     work = Work()
     for spans in roles:
         most = max(1, BLOCK_BYTES // (4 * spans * rank * stack.hidden))
-        runs = [min(most, len(stack.layers) - start) for start in range(0, len(stack.layers), most)]
-        pairs = list(itertools.combinations_with_replacement(range(len(runs)), 2))
-        read = len(runs) if len(runs) <= KEPT_SPANS else len(pairs)  # a block that is not kept is read again
-        factors = spans * len(stack.layers) * read / len(runs)
+        cut = runs(len(stack.layers), most)
+        met = pairs_of(cut)
+        read = cut.total() if cut.total() <= KEPT_SPANS else met.total()  # a block that is not kept is read again
+        factors = spans * len(stack.layers) * read / cut.total()
         stored = 4 if folded else stored_bytes(plans["qk"].locked, config)
         work.copied += factors * rank * stack.hidden * stored
         work.flops["float64"] += 3.0 * factors * rank**2 * stack.hidden
         work.memory += _PASSES_OF_ENDS * 8.0 * factors * rank * stack.hidden
-        for one, other in pairs:
-            heads = spans * runs[one], spans * runs[other]
-            sizes = Sizes(heads, heads, heads, (rank, rank), stack.hidden, same=one == other, symmetric=True)
-            work.add(_between(sizes))
+        for (one, other, same), times in met.items():
+            heads = spans * one, spans * other
+            sizes = Sizes(heads, heads, heads, (rank, rank), stack.hidden, same=same, symmetric=True)
+            work.add(_between(sizes), times=times)
     return work
 
 
