@@ -285,7 +285,7 @@ def _call_the_interpreter_by_name() -> None:
 
 
 def _require_bash() -> None:
-    """Snakemake tells a Bash script its job in arrays with names (`workflow/scripts/job.sh`), which the Bash of macOS does not know."""
+    """Snakemake tells `workflow/scripts/job.sh` its job in arrays with names, which the Bash of macOS does not know."""
     told = ["bash", "-c", "declare -A job=([name]=value)"]
     if subprocess.run(told, stderr=subprocess.DEVNULL).returncode:
         raise HeadgramError("Jobs are started by Bash 4 or newer, and `bash` is an older one here: put a newer one on the PATH.")
