@@ -16,15 +16,18 @@ from headgram.forms.reading import Frame, Frames, Norm, Rotary
 from headgram.geometry import costs as prices
 from headgram.geometry import inner, routes
 from headgram.results.around import write_around
-from headgram.results.factors import write_factors
+from headgram.results.factors import FactorFiles, write_factors
 from headgram.results.record import Identity, Provenance, record_of, seal
+from headgram.results.tables import SIDES
 from headgram.stages.composition import Composed, compose
 from headgram.stages.eigen import measure_shard
 from headgram.stages.gram import measure_row
+from headgram.stages.lineage import Measured, measure
 from headgram.stages.rotary import Turned, measure_rotary
 from headgram.stages.sources import Sources
 from headgram.study.cost import GPUS, costs, table
 from headgram.study.lock import lock_path, write_lock
+from headgram.study.manifest import Labels
 from headgram.study.options import load_config
 from headgram.study.plan import make_plan
 from stand_in import StandIn
@@ -120,6 +123,31 @@ def test_compositions_and_turns_are_what_the_plan_says(tmp_path, monkeypatch, bl
         assert device.flops[torch.float64, torch.float64] == pytest.approx(work["rotary"].flops["float64"])
 
 
+@pytest.mark.parametrize("block", [2**30, 2 * 6 * 4 * 8 * 512, 4 * 4 * 8 * 512], ids=["one", "two layers", "four heads"])
+@pytest.mark.parametrize("pairs", ["all", "same"])
+def test_comparisons_of_two_models_are_what_the_plan_says(tmp_path, monkeypatch, pairs, block):
+    monkeypatch.setattr(prices, "BLOCK_BYTES", block)
+    for module in (routes, inner):
+        monkeypatch.setattr(module, "longest_sum", lambda _: 2**14)  # not measured
+    work = costs(lineage_of(SMALL, {"circuits": ["qk"], "gram": {"pairs": pairs}}))["lineage"]
+    extract, sides = Identity("extract", "{}", "f", "c"), []
+    for step in range(2):
+        path = tmp_path / f"{step}.pt"
+        chance = torch.Generator().manual_seed(step)
+        q, k = (torch.randn(4, n, 8, 512, generator=chance).bfloat16() for n in (6, 3))
+        write_factors(path, range(4), {"query": q, "key": k})
+        seal(record_of(path), Provenance(extract, "m", "self", "qk"), [path])
+        layer = {side: torch.linalg.qr(torch.randn(6, 512, 4, generator=chance))[0].mT for side in SIDES}
+        sides.append(Measured(FactorFiles([path], extract.key, "qk"), [layer] * 4))
+
+    with StandIn() as device:
+        measure(("qk", "self"), *sides, pairs == "all", "cuda")
+        assert work.jobs == 1
+        assert device.bytes_in == pytest.approx(work.copied, rel=0.03)  # and the maps from heads to factors
+        assert device.flops[torch.bfloat16, torch.float32] == pytest.approx(work.flops["bfloat16"], rel=0.25)
+        assert 0.1 < device.flops[torch.float64, torch.float64] / work.flops["float64"] < 1  # without what is factored
+
+
 @functools.cache
 def counted(name, pairs, budget, circuits=("qk",)):
     """The plan of a shape, and its costs, which take seconds to count for a hundred thousand pairs of blocks."""
@@ -150,6 +178,18 @@ def test_a_part_more_doubles_what_is_counted():
 )
 def test_the_documentation_says_what_is_counted(name, pairs):
     assert table(counted(name, pairs, "2 GiB", ("qk", "ov"))[1]) in (ROOT / "docs" / "scaling.md").read_text()
+
+
+def test_the_documentation_says_what_a_lineage_costs():
+    found = costs(lineage_of(SHAPES["Qwen3-4B"], {}))
+    assert table({"lineage": found["lineage"]}) in (ROOT / "docs" / "scaling.md").read_text()
+
+
+def lineage_of(shape, options):
+    """The plan of two models of one training."""
+    entries = {name: locked_llama(**shape) for name in ("old", "new")}
+    labels = {name: Labels("training", step) for step, name in enumerate(entries)}
+    return make_plan(entries, load_config(options), ROOT / "workflow" / "scripts", labels)
 
 
 @pytest.mark.parametrize(("name", "count", "budget"), [("Llama-3.1-70B", 5120, "512 MiB"), ("Llama-3.1-405B", 16128, "2 GiB")])

@@ -37,7 +37,7 @@ from headgram.study.options import Config
 from headgram.study.plan import ModelPlan, Plan
 
 #: The stages that compute on a GPU, where there is one, with the options as they are delivered.
-STAGES = ("eigen", "gram", "rotary", "derive", "composition")
+STAGES = ("eigen", "gram", "rotary", "derive", "composition", "lineage")
 #: How often the weights of a batch go through memory while its spectra are measured: products, triangles, directions, checks.
 _PASSES = 8
 #: The same while the forms of their products are made.
@@ -48,6 +48,8 @@ _LONGEST = 4096
 _GRAMS, _OFFSETS = 4, 24
 #: What it takes to look at one pair of heads closely: QR; an SVD and eigenvalues.
 _QR, _SMALL = 8, 60
+#: The same of how a factor changed, three QR factorisations and two products, and of how a form did, of up to twice its rank.
+_CHANGED_FACTOR, _CHANGED_FORM = 22, 160
 
 
 @dataclass(frozen=True)
@@ -135,6 +137,12 @@ def costs(plan: Plan) -> dict[str, Work]:
             found["eigen"].add(_eigen(heads, plan.config, plan.config.original.enabled and circuit == "qk"))
             found["gram"].add(_gram(heads, plan.config))
             found["derive"].add(_derive(heads, plan.config.eigen.topk))
+    for pair in plan.pairs:
+        found["lineage"].jobs += 1
+        if plan.config.lineage.basis != "tokens":  # how many there are is not known before embeddings are read
+            for place in plan.pair_places(pair):
+                new, old = (plan.models[name].heads[place] for name in pair)
+                found["lineage"].add(_lineage(new, old, plan.config))
     return found
 
 
@@ -157,21 +165,28 @@ def _eigen(plan: HeadsPlan, config: Config, original: bool) -> Work:
 
 def _gram(plan: HeadsPlan, config: Config) -> Work:
     work = Work(len(plan.tiles), distinct=float(len(plan.stack.layers) * _layer_bytes(plan, config)))
-    met = Counter[tuple[Sizes, int]]()
+    met = Counter[Sizes]()
     for name in plan.rows:
         for sizes, copied, count in (_block_pairs if plan.all_pairs else _layer_pairs)(plan, name):
-            met[sizes, copied] += count
-    stored = stored_bytes(plan.locked, config)
-    weights = "float64" if stored == 8 else "bfloat16" if plan.locked.dtype == "BF16" and stored == 2 else "float32"
+            met[sizes] += count
+            work.copied += count * copied * stored_bytes(plan.locked, config)
+    work.add(_inner(met, [plan], config))
+    return work
+
+
+def _inner(met: Counter[Sizes], plans: Sequence[HeadsPlan], config: Config) -> Work:
+    """Inner products of blocks of heads of some plans, so many of each sizes."""
+    work, stored = Work(), max(stored_bytes(plan.locked, config) for plan in plans)
+    halves = all(plan.locked.dtype == "BF16" and stored_bytes(plan.locked, config) == 2 for plan in plans)
+    weights = "float64" if stored == 8 else "bfloat16" if halves else "float32"
     longest = _LONGEST if weights == "bfloat16" else GPU.longest
-    for (sizes, copied), count in met.items():
+    for sizes, count in met.items():
         route = cheapest(sizes, TENSOR_CORES if weights == "bfloat16" else GPU)
         for kind, operations in _by_precision(route, sizes, weights):
             work.flops[kind] += count * operations
         if not sizes.same:  # of other blocks, the norms of both sides, which say what is accurate
             work.flops[weights] += count * 2.0 * (sum(sizes.left) + sum(sizes.right)) * sizes.rank[0] ** 2 * sizes.width
         work.memory += count * traffic(route, sizes, longest) * (2 if weights == "float64" else 1)
-        work.copied += count * copied * stored
     return work
 
 
@@ -188,14 +203,8 @@ def _block_pairs(plan: HeadsPlan, row: str) -> Iterator[tuple[Sizes, int, int]]:
     """Blocks of heads that are multiplied with one another, how many numbers are copied to a GPU for that, and how often."""
     stack, rank = plan.stack, plan.locked.rank
     own, *_ = tiles = plan.row(row)
-
-    def sides(layers: Layers) -> list[tuple[int, int]]:
-        """Heads of each block, and the shared factors that they read."""
-        cut = blocks(layers, stack.heads, rank, stack.hidden)
-        return [(len(some) * len(heads), len(some) * _shared(plan, heads)) for some, heads in cut]
-
     for tile in tiles:
-        same, xs, ys = tile == own, sides(own), sides(tile)
+        same, xs, ys = tile == own, _sides(plan, own), _sides(plan, tile)
         for i, x in enumerate(xs):
             for j in range(i if same else 0, len(ys)):
                 itself = same and i == j
@@ -203,6 +212,12 @@ def _block_pairs(plan: HeadsPlan, row: str) -> Iterator[tuple[Sizes, int, int]]:
                 first = j == (i if same else 0)  # a block of the row stays while it meets those of the tile
                 numbers = (sum(x) if first else 0) + (0 if itself else sum(ys[j]))
                 yield Sizes(heads, shared, heads, (rank, rank), stack.hidden, itself), numbers * rank * stack.hidden, 1
+
+
+def _sides(plan: HeadsPlan, layers: Layers) -> list[tuple[int, int]]:
+    """Heads of each block of some layers, and the shared factors that they read."""
+    cut = blocks(layers, plan.stack.heads, plan.locked.rank, plan.stack.hidden)
+    return [(len(some) * len(heads), len(some) * _shared(plan, heads)) for some, heads in cut]
 
 
 def _shared(plan: HeadsPlan, heads: Sequence[int]) -> int:
@@ -326,6 +341,27 @@ def _between(sizes: Sizes) -> Work:
     """Products of symmetric forms in float32."""
     work, route = Work(), cheapest(sizes, GPU)
     work.flops["float32"], work.memory = flops(route, sizes), traffic(route, sizes, GPU.longest)
+    return work
+
+
+def _lineage(new: HeadsPlan, old: HeadsPlan, config: Config) -> Work:
+    """How each head changed, and inner products of the heads of both models: of all, or of those of each layer."""
+    stack, rank, layers = new.stack, new.locked.rank, len(new.stack.layers)
+    stored = [stored_bytes(plan.locked, config) for plan in (new, old)]
+    work = Work(distinct=float(layers * sum(_layer_bytes(plan, config) for plan in (new, old))))
+    work.copied = work.distinct
+    factors = layers * (stack.heads + stack.kv_heads)
+    work.flops["float64"] = _CHANGED_FACTOR * factors * rank**2 * stack.hidden + _CHANGED_FORM * layers * stack.heads * rank**3
+    work.memory = _PASSES * 8.0 * 2 * factors * rank * stack.hidden
+    times, among = (1, stack.layers) if new.all_pairs and old.all_pairs else (layers, stack.layers[:1])
+    sides, met = Counter(_sides(new, among)), Counter[Sizes]()
+    for (x, count_x), (y, count_y) in itertools.product(sides.items(), repeat=2):
+        heads, shared = zip(x, y, strict=True)
+        met[Sizes(heads, shared, heads, (rank, rank), stack.hidden, same=False)] += times * count_x * count_y
+    # Each block of the later model is copied once, and then meets all of the earlier one's.
+    numbers = times * rank * stack.hidden * sum(sum(side) * count for side, count in sides.items())
+    work.copied += numbers * (stored[0] + sides.total() * stored[1])
+    work.add(_inner(met, (new, old), config))
     return work
 
 
