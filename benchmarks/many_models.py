@@ -190,7 +190,7 @@ def _extrapolated(few: int, before: Run, more: int, after: Run) -> float:
 def main() -> None:
     """Write the models, run, and print what was measured."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("counts", type=int, nargs="*", default=[1, 8, 64], help="how many models")
+    parser.add_argument("counts", type=int, nargs="*", default=[1, 64], help="how many models")
     parser.add_argument("--cores", default="2")
     parser.add_argument("--folder", type=Path, default=ROOT / "build" / "many", help="where everything is written; made anew")
     parser.add_argument("--as-it-is", action="store_true", help="only the pipeline as it is, no jobs of other sizes")
