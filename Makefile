@@ -9,7 +9,7 @@ SEED ?= 0
 NUMPY = $(shell sed -n 's/^numpy==//p' envs/requirements.txt)
 CORES ?= $(shell nproc 2>/dev/null || sysctl -n hw.ncpu)
 
-.PHONY: help run report test test-fast test-gpu peers test-peers lint format docs newcomer pictures bench bench-gpu chaos stress lineage audit walk families bytes config-docs lock-requirements clean
+.PHONY: help run report test test-fast test-gpu peers test-peers lint format docs newcomer pictures bench bench-studies bench-gpu chaos stress lineage audit walk families bytes config-docs lock-requirements clean
 
 help: ## What each command does
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-18s %s\n", $$1, $$2}'
@@ -80,9 +80,14 @@ peers: $(VENV)/installed-dev
 test-peers: peers ## Compositions and eigenvalues against TransformerLens
 	$(BIN)/python -m pytest tests/peers
 
-bench: peers ## Time the arithmetic and the pipeline, and renew benchmarks/RESULTS.md; ten quiet minutes
-	( cat benchmarks/about.md && $(BIN)/python benchmarks/kernels.py --peers build/peers && $(BIN)/python benchmarks/pipeline.py && $(BIN)/python benchmarks/many_models.py ) > build/bench.md
+bench: peers ## Time the arithmetic, and renew benchmarks/RESULTS.md; twenty quiet minutes
+	( cat benchmarks/about.md && $(BIN)/python benchmarks/kernels.py --peers build/peers ) > build/bench.md
 	mv build/bench.md benchmarks/RESULTS.md
+
+bench-studies: $(VENV)/installed-dev ## Time whole studies, and renew benchmarks/RESULTS-STUDIES.md; ten quiet minutes
+	mkdir -p build
+	( cat benchmarks/about-studies.md && $(BIN)/python benchmarks/pipeline.py && $(BIN)/python benchmarks/many_models.py ) > build/bench-studies.md
+	mv build/bench-studies.md benchmarks/RESULTS-STUDIES.md
 
 bench-gpu: $(VENV)/installed-dev ## Time the arithmetic on a GPU, and renew benchmarks/RESULTS-GPU.md
 	mkdir -p build
