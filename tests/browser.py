@@ -55,7 +55,8 @@ class Opened:
         self.settle()
 
     def settle(self) -> None:
-        self.page.evaluate("headgram.settled()")
+        """Wait until everything is drawn. Chromium tells a page of another medium or theme at its next frame: so a frame first."""
+        self.page.evaluate("new Promise(requestAnimationFrame).then(headgram.settled)")
 
     def state(self) -> dict:
         return self.page.evaluate("({...headgram.state})")
