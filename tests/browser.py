@@ -55,7 +55,7 @@ class Opened:
         self.settle()
 
     def settle(self) -> None:
-        """Wait until everything is drawn. Chromium tells a page of another medium or theme at its next frame: so a frame first."""
+        """Wait until everything is drawn. Chromium tells a page of another medium or theme at its next frame: that first."""
         self.page.evaluate("new Promise(requestAnimationFrame).then(headgram.settled)")
 
     def state(self) -> dict:
