@@ -12,6 +12,7 @@ from locked import locked_llama
 from typer.testing import CliRunner
 
 from headgram.cli import app
+from headgram.forms.heads import Heads
 from headgram.forms.reading import Frame, Frames, Norm, Rotary
 from headgram.geometry import costs as prices
 from headgram.geometry import inner, routes
@@ -73,15 +74,17 @@ def test_a_gpu_is_given_as_many_bytes_and_multiplies_as_much_as_the_plan_says(tm
             measure_row(tmp_path / f"{row}.parquet", [path], tiles, pairs == "all", plan.config.gram, provenance("gram"))
         assert device.bytes_in == pytest.approx(work["gram"].copied, rel=0.03)  # and the maps from heads to factors
         assert device.flops[torch.bfloat16, torch.float32] == pytest.approx(work["gram"].flops["bfloat16"], rel=0.25)
+        assert device.launches == pytest.approx(work["gram"].launches, rel=0.1)
         device.reset()
         measure_shard(tmp_path / "eigen.parquet", tmp_path / "d.pt", [path], range(4), plan.config, provenance("eigen"))
         assert device.bytes_in == pytest.approx(work["eigen"].copied, rel=0.03)
+        assert device.launches == pytest.approx(work["eigen"].launches, rel=0.1)
 
 
 @pytest.mark.parametrize("block", [2**30, 2 * 6 * 4 * 8 * 512], ids=["one block", "two layers in a block"])
 def test_compositions_and_turns_are_what_the_plan_says(tmp_path, monkeypatch, block):
     monkeypatch.setattr(prices, "BLOCK_BYTES", block)
-    monkeypatch.setattr("headgram.study.cost.BLOCK_BYTES", block)
+    monkeypatch.setattr("headgram.study.work.BLOCK_BYTES", block)
     monkeypatch.setattr("headgram.stages.kernels.BLOCK_BYTES", block)
     plan = planned(SMALL, ("qk", "ov"), composition={"enabled": True, "strongest": 3})
     work, chance = costs(plan), torch.Generator().manual_seed(0)
@@ -109,6 +112,7 @@ def test_compositions_and_turns_are_what_the_plan_says(tmp_path, monkeypatch, bl
         counted = {str(of).removeprefix("torch."): flops for (of, _), flops in device.flops.items()}
         assert device.bytes_in == pytest.approx(work["composition"].copied, rel=0.1)
         assert counted["float32"] == pytest.approx(work["composition"].flops["float32"], rel=0.1)
+        assert device.launches == pytest.approx(work["composition"].launches, rel=0.1)
         assert 0.8 < counted["float64"] / work["composition"].flops["float64"] < 1  # without what is factored
         device.reset()
         turned = Turned(*(tmp_path / name for name in ("f", "g", "h", "i.json")))
@@ -121,6 +125,7 @@ def test_compositions_and_turns_are_what_the_plan_says(tmp_path, monkeypatch, bl
         )
         assert device.bytes_in == pytest.approx(work["rotary"].copied, rel=0.1)
         assert device.flops[torch.float64, torch.float64] == pytest.approx(work["rotary"].flops["float64"])
+        assert device.launches == pytest.approx(work["rotary"].launches, rel=0.4)  # of 16 offsets; about 24 are counted
 
 
 @pytest.mark.parametrize("block", [2**30, 2 * 6 * 4 * 8 * 512, 4 * 4 * 8 * 512], ids=["one", "two layers", "four heads"])
@@ -145,7 +150,34 @@ def test_comparisons_of_two_models_are_what_the_plan_says(tmp_path, monkeypatch,
         assert work.jobs == 1
         assert device.bytes_in == pytest.approx(work.copied, rel=0.03)  # and the maps from heads to factors
         assert device.flops[torch.bfloat16, torch.float32] == pytest.approx(work.flops["bfloat16"], rel=0.25)
+        assert device.launches == pytest.approx(work.launches, rel=0.1)
         assert 0.1 < device.flops[torch.float64, torch.float64] / work.flops["float64"] < 1  # without what is factored
+
+
+@pytest.mark.parametrize("side", [256, 96], ids=["one strip", "strips"])
+@pytest.mark.parametrize("count", [12, 144])
+@pytest.mark.parametrize("exact", [False, True], ids=["float32", "float64"])
+@pytest.mark.parametrize("same", [True, False], ids=["one set", "two"])
+@pytest.mark.parametrize("symmetric", [True, False], ids=["symmetric", "any"])
+@pytest.mark.parametrize("route", ["products", "strips"])
+def test_a_gpu_is_told_as_many_kernels_as_the_routes_say(monkeypatch, route, symmetric, same, exact, count, side):
+    vectors = count * (1 if symmetric else 2) * (1 if same else 2)
+    monkeypatch.setitem(prices.STRIP_BYTES, "cuda", (8 if exact else 4) * vectors * side**2)  # of `routes`, too
+    monkeypatch.setattr(inner, "cheapest", lambda *_: route)
+    chance = torch.Generator().manual_seed(0)
+
+    def heads():
+        a, b = (torch.randn(count, 4, 256, generator=chance) for _ in range(2))
+        places = torch.arange(count)
+        return Heads.symmetric(a) if symmetric else Heads(a, b, places, places)
+
+    with StandIn() as device:
+        x, y = (heads().to("cuda") for _ in range(2))
+        device.reset()
+        inner.inner_products(x, x if same else y, "float64" if exact else "auto")
+        assert device.launches == pytest.approx(
+            prices.launches(route, inner.sizes_of(x, x if same else y), prices.GPU.longest, exact), rel=0.15
+        )
 
 
 @functools.cache

@@ -165,7 +165,7 @@ def test_heads_do_not_depend_on_their_batch(monkeypatch):
     generator = torch.Generator().manual_seed(3)
     q, k = torch.randn(6, 8, 40, generator=generator), torch.randn(2, 8, 40, generator=generator)
     whole = headgram.spectrum(q, k)
-    monkeypatch.setattr("headgram.geometry.spectra.BATCH_BYTES", {"cpu": 1})
+    monkeypatch.setattr("headgram.geometry.spectra.SPECTRA_BYTES", {"cpu": 1})
     single = headgram.spectrum(q, k)
     for name in vars(whole):
         assert torch.equal(getattr(whole, name), getattr(single, name)), name

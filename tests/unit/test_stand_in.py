@@ -30,7 +30,7 @@ from stand_in import StandIn
 
 #: The sizes of batches and blocks, by device: (module, name).
 SIZES = [
-    *((spectra, "BATCH_BYTES"), (inner, "EXACT_BYTES"), (routes, "PRODUCT_BYTES"), (routes, "STRIP_BYTES")),
+    *((spectra, "SPECTRA_BYTES"), (inner, "EXACT_BYTES"), (routes, "PRODUCT_BYTES"), (routes, "STRIP_BYTES")),
     *((scores, "BLOCK"), (drift, "_BATCH_BYTES"), (routes, "_TERMS")),
 ]
 #: How a layer turns its queries and keys: not all of their rows, and scaled.

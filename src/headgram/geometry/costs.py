@@ -14,8 +14,24 @@ TRIANGLE = 8
 #: Bytes of the own factors of one block of heads in float32; all heads of two blocks are multiplied at once.
 BLOCK_BYTES = 128 * 2**20
 
+#: Bytes of the four products of a block of heads, and of one block of all forms. Constants, so that the blocking, and with it
+#: the last bit of the result, does not depend on the machine. A block of forms should lie in a cache.
+PRODUCT_BYTES = {"cpu": 256 * 2**20, "cuda": 2 * 2**30}
+STRIP_BYTES = {"cpu": 24 * 2**20, "cuda": 512 * 2**20}
+
+#: On a GPU or by several threads, so many long vectors of a set at a time are multiplied with themselves and all that follow.
+TRIANGLE_ROWS = {"cpu": 64, "cuda": 128}
+
+#: Bytes of the weights, as stored, of the layers whose spectra a GPU is asked for at once.
+LAYERS_BYTES = 512 * 2**20
+#: Bytes of float64 working memory that the spectra of one batch of heads may take; bounds the peak, never the result.
+SPECTRA_BYTES = {"cpu": 128 * 2**20, "cuda": 4 * 2**30}
+
 #: As many blocks of spans are kept as fit into about one GiB.
 KEPT_SPANS = 8
+#: Bytes of float32 weights of the heads that are measured at once as the original script has it. A constant, so that the last
+#: bit of the result does not depend on the machine.
+ORIGINAL_BYTES = 128 * 2**20
 
 #: Neighbouring heads of some layers.
 Block = tuple[Sequence[int], range]
@@ -102,6 +118,56 @@ def cheapest(sizes: Sizes, prices: Prices = CPU) -> Route:
     products += flops("products", sizes)
     strips += prices.forming * sizes.formed + prices.vector * sizes.summed
     return "products" if products <= strips else "strips"
+
+
+def product_block(heads: int, same: bool, most: int) -> tuple[int, int]:
+    """How many heads of each side are multiplied at once, so that there are at most so many pairs."""
+    rows = math.ceil(heads / TRIANGLE) if same else heads  # of one set: rows of blocks, from the diagonal on
+    rows = max(1, min(rows, math.isqrt(most)))
+    return rows, most // rows
+
+
+def strip_side(elements: int, width: int) -> int:
+    """The side of a square block of at most so many elements, but at least 16; the width is cut into nearly equal blocks."""
+    most = 16 * max(1, math.isqrt(elements) // 16)
+    count = math.ceil(width / most)
+    return min(width, 16 * math.ceil(width / count / 16))
+
+
+def launches(route: Route, sizes: Sizes, longest: int, exact: bool = False) -> int:
+    """How many kernels a GPU is told to run, about; the tests hold it against those that a pretended one counts.
+
+    Parameters
+    ----------
+    longest
+        How many terms are added up at once.
+    exact
+        In float64, where nobody looks at how large each factor is, and at which heads are accurate.
+    """
+    (n_x, n_y), (rank_x, rank_y) = sizes.heads, sizes.rank
+    factors = (1 if sizes.symmetric else 2) * (1 if sizes.same else 2)
+    around = (13 if sizes.symmetric else 25) if exact else 15 + 48 * factors
+    itemsize = 8 if exact else 4
+    if route == "products":
+        most = max(1, PRODUCT_BYTES["cuda"] // (4 * itemsize * rank_x * rank_y))
+        rows, columns = product_block(n_x, sizes.same, most)
+        down, across = math.ceil(n_x / rows), math.ceil(n_y / columns)
+        blocks = down * (across + 1) // 2 if sizes.same else down * across
+        each = 2 * math.ceil(sizes.width / longest) - 1  # products of pieces, and their sums
+        shared = 4 * (sizes.left != sizes.heads or sizes.right != sizes.heads)  # repeated where heads read one factor
+        return around + blocks * (each + 3 if sizes.symmetric else 4 * each + 6 + shared)
+    parts = 1 if sizes.symmetric else 2
+    vectors = parts * (n_x if sizes.same else n_x + n_y)
+    side = strip_side(STRIP_BYTES["cuda"] // (itemsize * vectors), sizes.width)
+    pieces = math.ceil(sizes.width / side)
+    blocks = pieces * (pieces - 1) // 2 + pieces * (3 if side > 16 else 1)  # one on the diagonal is cut in four
+    sums = math.ceil(n_x / TRIANGLE_ROWS["cuda"]) if sizes.same else 1
+    return around + blocks * (parts * factors + sums * (2 + 5 * parts))
+
+
+def spectrum_bytes(rank: int, width: int, topk: int) -> int:
+    """Working memory of a head's spectrum: the weights of both sides and products of their size, directions, and small change."""
+    return 8 * width * (4 * rank + 6 * min(topk, rank)) + 8 * 32 * rank * rank
 
 
 def spectra_flops(heads: int, left: int, rank: int, width: int) -> float:

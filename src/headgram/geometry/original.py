@@ -13,17 +13,15 @@ from torch import Tensor
 
 from headgram.forms.heads import Heads
 from headgram.geometry.batches import at_once, in_batches
+from headgram.geometry.costs import ORIGINAL_BYTES
 from headgram.geometry.eigen import largest_singular
 from headgram.geometry.float32 import whole_float32
-
-#: Bytes of float32 weights of a batch of heads. A constant, so that the last bit of the result does not depend on the machine.
-BATCH_BYTES = 128 * 2**20
 
 
 @whole_float32()
 def original_quantities(heads: Heads, topk: int) -> tuple[Float[Tensor, " heads"], Float[Tensor, "heads k hidden"]]:
     """The script's `fro_sq` (H,), float64, and `eig_dirs` (H, k, d), float32, of `qk` forms."""
-    size = max(1, BATCH_BYTES // (2 * 4 * heads.rank * heads.widths[0]))
+    size = max(1, ORIGINAL_BYTES // (2 * 4 * heads.rank * heads.widths[0]))
 
     def measure(batch: slice) -> tuple[Tensor, Tensor]:
         return _measure(heads.right(batch).float(), heads.left(batch).float(), min(topk, heads.rank))

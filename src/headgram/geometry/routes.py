@@ -28,15 +28,7 @@ from torch import Tensor
 
 from headgram.forms.heads import Heads, read
 from headgram.geometry.batches import at_once
-from headgram.geometry.costs import TRIANGLE
-
-#: Bytes of the four products of a block of heads, and of one block of all forms. Constants, so that the blocking, and with it
-#: the last bit of the result, does not depend on the machine. A block of forms should lie in a cache.
-PRODUCT_BYTES = {"cpu": 256 * 2**20, "cuda": 2 * 2**30}
-STRIP_BYTES = {"cpu": 24 * 2**20, "cuda": 512 * 2**20}
-
-#: On a GPU or by several threads, so many long vectors of a set at a time are multiplied with themselves and all that follow.
-_TRIANGLE_ROWS = {"cpu": 64, "cuda": 128}
+from headgram.geometry.costs import PRODUCT_BYTES, STRIP_BYTES, TRIANGLE_ROWS, product_block, strip_side
 
 #: Terms that one product sums in its own precision. Most of BLAS on a CPU cuts sums into a few hundred terms itself. Where it
 #: does not, as for few rows without AVX-512, 8,192 positive terms are off by 1e-7 of their sum, and 16,384 by twice as much.
@@ -99,11 +91,8 @@ def by_products(x: Heads, y: Heads) -> Inner:
     """Inner products of every form of `x` with every form of `y`, square forms of one width, from products of their factors."""
     same = x is y
     symmetric = x.is_symmetric and y.is_symmetric
-    # Of one set: rows of blocks, from the diagonal on.
-    rows = math.ceil(len(x) / TRIANGLE) if same else len(x)
     most = max(1, PRODUCT_BYTES[x.device.type] // (4 * max(4, x.a.itemsize) * x.rank * y.rank))
-    rows = max(1, min(rows, math.isqrt(most)))
-    columns = most // rows
+    rows, columns = product_block(len(x), same, most)
     gram = torch.zeros(len(x), len(y), dtype=torch.float64, device=x.device)
     transposed = gram if symmetric else torch.zeros_like(gram)
     for i in range(0, len(x), rows):
@@ -148,7 +137,7 @@ def by_strips(x: Heads, y: Heads) -> Inner:
     padded_x, padded_y = (len(heads) if at_once(x.device) else _padded(len(heads)) for heads in (x, y))
     rows = (padded_x if same else padded_x + padded_y) * (1 if symmetric else 2)
     most = STRIP_BYTES[x.device.type] // (rows * max(4, x.a.itemsize))
-    size = _block(most if at_once(x.device) else min(most, _TERMS["cpu"]), x.widths[0])
+    size = strip_side(most if at_once(x.device) else min(most, _TERMS["cpu"]), x.widths[0])
     blocks_x = _Blocks(x, size, padded_x, symmetric)
     blocks_y = blocks_x if same else _Blocks(y, size, padded_y, symmetric)
     sums = _Sums(blocks_x, blocks_y)
@@ -252,7 +241,7 @@ class _Sums:
         elif not at_once(x.device) and torch.get_num_threads() == 1:
             self._add_triangles(x, share)
         else:  # by torch's BLAS: with several threads, those of two libraries would wait for each other
-            step = _TRIANGLE_ROWS[x.device.type]
+            step = TRIANGLE_ROWS[x.device.type]
             for start in range(0, x.shape[1], step):
                 self._add(x[:, start : start + step], x[:, start:], share, start)
 
@@ -285,13 +274,6 @@ def _long_sums(x: Float[Tensor, "some block"], y: Float[Tensor, "more block"]) -
     pieces_x, pieces_y = (side[:, :whole].unflatten(1, (-1, terms)).transpose(0, 1) for side in (x, y))
     total: Tensor = (pieces_x @ pieces_y.mT).sum(0, dtype=torch.float64)
     return total + x[:, whole:] @ y[:, whole:].mT
-
-
-def _block(elements: int, width: int) -> int:
-    """The side of a square block of at most so many elements, but at least 16; the width is cut into nearly equal blocks."""
-    most = 16 * max(1, math.isqrt(elements) // 16)
-    count = math.ceil(width / most)
-    return min(width, 16 * math.ceil(width / count / 16))
 
 
 def _padded(heads: int) -> int:

@@ -23,15 +23,12 @@ from headgram.forms.heads import Heads
 from headgram.forms.transforms import transposed
 from headgram.geometry.batches import at_once, in_batches
 from headgram.geometry.checks import check_weights, is_finite
+from headgram.geometry.costs import SPECTRA_BYTES, spectrum_bytes
 from headgram.geometry.eigen import largest_magnitude, largest_singular
 from headgram.geometry.ratios import ZERO, effective_rank, ratio
 from headgram.geometry.residuals import Residuals, direction_residuals, identity_residuals
 from headgram.geometry.scores import directionality
 from headgram.geometry.triangles import Own, Products, Shared, Triangles, by_cholesky, by_householder, column_norms, products
-
-#: Bytes of float64 working memory that one batch of heads may take; bounds the peak, never the result.
-BATCH_BYTES = {"cpu": 128 * 2**20, "cuda": 4 * 2**30}
-
 
 #: What each number of a spectrum is, in a few words.
 _MEANINGS = {
@@ -155,10 +152,7 @@ def _of_transposed(result: Spectrum) -> Spectrum:
 
 def _measured(heads: Heads, topk: int) -> Iterator[Spectrum]:
     """Batches of heads, in order: on a CPU of heads that share the products of their left factor, else of any."""
-    # Working memory per head: the weights of both sides and products of their size, directions, and small change.
-    rank, width = heads.rank, heads.widths[0]
-    per_head = 8 * width * (4 * rank + 6 * min(topk, rank)) + 8 * 32 * rank * rank
-    size = max(1, BATCH_BYTES[heads.device.type] // per_head)
+    size = max(1, SPECTRA_BYTES[heads.device.type] // spectrum_bytes(heads.rank, heads.widths[0], topk))
 
     def measure(run: slice, left: slice) -> Spectrum:
         return _measure_batch(heads.right(run).double(), heads.left(left).double(), topk)

@@ -16,6 +16,7 @@ from headgram.forms.circuits import shared_head
 from headgram.forms.heads import Heads
 from headgram.forms.variants import Variant
 from headgram.geometry.batches import at_once
+from headgram.geometry.costs import LAYERS_BYTES
 from headgram.geometry.eigenvalues import Eigenvalues, eigenvalues
 from headgram.geometry.original import original_quantities
 from headgram.geometry.scores import LayerScores, layer_scores, symmetry_score
@@ -28,9 +29,6 @@ from headgram.results.tables import AT_TIMES, COPYING, HEADS, LAYER_SCORES, SCAL
 
 if TYPE_CHECKING:
     from headgram.study.options import Config
-
-#: Bytes of the weights of the layers that a GPU works on at once, as stored.
-_BATCH_BYTES = 512 * 2**20
 
 _SHARD = pa.schema(
     [field for field in HEADS if field.name not in (*WHERE, *AT_TIMES)]
@@ -70,7 +68,7 @@ def measure_shard(
     source = factors_of(weights, around, provenance)
     device, topk = provenance.device, options.eigen.topk
     place = f"model {provenance.model}, stack {provenance.stack}, circuit {provenance.circuit}"
-    together = max(1, _BATCH_BYTES // source.layer_bytes) if at_once(torch.device(device)) else 1
+    together = max(1, LAYERS_BYTES // source.layer_bytes) if at_once(torch.device(device)) else 1
     reads = shared_head(source.heads, source.kv_heads).tolist()
     rows: list[dict[str, Any]] = []
     kept: dict[str, list[torch.Tensor]] = {}
