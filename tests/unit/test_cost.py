@@ -125,7 +125,7 @@ def test_compositions_and_turns_are_what_the_plan_says(tmp_path, monkeypatch, bl
         )
         assert device.bytes_in == pytest.approx(work["rotary"].copied, rel=0.1)
         assert device.flops[torch.float64, torch.float64] == pytest.approx(work["rotary"].flops["float64"])
-        assert device.launches == pytest.approx(work["rotary"].launches, rel=0.4)  # of 16 offsets; about 24 are counted
+        assert device.launches == pytest.approx(work["rotary"].launches, rel=0.1)
 
 
 @pytest.mark.parametrize("block", [2**30, 2 * 6 * 4 * 8 * 512, 4 * 4 * 8 * 512], ids=["one", "two layers", "four heads"])

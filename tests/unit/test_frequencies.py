@@ -11,7 +11,7 @@ from torch import Tensor
 from headgram.forms.circuits import qk
 from headgram.forms.heads import Heads
 from headgram.forms.reading import Rotary
-from headgram.geometry.frequencies import at_offsets, by_chance, energies, offsets_up_to, turning
+from headgram.geometry.frequencies import RotaryHeads, at_offsets, by_chance, energies, offsets_up_to, turning
 from rotated import rotated
 
 RANK, WIDTH = 8, 11
@@ -66,7 +66,7 @@ def test_scores_depend_on_the_offset_alone() -> None:
 @pytest.mark.parametrize("name", ROTARIES)
 def test_energies_are_those_of_forms_held_whole(name: str) -> None:
     both, rotary = heads(), ROTARIES[name]
-    found = energies(both, rotary)
+    found = energies(RotaryHeads.of(both, rotary))
     scaled = rotary.factor**2
     for head in range(len(both)):
         k, q = both.left()[head], both.right()[head]
@@ -90,7 +90,7 @@ def test_energies_are_what_a_form_has_on_average_over_offsets(name: str) -> None
     turns = torch.stack([matrix(rotary, offset) for offset in range(2000)])
     forms = both.left()[0].mT @ turns @ both.right()[0]
     mean = forms.square().sum((1, 2)).mean()
-    torch.testing.assert_close(energies(both, rotary).total[0], mean, rtol=0.02, atol=0)
+    torch.testing.assert_close(energies(RotaryHeads.of(both, rotary)).total[0], mean, rtol=0.02, atol=0)
 
 
 OFFSETS = (0, 1, -3, 64)
@@ -99,7 +99,7 @@ OFFSETS = (0, 1, -3, 64)
 @pytest.mark.parametrize("name", ROTARIES)
 def test_forms_at_offsets_are_those_held_whole(name: str) -> None:
     both, rotary = heads(), ROTARIES[name]
-    found = at_offsets(both, rotary, OFFSETS)
+    found = at_offsets(RotaryHeads.of(both, rotary), OFFSETS)
     for head in range(len(both)):
         home = at(both, rotary, head, 0)
         for place, offset in enumerate(OFFSETS):
@@ -121,7 +121,7 @@ def test_forms_at_offsets_are_those_held_whole(name: str) -> None:
 @pytest.mark.parametrize("context", [1, 7, 100])
 def test_what_turns_within_a_context_is_what_forms_held_whole_say(name: str, context: int) -> None:
     both, rotary = heads(), ROTARIES[name]
-    found, shares = turning(both, rotary, context), energies(both, rotary)
+    found, shares = turning(RotaryHeads.of(both, rotary), context), energies(RotaryHeads.of(both, rotary))
     lengths = 2 * math.pi / rotary.frequencies
     for head in range(len(both)):
         forms = torch.stack([at(both, rotary, head, offset) for offset in range(context)])
@@ -142,16 +142,17 @@ def test_what_turns_within_a_context_is_what_forms_held_whole_say(name: str, con
 def test_planes_that_do_not_turn_are_still() -> None:
     both, still = heads(), [1, 3, 4, 5, 6, 7]
     rotary = Rotary(torch.tensor([1.0, 0.0], dtype=torch.float64), interleaved=False)
-    found = energies(both, rotary)
+    found = energies(RotaryHeads.of(both, rotary))
     assert bool((found.planes[:, 1] == 0).all())
-    assert turning(both, rotary, None).wavelength.tolist() == pytest.approx([2 * math.pi] * 4)
+    assert turning(RotaryHeads.of(both, rotary), None).wavelength.tolist() == pytest.approx([2 * math.pi] * 4)
     forms = both.left()[:, still].mT @ both.right()[:, still]
     torch.testing.assert_close(found.still, forms.square().sum((1, 2)))
 
 
 def test_zero_forms_have_no_ratios_that_are_not_numbers() -> None:
     none = qk(torch.zeros(1, RANK, WIDTH), torch.ones(1, RANK, WIDTH))
-    found = at_offsets(none, ROTARIES["halves"], OFFSETS), turning(none, ROTARIES["halves"], 10)
+    turned = RotaryHeads.of(none, ROTARIES["halves"])
+    found = at_offsets(turned, OFFSETS), turning(turned, 10)
     assert all(bool((value == 0).all()) for each in found for value in vars(each).values())
 
 
@@ -159,14 +160,14 @@ def test_zero_forms_have_no_ratios_that_are_not_numbers() -> None:
 def test_chance_is_what_random_weights_of_a_large_width_give(name: str) -> None:
     rotary = ROTARIES[name]
     generator = torch.Generator().manual_seed(2)
-    drawn = qk(*(torch.randn(40, RANK, 20_000, generator=generator) for _ in range(2)))
-    chance = by_chance(rotary, RANK)
+    drawn = RotaryHeads.of(qk(*(torch.randn(40, RANK, 20_000, generator=generator) for _ in range(2))), rotary)
+    chance = RotaryHeads.of(by_chance(rotary, RANK), rotary)
     for column in ("cosine", "norm"):
-        mean = getattr(at_offsets(drawn, rotary, OFFSETS), column).mean(0) / (20_000 if column == "norm" else 1)
-        torch.testing.assert_close(mean, getattr(at_offsets(chance, rotary, OFFSETS), column)[0], rtol=0.02, atol=0.02)
+        mean = getattr(at_offsets(drawn, OFFSETS), column).mean(0) / (20_000 if column == "norm" else 1)
+        torch.testing.assert_close(mean, getattr(at_offsets(chance, OFFSETS), column)[0], rtol=0.02, atol=0.02)
     for column in ("still", "wavelength", "sine", "speed", "beyond", "positional"):
-        mean = getattr(turning(drawn, rotary, 50), column).mean(0)
-        torch.testing.assert_close(mean, getattr(turning(chance, rotary, 50), column)[0], rtol=0.02, atol=0.01, msg=column)
+        mean = getattr(turning(drawn, 50), column).mean(0)
+        torch.testing.assert_close(mean, getattr(turning(chance, 50), column)[0], rtol=0.02, atol=0.01, msg=column)
 
 
 def test_offsets_stay_within_the_context() -> None:

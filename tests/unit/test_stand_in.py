@@ -164,9 +164,9 @@ MEASURES = {
     "drift": lambda q, k, move: drift.drift(qk(move(q[0]), move(k[0])), qk(move(q[1]), move(k[1]))),
     "span overlaps": lambda q, k, move: span_overlaps(directions(3, q.shape[1]), move(q).device.type),
     "kernels": lambda q, k, move: kernels(spans(move(q[0])), spans(move(k[0]))),
-    "energies": lambda q, k, move: frequencies.energies(qk(move(q[0]), move(k[0])), TURNS),
-    "at offsets": lambda q, k, move: frequencies.at_offsets(qk(move(q[0]), move(k[0])), TURNS, [0, 1, -3]),
-    "turning": lambda q, k, move: frequencies.turning(qk(move(q[0]), move(k[0])), TURNS, 64),
+    "energies": lambda q, k, move: frequencies.energies(turned(q, k, move)),
+    "at offsets": lambda q, k, move: frequencies.at_offsets(turned(q, k, move), [0, 1, -3]),
+    "turning": lambda q, k, move: frequencies.turning(turned(q, k, move), 64),
     "composition over offsets": lambda q, k, move: composition.scores(
         composition.reads("k", both(q, k, move)[0], TURNS), writers(q, k, move)
     ),
@@ -191,6 +191,10 @@ def both(q, k, move):
 
 def writers(q, k, move):
     return composition.writes(both(q, k, move)[1])
+
+
+def turned(q, k, move):
+    return frequencies.RotaryHeads.of(qk(move(q[0]), move(k[0])), TURNS)
 
 
 def of_one_set(heads):

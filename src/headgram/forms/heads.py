@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Inexact, Int
 from torch import Tensor
 
 
@@ -114,7 +114,7 @@ def below(parts: Sequence[Float[Tensor, "_ _ width"]]) -> Float[Tensor, "n rank 
     return torch.cat([torch.nn.functional.pad(part, (0, 0, 0, most - part.shape[1])) for part in parts])
 
 
-def read(factors: Float[Tensor, "some ..."], reads: Int[Tensor, " n"]) -> Float[Tensor, "n ..."]:
+def read(factors: Inexact[Tensor, "some ..."], reads: Int[Tensor, " n"]) -> Inexact[Tensor, "n ..."]:
     """What of each factor is read at each place; the factors themselves where each is read once, in order."""
     return factors if torch.equal(reads, torch.arange(len(factors))) else factors[reads.to(factors.device)]
 

@@ -21,13 +21,14 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
-from jaxtyping import Complex, Float
+from jaxtyping import Complex, Float, Int
 from torch import Tensor
 
 from headgram.forms.circuits import qk
-from headgram.forms.heads import Heads
+from headgram.forms.heads import Heads, read
 from headgram.forms.reading import Rotary
 from headgram.geometry.ratios import ratio
 
@@ -111,95 +112,154 @@ class Turning:
     positional: Float[Tensor, " n"] | None
 
 
-@torch.no_grad()
-def energies(heads: Heads, rotary: Rotary) -> Energies:
-    """Energies of every plane of `qk` forms.
+@dataclass(frozen=True)
+class RotaryHeads:
+    """`qk` forms, and how their layer turns them; what all measures follow from is worked out once.
 
-    Parameters
+    Attributes
     ----------
     heads
         `n` forms with keys on the left and queries on the right.
     rotary
-        How their layer turns them.
-
-    Returns
-    -------
-    Energies
+        On the device of the heads.
 
     Examples
     --------
     >>> import torch
     >>> from headgram.forms.circuits import qk
     >>> rotary = Rotary(torch.tensor([1.0, 0.1], dtype=torch.float64), interleaved=False)
-    >>> energies(qk(torch.ones(1, 4, 8), torch.ones(1, 4, 8)), rotary).planes
+    >>> turned = RotaryHeads.of(qk(torch.ones(1, 4, 8), torch.ones(1, 4, 8)), rotary)
+    >>> energies(turned).planes
     tensor([[128., 128.]], dtype=torch.float64)
     """
-    return _energies(_Grams.of(heads, rotary), len(rotary.frequencies))
+
+    heads: Heads
+    rotary: Rotary
+
+    @classmethod
+    def of(cls, heads: Heads, rotary: Rotary) -> RotaryHeads:
+        """Of forms on any device."""
+        return cls(heads, rotary.to(heads.device))
+
+    @cached_property
+    def frequencies(self) -> Float[Tensor, " planes"]:
+        """Of all planes, in float64: of those of the rotary, and then of rows that are still, 0."""
+        first, _ = self._rows
+        planes = self.rotary.frequencies.double()
+        return torch.nn.functional.pad(planes, (0, len(first) - len(planes)))
+
+    @cached_property
+    def _rows(self) -> tuple[Int[Tensor, " planes"], Int[Tensor, " planes"]]:
+        """The first and the second row of every plane; a row that is still has a row of zeros, past the last, as its second."""
+        first, second = self.rotary.rows
+        rank, device = self.heads.rank, self.heads.device
+        still = torch.ones(rank, dtype=torch.bool, device=device)
+        still[torch.cat([first, second])] = False
+        rest = still.nonzero().flatten()
+        return torch.cat([first, rest]), torch.cat([second, torch.full_like(rest, rank)])
+
+    def _blocks(self, matrix: Float[Tensor, "n rank rank"]) -> tuple[Float[Tensor, "n planes planes"], ...]:
+        """What matrices of rows hold of first rows with first ones, first with second, second with first, second with second."""
+        padded, rows = torch.nn.functional.pad(matrix, (0, 1, 0, 1)), self._rows
+        return tuple(padded[:, one][:, :, other] for one in rows for other in rows)
+
+    @cached_property
+    def grams(self) -> Pairs:
+        """Inner products of forms: `conj(k_t · conj(k_u)) q_t · conj(q_u)` and `conj(k_t · k_u) q_t · q_u`."""
+        sides = []
+        queries, keys = self.rotary.scaled(self.heads.b), self.heads.a.double()
+        for factors, reads in ((queries, self.heads.reads_b), (keys, self.heads.reads_a)):
+            one, cross, back, two = self._blocks(factors @ factors.mT)
+            products = torch.complex(one + two, back - cross), torch.complex(one - two, back + cross)
+            sides.append([read(each, reads) for each in products])
+        (q_unitary, q_plain), (k_unitary, k_plain) = sides
+        return Pairs(k_unitary.conj() * q_unitary, k_plain.conj() * q_plain)
+
+    def mixed(self) -> tuple[Complex[Tensor, "n planes planes"], Complex[Tensor, "n planes planes"]]:
+        """`W_Q W_K^T` as blocks `z -> α z + β conj(z)` of planes: first rows are real parts, second ones imaginary parts."""
+        one, cross, back, two = self._blocks(self.rotary.scaled(self.heads.right()) @ self.heads.left().double().mT)
+        return torch.complex(one + two, back - cross) / 2, torch.complex(one - two, back + cross) / 2
 
 
-def _energies(grams: _Grams, planes: int) -> Energies:
-    """Of the first so many planes; the others are still rows."""
-    turns = (grams.frequencies != 0).double()
-    unitary, plain = (each.real.diagonal(dim1=1, dim2=2)[:, :planes] for each in (grams.unitary, grams.plain))
-    alive = turns[:planes]
-    energy, difference = unitary / 2 * alive, plain / 2 * alive
-    still = grams.inner(1 - turns, 1 - turns)
+@dataclass(frozen=True)
+class Pairs:
+    """Coefficients of `w_t conj(v_u)` and of `w_t v_u` in products that are linear in the weights `w` and `v` of all planes."""
+
+    unitary: Complex[Tensor, "n planes planes"]
+    plain: Complex[Tensor, "n planes planes"]
+
+    def inner(self, w: Complex[Tensor, "some planes"], v: Complex[Tensor, "#some planes"]) -> Float[Tensor, "n some"]:
+        """`½ Re Σ (unitary_tu w_t conj(v_u) + plain_tu w_t v_u)` for each pair of weights."""
+        both = (w @ self.unitary) * v.conj() + (w @ self.plain) * v
+        return both.real.sum(-1) / 2
+
+
+def _turns(frequencies: Float[Tensor, " planes"], offsets: Sequence[int]) -> Complex[Tensor, "offsets planes"]:
+    """`e^{iδθ}` of every offset and plane."""
+    angles = torch.tensor(offsets, dtype=torch.float64, device=frequencies.device)[:, None] * frequencies
+    return torch.polar(torch.ones_like(angles), angles)
+
+
+@torch.no_grad()
+def energies(turned: RotaryHeads) -> Energies:
+    """Energies of every plane; see the example of `RotaryHeads`."""
+    planes, turns = len(turned.rotary.frequencies), turned.frequencies != 0
+    unitary, plain = (each.real.diagonal(dim1=1, dim2=2)[:, :planes] for each in (turned.grams.unitary, turned.grams.plain))
+    energy, difference = (each / 2 * turns[:planes] for each in (unitary, plain))
+    rest = (~turns).to(torch.complex128)[None]
+    still = turned.grams.inner(rest, rest)[:, 0]
     return Energies(energy, (energy + difference).clamp_min(0), (energy - difference).clamp_min(0), still.clamp_min(0))
 
 
 @torch.no_grad()
-def at_offsets(heads: Heads, rotary: Rotary, offsets: Sequence[int]) -> AtOffsets:
-    """Forms at offsets, in tokens, of the query from the key: `g(δ)` holds scores of a query `δ` tokens after the key."""
-    grams = _Grams.of(heads, rotary)
-    a, b = heads.left().double(), rotary.scaled(heads.right())
-    mixed = b @ a.mT  # (n, r, r): W_Q W_K^T
-    here = torch.ones_like(grams.frequencies).to(torch.complex128)
-    at_home = grams.inner(here, here).clamp_min(0)
-    columns = []
-    for offset in offsets:
-        turn = torch.polar(torch.ones_like(grams.frequencies), offset * grams.frequencies)
-        turned = rotary.turned(mixed, offset)
-        fro_sq = grams.inner(turn, turn).clamp_min(0)
-        size = (fro_sq * at_home).sqrt()
-        columns.append(
-            (
-                fro_sq.sqrt(),
-                ratio(grams.inner(turn, here), size).clamp(-1, 1),
-                ratio((mixed.mT * turned).sum((1, 2)), size).clamp(-1, 1),
-                (1 + ratio((turned.mT * turned).sum((1, 2)), fro_sq).clamp(-1, 1)) / 2 * (fro_sq > 0),
-                turned.diagonal(dim1=1, dim2=2).sum(-1),
-            )
-        )
-    return AtOffsets(*(torch.stack(each, -1) for each in zip(*columns, strict=True)))
+def at_offsets(turned: RotaryHeads, offsets: Sequence[int]) -> AtOffsets:
+    """Forms at offsets, in tokens, of the query from the key: `g(δ)` holds scores of a query `δ` tokens after the key.
+
+    Products with transposed forms follow from `M = W_Q W_K^T`: `<g(δ), g(0)^T> = tr(R M M)` and `<g(δ), g(δ)^T> = tr(R M R M)`.
+    """
+    turn, here = (_turns(turned.frequencies, some) for some in (offsets, [0]))
+    alpha, beta = turned.mixed()
+    transposes = Pairs(4 * beta * beta.mT.conj(), 4 * alpha * alpha.mT)  # the trace of `z -> α z + β conj(z)` is 2 Re α
+    at_home = turned.grams.inner(here, here).clamp_min(0)
+    fro_sq = turned.grams.inner(turn, turn).clamp_min(0)
+    size = (fro_sq * at_home).sqrt()
+    itself = ratio(transposes.inner(turn, turn), fro_sq).clamp(-1, 1)
+    return AtOffsets(
+        norm=fro_sq.sqrt(),
+        cosine=ratio(turned.grams.inner(turn, here), size).clamp(-1, 1),
+        transposed=ratio(transposes.inner(turn, here), size).clamp(-1, 1),
+        symmetry=(1 + itself) / 2 * (fro_sq > 0),
+        trace=2 * (alpha.diagonal(dim1=1, dim2=2) @ turn.mT).real,
+    )
 
 
 @torch.no_grad()
-def turning(heads: Heads, rotary: Rotary, context: int | None) -> Turning:
-    """How much of `qk` forms turns, and how fast.
+def turning(turned: RotaryHeads, context: int | None) -> Turning:
+    """How much of the forms turns, and how fast.
 
     Parameters
     ----------
     context
         In tokens, if it is known.
     """
-    grams = _Grams.of(heads, rotary)
-    found = _energies(grams, len(rotary.frequencies))
+    grams, found = turned.grams, energies(turned)
     turns = found.planes.sum(-1)
-    lengths = wavelengths(rotary).to(heads.device)
+    lengths = wavelengths(turned.rotary)
     finite = lengths.where(lengths.isfinite(), 0)
-    step = torch.polar(torch.ones_like(grams.frequencies), grams.frequencies) - 1
-    here = torch.ones_like(grams.frequencies).to(torch.complex128)
+    here, there = _turns(turned.frequencies, [0, 1]).split(1)
+    step = there - here
     beyond = positional = None
     if context is not None:
         beyond = ratio((found.planes * (lengths > context)).sum(-1), found.total)
-        mean = _mean_turn(grams.frequencies, context)
-        positional = (1 - ratio(grams.inner(mean, mean), grams.mean_square(context))).clamp(0, 1) * (found.total > 0)
+        mean = _mean_turn(turned.frequencies, context)[None]
+        positional = 1 - ratio(grams.inner(mean, mean)[:, 0], _mean_square(turned, context))
+        positional = positional.clamp(0, 1) * (found.total > 0)
     return Turning(
         norm=found.total.sqrt(),
         still=ratio(found.still, found.total),
         wavelength=ratio((found.planes * finite).sum(-1), turns),
         sine=ratio(found.sine.sum(-1), 2 * turns),
-        speed=ratio(grams.inner(step, step).clamp_min(0).sqrt(), grams.inner(here, here).clamp_min(0).sqrt()),
+        speed=ratio(*(grams.inner(each, each)[:, 0].clamp_min(0).sqrt() for each in (step, here))),
         beyond=beyond,
         positional=positional,
     )
@@ -226,43 +286,11 @@ def offsets_up_to(context: int | None) -> list[int]:
     return sorted(offset for offset in found if abs(offset) <= most)
 
 
-@dataclass(frozen=True)
-class _Grams:
-    """Of every head `conj(k_t · conj(k_u)) q_t · conj(q_u)` and `conj(k_t · k_u) q_t · q_u`; rows that are still come last."""
-
-    frequencies: Float[Tensor, " planes"]
-    unitary: Complex[Tensor, "n planes planes"]
-    plain: Complex[Tensor, "n planes planes"]
-
-    @classmethod
-    def of(cls, heads: Heads, rotary: Rotary) -> _Grams:
-        rotary = rotary.to(heads.device)
-        first, second = rotary.rows
-        still = torch.ones(heads.rank, dtype=torch.bool, device=heads.device)
-        still[torch.cat([first, second])] = False
-        rows = torch.cat([first, still.nonzero().flatten()])
-        sides = []
-        for factors, reads in ((rotary.scaled(heads.b), heads.reads_b), (heads.a.double(), heads.reads_a)):
-            gram = torch.nn.functional.pad(factors @ factors.mT, (0, 1, 0, 1))  # with a row of zeros, for those that are still
-            lower = torch.cat([second, torch.full_like(rows[len(second) :], heads.rank)])
-            one, cross, two = gram[:, rows][:, :, rows], gram[:, rows][:, :, lower], gram[:, lower][:, :, lower]
-            products = torch.complex(one + two, cross.mT - cross), torch.complex(one - two, cross.mT + cross)
-            sides.append([each[reads.to(heads.device)] for each in products])
-        (q_unitary, q_plain), (k_unitary, k_plain) = sides
-        frequencies = torch.nn.functional.pad(rotary.frequencies.double(), (0, len(rows) - len(first)))
-        return cls(frequencies, k_unitary.conj() * q_unitary, k_plain.conj() * q_plain)
-
-    def inner(self, one: Tensor, other: Tensor) -> Float[Tensor, " n"]:
-        """`<Σ_t Re(conj(k_t) w_t q_t^T), Σ_u Re(conj(k_u) v_u q_u^T)>` with weights `w`, `v` of the planes."""
-        one, other = one.to(torch.complex128), other.to(torch.complex128)
-        both = self.unitary * (one[:, None] * other.conj()) + self.plain * (one[:, None] * other)
-        return both.real.sum((1, 2)) / 2
-
-    def mean_square(self, context: int) -> Float[Tensor, " n"]:
-        """The mean of `‖g(δ)‖²` over the offsets `0 … context - 1`."""
-        less, more = (self.frequencies[:, None] + sign * self.frequencies for sign in (-1, 1))
-        both = self.unitary * _mean_turn(less, context) + self.plain * _mean_turn(more, context)
-        return both.real.sum((1, 2)) / 2
+def _mean_square(turned: RotaryHeads, context: int) -> Float[Tensor, " n"]:
+    """The mean of `‖g(δ)‖²` over the offsets `0 … context - 1`."""
+    less, more = (turned.frequencies[:, None] + sign * turned.frequencies for sign in (-1, 1))
+    both = turned.grams.unitary * _mean_turn(less, context) + turned.grams.plain * _mean_turn(more, context)
+    return both.real.sum((1, 2)) / 2
 
 
 def _mean_turn(frequencies: Float[Tensor, "*shape"], context: int) -> Complex[Tensor, "*shape"]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,6 +21,7 @@ from headgram.forms.variants import FOLDED, RAW, Variant, needs
 from headgram.geometry.frequencies import (
     AtOffsets,
     Energies,
+    RotaryHeads,
     Turning,
     at_offsets,
     by_chance,
@@ -101,12 +102,12 @@ def _layer(stored: Heads, form: Variant, frames: Frames, layer: int) -> dict[pa.
     query, key = stored.b, stored.a
     if form.norm == FOLDED:
         query, key = folded("query", query, frame), folded("key", key, frame)
-    heads = CIRCUITS["qk"].heads(query, key, stored.reads_a)
+    turned = RotaryHeads.of(CIRCUITS["qk"].heads(query, key, stored.reads_a), frame.rotary or _STILL)
     of_heads = {"layer": torch.full((count,), layer), "head": torch.arange(count)}
-    numbers = dict.fromkeys((*TURNS, *(f"{name}_expected" for name in TURNS))) | _linear(stored, heads, form, frames, frame)
-    if (rotary := frame.rotary) is None or "rotary" in frames.missing:
+    numbers = dict.fromkeys((*TURNS, *(f"{name}_expected" for name in TURNS))) | _linear(stored, turned, form, frames, frame)
+    if frame.rotary is None or "rotary" in frames.missing:
         return {TURNING: of_heads | numbers}
-    measured, chance = turning(heads, rotary, frames.context), _chance(rotary, heads.rank, frames.context)
+    measured, chance = turning(turned, frames.context), _chance(frame.rotary, turned.heads.rank, frames.context)
     for name in TURNS:
         field = name.removeprefix("rotary_")
         value, expected = getattr(measured, field), getattr(chance.turning, field)
@@ -115,8 +116,8 @@ def _layer(stored: Heads, form: Variant, frames: Frames, layer: int) -> dict[pa.
     offsets = offsets_up_to(frames.context)
     return {
         TURNING: of_heads | numbers,
-        ROTARY: _rows(of_heads, offsets) | _at_offsets(heads, rotary, offsets, chance),
-        FREQUENCIES: _frequencies(heads, rotary, of_heads, chance.energies),
+        ROTARY: _rows(of_heads, offsets) | _at_offsets(turned, offsets, chance),
+        FREQUENCIES: _frequencies(turned, of_heads, chance.energies),
     }
 
 
@@ -139,23 +140,22 @@ def _chance_of(
     frequencies: tuple[float, ...], interleaved: bool, start: int, factor: float, rank: int, context: int | None
 ) -> _Chance:
     rotary = Rotary(torch.tensor(frequencies, dtype=torch.float64), interleaved, start, factor)
-    head = by_chance(rotary, rank)
-    offsets = at_offsets(head, rotary, offsets_up_to(context))
-    return _Chance(offsets, turning(head, rotary, context), energies(head, rotary))
+    head = RotaryHeads.of(by_chance(rotary, rank), rotary)
+    return _Chance(at_offsets(head, offsets_up_to(context)), turning(head, context), energies(head))
 
 
-def _at_offsets(heads: Heads, rotary: Rotary, offsets: Sequence[int], chance: _Chance) -> dict[str, Any]:
-    expected = chance.at_offsets.cosine.expand(len(heads), -1)
-    columns = {name: value.cpu() for name, value in vars(at_offsets(heads, rotary, offsets)).items()} | {"expected": expected}
+def _at_offsets(turned: RotaryHeads, offsets: Sequence[int], chance: _Chance) -> dict[str, Any]:
+    expected = chance.at_offsets.cosine.expand(len(turned.heads), -1)
+    columns = {name: value.cpu() for name, value in vars(at_offsets(turned, offsets)).items()} | {"expected": expected}
     return {name: value.flatten() for name, value in columns.items()}
 
 
-def _frequencies(heads: Heads, rotary: Rotary, of_heads: Mapping[str, Tensor], chance: Energies) -> dict[str, Any]:
+def _frequencies(turned: RotaryHeads, of_heads: Mapping[str, Tensor], chance: Energies) -> dict[str, Any]:
     """A row for every plane, and a last one for what is still, where anything is."""
-    found = energies(heads, rotary)
-    planes = list(range(len(rotary.frequencies)))
+    found = energies(turned)
+    planes = list(range(len(turned.rotary.frequencies)))
     rest = [None] if float(chance.still) else []
-    lengths = [length if length < float("inf") else None for length in wavelengths(rotary).tolist()]
+    lengths = [length if length < float("inf") else None for length in wavelengths(turned.rotary).tolist()]
 
     def joined(turns: Float[Tensor, "n planes"], still: Float[Tensor, " n"]) -> Tensor:
         return torch.cat([turns, still[:, None]] if rest else [turns], 1).cpu()
@@ -170,7 +170,7 @@ def _frequencies(heads: Heads, rotary: Rotary, of_heads: Mapping[str, Tensor], c
         "expected": (joined(chance.planes, chance.still) / chance.total[:, None]).expand_as(energy),
     }
     repeated = {"plane": planes + rest, "wavelength": lengths + rest}
-    rows = {name: pa.array(values * len(heads)) for name, values in repeated.items()}
+    rows = {name: pa.array(values * len(turned.heads)) for name, values in repeated.items()}
     flat = {name: pa.array(value.flatten().numpy(), from_pandas=True) for name, value in columns.items()}
     return {name: value.repeat_interleave(len(planes + rest)) for name, value in of_heads.items()} | rows | flat
 
@@ -181,7 +181,7 @@ def _rows(of_heads: Mapping[str, Tensor], offsets: Sequence[int]) -> dict[str, T
     return repeated | {"offset": torch.tensor(offsets).repeat(len(of_heads["head"]))}
 
 
-def _linear(stored: Heads, heads: Heads, form: Variant, frames: Frames, frame: Frame) -> dict[str, Tensor | None]:
+def _linear(stored: Heads, turned: RotaryHeads, form: Variant, frames: Frames, frame: Frame) -> dict[str, Tensor | None]:
     """Norms of the terms that are linear in the query's token and in the key's, over the form's, all averaged over offsets."""
     none: dict[str, Tensor | None] = dict.fromkeys(LINEAR)
     own = frame.query_norm, frame.key_norm
@@ -190,13 +190,13 @@ def _linear(stored: Heads, heads: Heads, form: Variant, frames: Frames, frame: F
     biases = frame.query_bias, frame.key_bias
     if form.norm == FOLDED:
         biases = constant("query", stored.b, biases[0], frame), constant("key", stored.a, biases[1], frame)
-    rotary = frame.rotary or _STILL
-    size = energies(heads, rotary).total.sqrt()
+    heads, size = turned.heads, energies(turned).total.sqrt()
     query, key = (None if bias is None else bias.to(heads.device).double()[..., None] for bias in biases)
     # A key that is the same for every token has a form with queries, of which one side is of width 1; and so the other way.
     terms = {} if key is None else {LINEAR[0]: heads.with_factors(key, heads.b)}
     terms |= {} if query is None else {LINEAR[1]: heads.with_factors(heads.a, query)}
-    return none | {name: ratio(energies(term, rotary).total.sqrt(), size).cpu() for name, term in terms.items()}
+    of_terms = {name: energies(replace(turned, heads=term)).total.sqrt() for name, term in terms.items()}
+    return none | {name: ratio(value, size).cpu() for name, value in of_terms.items()}
 
 
 def _table(columns: Mapping[str, Any]) -> pa.Table:

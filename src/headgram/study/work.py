@@ -43,16 +43,16 @@ _PASSES = 8
 _PASSES_OF_ENDS = 4
 #: Terms that tensor cores are taken to add up accurately.
 _LONGEST = 4096
-#: Products of the weights with themselves that the stage `rotary` takes of each form, and the offsets that it measures, about.
-_GRAMS, _OFFSETS = 4, 24
+#: How often small matrices of every head go through memory while it is measured how forms turn.
+_PASSES_OF_TURNS = 50
 #: What it takes to look at one pair of heads closely: QR; an SVD and eigenvalues.
 _QR, _SMALL = 8, 60
 #: The same of how a factor changed, three QR factorisations and two products, and of how a form did, of up to twice its rank.
 _CHANGED_FACTOR, _CHANGED_FORM = 22, 160
 #: Kernels that a GPU is told to run, about: for a batch of spectra, a layer's scores, eigenvalues, and a batch as the original
-#: script has it; for turning forms, and for each of their offsets; for ends of compositions, and those that turn; for spans; for
-#: pairs that are looked at closely; for how a layer's heads changed.
-_SPECTRA, _SCORES, _EIGENVALUES, _ORIGINAL, _TURNING, _OFFSET = 356, 78, 20, 87, 455, 70
+#: script has it; for how a layer's forms turn; for ends of compositions, and those that turn; for spans; for pairs that are
+#: looked at closely; for how a layer's heads changed.
+_SPECTRA, _SCORES, _EIGENVALUES, _ORIGINAL, _TURNING = 356, 78, 20, 87, 380
 _ENDS, _TURNED_ENDS, _SPANS, _CLOSELY, _CHANGED = 55, 70, 48, 110, 234
 
 
@@ -241,16 +241,16 @@ def _folds(stack: LockedStack, circuit: str) -> bool:
 
 
 def of_rotary(plan: HeadsPlan, config: Config) -> Work:
-    """Products of queries and of keys, in float64, of each form; the offsets, whose small matrices go through memory."""
+    """Products of queries and of keys, in float64, of each form; the small matrices of every head go through memory."""
     stack, rank, layers = plan.stack, plan.locked.rank, len(plan.stack.layers)
     work, forms = Work(distinct=float(layers * _layer_bytes(plan, config))), 1 + _folds(stack, "qk")
     work.copied = forms * work.distinct
     if not turns(plan):
         return work
-    products = _GRAMS * (stack.heads + stack.kv_heads) + stack.heads
+    products = 2 * stack.heads + stack.kv_heads
     work.flops["float64"] = forms * layers * products * 2.0 * rank**2 * stack.hidden
-    work.launches = forms * layers * (_TURNING + _OFFSETS * _OFFSET)
-    work.memory = forms * layers * 8.0 * (products * rank * stack.hidden + _OFFSETS * stack.heads * 8 * rank**2)
+    work.launches = forms * layers * _TURNING
+    work.memory = forms * layers * 8.0 * (products * rank * stack.hidden + _PASSES_OF_TURNS * stack.heads * rank**2)
     return work
 
 
