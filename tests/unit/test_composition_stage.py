@@ -9,6 +9,7 @@ import torch
 from headgram.forms.circuits import ov, qk
 from headgram.forms.reading import Frame, Frames, Norm, Rotary
 from headgram.geometry.composition import KINDS
+from headgram.geometry.costs import BLOCK_BYTES
 from headgram.results.factors import write_factors
 from headgram.results.record import Identity, Provenance, read_record, record_of, seal
 from headgram.results.tables import read_table
@@ -54,7 +55,7 @@ def measured(folder: Path, extracted, frames=None):
 @pytest.mark.parametrize("block", [2**30, 4 * 5 * WIDTH * 4, 4 * 5 * WIDTH * 3])
 def test_every_pair_of_an_earlier_and_a_later_layer(tmp_path, extracted, block, monkeypatch):
     """Whether a block holds all layers, one, or a part of one."""
-    monkeypatch.setattr("headgram.geometry.costs.BLOCK_BYTES", block)
+    monkeypatch.setitem(BLOCK_BYTES, "cpu", block)
     composed = measured(tmp_path / "results", extracted)
     table = read_table(composed.composition).to_pandas()
     writers = [(stack, kind, stack) for stack in ("decoder", "encoder") for kind in KINDS]
@@ -166,7 +167,7 @@ def test_heads_may_have_more_rows_than_the_stream_has_channels(tmp_path):
 
 def test_spans_of_all_roles_are_held_against_each_other(tmp_path, extracted, monkeypatch):
     for block in (2**30, 1):  # all layers at once, and one by one
-        monkeypatch.setattr("headgram.stages.kernels.BLOCK_BYTES", block)
+        monkeypatch.setitem(BLOCK_BYTES, "cpu", block)
         composed = measured(tmp_path / str(block), extracted)
         table = read_table(composed.kernels).to_pandas()
         pairs = {stack: set(zip(rows["role_a"], rows["role_b"], strict=True)) for stack, rows in table.groupby("stack")}

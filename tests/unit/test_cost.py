@@ -53,7 +53,7 @@ def planned(shape, circuits=("qk",), **options):
     ids=["one block", "two layers in a block", "four heads in a block", "same index"],
 )
 def test_a_gpu_is_given_as_many_bytes_and_multiplies_as_much_as_the_plan_says(tmp_path, monkeypatch, pairs, block, per_tile):
-    monkeypatch.setattr(prices, "BLOCK_BYTES", block)
+    monkeypatch.setitem(prices.BLOCK_BYTES, "cuda", block)
     for module in (routes, inner):
         monkeypatch.setattr(module, "longest_sum", lambda _: 2**14)  # not measured
     config = {"gram": {"pairs": pairs, "layers_per_tile": per_tile}}
@@ -83,9 +83,7 @@ def test_a_gpu_is_given_as_many_bytes_and_multiplies_as_much_as_the_plan_says(tm
 
 @pytest.mark.parametrize("block", [2**30, 2 * 6 * 4 * 8 * 512], ids=["one block", "two layers in a block"])
 def test_compositions_and_turns_are_what_the_plan_says(tmp_path, monkeypatch, block):
-    monkeypatch.setattr(prices, "BLOCK_BYTES", block)
-    monkeypatch.setattr("headgram.study.work.BLOCK_BYTES", block)
-    monkeypatch.setattr("headgram.stages.kernels.BLOCK_BYTES", block)
+    monkeypatch.setitem(prices.BLOCK_BYTES, "cuda", block)
     plan = planned(SMALL, ("qk", "ov"), composition={"enabled": True, "strongest": 3})
     work, chance = costs(plan), torch.Generator().manual_seed(0)
     files, keys = {}, {}
@@ -131,7 +129,7 @@ def test_compositions_and_turns_are_what_the_plan_says(tmp_path, monkeypatch, bl
 @pytest.mark.parametrize("block", [2**30, 2 * 6 * 4 * 8 * 512, 4 * 4 * 8 * 512], ids=["one", "two layers", "four heads"])
 @pytest.mark.parametrize("pairs", ["all", "same"])
 def test_comparisons_of_two_models_are_what_the_plan_says(tmp_path, monkeypatch, pairs, block):
-    monkeypatch.setattr(prices, "BLOCK_BYTES", block)
+    monkeypatch.setitem(prices.BLOCK_BYTES, "cuda", block)
     for module in (routes, inner):
         monkeypatch.setattr(module, "longest_sum", lambda _: 2**14)  # not measured
     work = costs(lineage_of(SMALL, {"circuits": ["qk"], "gram": {"pairs": pairs}}))["lineage"]
@@ -232,7 +230,7 @@ def test_all_pairs_of_thousands_of_heads_are_cut_into_jobs_within_the_budget(nam
     assert heads.stack.heads * len(heads.stack.layers) == count
     assert len(heads.rows) > 16
     largest = max(map(len, heads.tiles)) * heads.stack.heads
-    blocks = 2 * prices.BLOCK_BYTES  # of both sides, in float32
+    blocks = 2 * prices.BLOCK_BYTES["cpu"]  # of both sides, in float32
     results = (2 * 8 + 1 + 2 * 8 + 4 * 4) * largest**2  # products, which are wanted, their places, and columns of the tile
     assert blocks + results < plan.config.memory_budget
     work = work["gram"]
@@ -256,10 +254,10 @@ def test_runs_and_their_pairs_are_counted_by_their_lengths(count, size):
 
 @pytest.mark.parametrize("most", range(1, 14))
 def test_blocks_are_counted_by_their_heads(monkeypatch, most):
-    monkeypatch.setattr(prices, "BLOCK_BYTES", most * 4 * 8 * 16)
+    monkeypatch.setitem(prices.BLOCK_BYTES, "cpu", most * 4 * 8 * 16)
     for layers, heads in product(range(1, 6), range(1, 6)):
-        found = Counter(len(some) * len(each) for some, each in prices.blocks(range(layers), heads, 8, 16))
-        assert prices.block_sizes(layers, heads, 8, 16) == found
+        found = Counter(len(some) * len(each) for some, each in prices.blocks(range(layers), heads, 8, 16, "cpu"))
+        assert prices.block_sizes(layers, heads, 8, 16, "cpu") == found
 
 
 @pytest.mark.parametrize("count", ["layers", "heads", "kv_heads", "rank", "hidden"])

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import headgram.stages.gram as stage
+from headgram.geometry.costs import BLOCK_BYTES
 from headgram.results.factors import write_factors
 from headgram.results.record import Identity, Provenance, record_of, seal
 from headgram.results.tables import read_table
@@ -152,7 +153,7 @@ def test_blocks_of_any_size_give_the_same(every, tmp_path, weights, monkeypatch)
     path, provenance = weights
     found = []
     for size in (2**30, 4 * 3 * 8 * 4 * 2, 4 * 3 * 8 * 4, 4 * 3 * 8 * 3):
-        monkeypatch.setattr("headgram.geometry.costs.BLOCK_BYTES", size)
+        monkeypatch.setitem(BLOCK_BYTES, "cpu", size)
         row = tmp_path / f"row-{size:03d}.parquet"
         stage.measure_row(row, [path], [[0, 1, 2], [3, 4, 5]], every, CONFIG, provenance)
         found.append(read_table(row).to_pandas())

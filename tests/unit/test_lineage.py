@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from headgram.forms.circuits import CIRCUITS
+from headgram.geometry.costs import BLOCK_BYTES
 from headgram.geometry.spectra import spectra
 from headgram.results.factors import FactorFiles, write_factors
 from headgram.results.record import Identity, Provenance, record_of, seal
@@ -37,7 +38,7 @@ def test_tables_about_two_models(tmp_path, monkeypatch, circuit):
     sides = side(tmp_path, "before", circuit, *before), side(tmp_path, "after", circuit, *after)
     found = []
     for size in (2**30, 4 * RANK * WIDTH * 3):
-        monkeypatch.setattr("headgram.geometry.costs.BLOCK_BYTES", size)
+        monkeypatch.setitem(BLOCK_BYTES, "cpu", size)
         tables = measure((circuit, "self"), *sides, True, "cpu")
         found.append({name: table.to_pandas() for name, table in tables.items()})
     for other in found[1:]:

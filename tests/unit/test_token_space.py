@@ -14,6 +14,7 @@ from headgram.checkpoints.vocabulary import common_tokens
 from headgram.errors import HeadgramError
 from headgram.forms.circuits import CIRCUITS
 from headgram.geometry import token_space as module
+from headgram.geometry.costs import BLOCK_BYTES
 from headgram.geometry.token_space import TokenRows, row_products
 from headgram.results.factors import write_factors
 from headgram.results.record import Identity, Provenance, record_of, seal
@@ -114,7 +115,7 @@ def texts(seed, *more):
 @pytest.mark.parametrize("tied", [True, False])
 def test_matches_are_those_of_matrices_of_tokens(tmp_path, monkeypatch, kv_heads, tied):
     """Two independent models of other widths, ranks, layers and heads, whose vocabularies agree in part."""
-    monkeypatch.setattr("headgram.geometry.costs.BLOCK_BYTES", 4 * 3 * 20 * 4)  # several blocks
+    monkeypatch.setitem(BLOCK_BYTES, "cpu", 4 * 3 * 20 * 4)  # several blocks
     before = Model("before", (2, 3, 1, 5, 12), texts(0, "ours", "more", "of", "ours"), 1)
     after = Model("after", (3, 4, kv_heads, 3, 20), texts(1, "theirs"), 2, tied)
     found = compared(tmp_path, before, after)

@@ -16,6 +16,7 @@ from headgram.checkpoints.token_tables import TokenTables
 from headgram.errors import HeadgramError
 from headgram.forms.circuits import CIRCUITS, ov
 from headgram.geometry import projections as module
+from headgram.geometry.costs import BLOCK_BYTES
 from headgram.geometry.projections import projections
 from headgram.geometry.token_space import TokenProducts, between_tokens, centred_gram
 from headgram.results.factors import write_factors
@@ -205,7 +206,7 @@ def scores_of(matrix, null):
 @pytest.mark.parametrize("tied", [True, False])
 def test_paths_between_tokens_are_their_definition(tmp_path, monkeypatch, tied, block):
     """Dense matrices of all tokens by all tokens; the output matrix may have more rows than there are embeddings."""
-    monkeypatch.setattr("headgram.geometry.costs.BLOCK_BYTES", block)
+    monkeypatch.setitem(BLOCK_BYTES, "cpu", block)
     monkeypatch.setattr("headgram.stages.tokens._SLICE_BYTES", 4 * 16 * 7)
     model = Small(tmp_path, tied)
     channels = model.composed()

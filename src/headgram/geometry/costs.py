@@ -11,8 +11,9 @@ from typing import Literal
 #: Of a set with itself, only blocks on and above the diagonal are multiplied, of so many in a row.
 TRIANGLE = 8
 
-#: Bytes of the own factors of one block of heads in float32; all heads of two blocks are multiplied at once.
-BLOCK_BYTES = 128 * 2**20
+#: Bytes of the own factors of one block of heads in float32; all heads of two blocks are multiplied at once. A GPU is given
+#: larger ones, since each block is copied to it again for every other.
+BLOCK_BYTES = {"cpu": 128 * 2**20, "cuda": 2**30}
 
 #: Bytes of the four products of a block of heads, and of one block of all forms. Constants, so that the blocking, and with it
 #: the last bit of the result, does not depend on the machine. A block of forms should lie in a cache.
@@ -27,8 +28,8 @@ LAYERS_BYTES = 512 * 2**20
 #: Bytes of float64 working memory that the spectra of one batch of heads may take; bounds the peak, never the result.
 SPECTRA_BYTES = {"cpu": 128 * 2**20, "cuda": 4 * 2**30}
 
-#: As many blocks of spans are kept as fit into about one GiB.
-KEPT_SPANS = 8
+#: As many blocks of spans are kept as fit into about one GiB; on a GPU those two that are multiplied.
+KEPT_SPANS = {"cpu": 8, "cuda": 2}
 #: Bytes of float32 weights of the heads that are measured at once as the original script has it. A constant, so that the last
 #: bit of the result does not depend on the machine.
 ORIGINAL_BYTES = 128 * 2**20
@@ -180,9 +181,9 @@ def spectra_flops(heads: int, left: int, rank: int, width: int) -> float:
     return float(heads * per_head + left * rank * width**2)
 
 
-def blocks(layers: Sequence[int], heads: int, rank: int, width: int) -> list[Block]:
-    """The heads of some layers in order, in blocks of bounded size: of whole layers, or of a layer's heads."""
-    most = max(1, BLOCK_BYTES // (4 * rank * width))
+def blocks(layers: Sequence[int], heads: int, rank: int, width: int, device: str) -> list[Block]:
+    """The heads of some layers in order, in blocks that fit a kind of device: of whole layers, or of a layer's heads."""
+    most = max(1, BLOCK_BYTES[device] // (4 * rank * width))
     if most >= heads:
         step = most // heads
         return [(layers[start : start + step], range(heads)) for start in range(0, len(layers), step)]
@@ -190,9 +191,9 @@ def blocks(layers: Sequence[int], heads: int, rank: int, width: int) -> list[Blo
     return [([layer], each) for layer in layers for each in some]
 
 
-def block_sizes(layers: int, heads: int, rank: int, width: int) -> Counter[int]:
+def block_sizes(layers: int, heads: int, rank: int, width: int, device: str) -> Counter[int]:
     """How many of `blocks` have each number of heads."""
-    most = max(1, BLOCK_BYTES // (4 * rank * width))
+    most = max(1, BLOCK_BYTES[device] // (4 * rank * width))
     if most >= heads:
         return Counter({count * heads: times for count, times in runs(layers, most // heads).items()})
     return Counter({count: layers * times for count, times in runs(heads, most).items()})

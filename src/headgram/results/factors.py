@@ -86,12 +86,17 @@ class FactorFiles:
         a, b = (torch.cat([found[place][side] for place in places]) for side in (0, 1))
         return Heads(a, b, torch.arange(len(places)), torch.arange(len(places)))
 
-    def blocks(self, layers: Sequence[int]) -> list[Block]:
-        """The heads of some layers in order, in blocks of bounded size: of whole layers, or of a layer's heads."""
-        return blocks(layers, self.heads, self.rank, self.width)
+    def blocks(self, layers: Sequence[int], device: str) -> list[Block]:
+        """The heads of some layers in order, in blocks of a size that fits a device: of whole layers, or of a layer's heads."""
+        return blocks(layers, self.heads, self.rank, self.width, torch.device(device).type)
 
-    def read(self, layers: Sequence[int], heads: range | None = None) -> Heads:
+    def read(self, layers: Sequence[int], heads: range | None = None, device: str = "cpu") -> Heads:
         """The heads of some layers, all of them or those of neighbouring indices, layer by layer.
+
+        Parameters
+        ----------
+        device
+            Where they are wanted: a layer after the other is copied there, so that only one is in the memory of the host.
 
         Raises
         ------
@@ -107,8 +112,8 @@ class FactorFiles:
             group = _mapped(path)
             for layer in of_path:
                 _, i = self._home[layer]
-                own.append(self._made(self._circuit.own, group, i, layer, of_own))
-                shared.append(self._made(self._circuit.shared, group, i, layer, of_shared))
+                own.append(self._made(self._circuit.own, group, i, layer, of_own).to(device))
+                shared.append(self._made(self._circuit.shared, group, i, layer, of_shared).to(device))
         return self._circuit.heads(torch.stack(own), torch.stack(shared), reads - first)
 
     def _made(self, role: str, group: Mapping[str, Tensor], place: int, layer: int, heads: slice) -> Tensor:

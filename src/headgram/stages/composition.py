@@ -93,7 +93,7 @@ def compose(sources: Sources, composed: Composed, options: Config, provenance: P
 
     @lru_cache(maxsize=1)  # all of them, where one block holds them: for every kind
     def written(writing: FactorFiles, block: int) -> Ends:
-        return writes(writing.read(*writing.blocks(writing.layers)[block]).to(device))
+        return writes(writing.read(*writing.blocks(writing.layers, device)[block], device=device))
 
     strongest = dict.fromkeys(streams, COMPOSITION.empty_table())
 
@@ -131,11 +131,11 @@ def _streams(sources: Sources) -> Iterator[_Stream]:
 def _parts(stream: _Stream, written: Callable[[FactorFiles, int], Ends], device: str) -> Iterator[pa.Table]:
     """Block by block of readers, their rows of the table; a reader meets later writers too, to be held against them."""
     reading, writing = stream.reading, stream.writing
-    blocks = writing.blocks(writing.layers)
+    blocks = writing.blocks(writing.layers, device)
     writer_layer, writer_head = (torch.cat(each) for each in zip(*map(_places, blocks), strict=True))
     seen = stream.seen(writer_layer)
-    for block in reading.blocks(reading.layers):
-        heads = reading.read(*block).to(device)
+    for block in reading.blocks(reading.layers, device):
+        heads = reading.read(*block, device=device)
         layer, head = _places(block)
         readers = [reads(stream.kind, heads)]
         if stream.rotaries:

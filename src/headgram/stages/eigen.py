@@ -76,7 +76,7 @@ def measure_shard(
     copies = Variant.of(str(provenance.circuit)).circuit == "ov" and not between_streams(str(provenance.stack))
     for start in range(0, len(layers), together):
         run = layers[start : start + together]
-        heads = source.read(run).to(device)
+        heads = source.read(run, device=device)
         result, scores = _measured(heads, run, topk, place)
         found = eigenvalues(heads) if copies else None
         residual = torch.maximum(result.residual.cpu(), found.residual) if found else result.residual

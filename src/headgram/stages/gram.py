@@ -82,15 +82,15 @@ def measure_row(
 def _all_pairs(source: FactorFiles, own: Sequence[int], other: Sequence[int], precision: Precision, device: str) -> pa.Table:
     """All heads of a tile with all heads of another, or of itself; two blocks of heads at a time are in memory."""
     same = own == other
-    blocks = [source.blocks(layers) for layers in (own, other)]
+    blocks = [source.blocks(layers, device) for layers in (own, other)]
     places = [np.array([(layer, head) for layers, heads in each for layer in layers for head in heads]) for each in blocks]
     starts = [np.cumsum([0, *(len(layers) * len(heads) for layers, heads in each)]) for each in blocks]
     products, transposed = (np.zeros((len(places[0]), len(places[1]))) for _ in range(2))
     exact, routes = np.zeros(len(places[0]), dtype=bool), set()
     for i, block in enumerate(blocks[0]):
-        x = source.read(*block).to(device)
+        x = source.read(*block, device=device)
         for j in range(i if same else 0, len(blocks[1])):
-            y = x if same and i == j else source.read(*blocks[1][j]).to(device)
+            y = x if same and i == j else source.read(*blocks[1][j], device=device)
             found = inner_products(x, y, precision)
             rows, columns = slice(*starts[0][i : i + 2]), slice(*starts[1][j : j + 2])
             products[rows, columns], transposed[rows, columns] = found.gram.cpu().numpy(), found.transposed.cpu().numpy()
@@ -109,8 +109,8 @@ def _same_index(source: FactorFiles, own: Sequence[int], other: Sequence[int], p
     parts = []
     for start in range(0, source.heads, together):
         indices = range(start, min(start + together, source.heads))
-        of_own = source.read(own, indices).to(device)
-        of_other = of_own if other == own else source.read(other, indices).to(device)
+        of_own = source.read(own, indices, device)
+        of_other = of_own if other == own else source.read(other, indices, device)
         parts.append(same_index_products(of_own, of_other, len(indices), precision))
     _say(own, other, parts[0].route, sum(int(part.exact.sum()) for part in parts))
     layer_a, layer_b, head = np.meshgrid(own, other, np.arange(source.heads), indexing="ij")

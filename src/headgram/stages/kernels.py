@@ -7,6 +7,7 @@ from functools import lru_cache
 
 import numpy as np
 import pyarrow as pa
+import torch
 
 from headgram.geometry.costs import BLOCK_BYTES, KEPT_SPANS
 from headgram.geometry.spans import Spans, joined, kernels, spans
@@ -32,13 +33,17 @@ def _tables(stack: str, roles: tuple[str, ...], sources: Sources, device: str) -
     files = {role: sources.files(stack, _ROLES[role][0], folded) for role in roles}
     first = next(iter(files.values()))
     of_layer = sum(file.kv_heads if role in ("key", "value") else file.heads for role, file in files.items())
-    most = max(1, BLOCK_BYTES // (4 * of_layer * max(file.rank for file in files.values()) * first.width))
+    kind = torch.device(device).type
+    most = max(1, BLOCK_BYTES[kind] // (4 * of_layer * max(file.rank for file in files.values()) * first.width))
     runs = [first.layers[start : start + most] for start in range(0, len(first.layers), most)]
 
-    @lru_cache(maxsize=KEPT_SPANS)
+    @lru_cache(maxsize=KEPT_SPANS[kind])
     def found(run: int) -> tuple[Spans, dict[str, np.ndarray]]:
         """The spans of all roles of some layers, and which each is."""
-        factors = [getattr(file.read(runs[run]), _ROLES[role][1]).to(device) for role, file in files.items()]
+        factors = [
+            torch.cat([getattr(file.read([layer]), _ROLES[role][1]).to(device) for layer in runs[run]])
+            for role, file in files.items()
+        ]
         counts = [len(each) for each in factors]
         layers = np.concatenate([np.repeat(runs[run], count // len(runs[run])) for count in counts])
         heads = np.concatenate([np.tile(np.arange(count // len(runs[run])), len(runs[run])) for count in counts])

@@ -123,8 +123,8 @@ def measure(place: Place, before: Measured, after: Measured, over_layers: bool, 
         If the shapes of the two models differ.
     """
     old, new = before.factors, after.factors
-    blocks = [block for layer in new.layers for block in new.blocks([layer])]
-    found = joined([drift(old.read(*block).to(device), new.read(*block).to(device)) for block in blocks])
+    blocks = [block for layer in new.layers for block in new.blocks([layer], device)]
+    found = joined([drift(old.read(*block, device=device), new.read(*block, device=device)) for block in blocks])
     heads = {"layer": np.repeat(new.layers, new.heads), "head": np.tile(np.arange(new.heads), len(new.layers))}
     columns = {
         **heads,
@@ -172,11 +172,11 @@ def _matches(old: FactorFiles, new: FactorFiles, found: Drift, over_layers: bool
 
 def _cosines(new: FactorFiles, old: FactorFiles, layers: Sequence[int], norms: tuple[Tensor, Tensor], device: str) -> Tensor:
     """Of all heads of some layers of one model with all of another, (N, N) float32; two blocks at a time are in memory."""
-    blocks = new.blocks(layers)
+    blocks = new.blocks(layers, device)
     found, start = torch.empty(len(norms[0]), len(norms[1])), 0
     for block in blocks:
-        own = new.read(*block).to(device)
-        products = torch.cat([inner_products(own, old.read(*other).to(device)).gram.cpu() for other in blocks], 1)
+        own = new.read(*block, device=device)
+        products = torch.cat([inner_products(own, old.read(*other, device=device)).gram.cpu() for other in blocks], 1)
         rows = slice(start, start + len(own))
         found[rows] = ratio(ratio(products, norms[0][rows, None]), norms[1]).clamp(-1, 1)
         start = rows.stop

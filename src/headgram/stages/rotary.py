@@ -88,7 +88,7 @@ def measure_rotary(
                 print(f"{stack}: without {form.name}: {frames.missing[unknown[0]]}", flush=True)
                 continue
             for layer in source.layers:
-                found = _layer(source.read([layer]).to(provenance.device), form, frames, layer)
+                found = _layer(source.read([layer], device=provenance.device), form, frames, layer)
                 for schema, columns in found.items():
                     tables[schema].append(labelled(_table(columns), schema, circuit=form.name, stack=stack))
     for path, schema in ((written.rotary, ROTARY), (written.frequencies, FREQUENCIES), (written.turning, TURNING)):

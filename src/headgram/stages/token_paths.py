@@ -34,9 +34,9 @@ def token_paths(sources: Sources, channels: Path | None, met: Met, device: str) 
         files = sources.files(stack, circuit, sources.folds(stack, circuit))
         if (meeting := met(stack, circuit, files.width)) is not None:
             tables, whole = meeting
-            for block in files.blocks(files.layers):
+            for block in files.blocks(files.layers, device):
                 layers, heads = (np.array(each) for each in block)
-                found = between_tokens(files.read(*block).to(device), tables)
+                found = between_tokens(files.read(*block, device=device), tables)
                 places = {"layer": layers.repeat(len(heads)), "head": np.tile(heads, len(layers))}
                 yield _table(stack, circuit, places, found, files.is_folded and whole)
     if channels is not None:

@@ -151,13 +151,13 @@ def _cosines(
 
     crossed = [products(after, before), products(after, {table: each.reordered(order) for table, each in before.items()})]
     own, other = products(after, after), products(before, before)
-    blocks = new.blocks(new.layers)
-    sizes = [norms(new.read(*block).to(device), *own) for block in blocks]
+    blocks = new.blocks(new.layers, device)
+    sizes = [norms(new.read(*block, device=device), *own) for block in blocks]
     columns = []
-    for block in old.blocks(old.layers):
-        heads = old.read(*block).to(device)
+    for block in old.blocks(old.layers, device):
+        heads = old.read(*block, device=device)
         size = norms(heads, *other)
         for there in [moved(heads, *pair) for pair in crossed]:
-            grams = [inner_products(new.read(*each).to(device), there, "float64").gram for each in blocks]
+            grams = [inner_products(new.read(*each, device=device), there, "float64").gram for each in blocks]
             columns.append(ratio(ratio(torch.cat(grams), torch.cat(sizes)[:, None]), size).clamp(-1, 1).cpu())
     return torch.cat(columns[::2], 1), torch.cat(columns[1::2], 1)
