@@ -253,11 +253,10 @@ def test_runs_and_their_pairs_are_counted_by_their_lengths(count, size):
 
 
 @pytest.mark.parametrize("most", range(1, 14))
-def test_blocks_are_counted_by_their_heads(monkeypatch, most):
-    monkeypatch.setitem(prices.BLOCK_BYTES, "cpu", most * 4 * 8 * 16)
+def test_blocks_are_counted_by_their_heads(most):
     for layers, heads in product(range(1, 6), range(1, 6)):
-        found = Counter(len(some) * len(each) for some, each in prices.blocks(range(layers), heads, 8, 16, "cpu"))
-        assert prices.block_sizes(layers, heads, 8, 16, "cpu") == found
+        found = Counter(len(some) * len(each) for some, each in prices.blocks(range(layers), heads, 8, 16, most * 4 * 8 * 16))
+        assert prices.block_sizes(layers, heads, 8, 16, most * 4 * 8 * 16) == found
 
 
 @pytest.mark.parametrize("count", ["layers", "heads", "kv_heads", "rank", "hidden"])

@@ -181,9 +181,9 @@ def spectra_flops(heads: int, left: int, rank: int, width: int) -> float:
     return float(heads * per_head + left * rank * width**2)
 
 
-def blocks(layers: Sequence[int], heads: int, rank: int, width: int, device: str) -> list[Block]:
-    """The heads of some layers in order, in blocks that fit a kind of device: of whole layers, or of a layer's heads."""
-    most = max(1, BLOCK_BYTES[device] // (4 * rank * width))
+def blocks(layers: Sequence[int], heads: int, rank: int, width: int, size: int) -> list[Block]:
+    """The heads of some layers in order, in blocks of at most so many bytes: of whole layers, or of a layer's heads."""
+    most = max(1, size // (4 * rank * width))
     if most >= heads:
         step = most // heads
         return [(layers[start : start + step], range(heads)) for start in range(0, len(layers), step)]
@@ -191,9 +191,9 @@ def blocks(layers: Sequence[int], heads: int, rank: int, width: int, device: str
     return [([layer], each) for layer in layers for each in some]
 
 
-def block_sizes(layers: int, heads: int, rank: int, width: int, device: str) -> Counter[int]:
+def block_sizes(layers: int, heads: int, rank: int, width: int, size: int) -> Counter[int]:
     """How many of `blocks` have each number of heads."""
-    most = max(1, BLOCK_BYTES[device] // (4 * rank * width))
+    most = max(1, size // (4 * rank * width))
     if most >= heads:
         return Counter({count * heads: times for count, times in runs(layers, most // heads).items()})
     return Counter({count: layers * times for count, times in runs(heads, most).items()})

@@ -86,9 +86,9 @@ class FactorFiles:
         a, b = (torch.cat([found[place][side] for place in places]) for side in (0, 1))
         return Heads(a, b, torch.arange(len(places)), torch.arange(len(places)))
 
-    def blocks(self, layers: Sequence[int], device: str) -> list[Block]:
-        """The heads of some layers in order, in blocks of a size that fits a device: of whole layers, or of a layer's heads."""
-        return blocks(layers, self.heads, self.rank, self.width, torch.device(device).type)
+    def blocks(self, layers: Sequence[int], size: int) -> list[Block]:
+        """The heads of some layers in order, in blocks of at most so many bytes: of whole layers, or of a layer's heads."""
+        return blocks(layers, self.heads, self.rank, self.width, size)
 
     def read(self, layers: Sequence[int], heads: range | None = None, device: str = "cpu") -> Heads:
         """The heads of some layers, all of them or those of neighbouring indices, layer by layer.

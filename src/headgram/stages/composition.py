@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +13,7 @@ import pyarrow as pa
 import torch
 
 from headgram.forms.reading import Rotary
+from headgram.geometry.batches import in_blocks
 from headgram.geometry.composition import (
     KINDS,
     Ends,
@@ -88,19 +89,24 @@ def compose(sources: Sources, composed: Composed, options: Config, provenance: P
     HeadgramError
         If an artifact is damaged or belongs to another run.
     """
+    in_blocks(provenance.device, partial(_compose, sources, composed, options, provenance))
+
+
+def _compose(sources: Sources, composed: Composed, options: Config, provenance: Provenance, size: int) -> None:
+    """The same in blocks of at most so many bytes."""
     provenance = replace(provenance, precision="float32 where accurate")
     device, streams = provenance.device, list(_streams(sources))
 
     @lru_cache(maxsize=1)  # all of them, where one block holds them: for every kind
     def written(writing: FactorFiles, block: int) -> Ends:
-        return writes(writing.read(*writing.blocks(writing.layers, device)[block], device=device))
+        return writes(writing.read(*writing.blocks(writing.layers, size)[block], device=device))
 
     strongest = dict.fromkeys(streams, COMPOSITION.empty_table())
 
     def tables() -> Iterator[pa.Table]:
         yield COMPOSITION.empty_table()
         for stream in streams:
-            for part in _parts(stream, written, device):
+            for part in _parts(stream, written, device, size):
                 yield part
                 strongest[stream] = _strongest([strongest[stream], part], options.composition.strongest)
 
@@ -109,7 +115,7 @@ def compose(sources: Sources, composed: Composed, options: Config, provenance: P
     flows = {stream: _flows(stream, pairs, device) for stream, pairs in strongest.items()}
     shown = pa.concat_tables([CHANNELS.empty_table(), *(table for table, _ in flows.values())])
     write_table(composed.channels, [shown], provenance, compression)
-    write_table(composed.kernels, kernel_tables(sources, device), provenance, compression)
+    write_table(composed.kernels, kernel_tables(sources, device, size), provenance, compression)
     directions = {
         stack: {stream.kind: flow for stream, (_, flow) in flows.items() if stream.stack == stack} for stack in sources.stacks
     }
@@ -128,23 +134,24 @@ def _streams(sources: Sources) -> Iterator[_Stream]:
             yield _Stream(stack, kind, writer, *files, sources.rotaries(stack) if circuit == "qk" else {})
 
 
-def _parts(stream: _Stream, written: Callable[[FactorFiles, int], Ends], device: str) -> Iterator[pa.Table]:
+def _parts(stream: _Stream, written: Callable[[FactorFiles, int], Ends], device: str, size: int) -> Iterator[pa.Table]:
     """Block by block of readers, their rows of the table; a reader meets later writers too, to be held against them."""
     reading, writing = stream.reading, stream.writing
-    blocks = writing.blocks(writing.layers, device)
+    blocks = writing.blocks(writing.layers, size)
     writer_layer, writer_head = (torch.cat(each) for each in zip(*map(_places, blocks), strict=True))
     seen = stream.seen(writer_layer)
-    for block in reading.blocks(reading.layers, device):
+    for block in reading.blocks(reading.layers, size):
         heads = reading.read(*block, device=device)
         layer, head = _places(block)
         readers = [reads(stream.kind, heads)]
         if stream.rotaries:
             of_layers = [(heads.take(layer == each), stream.rotaries[each]) for each in block[0]]
             readers.append(joined([reads(stream.kind, some, rotary) for some, rotary in of_layers]))
-        ends = [written(writing, i) for i in range(len(blocks))]
-        both = torch.cat([scores(joined(readers), some) for some in ends], 1).cpu()  # what is written is formed once for both
-        score, *turned = both.split(len(heads))
-        z = deviations(score.square(), readers[0].energies, _all_of([some.energies for some in ends]), reading.width)
+        both, met = joined(readers), []  # what is written is formed once for both
+        for i in range(len(blocks)):
+            met.append((scores(both, written(writing, i)), written(writing, i).energies))
+        score, *turned = torch.cat([each for each, _ in met], 1).cpu().split(len(heads))
+        z = deviations(score.square(), readers[0].energies, _all_of([energies for _, energies in met]), reading.width)
         share, later = acausal(score, layer, seen)
         print(f"{stream.stack}, {stream.kind}: layers {block[0][0]}-{block[0][-1]} read what all others write", flush=True)
         b, a = (seen < layer[:, None]).nonzero().T

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,7 +13,7 @@ import numpy as np
 import pyarrow as pa
 import torch
 
-from headgram.geometry.batches import at_once
+from headgram.geometry.batches import at_once, in_blocks
 from headgram.geometry.inner import Precision, inner_products
 from headgram.geometry.same_index import same_index_products
 from headgram.results.asked import still_asked_for
@@ -62,14 +63,17 @@ def measure_row(
     """
     precision = options.precision
     provenance = replace(provenance, precision="float32 where accurate" if precision == "auto" else precision)
-    source = factors_of(weights, around, provenance)
+    source, device = factors_of(weights, around, provenance), provenance.device
     own = tiles[0]
     tables = []
     paths = [part_of(output, f"{own[0]:03d}-{own[-1]:03d}-{other[0]:03d}-{other[-1]:03d}") for other in tiles]
     for other, path in zip(tiles, paths, strict=True):
         table = _finished(path, provenance)
         if table is None:
-            table = (_all_pairs if all_pairs else _same_index)(source, own, other, precision, provenance.device)
+            if all_pairs:
+                table = in_blocks(device, partial(_all_pairs, source, own, other, precision, device))
+            else:
+                table = _same_index(source, own, other, precision, device)
             write_table(path, [table], provenance)
         tables.append(table)
     write_table(output, tables, provenance)
@@ -79,10 +83,12 @@ def measure_row(
             path.unlink(missing_ok=True)  # the same job of a killed run may still be at work beside this one
 
 
-def _all_pairs(source: FactorFiles, own: Sequence[int], other: Sequence[int], precision: Precision, device: str) -> pa.Table:
+def _all_pairs(
+    source: FactorFiles, own: Sequence[int], other: Sequence[int], precision: Precision, device: str, size: int
+) -> pa.Table:
     """All heads of a tile with all heads of another, or of itself; two blocks of heads at a time are in memory."""
     same = own == other
-    blocks = [source.blocks(layers, device) for layers in (own, other)]
+    blocks = [source.blocks(layers, size) for layers in (own, other)]
     places = [np.array([(layer, head) for layers, heads in each for layer in layers for head in heads]) for each in blocks]
     starts = [np.cumsum([0, *(len(layers) * len(heads) for layers, heads in each)]) for each in blocks]
     products, transposed = (np.zeros((len(places[0]), len(places[1]))) for _ in range(2))

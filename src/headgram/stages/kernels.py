@@ -9,7 +9,7 @@ import numpy as np
 import pyarrow as pa
 import torch
 
-from headgram.geometry.costs import BLOCK_BYTES, KEPT_SPANS
+from headgram.geometry.costs import KEPT_SPANS
 from headgram.geometry.spans import Spans, joined, kernels, spans
 from headgram.results.paths import between_streams
 from headgram.results.tables import KERNELS, labelled
@@ -19,25 +19,24 @@ from headgram.stages.sources import Sources
 _ROLES = {"query": ("qk", "b"), "key": ("qk", "a"), "value": ("ov", "b"), "output": ("ov", "a")}
 
 
-def kernel_tables(sources: Sources, device: str) -> Iterator[pa.Table]:
-    """Of every stack, in parts; every two spans of one residual stream once."""
+def kernel_tables(sources: Sources, device: str, size: int) -> Iterator[pa.Table]:
+    """Of every stack, in blocks of at most so many bytes; every two spans of one residual stream once."""
     yield KERNELS.empty_table()
     for stack in sources.stacks:
         crossing = between_streams(stack)  # keys and values are of another stream then
         for roles in [("query", "output"), ("key", "value")] if crossing else [tuple(_ROLES)]:
-            yield from _tables(stack, roles, sources, device)
+            yield from _tables(stack, roles, sources, device, size)
 
 
-def _tables(stack: str, roles: tuple[str, ...], sources: Sources, device: str) -> Iterator[pa.Table]:
+def _tables(stack: str, roles: tuple[str, ...], sources: Sources, device: str, size: int) -> Iterator[pa.Table]:
     folded = all(sources.folds(stack, circuit) for circuit in ("qk", "ov"))
     files = {role: sources.files(stack, _ROLES[role][0], folded) for role in roles}
     first = next(iter(files.values()))
     of_layer = sum(file.kv_heads if role in ("key", "value") else file.heads for role, file in files.items())
-    kind = torch.device(device).type
-    most = max(1, BLOCK_BYTES[kind] // (4 * of_layer * max(file.rank for file in files.values()) * first.width))
+    most = max(1, size // (4 * of_layer * max(file.rank for file in files.values()) * first.width))
     runs = [first.layers[start : start + most] for start in range(0, len(first.layers), most)]
 
-    @lru_cache(maxsize=KEPT_SPANS[kind])
+    @lru_cache(maxsize=KEPT_SPANS[torch.device(device).type])
     def found(run: int) -> tuple[Spans, dict[str, np.ndarray]]:
         """The spans of all roles of some layers, and which each is."""
         factors = [

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,6 +13,7 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
+from headgram.geometry.batches import in_blocks
 from headgram.geometry.drift import Drift, drift, joined
 from headgram.geometry.inner import inner_products
 from headgram.geometry.matches import matches
@@ -123,8 +125,12 @@ def measure(place: Place, before: Measured, after: Measured, over_layers: bool, 
         If the shapes of the two models differ.
     """
     old, new = before.factors, after.factors
-    blocks = [block for layer in new.layers for block in new.blocks([layer], device)]
-    found = joined([drift(old.read(*block, device=device), new.read(*block, device=device)) for block in blocks])
+
+    def drifts(size: int) -> Drift:
+        blocks = [block for layer in new.layers for block in new.blocks([layer], size)]
+        return joined([drift(old.read(*block, device=device), new.read(*block, device=device)) for block in blocks])
+
+    found = in_blocks(device, drifts)
     heads = {"layer": np.repeat(new.layers, new.heads), "head": np.tile(np.arange(new.heads), len(new.layers))}
     columns = {
         **heads,
@@ -162,17 +168,23 @@ def _matches(old: FactorFiles, new: FactorFiles, found: Drift, over_layers: bool
     layers, heads = new.layers, new.heads
     norms = found.norm_after, found.norm_before
     if over_layers:
-        cosines = _cosines(new, old, layers, norms, device)
+        cosines = in_blocks(device, partial(_cosines, new, old, layers, norms, device))
         yield matched("stack", (layers, heads), (layers, heads), cosines, _chance(cosines, new.width))
     for i, layer in enumerate(layers):
         rows = slice(i * heads, (i + 1) * heads)
-        own = cosines[rows, rows] if over_layers else _cosines(new, old, [layer], (norms[0][rows], norms[1][rows]), device)
+        if over_layers:
+            own = cosines[rows, rows]
+        else:
+            of_layer = norms[0][rows], norms[1][rows]
+            own = in_blocks(device, partial(_cosines, new, old, [layer], of_layer, device))
         yield matched("layer", ([layer], heads), ([layer], heads), own, _chance(own, new.width))
 
 
-def _cosines(new: FactorFiles, old: FactorFiles, layers: Sequence[int], norms: tuple[Tensor, Tensor], device: str) -> Tensor:
+def _cosines(
+    new: FactorFiles, old: FactorFiles, layers: Sequence[int], norms: tuple[Tensor, Tensor], device: str, size: int
+) -> Tensor:
     """Of all heads of some layers of one model with all of another, (N, N) float32; two blocks at a time are in memory."""
-    blocks = new.blocks(layers, device)
+    blocks = new.blocks(layers, size)
     found, start = torch.empty(len(norms[0]), len(norms[1])), 0
     for block in blocks:
         own = new.read(*block, device=device)

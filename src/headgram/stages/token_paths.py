@@ -11,6 +11,7 @@ import pyarrow.compute as pc
 from torch import Tensor
 
 from headgram.geometry.composition import composed
+from headgram.geometry.costs import BLOCK_BYTES
 from headgram.geometry.eigenvalues import Eigenvalues
 from headgram.geometry.token_space import TokenProducts, between_tokens
 from headgram.results.tables import COPYING, TOKEN_PATHS, labelled, read_table
@@ -34,7 +35,7 @@ def token_paths(sources: Sources, channels: Path | None, met: Met, device: str) 
         files = sources.files(stack, circuit, sources.folds(stack, circuit))
         if (meeting := met(stack, circuit, files.width)) is not None:
             tables, whole = meeting
-            for block in files.blocks(files.layers, device):
+            for block in files.blocks(files.layers, BLOCK_BYTES["cpu"]):
                 layers, heads = (np.array(each) for each in block)
                 found = between_tokens(files.read(*block, device=device), tables)
                 places = {"layer": layers.repeat(len(heads)), "head": np.tile(heads, len(layers))}

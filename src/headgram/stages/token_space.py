@@ -16,6 +16,7 @@ from torch import Tensor
 from headgram.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from headgram.checkpoints.vocabulary import common_tokens, token_texts
 from headgram.errors import HeadgramError
+from headgram.geometry.costs import BLOCK_BYTES
 from headgram.geometry.inner import inner_products
 from headgram.geometry.ratios import ratio
 from headgram.geometry.token_space import TokenRows, moved, norms, row_products
@@ -151,10 +152,10 @@ def _cosines(
 
     crossed = [products(after, before), products(after, {table: each.reordered(order) for table, each in before.items()})]
     own, other = products(after, after), products(before, before)
-    blocks = new.blocks(new.layers, device)
+    blocks = new.blocks(new.layers, BLOCK_BYTES["cpu"])
     sizes = [norms(new.read(*block, device=device), *own) for block in blocks]
     columns = []
-    for block in old.blocks(old.layers, device):
+    for block in old.blocks(old.layers, BLOCK_BYTES["cpu"]):
         heads = old.read(*block, device=device)
         size = norms(heads, *other)
         for there in [moved(heads, *pair) for pair in crossed]:

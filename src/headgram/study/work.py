@@ -199,7 +199,7 @@ def _block_pairs(plan: HeadsPlan, row: str) -> Iterator[tuple[Sizes, int, int]]:
 
 def _sides(plan: HeadsPlan, layers: Layers) -> list[tuple[int, int]]:
     """Heads of each block of some layers, and the shared factors that they read."""
-    cut = blocks(layers, plan.stack.heads, plan.locked.rank, plan.stack.hidden, "cuda")
+    cut = blocks(layers, plan.stack.heads, plan.locked.rank, plan.stack.hidden, BLOCK_BYTES["cuda"])
     return [(len(some) * len(heads), len(some) * _shared(plan, heads)) for some, heads in cut]
 
 
@@ -269,7 +269,7 @@ def of_composition(model: ModelPlan, name: str, config: Config) -> Work:
         sides = 1 + (circuit == "qk" and turns(reading))
         work.add(_ends(reading, config, folded, sides))
         readers, writers = (
-            block_sizes(len(each.stack.layers), each.stack.heads, each.locked.rank, each.stack.hidden, "cuda")
+            block_sizes(len(each.stack.layers), each.stack.heads, each.locked.rank, each.stack.hidden, BLOCK_BYTES["cuda"])
             for each in (reading, writing)
         )
         formed = readers.total() if writers.total() > 1 else int(writing.stack.name not in writings)
@@ -297,7 +297,7 @@ def _ends(plan: HeadsPlan, config: Config, folded: bool, sides: int = 1) -> Work
     work.flops["float64"] += (sides - 1) * factors * 30.0 * rank**3
     work.flops["float32"] = sides * layers * stack.heads * 2.0 * rank**2 * stack.hidden
     work.memory = sides * _PASSES_OF_ENDS * 8.0 * factors * rank * stack.hidden
-    blocks_of_heads = block_sizes(layers, stack.heads, rank, stack.hidden, "cuda").total()
+    blocks_of_heads = block_sizes(layers, stack.heads, rank, stack.hidden, BLOCK_BYTES["cuda"]).total()
     work.launches = _ENDS * blocks_of_heads + (sides - 1) * _TURNED_ENDS * layers
     return work
 
