@@ -237,7 +237,7 @@ def depth(atlas: Atlas, models: str | Sequence[str], column: str = "symmetry", c
     called = "chance" if len(names) == 1 else f"chance: {names[0]}"
     chance = _band(atlas, names[0], atlas.stacks(names[0], circuit)[0], circuit, column, called)
     datasets = {"profile": _known(pd.concat(parts), "median", column), "chosen": [], "chance": chance}
-    return _with(pictures.profile("relative depth"), f"{_label(column)} along the depth", datasets)
+    return _with(pictures.profile(), f"{_label(column)} along the depth", datasets)
 
 
 def _square(values: xr.DataArray) -> np.ndarray:

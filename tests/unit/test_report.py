@@ -15,6 +15,7 @@ from hypothesis.extra import numpy as arrays
 from made_pages import matrix_of, stack
 
 from browser import opened
+from headgram.report import pictures
 from headgram.report.arrays import StackArrays
 from headgram.report.columns import columns
 from headgram.report.figures import profile_figures, stack_figures
@@ -304,6 +305,14 @@ def test_figures_are_pictures_of_their_own():
     assert drawn == stack_figures("m0", "qk/cross", models["m0"]) | profile_figures(
         {name: each.summary for name, each in models.items()}
     )
+
+
+def test_a_picture_is_compiled_once_and_figures_leave_it_as_it_is(monkeypatch):
+    drawn = stack_figures("m", "qk/self", stack(2, 3, 4))
+    monkeypatch.delattr(pictures.vl_convert, "vegalite_to_vega")
+    other = stack_figures("another", "ov/self", stack(5, 1, 4, seed=1))
+    assert all(drawn[name] != other[name] for name in STACK_FIGURES)
+    assert drawn == stack_figures("m", "qk/self", stack(2, 3, 4))
 
 
 def test_the_data_of_a_page_are_inert():

@@ -25,7 +25,7 @@ class Colours:
     ----------
     domain
         The values of the first and the last colour.
-    colours
+    scheme
         A scheme of Vega, or colours in the order of their values.
     marks
         What the bar names: values, and what it calls them.
@@ -34,7 +34,7 @@ class Colours:
     """
 
     domain: tuple[float, float]
-    colours: str | Sequence[str]
+    scheme: str | Sequence[str]
     marks: tuple[tuple[float, str], ...]
     note: str | None = None
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import asdict
 from functools import partial
 
 import numpy as np
@@ -31,7 +32,6 @@ def stack_figures(model: str, name: str, stack: StackArrays) -> dict[str, str]:
 def profile_figures(models: Mapping[str, StackSummary]) -> dict[str, str]:
     """Figures that lay the first models over each other, by column."""
     known = {column.name: i for i, column in enumerate(columns())}
-    chart = pictures.profile("relative depth")
     figures = {}
     for name, label in PROFILE_FIGURES.items():
         rows = [
@@ -44,7 +44,7 @@ def profile_figures(models: Mapping[str, StackSummary]) -> dict[str, str]:
         facts = next(iter(models.values())).facts
         chance = band(nulls(facts).get(name), facts["layers"] * facts["heads"])
         datasets = {"profile": rows, "chosen": [], "chance": chance}
-        figures[name] = pictures.figure(chart, f"{label} along the depth", datasets, 640, 300)
+        figures[name] = pictures.figure("profile", f"{label} along the depth", datasets, width=640, height=300)
     return figures
 
 
@@ -58,7 +58,7 @@ def _symmetry(title: str, stack: StackArrays) -> str:
         for head, value in enumerate(line)
     ]
     width, height = (max(LEAST, min(640, 22 * size)) for size in values.T.shape)
-    return pictures.figure(pictures.heatmap("head", "layer", colours), title, {"cells": rows, "chosen": []}, width, height)
+    return pictures.figure("cells", title, {"cells": rows, "chosen": []}, width=width, height=height, **asdict(colours))
 
 
 def _square(kind: str, title: str, stack: StackArrays) -> str:
@@ -73,7 +73,7 @@ def _square(kind: str, title: str, stack: StackArrays) -> str:
         for i, a in enumerate(stack.summary.layers)
         for j, b in enumerate(stack.summary.layers)
     ]
-    return pictures.figure(pictures.heatmap("layer_b", "layer_a", colours), title, {"cells": rows, "chosen": []}, 420, 420)
+    return pictures.figure("square", title, {"cells": rows, "chosen": []}, width=420, height=420, **asdict(colours))
 
 
 _FIGURES: dict[str, Callable[[str, StackArrays], str]] = {

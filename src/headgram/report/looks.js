@@ -31,6 +31,11 @@ function vegaConfig() {
   };
 }
 
+/** Give the parameters of a picture their values. */
+function setSignals(spec, values) {
+  for (const signal of spec.signals) if (signal.name in values) signal.value = values[signal.name];
+}
+
 /** A long name without its middle: names of checkpoints differ at their ends. */
 function cut(name, most) {
   return name.length <= most ? name : `${name.slice(0, Math.ceil(most / 2) - 1)}…${name.slice(-Math.floor(most / 2))}`;
@@ -44,14 +49,9 @@ function whole(axis) {
 // ---- Colours of heatmaps -----------------------------------------------------------------------------------------------
 
 /** `marks` are the values that the bar names, and what it calls them. */
-function setColours(spec, { type = "linear", domain, range, marks }) {
-  const scale = spec.scales.find((each) => each.name === "color");
-  Object.assign(scale, { type, domain, range: { scheme: range } });
-  delete scale.interpolate;
-  if (!marks) return;
-  const [values, names] = [marks.map(([value]) => value), marks.map(markText)];
-  const text = { signal: `${JSON.stringify(names)}[indexof(${JSON.stringify(values)}, datum.value)]` };
-  Object.assign(spec.legends[0], { values, encode: { labels: { update: { text } } } });
+function setColours(spec, { type = "linear", domain, scheme, marks }) {
+  spec.scales.find((each) => each.name === "color").type = type;
+  setSignals(spec, { domain, scheme, marks: marks?.map((mark) => [mark[0], markText(mark)]) });
 }
 
 const chanceOf = (name) => currentStack().chance[name];
@@ -68,14 +68,14 @@ function marksAround(centre, reach, best) {
 /** Colours of what may lie on either side of a centre: they reach so far that what chance gives is pale, and the bar marks it. */
 function around(centre, largest, best = 0) {
   const reach = Math.max(largest, index.pale * best) || 1;
-  return { domain: [centre - reach, centre + reach], range: theme().diverging, marks: marksAround(centre, reach, best) };
+  return { domain: [centre - reach, centre + reach], scheme: theme().diverging, marks: marksAround(centre, reach, best) };
 }
 
 /** The same for what is 0 at least. */
 function above({ mean }, largest, best) {
   const reach = Math.max(largest, Math.min(1, index.pale * (mean + best))) || 1;
   const between = reach > 4 * mean ? [[reach / 2]] : [];
-  return { domain: [0, reach], range: "viridis", marks: [[mean, "chance"], ...between, ...(reach > 1.25 * mean ? [[reach]] : [])] };
+  return { domain: [0, reach], scheme: "viridis", marks: [[mean, "chance"], ...between, ...(reach > 1.25 * mean ? [[reach]] : [])] };
 }
 
 /** Of pictures of lines: where the best of all heads lies by chance, and where the axis must begin and end. */
@@ -121,5 +121,5 @@ function columnColours(data) {
   const [low, high] = type === "log" ? all : most[0] < most[1] ? most : [all[0], all[0] + 1];
   const share = (value) => (type === "log" ? Math.log(value / low) / Math.log(high / low) : (value - low) / (high - low));
   const ends = [low, high].filter((end) => Math.abs(share(end) - share(chance)) > 0.2).map((end) => [end]);
-  return { type, domain: [low, high], range: "viridis", marks: chance === undefined ? undefined : [[chance, "chance"], ...ends] };
+  return { type, domain: [low, high], scheme: "viridis", marks: chance === undefined ? undefined : [[chance, "chance"], ...ends] };
 }

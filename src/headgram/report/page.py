@@ -63,17 +63,10 @@ def index_pack(
 
 def page_shell() -> str:
     """The page without models: library, pictures, styles and script."""
-    specs = {
-        "cells": pictures.heatmap("head", "layer"),
-        "square": pictures.heatmap("layer_b", "layer_a"),
-        "spectrum": pictures.spectrum(),
-        "profile": pictures.profile(),
-        "steps": pictures.steps(),
-    }
     parts = {
         "style": _asset("style.css"),
         "vega": pictures.vega_library(),
-        "pictures": script_json({name: pictures.for_page(chart) for name, chart in specs.items()}),
+        "pictures": script_json({name: pictures.vega(name) for name in pictures.PICTURES}),
         "app": "".join(_asset(f"{name}.js") for name in SCRIPTS),
         "data": _DATA,
     }

@@ -68,7 +68,7 @@ class Picture {
     const spec = structuredClone(specs[this.spec]);
     this.adapt?.(spec, data);
     for (const [name, , rows] of sets) spec.data.find((each) => each.name === name).values = rows();
-    for (const name of ["accent", "quiet", "ink", "halo"]) spec.signals.find((signal) => signal.name === name).value = theme()[name];
+    setSignals(spec, theme());
     this.embedded = await vegaEmbed(this.place, spec, {
       mode: "vega", renderer: "canvas", config: vegaConfig(), actions: false, defaultStyle: false,
       logLevel: 1, // errors: that a layer with one head has no others is no warning
@@ -202,7 +202,7 @@ const profile = {
       Object.assign(legend, { strokeDash: "strokeDash", columns: Math.max(1, Math.floor(width / (7 * longest + 40))), labelLimit: width - 50, encode: { labels: { update: { text } } } });
     }
     if (profileIsWide()) Object.assign(spec.scales.find((each) => each.name === "y"), { type: "log", nice: false, zero: false });
-    spec.axes.filter((axis) => axis.title === "depth").forEach((axis) => {
+    spec.axes.filter((axis) => axis.title === "relative depth").forEach((axis) => {
       axis.title = state.depth === "layer" ? "layer" : "relative depth";
       if (state.depth === "layer") whole(Object.assign(axis, { labelSeparation: 6 }));
     });

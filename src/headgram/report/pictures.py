@@ -1,14 +1,15 @@
 """The pictures, as Vega-Lite: for the page, which feeds them, and as figures that hold their data.
 
-Every picture reads named datasets, so that the page can exchange them; what is chosen is a dataset too. Colours are
-parameters, which the page sets by its theme, and the scale `color` of a heatmap, which it replaces.
+Every picture reads named datasets, and its colours are parameters. So it is compiled once: the page and each figure set both.
+What is chosen is a dataset, too.
 """
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import cache, partial
 from typing import Any
 
 import altair as alt
@@ -32,23 +33,23 @@ _WHOLE = "datum.value % 1 ? '' : format(datum.value, 'd')"
 def heatmap(x: str, y: str, colours: Colours | None = None) -> Chart:
     """Cells of two indices coloured by `value`, and a frame around what is chosen.
 
-    Datasets: `cells` (x, y, value) and `chosen`, which holds x and y, or y alone in a square of layers: a whole row. The page
-    gives the colours later.
+    Datasets: `cells` (x, y, value) and `chosen`, which holds x and y, or y alone in a square of layers: a whole row. Without
+    colours, their parts are parameters: `domain`, `scheme` and `marks`, which may be null.
     """
-    axis = alt.Axis(labelOverlap=True, labelSeparation=6, labelAngle=0, ticks=False, domain=False, grid=False)
+    # Labels are short numbers. If they had a limit, drawing would measure each of them once more.
+    axis = alt.Axis(labelOverlap=True, labelSeparation=6, labelLimit=0, labelAngle=0, ticks=False, domain=False, grid=False)
     place: dict[str, Any] = {
         "x": alt.X(f"{x}:O", axis=axis, title=x.split("_")[0]),
         "y": alt.Y(f"{y}:O", axis=axis, title=y.split("_")[0]),
     }
+    parts = ("domain", "scheme", "marks")
+    domain, scheme, marks = (json.dumps(getattr(colours, part)) for part in parts) if colours else parts
+    values, called = (f"pluck({marks}, '{place}')" for place in (0, 1))
     scale = alt.Scale(clamp=True, zero=False, nice=False, interpolate="rgb")
-    legend = alt.Legend(orient="bottom", direction="horizontal", title=None, tickCount=4, gradientThickness=9, gradientLength=240)
-    legend["labelExpr"] = _NUMBER
-    if colours is not None:
-        named = isinstance(colours.colours, str)
-        scale["domain"], scale["scheme" if named else "range"] = list(colours.domain), colours.colours
-        values, names = zip(*colours.marks, strict=True)
-        legend["title"], legend["values"] = colours.note, list(values)
-        legend["labelExpr"] = f"{json.dumps(names)}[indexof({json.dumps(values)}, datum.value)]"
+    scale["domain"], scale["scheme"] = alt.ExprRef(domain), alt.ExprRef(scheme)
+    legend = alt.Legend(orient="bottom", direction="horizontal", tickCount=4, gradientThickness=9, gradientLength=240)
+    legend["title"], legend["values"] = colours and colours.note, alt.ExprRef(f"{marks} && {values}")
+    legend["labelExpr"] = f"{marks} ? {called}[indexof({values}, datum.value)] : {_NUMBER}"
     cells = alt.Chart(alt.NamedData("cells")).mark_rect()
     frame = {"y": place["y"]} if "_" in y else place
     chosen = alt.Chart(alt.NamedData("chosen")).encode(**frame)
@@ -56,6 +57,7 @@ def heatmap(x: str, y: str, colours: Colours | None = None) -> Chart:
         cells.encode(**place, color=alt.Color("value:Q", scale=scale, legend=legend)),
         chosen.mark_rect(fillOpacity=0, strokeWidth=4.5, stroke=_HALO),
         chosen.mark_rect(fillOpacity=0, strokeWidth=2, stroke=_INK),
+        **({} if colours else dict.fromkeys(parts)),
     )
 
 
@@ -77,7 +79,7 @@ def spectrum() -> Chart:
     return _layers(zero, others.encode(**place), chosen.encode(**place))
 
 
-def profile(depth: str = "depth") -> Chart:
+def profile(depth: str = "relative depth") -> Chart:
     """Median and quartiles over heads along the depth, one colour per series.
 
     Datasets: `profile` (series, x, q25, median, q75), `chosen` (x) and that of `_chance`.
@@ -128,42 +130,64 @@ def _chance() -> tuple[alt.Chart, ...]:
     return axis, band, name.encode(x=alt.value("width"), y=low, text="name:N")
 
 
-def _layers(*charts: alt.Chart) -> Chart:
-    chart = alt.layer(*charts).add_params(*(alt.param(name=name, value=value) for name, value in _COLOURS.items()))
+def _layers(*charts: alt.Chart, **parameters: Any) -> Chart:
+    chart = alt.layer(*charts).add_params(*(alt.param(name=name, value=value) for name, value in (_COLOURS | parameters).items()))
     configured: Chart = chart.configure(aria=False)  # a label on every cell makes a figure five times as large
     return configured
 
 
-def for_page(chart: Chart) -> dict[str, Any]:
-    """A picture in Vega that fills its place in the page, and whose datasets are empty."""
-    fitted = chart.properties(
+#: The pictures of the page and of figures.
+PICTURES: dict[str, Callable[[], Chart]] = {
+    "cells": partial(heatmap, "head", "layer"),
+    "square": partial(heatmap, "layer_b", "layer_a"),
+    "spectrum": spectrum,
+    "profile": profile,
+    "steps": steps,
+}
+
+
+@cache
+def vega(name: str) -> Mapping[str, Any]:
+    """One of `PICTURES` in Vega, which fills its place in the page, and whose datasets are empty.
+
+    No mark answers to the pointer, since the page finds itself what lies under it. The cells of a heatmap overlap by a hair: no
+    background shines through where they meet.
+    """
+    fitted = PICTURES[name]().properties(
         width="container",
         height="container",
         background="transparent",
         autosize={"type": "fit", "contains": "padding", "resize": True},
     )
-    return _vega(fitted.to_dict())
-
-
-def figure(chart: Chart, title: str, datasets: Mapping[str, Sequence[Mapping[str, Any]]], width: int, height: int) -> str:
-    """A picture with its data, in SVG."""
-    whole = chart.properties(title=title, width=width, height=height, background="white")
-    spec = whole.configure_range(category=list(_SERIES)).to_dict()
-    spec["datasets"] = {name: list(rows) for name, rows in datasets.items()}
-    text: str = vl_convert.vega_to_svg(_vega(spec))
-    return re.sub(r"\bgradient_\d+", "gradient", text)  # counted over the process, though a figure has one legend at most
-
-
-def _vega(spec: dict[str, Any]) -> dict[str, Any]:
-    """In Vega, where no mark answers to the pointer, since the page finds itself what lies under it, and the cells of a heatmap
-    overlap by a hair: no background shines through where they meet."""
-    vega: dict[str, Any] = vl_convert.vegalite_to_vega(spec, vl_version=_VEGA_LITE)
-    for mark in _marks(vega):
+    spec: dict[str, Any] = vl_convert.vegalite_to_vega(fitted.to_dict(), vl_version=_VEGA_LITE)
+    for mark in _marks(spec):
         drawn = mark["encode"]["update"]
         mark["interactive"] = False
         if mark["type"] == "rect" and drawn.get("fill", {}).get("scale") == "color":
             drawn |= {"width": {"signal": "bandwidth('x') + 0.7"}, "height": {"signal": "bandwidth('y') + 0.7"}}
-    return vega
+    return spec
+
+
+def figure(name: str, title: str, datasets: Mapping[str, Any], note: str | None = None, **values: Any) -> str:
+    """One of `PICTURES` with its data, in SVG: `width`, `height` and other parameters have these values."""
+    picture = vega(name)
+    spec = {
+        **picture,
+        "title": {"text": title, "frame": "group"},
+        "background": "white",
+        "autosize": "pad",
+        "data": _set(picture["data"], "values", datasets),
+        "signals": _set(picture["signals"], "value", values),
+        "legends": [{**legend, "title": note} for legend in picture["legends"]],
+        "config": {**picture["config"], "range": {"category": _SERIES}},
+    }
+    text: str = vl_convert.vega_to_svg(spec)
+    return re.sub(r"\bgradient_\d+", "gradient", text)  # counted over the process, though a figure has one legend at most
+
+
+def _set(parts: Sequence[Mapping[str, Any]], key: str, values: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """Signals or datasets, of which those with a value have no other source."""
+    return [{"name": each["name"], key: values[each["name"]]} if each["name"] in values else each for each in parts]
 
 
 def _marks(group: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
