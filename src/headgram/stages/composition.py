@@ -149,7 +149,8 @@ def _parts(stream: _Stream, written: Callable[[FactorFiles, int], Ends], device:
             readers.append(joined([reads(stream.kind, some, rotary) for some, rotary in of_layers]))
         both, met = joined(readers), []  # what is written is formed once for both
         for i in range(len(blocks)):
-            met.append((scores(both, written(writing, i)), written(writing, i).energies))
+            writers = written(writing, i)
+            met.append((scores(both, writers), writers.energies))
         score, *turned = torch.cat([each for each, _ in met], 1).cpu().split(len(heads))
         z = deviations(score.square(), readers[0].energies, _all_of([energies for _, energies in met]), reading.width)
         share, later = acausal(score, layer, seen)
