@@ -158,10 +158,11 @@ class RotaryHeads:
         rest = still.nonzero().flatten()
         return torch.cat([first, rest]), torch.cat([second, torch.full_like(rest, rank)])
 
-    def _blocks(self, matrix: Float[Tensor, "n rank rank"]) -> tuple[Float[Tensor, "n planes planes"], ...]:
-        """What matrices of rows hold of first rows with first ones, first with second, second with first, second with second."""
+    def _of_planes(self, matrix: Float[Tensor, "n rank rank"]) -> tuple[Complex[Tensor, "n planes planes"], ...]:
+        """Matrices of rows as twice `α` and `β` in `z -> α z + β conj(z)`: first rows are real parts, second ones imaginary."""
         padded, rows = torch.nn.functional.pad(matrix, (0, 1, 0, 1)), self._rows
-        return tuple(padded[:, one][:, :, other] for one in rows for other in rows)
+        one, cross, back, two = (padded[:, i][:, :, j] for i in rows for j in rows)
+        return torch.complex(one + two, back - cross), torch.complex(one - two, back + cross)
 
     @cached_property
     def grams(self) -> Pairs:
@@ -169,16 +170,14 @@ class RotaryHeads:
         sides = []
         queries, keys = self.rotary.scaled(self.heads.b), self.heads.a.double()
         for factors, reads in ((queries, self.heads.reads_b), (keys, self.heads.reads_a)):
-            one, cross, back, two = self._blocks(factors @ factors.mT)
-            products = torch.complex(one + two, back - cross), torch.complex(one - two, back + cross)
-            sides.append([read(each, reads) for each in products])
+            sides.append([read(each, reads) for each in self._of_planes(factors @ factors.mT)])
         (q_unitary, q_plain), (k_unitary, k_plain) = sides
         return Pairs(k_unitary.conj() * q_unitary, k_plain.conj() * q_plain)
 
-    def mixed(self) -> tuple[Complex[Tensor, "n planes planes"], Complex[Tensor, "n planes planes"]]:
-        """`W_Q W_K^T` as blocks `z -> α z + β conj(z)` of planes: first rows are real parts, second ones imaginary parts."""
-        one, cross, back, two = self._blocks(self.rotary.scaled(self.heads.right()) @ self.heads.left().double().mT)
-        return torch.complex(one + two, back - cross) / 2, torch.complex(one - two, back + cross) / 2
+    def mixed(self) -> tuple[Complex[Tensor, "n planes planes"], ...]:
+        """`α` and `β` of `W_Q W_K^T`, whose blocks of planes are `z -> α z + β conj(z)`."""
+        matrix = self.rotary.scaled(self.heads.right()) @ self.heads.left().double().mT
+        return tuple(each / 2 for each in self._of_planes(matrix))
 
 
 @dataclass(frozen=True)

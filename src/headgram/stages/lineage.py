@@ -167,16 +167,16 @@ def _matches(old: FactorFiles, new: FactorFiles, found: Drift, over_layers: bool
     """Heads assigned within each layer, and over all layers where all heads are multiplied with all heads."""
     layers, heads = new.layers, new.heads
     norms = found.norm_after, found.norm_before
+
+    def cosines(some: Sequence[int], rows: slice) -> Tensor:
+        return in_blocks(device, partial(_cosines, new, old, some, (norms[0][rows], norms[1][rows]), device))
+
     if over_layers:
-        cosines = in_blocks(device, partial(_cosines, new, old, layers, norms, device))
-        yield matched("stack", (layers, heads), (layers, heads), cosines, _chance(cosines, new.width))
+        whole = cosines(layers, slice(None))
+        yield matched("stack", (layers, heads), (layers, heads), whole, _chance(whole, new.width))
     for i, layer in enumerate(layers):
         rows = slice(i * heads, (i + 1) * heads)
-        if over_layers:
-            own = cosines[rows, rows]
-        else:
-            of_layer = norms[0][rows], norms[1][rows]
-            own = in_blocks(device, partial(_cosines, new, old, [layer], of_layer, device))
+        own = whole[rows, rows] if over_layers else cosines([layer], rows)
         yield matched("layer", ([layer], heads), ([layer], heads), own, _chance(own, new.width))
 
 

@@ -54,8 +54,6 @@ _CHANGED_FACTOR, _CHANGED_FORM = 22, 160
 #: looked at closely; for how a layer's heads changed.
 _SPECTRA, _SCORES, _EIGENVALUES, _ORIGINAL, _TURNING = 356, 78, 20, 87, 380
 _ENDS, _TURNED_ENDS, _SPANS, _CLOSELY, _CHANGED = 55, 70, 48, 110, 234
-
-
 #: Seconds that PyTorch takes to tell a GPU to run a kernel, at least, whichever GPU it is.
 LAUNCH = 5e-6
 
