@@ -14,7 +14,7 @@ from odd_models import WAVES, residuals, saved, tiny
 
 from headgram import HeadgramError, open_checkpoint
 from headgram.checkpoints.dimensions import Section
-from headgram.checkpoints.rotary import rotary_of
+from headgram.checkpoints.rotary import planes_of
 from headgram.families.around import RotaryRule, rule_of
 from headgram.families.registry import families
 from headgram.proofs.prove import TOLERANCE, quiet
@@ -182,8 +182,8 @@ def test_defaults_of_rotary_encoding_are_those_of_transformers() -> None:
                 continue
             rest = {"layer_types": [rule.only], "max_position_embeddings": 4096, **rule.when}
             rest |= {rule.flags: [1]} if rule.flags else {}
-            said = rotary_of(rule, Section({**rest, "rope_parameters": stated}, model_type), 0, 64, 0, None)
-            unsaid = rotary_of(rule, Section(rest, model_type).of(family.stacks[0]), 0, 64, 0, None)
+            said = planes_of(rule, Section({**rest, "rope_parameters": stated}, model_type), 0, 64, 0, None)
+            unsaid = planes_of(rule, Section(rest, model_type).of(family.stacks[0]), 0, 64, 0, None)
             assert said is not None
             assert unsaid is not None
             torch.testing.assert_close(unsaid.frequencies, said.frequencies, msg=f"{model_type}: {stated}")
@@ -210,7 +210,7 @@ def test_a_share_of_the_rows_turns_where_the_model_reads_it() -> None:
                 rank = model.config.head_dim if "latent" not in family.stacks[0].layout else model.config.qk_rope_head_dim
                 rest = {"layer_types": [rule.only], "max_position_embeddings": 4096, **rule.when}
                 rest |= {rule.flags: [1]} if rule.flags else {}
-                found = rotary_of(rule, Section({**rest, "rope_parameters": stated}, model_type), 0, rank, 0, None)
+                found = planes_of(rule, Section({**rest, "rope_parameters": stated}, model_type), 0, rank, 0, None)
                 assert found is not None
                 if len(found.frequencies) != len(model.rotary_emb.inv_freq):
                     pytest.fail(f"{model_type}: {len(found.frequencies)} planes, the model {len(model.rotary_emb.inv_freq)}")
@@ -265,4 +265,4 @@ def test_rotary_parameters_that_cannot_be(tmp_path: Path, changes: dict[str, Any
 
 def test_an_odd_number_of_rows_is_no_number_of_pairs() -> None:
     with pytest.raises(HeadgramError, match="turns 3 pairs of 5 rows, which cannot be"):
-        rotary_of(RotaryRule(kind="halves"), Section({}, "m"), 0, rank=5, start=0, length=None)
+        planes_of(RotaryRule(kind="halves"), Section({}, "m"), 0, rank=5, start=0, length=None)

@@ -16,16 +16,18 @@ from collections.abc import Collection, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property
-
-import torch
-from jaxtyping import Float
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from headgram.checkpoints.sources import HUB_DIGEST
 from headgram.checkpoints.stores import TensorStore, cut_of
 from headgram.checkpoints.views import View
 from headgram.errors import HeadgramError
 from headgram.families.layouts import Cut
+
+if TYPE_CHECKING:
+    import torch
+    from jaxtyping import Float
+    from torch import Tensor
 
 #: Numbers that are summed at once.
 _BLOCK = 2**22
@@ -203,10 +205,13 @@ def merge(
 
     Examples
     --------
+    >>> import torch
     >>> merge(torch.eye(2), torch.ones(2, 1), torch.ones(1, 2), 0.5)
     tensor([[1.5000, 0.5000],
             [0.5000, 1.5000]])
     """
+    import torch
+
     result = torch.empty(weight.shape, dtype=_result_dtype(weight))
     right = right.double()
     step = max(1, _BLOCK // max(1, weight.shape[1]))
@@ -220,4 +225,6 @@ def merge(
 
 
 def _result_dtype(base: Tensor) -> torch.dtype:
+    import torch
+
     return torch.float64 if base.dtype == torch.float64 else torch.float32

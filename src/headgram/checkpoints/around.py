@@ -5,20 +5,20 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, NoReturn
-
-import torch
-from jaxtyping import Float
-from torch import Tensor
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from headgram.checkpoints.dimensions import Section
-from headgram.checkpoints.rotary import mscale, positive, rotary_of
+from headgram.checkpoints.rotary import Planes, mscale, planes_of, positive
 from headgram.checkpoints.stores import TensorStore
 from headgram.errors import HeadgramError
 from headgram.families.around import AROUND, AroundRule, NormRule, ScaleRule
 from headgram.families.layouts import LAYOUTS, Dimensions, Part, undo_gguf_permutation
-from headgram.forms.reading import Norm, Rotary
-from headgram.geometry.checks import is_finite
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
+    from torch import Tensor
+
+    from headgram.forms.reading import Norm, Rotary
 
 _UNSAID = "the family's data do not say what it is, for it is not proven"
 
@@ -129,9 +129,13 @@ class Around:
             Of the context in tokens: a few models turn otherwise in contexts that are longer than those of their training. No
             longer than those, if not given.
         """
-        rule, dims = self._said("rotary"), self._known.dims
-        start = dims.sizes.get("nope", 0)
-        return rotary_of(rule, self._known.section, self.layer, dims.rank, start, length)
+        planes = self._planes(length)
+        return planes.rotary() if planes else None
+
+    @property
+    def turns(self) -> bool:
+        """Whether positions turn queries and keys."""
+        return self._planes() is not None
 
     def read(self, role: str) -> Any:
         """What one of the roles is; of `rotary`, in contexts that are no longer than those of the training."""
@@ -143,7 +147,7 @@ class Around:
             if name not in self._store:
                 raise HeadgramError(f"layer {self.layer}: the checkpoint lacks tensor {name}")
         if not names:
-            self.read(role)
+            self._planes() if role == "rotary" else getattr(self, role)
 
     def names(self, role: str) -> list[str]:
         """The tensors of this layer that hold a norm or a bias; none for other roles."""
@@ -152,6 +156,10 @@ class Around:
         if role not in ("norm", "source_norm", "query_norm", "key_norm", "output_norm"):
             return []
         return [name for names in self._norm_names(role).values() for name in names]
+
+    def _planes(self, length: int | None = None) -> Planes | None:
+        rule, dims = self._said("rotary"), self._known.dims
+        return planes_of(rule, self._known.section, self.layer, dims.rank, dims.sizes.get("nope", 0), length)
 
     def _heads(self, role: str) -> int:
         return self._known.dims.heads if role.startswith("query") else self._known.dims.kv_heads
@@ -168,6 +176,10 @@ class Around:
         rule: NormRule = self._said(role)
         if rule.kind == "none" or (self.layer == 0 and rule.not_first):
             return None
+        import torch
+
+        from headgram.forms.reading import Norm
+
         names = self._norm_names(role)
         found = {kind: torch.cat([self._read(name, shapes) for name in some]) for kind, some in names.items()}
         gain = (found["weight"] + rule.plus) * self._factor(rule.times) if found else None
@@ -245,6 +257,8 @@ class Around:
             raise HeadgramError(
                 f"layer {self.layer}: tensor {name} has shape {self._store.shape(name)}, which should be {wanted}"
             )
+        from headgram.geometry.checks import is_finite
+
         tensor = self._store.read(name)
         if not is_finite(tensor):
             raise HeadgramError(f"layer {self.layer}: tensor {name} holds a NaN or an infinity: the checkpoint is damaged")

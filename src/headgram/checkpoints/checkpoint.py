@@ -6,10 +6,7 @@ import hashlib
 import os
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
-from typing import Any, Self
-
-from jaxtyping import Float
-from torch import Tensor
+from typing import TYPE_CHECKING, Any, Self
 
 from headgram.checkpoints.around import Around, check_biases
 from headgram.checkpoints.bases import AnyLocation
@@ -28,8 +25,12 @@ from headgram.errors import HeadgramError, door, doors
 from headgram.families.around import AROUND
 from headgram.families.layouts import LAYOUTS, QK, undo_gguf_permutation
 from headgram.families.registry import Family, StackRule, family_of, family_of_gguf, final_norm
-from headgram.forms.reading import Frame, Frames
-from headgram.geometry.checks import is_finite
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
+    from torch import Tensor
+
+    from headgram.forms.reading import Frames
 
 #: The two are not compared, because they may be large.
 _TWO_TABLES = "embedding and unembedding are read as they are stored, though the configuration says that they are one table"
@@ -116,6 +117,8 @@ class Checkpoint(Described):
         HeadgramError
             If there is no such stack.
         """
+        from headgram.forms.reading import Frame, Frames
+
         stack = self.stack(stack_name)
         self.prefetch(stack.name, stack.layers, AROUND)
         layers = [self.around(stack.name, layer) for layer in stack.layers]
@@ -190,6 +193,8 @@ class Checkpoint(Described):
         >>> checkpoint.factors("self", 0, ["value", "output"])["output"].shape  # doctest: +SKIP
         torch.Size([4, 8, 32])
         """
+        from headgram.geometry.checks import is_finite
+
         stack = self.stack(stack_name)
         wanted = tuple(stack.roles if roles is None else roles)
         pieces = self._pieces(stack, layer, wanted)

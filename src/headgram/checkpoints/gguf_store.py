@@ -9,8 +9,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from headgram.checkpoints.gguf_check import LONG, array_bytes, check_header
 from headgram.checkpoints.homes import Homes
@@ -21,6 +19,7 @@ from headgram.families.layouts import Cut
 
 if TYPE_CHECKING:
     from gguf import GGUFReader
+    from torch import Tensor
 
 #: A tokenizer's metadata, and the header's own counts, which the library shows as if they were metadata.
 _NOT_ASKED = ("tokenizer.", "GGUF.")
@@ -102,6 +101,7 @@ class GgufStore(TensorStore):
 
     def _values(self, name: str, stored: Any) -> Tensor:
         """What stored data of a tensor stand for."""
+        import torch
         from gguf.quants import dequantize
 
         kind = self._tensors[name][1].tensor_type

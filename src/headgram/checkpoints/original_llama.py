@@ -9,15 +9,15 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Mapping, Sequence
-from typing import Any
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from headgram.checkpoints.stores import TensorStore, cut_of
 from headgram.checkpoints.views import Renamed
 from headgram.errors import HeadgramError
 from headgram.families.layouts import Cut, undo_gguf_permutation
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 _LAYER = re.compile(r"(.*?)layers\.(\d+)\.(attention\.w[qkvo]|feed_forward\.w[123]|attention_norm|ffn_norm)\.(\w+)")
 _LAYER_NAMES = {
@@ -154,4 +154,6 @@ class SlicedStore(TensorStore):
         axis = self._cut(name)
         if axis is None:
             return self._slices[0].part(name, cut)
+        import torch
+
         return cut_of(torch.cat([store.part(name) for store in self._slices], axis), cut)

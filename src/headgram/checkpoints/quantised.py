@@ -8,16 +8,18 @@ config.json names the method; a weight that lacks the method's tensors is plain,
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection
-from typing import Any
+from collections.abc import Callable, Collection, Sequence
+from typing import TYPE_CHECKING, Any
 
-from torch import Tensor
-
-from headgram.checkpoints.schemes import SCHEMES, Config, Scheme, Stored
 from headgram.checkpoints.stores import FLOATS, TensorStore, cut_of
 from headgram.checkpoints.views import View
 from headgram.errors import HeadgramError
 from headgram.families.layouts import Cut
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from headgram.checkpoints.schemes import Config, Scheme
 
 #: What transformers calls models that it read from GGUF and saved dequantised.
 _PLAIN = ("gguf",)
@@ -28,9 +30,10 @@ _MOST_VALUES_PER_BYTE = 8
 class QuantisedStore(View):
     """A store over another one, with weights in place of what they are quantised to."""
 
-    def __init__(self, store: TensorStore, method: str, settings: Config) -> None:
+    def __init__(self, store: TensorStore, method: str, schemes: Sequence[Scheme], settings: Config) -> None:
         super().__init__(store)
         self._method = method
+        self._known = schemes
         self._settings = settings
 
     def is_stored(self, name: str) -> bool:
@@ -47,6 +50,8 @@ class QuantisedStore(View):
         scheme, parts = self._scheme(name), self._parts(name)
         if scheme is None:
             return self._store.shape(name)
+        from headgram.checkpoints.schemes import Stored
+
         looked_at = parts | self._present(name, scheme.beside)
         stored = Stored(
             {part: self._store.shape(key) for part, key in looked_at.items()},
@@ -95,7 +100,7 @@ class QuantisedStore(View):
         if lacking := [part for part in (scheme.needs if scheme else ()) if part not in parts]:
             raise HeadgramError(f"tensor {name} is quantised, and its part {lacking[0]} is missing: fetch the checkpoint again")
         if not scheme and name.endswith(".weight") and name in self._store and self._store.stored(name) not in FLOATS:
-            wanted = " or ".join(stem + scheme.marker for scheme in SCHEMES[self._method])
+            wanted = " or ".join(stem + scheme.marker for scheme in self._known)
             raise HeadgramError(
                 f"tensor {name} is stored as {self._store.stored(name)}, but its scale is missing: there is no "
                 f"{wanted}; fetch the checkpoint again"
@@ -107,12 +112,12 @@ class QuantisedStore(View):
     def _schemes(self, name: str) -> list[Scheme]:
         """The schemes of the method whose markers stand beside a weight."""
         stem = name.removesuffix("weight")
-        known = SCHEMES[self._method] if name.endswith(".weight") else ()
+        known = self._known if name.endswith(".weight") else ()
         return [scheme for scheme in known if stem + scheme.marker in self._store]
 
     def _plain_name(self, key: str) -> str:
         """The weight that a marker announces, or the key itself."""
-        for scheme in SCHEMES[self._method]:
+        for scheme in self._known:
             if key.endswith(f".{scheme.marker}"):
                 return f"{key.removesuffix(scheme.marker)}weight"
         return key
@@ -147,12 +152,14 @@ def with_plain_weights(store: TensorStore, config: Config | None) -> TensorStore
         method = "modelopt"
     if not method or method in _PLAIN:
         return store
+    from headgram.checkpoints.schemes import SCHEMES
+
     if method not in SCHEMES:
         raise HeadgramError(
             f"the weights are quantised by '{method:.60}', which headgram does not read; it reads {', '.join(SCHEMES)}, "
             "and weights that are not quantised"
         )
-    return QuantisedStore(store, method, settings)
+    return QuantisedStore(store, method, SCHEMES[method], settings)
 
 
 def _settings(config: Config) -> Config:

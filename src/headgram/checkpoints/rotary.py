@@ -9,19 +9,40 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor
+import numpy as np
 
 from headgram.checkpoints.dimensions import Section
 from headgram.errors import HeadgramError
 from headgram.families.around import RotaryRule
-from headgram.forms.reading import Rotary
 
+if TYPE_CHECKING:
+    from headgram.forms.reading import Rotary
+
+#: Of each plane, radians per token, in float64.
+Frequencies = np.ndarray[tuple[int], np.dtype[np.float64]]
 #: What configurations that state no base leave unsaid.
 _BASE = 10_000
 _FULL, _SLIDING = "full_attention", "sliding_attention"
+
+
+@dataclass(frozen=True)
+class Planes:
+    """How one layer turns its queries and keys, as `headgram.forms.reading.Rotary`, but without torch."""
+
+    frequencies: Frequencies
+    interleaved: bool
+    start: int
+    factor: float
+
+    def rotary(self) -> Rotary:
+        """With a tensor of frequencies."""
+        import torch
+
+        from headgram.forms.reading import Rotary
+
+        return Rotary(torch.from_numpy(self.frequencies), self.interleaved, self.start, self.factor)
 
 
 @dataclass(frozen=True)
@@ -51,10 +72,10 @@ class _Parameters:
     def optional(self, name: str) -> float | None:
         return None if self.stated.get(name) is None else self.number(name)
 
-    def inverse(self, base: float | None = None) -> Tensor:
-        """Frequencies without scaling."""
-        powers = torch.arange(0, self.width, 2, dtype=torch.float64) / self.width
-        return (base or self.base) ** -powers
+    def inverse(self, base: float | None = None) -> Frequencies:
+        """Frequencies without scaling; Python's powers are the same on every processor, NumPy's are not."""
+        base = base or self.base
+        return np.array([base ** (-row / self.width) for row in range(0, self.width, 2)])
 
     @property
     def trained(self) -> float:
@@ -106,7 +127,7 @@ def _is_full(rule: RotaryRule, section: Section, layer: int) -> bool | None:
     return None if period is None else layer % period == rule.phase % period
 
 
-def rotary_of(rule: RotaryRule, section: Section, layer: int, rank: int, start: int, length: int | None) -> Rotary | None:
+def planes_of(rule: RotaryRule, section: Section, layer: int, rank: int, start: int, length: int | None) -> Planes | None:
     """How a layer turns its heads' rows from row `start` on, in contexts of some length; None if it does not.
 
     Raises
@@ -153,8 +174,9 @@ def rotary_of(rule: RotaryRule, section: Section, layer: int, rank: int, start: 
         raise HeadgramError(f"{section.whose} turns {width} of {rank} rows, which cannot be")
     given = _Parameters(stated, section, rank, width, base)
     try:
-        frequencies, factor = _SCALINGS[name](given, length)
-        whole = bool(frequencies.isfinite().all()) and math.isfinite(factor)
+        with np.errstate(all="ignore"):
+            frequencies, factor = _SCALINGS[name](given, length)
+        whole = bool(np.isfinite(frequencies).all()) and math.isfinite(factor)
     except (ArithmeticError, TypeError, ValueError):
         whole = False
     if not whole:
@@ -163,7 +185,7 @@ def rotary_of(rule: RotaryRule, section: Section, layer: int, rank: int, start: 
         raise HeadgramError(f"{section.whose} turns {len(frequencies)} pairs of {rank} rows, which cannot be")
     if rule.factors and _SCALINGS[name] is not _default:
         factor = given.number("long_mscale" if given.exceeded(length) else "short_mscale")
-    return Rotary(rule.sign * frequencies, rule.kind == "interleaved", start, factor)
+    return Planes(rule.sign * frequencies, rule.kind == "interleaved", start, factor)
 
 
 def _flag(rule: RotaryRule, section: Section, layer: int) -> bool:
@@ -190,30 +212,30 @@ def _stated(section: Section, kind: str | None) -> Mapping[str, Any]:
     return found
 
 
-def _default(given: _Parameters, length: int | None) -> tuple[Tensor, float]:
+def _default(given: _Parameters, length: int | None) -> tuple[Frequencies, float]:
     return given.inverse(), 1.0
 
 
-def _linear(given: _Parameters, length: int | None) -> tuple[Tensor, float]:
+def _linear(given: _Parameters, length: int | None) -> tuple[Frequencies, float]:
     return given.inverse() / given.number("factor"), 1.0
 
 
-def _dynamic(given: _Parameters, length: int | None) -> tuple[Tensor, float]:
+def _dynamic(given: _Parameters, length: int | None) -> tuple[Frequencies, float]:
     """By the length of the context, where that exceeds what the model was trained on."""
     factor, longest = given.number("factor"), given.number("max_position_embeddings")
     ratio = factor * max(length or 0, longest) / longest - (factor - 1)
     return given.inverse(given.base * ratio ** (given.width / (given.width - 2))), 1.0
 
 
-def _llama3(given: _Parameters, length: int | None) -> tuple[Tensor, float]:
+def _llama3(given: _Parameters, length: int | None) -> tuple[Frequencies, float]:
     plain, factor, trained = given.inverse(), given.number("factor"), given.trained
     low, high = given.number("low_freq_factor"), given.number("high_freq_factor")
     turns = trained * plain / (2 * math.pi)  # of a plane within the context
-    smooth = ((turns - low) / (high - low)).clamp(0, 1)
+    smooth = np.clip((turns - low) / (high - low), 0, 1)
     return (1 - smooth) * plain / factor + smooth * plain, 1.0
 
 
-def _yarn(given: _Parameters, length: int | None) -> tuple[Tensor, float]:
+def _yarn(given: _Parameters, length: int | None) -> tuple[Frequencies, float]:
     trained = given.trained
     factor = given.number("factor", given.number("max_position_embeddings", trained) / trained)
     scale = given.optional("attention_factor")
@@ -229,18 +251,18 @@ def _yarn(given: _Parameters, length: int | None) -> tuple[Tensor, float]:
     if given.stated.get("truncate", True):
         low, high = math.floor(low), math.ceil(high)
     low, high = max(low, 0), min(high, given.width - 1)
-    ramp = ((torch.arange(len(plain), dtype=torch.float64) - low) / (high - low or 0.001)).clamp(0, 1)
+    ramp = np.clip((np.arange(len(plain)) - low) / (high - low or 0.001), 0, 1)
     return plain / factor * ramp + plain * (1 - ramp), scale
 
 
-def _longrope(given: _Parameters, length: int | None) -> tuple[Tensor, float]:
+def _longrope(given: _Parameters, length: int | None) -> tuple[Frequencies, float]:
     """One set of factors for contexts up to the trained length, another for longer ones."""
     trained = given.trained
     name = "long_factor" if given.exceeded(length) else "short_factor"
     factors = given.stated.get(name)
     if not isinstance(factors, list) or len(factors) != given.width // 2:
         raise HeadgramError(f"{given.section.whose} should have a list {name} of {given.width // 2} numbers")
-    own = torch.tensor([positive(given.section, name, value) for value in factors], dtype=torch.float64)
+    own = np.array([positive(given.section, name, value) for value in factors])
     factor = given.optional("factor") or given.number("max_position_embeddings") / trained
     scale = given.optional("attention_factor")
     if scale is None:
@@ -248,7 +270,7 @@ def _longrope(given: _Parameters, length: int | None) -> tuple[Tensor, float]:
     return given.inverse() / own, scale
 
 
-def _proportional(given: _Parameters, length: int | None) -> tuple[Tensor, float]:
+def _proportional(given: _Parameters, length: int | None) -> tuple[Frequencies, float]:
     """Frequencies of all rows, of which the slowest are none."""
     whole = _Parameters(given.stated, given.section, given.rank, given.rank, given.base).inverse()
     whole[given.width // 2 :] = 0
@@ -260,7 +282,7 @@ def mscale(factor: float, share: Any = 1) -> float:
     return 0.1 * float(share) * math.log(factor) + 1 if factor > 1 else 1.0
 
 
-_SCALINGS: dict[str, Callable[[_Parameters, int | None], tuple[Tensor, float]]] = {
+_SCALINGS: dict[str, Callable[[_Parameters, int | None], tuple[Frequencies, float]]] = {
     "default": _default,
     "mrope": _default,
     "linear": _linear,

@@ -5,16 +5,16 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Generic, TypeVar
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Generic, TypeVar
 
 from headgram.checkpoints.homes import Homes
 from headgram.checkpoints.local_file import LocalFile, Span
 from headgram.checkpoints.safetensors_header import TensorPlace, read_header
-from headgram.checkpoints.stores import DTYPES, Kept, Piece, TensorStore, known_dtype
+from headgram.checkpoints.stores import Kept, Piece, TensorStore, known_dtype
 from headgram.families.layouts import Cut
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 File = TypeVar("File")
 #: Tensors up to this size stay in memory when they are read: scales and shapes, which are asked for more than once.
@@ -78,7 +78,9 @@ class Safetensors(TensorStore, Generic[File]):
         return self._tensor(name, cut, stored)
 
     def _tensor(self, name: str, cut: Cut | None, stored: bytearray) -> Tensor:
-        shape, dtype = list(self.shape(name)), DTYPES[self.stored(name)]
+        import torch
+
+        shape, dtype = list(self.shape(name)), known_dtype(name, self.stored(name))
         if cut is not None:
             shape[cut.axis] = cut.count
         return torch.frombuffer(stored, dtype=dtype).reshape(shape) if stored else torch.empty(shape, dtype=dtype)

@@ -1,31 +1,36 @@
-"""The tensors of a checkpoint's weight files, by name. Nothing is read before it is asked for."""
+"""The tensors of a checkpoint's weight files, by name. Nothing is read before it is asked for.
+
+Names, shapes, types and bytes need no torch. It is imported where a tensor is made, here and in the stores of most formats,
+since every start of a run that meets a new model waits for it.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Iterator
-from typing import Any, Generic, Protocol, TypeVar
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
 
 from headgram.errors import HeadgramError
 from headgram.families.layouts import Cut
 
-#: The types of safetensors that torch has, in that format's words.
-DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-    "F8_E8M0": torch.float8_e8m0fnu,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+#: The types of safetensors that torch has: that format's words, and torch's names.
+_NAMES = {
+    "F64": "float64",
+    "F32": "float32",
+    "F16": "float16",
+    "BF16": "bfloat16",
+    "F8_E4M3": "float8_e4m3fn",
+    "F8_E5M2": "float8_e5m2",
+    "F8_E8M0": "float8_e8m0fnu",
+    "I64": "int64",
+    "I32": "int32",
+    "I16": "int16",
+    "I8": "int8",
+    "U8": "uint8",
+    "BOOL": "bool",
 }
 #: Those that weights are computed with.
 FLOATS = ("F64", "F32", "F16", "BF16")
@@ -137,11 +142,13 @@ def float_dtype(name: str, stored: str) -> str:
 
 def word_of(dtype: torch.dtype) -> str:
     """What safetensors calls a type, or torch where that has no word."""
-    return next((word for word, known in DTYPES.items() if known == dtype), str(dtype))
+    return next((word for word, name in _NAMES.items() if str(dtype) == f"torch.{name}"), str(dtype))
 
 
 def bytes_of(tensor: Tensor) -> memoryview:
     """The bytes of a tensor of any type."""
+    import torch
+
     array: Any = tensor.contiguous().reshape(-1).view(torch.uint8).numpy()
     return memoryview(array)
 
@@ -154,6 +161,9 @@ def known_dtype(name: str, stored: str) -> torch.dtype:
     HeadgramError
         If torch has no such type.
     """
-    if stored not in DTYPES:
+    if stored not in _NAMES:
         raise HeadgramError(f"tensor {name} is stored as {stored}, a type that headgram does not know")
-    return DTYPES[stored]
+    import torch
+
+    dtype: torch.dtype = getattr(torch, _NAMES[stored])
+    return dtype

@@ -7,15 +7,17 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-
-from jaxtyping import Float
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from headgram.checkpoints.stores import TensorStore
 from headgram.errors import HeadgramError
 from headgram.families.around import NormRule
-from headgram.forms.reading import Norm
-from headgram.geometry.checks import is_finite
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
+    from torch import Tensor
+
+    from headgram.forms.reading import Norm
 
 _NO_TABLE = "the family's data name no such table"
 
@@ -38,6 +40,8 @@ class TokenTables:
         HeadgramError
             If the checkpoint has none, or it is no table of finite numbers.
         """
+        from headgram.geometry.checks import is_finite
+
         name, _ = self._found(table)
         rows = self._store.read(name)
         if not is_finite(rows):
@@ -62,6 +66,9 @@ class TokenTables:
         """
         if self._final is None or f"{self._final[1]}.weight" not in self._store:
             return None
+        from headgram.forms.reading import Norm
+        from headgram.geometry.checks import is_finite
+
         rule, place = self._final
         vectors = {}
         for kind in (kind for kind in ("weight", "bias") if f"{place}.{kind}" in self._store):

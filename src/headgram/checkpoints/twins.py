@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import replace
-
-import torch
-from jaxtyping import Float
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from headgram.checkpoints.stack import Stack
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
+    from torch import Tensor
 
 
 def turned(weights: Float[Tensor, "heads rank width"], seed: int, *place: object) -> Float[Tensor, "heads rank width"]:
@@ -29,11 +30,14 @@ def turned(weights: Float[Tensor, "heads rank width"], seed: int, *place: object
 
     Examples
     --------
+    >>> import torch
     >>> weights = torch.arange(6.0).view(1, 2, 3)
     >>> found = turned(weights, 1, "self", 0, "query")
     >>> torch.allclose(found @ found.mT, weights @ weights.mT, atol=1e-5), torch.equal(found, weights)
     (True, False)
     """
+    import torch
+
     key = hashlib.blake2b(repr((seed, *place)).encode(), digest_size=8).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(key, "big") >> 1)
     result = torch.empty(weights.shape, dtype=torch.float64 if weights.dtype == torch.float64 else torch.float32)

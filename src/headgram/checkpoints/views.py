@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Collection, Iterable, Iterator, Mapping
-
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from headgram.checkpoints.sources import HUB_DIGEST
 from headgram.checkpoints.stores import Piece, TensorStore
 from headgram.families.layouts import Cut
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 class View(TensorStore):

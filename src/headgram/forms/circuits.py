@@ -10,13 +10,15 @@ several heads may share one key and one value factor: head `h` of `H` reads numb
 from __future__ import annotations
 
 from dataclasses import dataclass
-
-import torch
-from jaxtyping import Float, Int
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from headgram.errors import HeadgramError
-from headgram.forms.heads import Heads
+
+if TYPE_CHECKING:
+    from jaxtyping import Float, Int
+    from torch import Tensor
+
+    from headgram.forms.heads import Heads
 
 
 @dataclass(frozen=True)
@@ -55,6 +57,10 @@ class Circuit:
         HeadgramError
             If the shapes do not fit together.
         """
+        import torch
+
+        from headgram.forms.heads import Heads
+
         fitting = own.ndim == shared.ndim and own.ndim in (3, 4) and own.shape[:-3] == shared.shape[:-3]
         if not fitting or own.shape[-2] != shared.shape[-2] or 0 in own.shape or 0 in shared.shape:
             raise HeadgramError(
@@ -79,6 +85,8 @@ CIRCUITS = {
 
 def shared_head(heads: int, kv_heads: int) -> Int[Tensor, " heads"]:
     """Which of `K` key or value heads each of `H` heads reads: `h * K // H`."""
+    import torch
+
     return torch.arange(heads) * kv_heads // heads
 
 

@@ -20,7 +20,7 @@ import filelock
 from pydantic import BaseModel, ConfigDict
 
 from headgram.errors import HeadgramError
-from headgram.foreign import parse_json, read_bounded
+from headgram.foreign import parse_json, plain, read_bounded
 from headgram.results.asked import NAME as ASKED
 from headgram.results.asked import ask_for, given_to
 from headgram.results.claims import NAME as CLAIMS
@@ -30,7 +30,6 @@ from headgram.run import forkserver, start
 from headgram.run.project import FOLDER
 from headgram.study.lineages import misfits
 from headgram.study.lock import (
-    Lock,
     LockedModel,
     changes,
     file_times,
@@ -136,8 +135,13 @@ class Run:
         missing = missing_rows(manifest.rows, lock)
         known = {row.name: lock.models[row.name] for row in manifest.rows if row not in missing}
         changed = [sentence for name, entry in known.items() for sentence in changes(name, entry, self._manifest)]
+        problems: list[str] = []
         doubtful = self._doubtful(known)
-        self._new, problems = _resolve_elsewhere(self._manifest, doubtful) if missing or doubtful else ({}, [])
+        if missing or doubtful:
+            from headgram.study.resolve import resolve_all, unlike_its_lock  # takes time that locked rows need not spend
+
+            self._new, problems = resolve_all(missing, progress=lambda line: print(plain(line), file=sys.stderr))
+            problems += [sentence for name in doubtful for sentence in unlike_its_lock(name, known[name], self._manifest)]
         entries = {**known, **self._new}
         manifest.check(*changed, *problems, *misfits(manifest.rows, entries, basis))
         return entries
@@ -338,16 +342,3 @@ def _is_known(sighting: Any, entry: LockedModel) -> bool:
 def _sighting(entry: LockedModel, times: Mapping[str, tuple[int, int]]) -> list[Any]:
     """What is remembered of a source whose content was compared with its lock, in JSON's terms."""
     return [entry.fingerprint, {name: list(state) for name, state in times.items()}]
-
-
-def _resolve_elsewhere(manifest: Path, doubtful: Sequence[str]) -> tuple[dict[str, LockedModel], list[str]]:
-    """Resolve the missing rows, and compare doubtful ones with the lock, in a process of their own.
-
-    Opening checkpoints imports torch, which this process must not.
-    """
-    command = [sys.executable, "-m", "headgram.study.resolve", str(manifest), *doubtful]
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
-    if done.returncode:
-        raise HeadgramError(f"The models of {manifest} could not be resolved: see the error above.")
-    answer = json.loads(done.stdout)
-    return Lock(models=answer["models"]).models, answer["problems"]

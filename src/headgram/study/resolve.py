@@ -1,15 +1,11 @@
-"""From rows of the manifest to entries of the lock: checkpoints are opened, and what they hold is pinned.
+"""From rows of the manifest to entries of the lock: checkpoints are opened, and what they hold is pinned. Nothing is written.
 
-`python -m headgram.study.resolve MANIFEST [NAME…]` is the process in which a run resolves the rows that its lock lacks, and
-compares the named ones with it. It prints one JSON object, `{"models": entries by name, "problems": sentences}`, and writes
-nothing.
+For most formats of weights and known types of models, that takes no torch.
 """
 
 from __future__ import annotations
 
-import json
-import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from pydantic import ValidationError
@@ -19,7 +15,7 @@ from headgram.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from headgram.checkpoints.stack import Stack
 from headgram.errors import MANIFEST, HeadgramError
 from headgram.families.around import AROUND
-from headgram.foreign import first_problem, plain
+from headgram.foreign import first_problem
 from headgram.forms.circuits import CIRCUITS
 from headgram.proofs.adopt import open_or_derive
 from headgram.results.record import canonical, digest
@@ -29,21 +25,9 @@ from headgram.study.lock import (
     LockedModel,
     LockedStack,
     changed_message,
-    lock_path,
     locked_file,
-    missing_rows,
-    read_lock,
 )
-from headgram.study.manifest import Row, read_manifest
-
-
-def main(manifest: Path, doubtful: Sequence[str]) -> None:
-    """Resolve the missing rows of a manifest, and compare others with the lock."""
-    lock = read_lock(lock_path(manifest))
-    rows = missing_rows(read_manifest(manifest).rows, lock)
-    models, problems = resolve_all(rows, progress=lambda line: print(plain(line), file=sys.stderr))
-    problems += [sentence for name in doubtful for sentence in unlike_its_lock(name, lock.models[name], manifest)]
-    print(json.dumps({"models": {name: entry.model_dump(mode="json") for name, entry in models.items()}, "problems": problems}))
+from headgram.study.manifest import Row
 
 
 def resolve_all(
@@ -142,7 +126,7 @@ def _locked_around(checkpoint: Checkpoint, stack: Stack) -> LockedAround:
             check_biases(role, layers)
         except HeadgramError as error:
             missing[role] = str(error)
-    turns = "rotary" not in missing and any(layer.rotary() is not None for layer in layers)
+    turns = "rotary" not in missing and any(layer.turns for layer in layers)
     digests = tuple(checkpoint.digest(stack.name, layer, AROUND) for layer in stack.layers)
     return LockedAround(digests=digests, turns=turns, missing=missing)
 
@@ -153,7 +137,3 @@ def _why_not(stack: Stack, circuit: str) -> str | None:
     if not reasons and circuit == "ov" and stack.output_width != stack.hidden:
         reasons = [f"its heads read a stream of width {stack.hidden} and write to one of width {stack.output_width}"]
     return reasons[0] if reasons else None
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]), sys.argv[2:])
