@@ -1,17 +1,20 @@
 """Reading the Snakefile resolves new rows, and compares files that were touched with the lock, in its own process.
 
-For types that the registry knows, and formats that torch did not write, it imports no torch.
+For types that the registry knows, and weights that are not quantised, it imports no torch.
 """
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
 from pathlib import Path
 
 import pytest
+import torch.distributed.checkpoint
 from adapter_files import adapter, base
+from safetensors.torch import load_file
 
 from headgram.study.lock import lock_path, write_lock
 from headgram.study.manifest import read_manifest
@@ -36,12 +39,18 @@ def read_snakefile(folder: Path) -> subprocess.CompletedProcess[str]:
 
 @pytest.fixture
 def study(tmp_path):
-    """A manifest with a model in each format that needs no torch."""
+    """A manifest with a model in each format."""
     write_llama(tmp_path / "llama")
     write_bert(tmp_path / "bert")
     write_llama_gguf(tmp_path / "llama.gguf")
     adapter(tmp_path / "adapter", base(tmp_path / "base"))
-    models = {name: name for name in ("llama", "bert", "llama.gguf", "adapter")}
+    tensors = load_file(tmp_path / "llama" / "model.safetensors")
+    for name in ("pickled", "distributed"):
+        (tmp_path / name).mkdir()
+        shutil.copy(tmp_path / "llama" / "config.json", tmp_path / name)
+    torch.save(tensors, tmp_path / "pickled" / "pytorch_model.bin")
+    torch.distributed.checkpoint.save(tensors, checkpoint_id=tmp_path / "distributed", no_dist=True)
+    models = {name: name for name in ("llama", "bert", "llama.gguf", "adapter", "pickled", "distributed")}
     return write_manifest(tmp_path / "models.tsv", {name.replace(".", "-"): path for name, path in models.items()})
 
 

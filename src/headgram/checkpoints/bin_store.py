@@ -8,17 +8,24 @@ import struct
 import zipfile
 from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor
+import numpy as np
+from numpy.lib.stride_tricks import as_strided
 
+from headgram.checkpoints.dtypes import BYTES, array_bytes, tensor_of, word_of
 from headgram.checkpoints.homes import Homes
 from headgram.checkpoints.local_file import LocalFile
 from headgram.checkpoints.pickle_table import StoredTensor, read_table, read_tensor
-from headgram.checkpoints.stores import Kept, Piece, TensorStore, bytes_of, word_of
+from headgram.checkpoints.stores import Kept, Piece, TensorStore
 from headgram.errors import HeadgramError
 from headgram.families.layouts import Cut
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
+#: Numbers of a tensor, of whatever type, as so many bytes each.
+Numbers = np.ndarray[Any, np.dtype[np.void]]
 #: As which zipfile reports a file that it cannot read.
 _DAMAGE = (zipfile.BadZipFile, struct.error, OSError, EOFError, ValueError, LookupError, NotImplementedError, RuntimeError)
 #: A table of 50,000 tensors takes less.
@@ -62,7 +69,7 @@ class Archive:
         """
         return self._checked(read_table)
 
-    def only(self) -> Tensor:
+    def only(self) -> StoredTensor:
         """The tensor of a file that holds one and no table.
 
         Raises
@@ -70,16 +77,16 @@ class Archive:
         HeadgramError
             If it holds anything else.
         """
-        return self.tensor(self._checked(lambda pickled: {"": read_tensor(pickled)})[""])
+        return self._checked(lambda pickled: {"": read_tensor(pickled)})[""]
 
-    def tensor(self, stored: StoredTensor) -> Tensor:
-        """A tensor of the file, copied."""
-        elements, item = stored.elements, stored.dtype.itemsize
+    def numbers(self, stored: StoredTensor) -> Numbers:
+        """The numbers of a tensor of the file, copied."""
+        elements, size = stored.elements, BYTES[stored.dtype]
         if not elements:
-            return torch.zeros(stored.shape, dtype=stored.dtype)
+            return np.empty(stored.shape, f"V{size}")
         start = self._starts[stored.record][0]
-        data = bytearray(self._data[start + elements.start * item : start + elements.stop * item])
-        return torch.frombuffer(data, dtype=stored.dtype).as_strided(stored.shape, stored.stride).contiguous()
+        data = bytearray(self._data[start + elements.start * size : start + elements.stop * size])
+        return as_strided(np.frombuffer(data, f"V{size}"), stored.shape, [size * step for step in stored.stride])
 
     def _start(self, record: zipfile.ZipInfo) -> int:
         header = self._data[record.header_offset : record.header_offset + _ZIP_HEADER]
@@ -129,22 +136,22 @@ class BinStore(TensorStore):
         return word_of(self._tensor(name).dtype)
 
     def nbytes(self, name: str) -> int:
-        return math.prod(self._tensor(name).shape) * self._tensor(name).dtype.itemsize
+        return math.prod(self._tensor(name).shape) * BYTES[self._tensor(name).dtype]
 
     def keep(self, pieces: Iterable[Piece]) -> None:
         self._kept.keep(pieces)
 
     def raw(self, name: str, cut: Cut | None = None) -> memoryview:
-        return bytes_of(self._kept.look(name, cut))
+        return array_bytes(self._kept.look(name, cut))
 
     def part(self, name: str, cut: Cut | None = None) -> Tensor:
-        return self._kept.take(name, cut)
+        return tensor_of(self._kept.take(name, cut), self._tensor(name).dtype)
 
-    def _read(self, name: str, cut: Cut | None) -> Tensor:
+    def _read(self, name: str, cut: Cut | None) -> Numbers:
         archive, stored = self._home[name]
         if cut is None:
-            return archive.tensor(stored)
-        return torch.cat([archive.tensor(stored.narrowed(cut.axis, *bounds)) for bounds in cut.ranges], cut.axis)
+            return archive.numbers(stored)
+        return np.concatenate([archive.numbers(stored.narrowed(cut.axis, *bounds)) for bounds in cut.ranges], cut.axis)
 
 
 def _check_stored(where: str | Path, records: Mapping[str, zipfile.ZipInfo], total: int) -> None:

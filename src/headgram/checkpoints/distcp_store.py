@@ -7,19 +7,22 @@ import struct
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor
+import numpy as np
 
-from headgram.checkpoints.bin_store import Archive
+from headgram.checkpoints.bin_store import Archive, Numbers
+from headgram.checkpoints.dtypes import BYTES, array_bytes, tensor_of, word_of
 from headgram.checkpoints.local_file import LocalFile
 from headgram.checkpoints.pickle_walk import OTHER, Global, Walk, dtype_of
-from headgram.checkpoints.stores import TensorStore, cut_of, word_of
+from headgram.checkpoints.stores import TensorStore
 from headgram.checkpoints.weight_files import DISTRIBUTED_TABLE
 from headgram.errors import HeadgramError
 from headgram.families.layouts import Cut
 from headgram.foreign import read_bounded
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 _LARGEST_METADATA = 64 * 2**20
 _INERT = ("pathlib PosixPath", "pathlib PurePosixPath", "pathlib._local PosixPath", "pathlib WindowsPath", "builtins set")
@@ -38,9 +41,9 @@ class Piece:
 
 @dataclass(frozen=True)
 class Whole:
-    """A tensor in pieces."""
+    """A tensor in pieces; its type as torch calls it."""
 
-    dtype: torch.dtype
+    dtype: str
     shape: tuple[int, ...]
     pieces: tuple[Piece, ...]
 
@@ -73,27 +76,30 @@ class DistcpStore(TensorStore):
 
     def nbytes(self, name: str) -> int:
         whole = self._tensors[name]
-        return math.prod(whole.shape) * whole.dtype.itemsize
+        return math.prod(whole.shape) * BYTES[whole.dtype]
+
+    def raw(self, name: str, cut: Cut | None = None) -> memoryview:
+        return array_bytes(self._numbers(name, cut))
 
     def part(self, name: str, cut: Cut | None = None) -> Tensor:
-        return cut_of(self._whole(name), cut)
+        return tensor_of(self._numbers(name, cut), self._tensors[name].dtype)
 
-    def _whole(self, name: str) -> Tensor:
+    def _numbers(self, name: str, cut: Cut | None) -> Numbers:
         whole = self._tensors[name]
         self._check_places(name, whole)
         if sum(piece.length for piece in whole.pieces) < self.nbytes(name):
             raise HeadgramError(f"{self._where}: the pieces of tensor {name!r:.200} are too small for its shape {whole.shape}")
-        result = torch.empty(whole.shape, dtype=whole.dtype)
-        missing = torch.ones(whole.shape, dtype=torch.bool)
+        result = np.empty(whole.shape, f"V{BYTES[whole.dtype]}")
+        missing = np.ones(whole.shape, bool)
         for piece in whole.pieces:
             block = tuple(slice(start, start + size) for start, size in zip(piece.offsets, piece.sizes, strict=True))
-            if not bool(missing[block].all()):
+            if not missing[block].all():
                 raise HeadgramError(f"{self._where}: two pieces of tensor {name!r:.200} hold the same of its numbers")
             result[block] = self._read_piece(name, whole, piece)
             missing[block] = False
-        if bool(missing.any()):
+        if missing.any():
             raise HeadgramError(f"{self._where}: the pieces of tensor {name!r:.200} do not make up the whole: fetch all files")
-        return result
+        return result if cut is None else cut.of(result)
 
     def _check_places(self, name: str, whole: Whole) -> None:
         """Refuse pieces that their files do not hold, each in a place of its own, before any memory is taken for them."""
@@ -107,12 +113,13 @@ class DistcpStore(TensorStore):
                 raise HeadgramError(f"{self._where}: two pieces of tensor {name!r:.200} are the same bytes of {file!r:.200}")
             file, end = piece.file, piece.start + piece.length
 
-    def _read_piece(self, name: str, whole: Whole, piece: Piece) -> Tensor:
+    def _read_piece(self, name: str, whole: Whole, piece: Piece) -> Numbers:
         where = f"the piece of tensor {name!r:.200} in {piece.file!r:.200}"
-        stored = Archive(self._files[piece.file][piece.start : piece.start + piece.length], where).only()
-        if stored.dtype != whole.dtype or tuple(stored.shape) != piece.sizes:
+        archive = Archive(self._files[piece.file][piece.start : piece.start + piece.length], where)
+        stored = archive.only()
+        if (stored.dtype, stored.shape) != (whole.dtype, piece.sizes):
             raise HeadgramError(f"{self._where}: {where} has another type or shape than the table says")
-        return stored
+        return archive.numbers(stored)
 
 
 def read_metadata(pickled: bytes) -> dict[str, Whole]:

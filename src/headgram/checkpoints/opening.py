@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from headgram.checkpoints.adapters import merged, with_adapters_merged
 from headgram.checkpoints.bases import AdaptedLocation, AnyLocation, with_base
+from headgram.checkpoints.bin_store import BinStore
+from headgram.checkpoints.distcp_store import DistcpStore
 from headgram.checkpoints.gguf_store import GgufStore
 from headgram.checkpoints.original_llama import SlicedStore, in_transformers_names
 from headgram.checkpoints.quantised import with_plain_weights
@@ -107,14 +109,9 @@ def _plain_store(location: Location | RemoteLocation) -> TensorStore:
         _check_fetched(path)
     if location.format == "gguf":
         return GgufStore(paths)
-    if location.format == "safetensors":
-        return without_wrappers(SafetensorsStore(paths, location.choice.index))
     if location.format == "distcp":
-        from headgram.checkpoints.distcp_store import DistcpStore  # imports torch, as `bin_store` does
-
         return without_wrappers(DistcpStore(paths))
-    from headgram.checkpoints.bin_store import BinStore
-
     if location.choice.sliced:
         return SlicedStore([BinStore({name: path}) for name, path in paths.items()])
-    return without_wrappers(BinStore(paths, location.choice.index))
+    store = SafetensorsStore if location.format == "safetensors" else BinStore
+    return without_wrappers(store(paths, location.choice.index))

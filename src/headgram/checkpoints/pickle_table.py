@@ -12,24 +12,23 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
-
+from headgram.checkpoints.dtypes import BYTES
 from headgram.checkpoints.pickle_walk import OTHER, Global, Walk, dtype_of
 
-#: Storage types by their names in a pickle.
+#: What torch calls the numbers of a storage, by its name in a pickle.
 _STORAGES = {
-    "DoubleStorage": torch.float64,
-    "FloatStorage": torch.float32,
-    "HalfStorage": torch.float16,
-    "BFloat16Storage": torch.bfloat16,
-    "LongStorage": torch.int64,
-    "IntStorage": torch.int32,
-    "ShortStorage": torch.int16,
-    "CharStorage": torch.int8,
-    "ByteStorage": torch.uint8,
-    "BoolStorage": torch.bool,
-    "ComplexFloatStorage": torch.complex64,
-    "ComplexDoubleStorage": torch.complex128,
+    "DoubleStorage": "float64",
+    "FloatStorage": "float32",
+    "HalfStorage": "float16",
+    "BFloat16Storage": "bfloat16",
+    "LongStorage": "int64",
+    "IntStorage": "int32",
+    "ShortStorage": "int16",
+    "CharStorage": "int8",
+    "ByteStorage": "uint8",
+    "BoolStorage": "bool",
+    "ComplexFloatStorage": "complex64",
+    "ComplexDoubleStorage": "complex128",
 }
 #: Tensors of these do not lie in the file as plain numbers, or not at all.
 _OTHER_TENSORS = {
@@ -67,11 +66,13 @@ class StoredTensor:
         Name of the record in the archive's `data` folder.
     record_bytes
         Length that the pickle states of it.
+    dtype
+        Torch's name of the type of its numbers.
     """
 
     record: str
     record_bytes: int
-    dtype: torch.dtype
+    dtype: str
     offset: int
     shape: tuple[int, ...]
     stride: tuple[int, ...]
@@ -93,7 +94,7 @@ class StoredTensor:
 @dataclass(frozen=True)
 class _Storage:
     record: str
-    dtype: torch.dtype
+    dtype: str
     numel: int
 
 
@@ -170,7 +171,7 @@ class _Descriptions(Walk):
             case ("storage", Global(kind), str(record), str(location), int(numel)) if numel >= 0 and location != "meta":
                 what = kind.partition(" ")[2]
                 if what in _STORAGES or what == "UntypedStorage":
-                    return _Storage(record, _STORAGES.get(what, torch.uint8), numel)
+                    return _Storage(record, _STORAGES.get(what, "uint8"), numel)
         raise ValueError("a storage that is not described as torch does")
 
     def build(self, target: Any, state: Any) -> None:
@@ -178,14 +179,14 @@ class _Descriptions(Walk):
             raise ValueError("a tensor that is changed after it was read")
 
 
-def _strided(storage: Any, offset: Any, shape: Any, stride: Any, dtype: torch.dtype | None = None) -> StoredTensor:
+def _strided(storage: Any, offset: Any, shape: Any, stride: Any, dtype: str | None = None) -> StoredTensor:
     if not isinstance(storage, _Storage) or not _sizes((offset,)) or not _sizes(shape) or not _sizes(stride):
         raise ValueError("a tensor with a storage, an offset, a shape or strides that no tensor has")
     if len(shape) != len(stride):
         raise ValueError("a tensor with other strides than axes")
-    stored_bytes = storage.numel * storage.dtype.itemsize
+    stored_bytes = storage.numel * BYTES[storage.dtype]
     tensor = StoredTensor(storage.record, stored_bytes, dtype or storage.dtype, offset, shape, stride)
-    if max(math.prod(shape), tensor.elements.stop) * tensor.dtype.itemsize > stored_bytes:
+    if max(math.prod(shape), tensor.elements.stop) * BYTES[tensor.dtype] > stored_bytes:
         raise ValueError(f"a tensor of shape {shape} that is larger than what is stored of it")
     return tensor
 

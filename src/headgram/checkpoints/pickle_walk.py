@@ -10,7 +10,7 @@ import pickletools
 from dataclasses import dataclass
 from typing import Any
 
-import torch
+from headgram.checkpoints.dtypes import BYTES
 
 _CONSTANTS: dict[str, Any] = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False, "EMPTY_TUPLE": ()}
 _VALUES = (
@@ -30,11 +30,10 @@ class Global:
     name: str
 
 
-def dtype_of(name: str) -> torch.dtype | None:
-    """The type of numbers that is meant by a name in a pickle; None if it is the name of anything else."""
+def dtype_of(name: str) -> str | None:
+    """What torch calls the type of numbers that a name in a pickle means; None if it is the name of anything else."""
     module, _, what = name.partition(" ")
-    found = vars(torch).get(what) if module == "torch" else None
-    return found if isinstance(found, torch.dtype) else None
+    return what if module == "torch" and what in BYTES else None
 
 
 class Walk:

@@ -11,7 +11,8 @@ import math
 from collections.abc import Callable, Collection, Sequence
 from typing import TYPE_CHECKING, Any
 
-from headgram.checkpoints.stores import FLOATS, TensorStore, cut_of
+from headgram.checkpoints.dtypes import FLOATS
+from headgram.checkpoints.stores import TensorStore, cut_of
 from headgram.checkpoints.views import View
 from headgram.errors import HeadgramError
 from headgram.families.layouts import Cut

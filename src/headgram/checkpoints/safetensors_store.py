@@ -7,10 +7,11 @@ from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Generic, TypeVar
 
+from headgram.checkpoints.dtypes import known_dtype
 from headgram.checkpoints.homes import Homes
 from headgram.checkpoints.local_file import LocalFile, Span
 from headgram.checkpoints.safetensors_header import TensorPlace, read_header
-from headgram.checkpoints.stores import Kept, Piece, TensorStore, known_dtype
+from headgram.checkpoints.stores import Kept, Piece, TensorStore
 from headgram.families.layouts import Cut
 
 if TYPE_CHECKING:

@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from headgram.checkpoints.stores import FLOATS, word_of
+from headgram.checkpoints.dtypes import FLOATS, word_of
 
 Block = tuple[int, int]
 _FP8 = ("F8_E4M3", "F8_E5M2")

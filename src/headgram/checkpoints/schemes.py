@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from headgram.checkpoints.dtypes import FLOATS, bytes_of
 from headgram.checkpoints.scaled import Block, reading_of, scaled_weight
-from headgram.checkpoints.stores import FLOATS, bytes_of
 from headgram.checkpoints.unpacking import HQQ_PACKINGS, awq_weight, gptq_weight, hqq_weight
 from headgram.errors import HeadgramError
 from headgram.foreign import is_costly

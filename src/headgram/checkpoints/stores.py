@@ -1,39 +1,19 @@
 """The tensors of a checkpoint's weight files, by name. Nothing is read before it is asked for.
 
-Names, shapes, types and bytes need no torch. It is imported where a tensor is made, here and in the stores of most formats,
-since every start of a run that meets a new model waits for it.
+Names, shapes, types and bytes need no torch. It is imported where a tensor is made, since every start of a run that meets a new
+model would wait for it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Iterator
-from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
+from typing import TYPE_CHECKING, Generic, Protocol, TypeVar
 
-from headgram.errors import HeadgramError
+from headgram.checkpoints.dtypes import bytes_of, float_dtype
 from headgram.families.layouts import Cut
 
 if TYPE_CHECKING:
-    import torch
     from torch import Tensor
-
-#: The types of safetensors that torch has: that format's words, and torch's names.
-_NAMES = {
-    "F64": "float64",
-    "F32": "float32",
-    "F16": "float16",
-    "BF16": "bfloat16",
-    "F8_E4M3": "float8_e4m3fn",
-    "F8_E5M2": "float8_e5m2",
-    "F8_E8M0": "float8_e8m0fnu",
-    "I64": "int64",
-    "I32": "int32",
-    "I16": "int16",
-    "I8": "int8",
-    "U8": "uint8",
-    "BOOL": "bool",
-}
-#: Those that weights are computed with.
-FLOATS = ("F64", "F32", "F16", "BF16")
 
 #: A tensor's name, and the rows or columns that are meant; None for all of it.
 Piece = tuple[str, Cut | None]
@@ -125,45 +105,3 @@ class Kept(Generic[Stored]):
 def cut_of(tensor: Tensor, cut: Cut | None) -> Tensor:
     """The tensor, or a copy of some rows or columns."""
     return tensor if cut is None else cut.of(tensor)
-
-
-def float_dtype(name: str, stored: str) -> str:
-    """The type of a plain weight.
-
-    Raises
-    ------
-    HeadgramError
-        If it is not a floating-point type that weights are computed with.
-    """
-    if stored not in FLOATS:
-        raise HeadgramError(f"tensor {name} is stored as {stored}, and config.json says nothing of how to turn that into weights")
-    return stored
-
-
-def word_of(dtype: torch.dtype) -> str:
-    """What safetensors calls a type, or torch where that has no word."""
-    return next((word for word, name in _NAMES.items() if str(dtype) == f"torch.{name}"), str(dtype))
-
-
-def bytes_of(tensor: Tensor) -> memoryview:
-    """The bytes of a tensor of any type."""
-    import torch
-
-    array: Any = tensor.contiguous().reshape(-1).view(torch.uint8).numpy()
-    return memoryview(array)
-
-
-def known_dtype(name: str, stored: str) -> torch.dtype:
-    """The type of any tensor.
-
-    Raises
-    ------
-    HeadgramError
-        If torch has no such type.
-    """
-    if stored not in _NAMES:
-        raise HeadgramError(f"tensor {name} is stored as {stored}, a type that headgram does not know")
-    import torch
-
-    dtype: torch.dtype = getattr(torch, _NAMES[stored])
-    return dtype

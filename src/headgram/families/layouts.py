@@ -13,12 +13,15 @@ import itertools
 import math
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from headgram.errors import HeadgramError
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+#: A tensor or an array.
+Numbers = TypeVar("Numbers", bound=Any)
 
 #: What a tensor of a layer may be to its heads.
 ROLES = ("query", "key", "value", "output")
@@ -70,9 +73,10 @@ class Cut:
         """How many rows or columns."""
         return sum(stop - start for start, stop in self.ranges)
 
-    def of(self, tensor: Tensor) -> Tensor:
-        """A copy of these rows or columns."""
-        return tensor[(slice(None),) * self.axis + ([i for bounds in self.ranges for i in range(*bounds)],)]
+    def of(self, numbers: Numbers) -> Numbers:
+        """A copy of these rows or columns of a tensor, or of an array."""
+        found: Numbers = numbers[(slice(None),) * self.axis + ([i for bounds in self.ranges for i in range(*bounds)],)]
+        return found
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """From rows of the manifest to entries of the lock: checkpoints are opened, and what they hold is pinned. Nothing is written.
 
-For most formats of weights and known types of models, that takes no torch.
+For known types of models, and weights that are not quantised, that takes no torch.
 """
 
 from __future__ import annotations
