@@ -26,14 +26,14 @@ import torch
 from headgram.geometry import eigen
 from headgram.geometry.routes import longest_sum
 from headgram.results.factors import FactorFiles, write_factors
-from headgram.results.record import Identity, Provenance, record_of, seal
+from headgram.results.record import Provenance, Recipe, record_of, seal
 from headgram.stages.eigen import measure_shard
 from headgram.stages.gram import measure_row
 from headgram.study.options import Config
 from headgram.tensors import gram, spectrum
 
 OPTIONS = Config()
-EXTRACT = Identity("extract", "{}", "benchmark", "benchmark")
+EXTRACT = Recipe("extract", "{}", "benchmark", "benchmark")
 #: Layers whose spectra the script's arithmetic is timed on.
 NAIVE_LAYERS = 2
 
@@ -88,7 +88,7 @@ def end_to_end(shape: kernels.Shape, folder: Path) -> list[str]:
     layers = list(range(shape.layers))
 
     def provenance(stage: str) -> Provenance:
-        return Provenance(Identity(stage, "{}", "benchmark", "benchmark", (EXTRACT.key,)), shape.name, "self", "qk", "cuda")
+        return Provenance(Recipe(stage, "{}", "benchmark", "benchmark", (EXTRACT.key,)), shape.name, "self", "qk", "cuda")
 
     def eigen_job() -> None:
         measure_shard(folder / "eigen.parquet", folder / "eigen.pt", [path], layers, OPTIONS, provenance("eigen"))

@@ -15,7 +15,7 @@ from headgram.proofs.listed import listed_models
 from headgram.proofs.prove import quiet
 from headgram.results.around import read_around
 from headgram.results.factors import FactorFiles
-from headgram.results.record import Identity, Provenance
+from headgram.results.record import Provenance, Recipe
 from headgram.stages.around import extract_around
 from headgram.stages.extract import extract
 from headgram.study.lock import LockedModel
@@ -59,11 +59,11 @@ class Extracted:
         """A file of factors, and its key."""
         place = next(each for each in self.entry.stacks if each.name == stack)
         path = self.folder / stack / circuit / "weights" / "layers.pt"
-        identity = Identity("extract", "{}", self.entry.fingerprint_of(circuit), "c")
+        recipe = Recipe("extract", "{}", self.entry.fingerprint_of(circuit), "c")
         if not path.exists():
             digests = place.circuits[circuit].digests
-            extract(path, self.entry.how_to_open(), place.layers, digests, "stored", Provenance(identity, "m", stack, circuit))
-        return path, identity.key
+            extract(path, self.entry.how_to_open(), place.layers, digests, "stored", Provenance(recipe, "m", stack, circuit))
+        return path, recipe.key
 
     def form(self, name: str, stack: str = "self") -> FactorFiles:
         path, key = self.weights(Variant.of(name).circuit, stack)
@@ -71,7 +71,7 @@ class Extracted:
 
 
 def extracted(folder: Path, entry: LockedModel) -> Extracted:
-    around = Provenance(Identity("around", "{}", entry.around_fingerprint(), "c"), "m", None)
+    around = Provenance(Recipe("around", "{}", entry.around_fingerprint(), "c"), "m", None)
     layers = {each.name: list(zip(each.layers, each.around.digests, strict=True)) for each in entry.stacks}
     extract_around(folder / "around.pt", folder / "around.json", entry.how_to_open(), layers, around)
-    return Extracted(folder, entry, (folder / "around.pt", folder / "around.json"), around.identity.key)
+    return Extracted(folder, entry, (folder / "around.pt", folder / "around.json"), around.recipe.key)

@@ -298,7 +298,7 @@ def verify(
     manifest: Annotated[Path, typer.Option(help="Its lock says which checkpoints are meant. It may be missing.")] = MANIFEST,
     repair: Annotated[bool, typer.Option("--repair", help="Let the next run make again what is wrong.")] = False,
 ) -> None:
-    """Check every artifact again: bytes, schemas, identities, its checkpoint, and what the plan asks for. Name what is wrong."""
+    """Check every artifact again: bytes, schemas, keys, its checkpoint, and what the plan asks for. Name what is wrong."""
     from headgram.atlas.repair import repair as prepare
     from headgram.atlas.verify import Finding
     from headgram.atlas.verify import verify as find

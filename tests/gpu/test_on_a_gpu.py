@@ -14,7 +14,7 @@ from headgram.geometry.overlaps import overlaps
 from headgram.geometry.projections import projections
 from headgram.geometry.scores import layer_scores
 from headgram.results.factors import write_factors
-from headgram.results.record import Identity, Provenance, record_of, seal
+from headgram.results.record import Provenance, Recipe, record_of, seal
 from headgram.results.tables import read_table
 from headgram.stages.composition import Composed, compose
 from headgram.stages.eigen import measure_shard
@@ -121,7 +121,7 @@ def test_scores_overlaps_and_neighbours():
 
 def test_a_shard_and_a_row_are_those_of_the_cpu(tmp_path):
     q, k = weights(6, 8, 4, 32, 256, torch.bfloat16)
-    extract = Identity("extract", "{}", "f", "c")
+    extract = Recipe("extract", "{}", "f", "c")
     path = tmp_path / "layers-000-005.pt"
     write_factors(path, range(6), {"query": q, "key": k})
     seal(record_of(path), Provenance(extract, "m", "self", "qk"), [path])
@@ -130,7 +130,7 @@ def test_a_shard_and_a_row_are_those_of_the_cpu(tmp_path):
     for device in ("cpu", "cuda"):
         folder = tmp_path / device
         for stage in ("eigen", "gram"):
-            provenance = Provenance(Identity(stage, "{}", "f", "c", (extract.key,)), "m", "self", "qk", device)
+            provenance = Provenance(Recipe(stage, "{}", "f", "c", (extract.key,)), "m", "self", "qk", device)
             (folder / stage).mkdir(parents=True)
             table = folder / stage / "table.parquet"
             if stage == "eigen":
@@ -154,7 +154,7 @@ def test_a_shard_and_a_row_are_those_of_the_cpu(tmp_path):
 def test_compositions_and_projections_are_those_of_the_cpu(tmp_path):
     files, keys = {"self": {}}, []
     for circuit, roles, seed in (("qk", ("query", "key"), 0), ("ov", ("output", "value"), 1)):
-        extract = Identity("extract", "{}", circuit, "c")
+        extract = Recipe("extract", "{}", circuit, "c")
         keys.append(extract.key)
         path = tmp_path / circuit / "layers-000-003.pt"
         write_factors(path, range(4), dict(zip(roles, weights(4, 8, 4, 16, 96, torch.bfloat16, seed=seed), strict=True)))
@@ -164,7 +164,7 @@ def test_compositions_and_projections_are_those_of_the_cpu(tmp_path):
     for device in ("cpu", "cuda"):
         names = ("composition.parquet", "channels.parquet", "kernels.parquet", "directions.pt", "record.json")
         composed = Composed(*(tmp_path / device / name for name in names))
-        provenance = Provenance(Identity("composition", "{}", "f", "c", tuple(keys)), "m", None, device=device)
+        provenance = Provenance(Recipe("composition", "{}", "f", "c", tuple(keys)), "m", None, device=device)
         compose(Sources(files, dict(zip(("qk", "ov"), keys, strict=True)), {}), composed, Config(), provenance)
         tables[device] = [read_table(path).to_pandas() for path in (composed.composition, composed.channels, composed.kernels)]
     for found, known in zip(tables["cuda"], tables["cpu"], strict=True):

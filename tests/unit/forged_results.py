@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, settings
 from headgram.atlas.verify import verify
 from headgram.errors import HeadgramError
 from headgram.results.paths import DERIVED, MERGED, Results
-from headgram.results.record import Identity, Provenance, parquet_metadata, seal
+from headgram.results.record import Provenance, Recipe, parquet_metadata, seal
 from headgram.results.tables import TABLES
 
 PER_CASE = settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -60,15 +60,15 @@ def write(path: Path, table: pa.Table, metadata: dict | None) -> Path:
     return path
 
 
-MERGE, DERIVE = Identity("merge", "{}", "f", "c"), Identity("derive", "{}", "f", "c")
+MERGE, DERIVE = Recipe("merge", "{}", "f", "c"), Recipe("derive", "{}", "f", "c")
 
 
 def made(results: Path) -> Path:
     paths = Results(str(results))
-    for identity, tables in ((MERGE, MERGED), (DERIVE, DERIVED)):
-        provenance = Provenance(identity, "m", None)
+    for recipe, tables in ((MERGE, MERGED), (DERIVE, DERIVED)):
+        provenance = Provenance(recipe, "m", None)
         data = [write(Path(paths.table(name, "m")), table_of(TABLES[name]), parquet_metadata(provenance)) for name in tables]
-        seal_again(Path(paths.record(identity.stage, "m")), data, provenance)
+        seal_again(Path(paths.record(recipe.stage, "m")), data, provenance)
     return results
 
 

@@ -15,8 +15,8 @@ import torch
 from headgram.errors import HeadgramError
 from headgram.results.files import remove_temporaries, write_text, written_whole
 from headgram.results.record import (
-    Identity,
     Provenance,
+    Recipe,
     canonical,
     check,
     digest,
@@ -27,7 +27,7 @@ from headgram.results.record import (
 )
 from headgram.results.tables import PAIRS, at_place, read_parts, read_table, write_table
 
-IDENTITY = Identity("eigen", '{"eigen":{"topk":8}}', "fingerprint", "code", ("upstream",))
+IDENTITY = Recipe("eigen", '{"eigen":{"topk":8}}', "fingerprint", "code", ("upstream",))
 
 
 def sealed(folder):
@@ -38,7 +38,7 @@ def sealed(folder):
     return path
 
 
-def test_every_part_of_the_identity_counts():
+def test_every_part_of_the_recipe_counts():
     keys = {IDENTITY.key}
     for change in (
         {"stage": "gram"},

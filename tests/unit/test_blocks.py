@@ -11,7 +11,7 @@ from headgram.errors import HeadgramError
 from headgram.geometry import batches
 from headgram.geometry.costs import BLOCK_BYTES
 from headgram.results.factors import FactorFiles, write_factors
-from headgram.results.record import Identity, Provenance, record_of, seal
+from headgram.results.record import Provenance, Recipe, record_of, seal
 from headgram.results.tables import SIDES, read_table
 from headgram.stages.composition import Composed, compose
 from headgram.stages.gram import measure_row
@@ -38,7 +38,7 @@ class Weights:
     def of(cls, folder: Path, layers: int, seed: int = 0) -> "Weights":
         chance, circuits, keys = torch.Generator().manual_seed(seed), {}, {}
         for circuit, roles in (("qk", ("query", "key")), ("ov", ("output", "value"))):
-            extract, path = Identity("extract", "{}", circuit, "c"), folder / f"{circuit}.pt"
+            extract, path = Recipe("extract", "{}", circuit, "c"), folder / f"{circuit}.pt"
             shapes = zip(roles, (HEADS, HEADS // 2), strict=True)
             write_factors(
                 path, range(layers), {role: torch.randn(layers, n, RANK, WIDTH, generator=chance) for role, n in shapes}
@@ -49,7 +49,7 @@ class Weights:
 
     def provenance(self, stage: str, *circuits: str) -> Provenance:
         upstream = tuple(self.keys[circuit] for circuit in circuits)
-        return Provenance(Identity(stage, "{}", "f", "c", upstream), "m", "self", circuits[0], "cuda")
+        return Provenance(Recipe(stage, "{}", "f", "c", upstream), "m", "self", circuits[0], "cuda")
 
 
 def composition(weights: Weights, name: str) -> list[pd.DataFrame]:

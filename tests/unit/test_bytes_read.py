@@ -15,7 +15,7 @@ from headgram.checkpoints.checkpoint import open_checkpoint
 from headgram.checkpoints.local_file import LocalFile, Span
 from headgram.families import layouts
 from headgram.forms.circuits import CIRCUITS
-from headgram.results.record import Identity, Provenance
+from headgram.results.record import Provenance, Recipe
 from headgram.stages.extract import extract
 
 DIMS = layouts.Dimensions(
@@ -139,7 +139,7 @@ def test_the_jobs_of_both_circuits_read_each_byte_once(tmp_path: Path, taken: li
         open_checkpoint(source)
         headers = sum(taken)
         taken.clear()
-        provenance = Provenance(Identity("extract", "{}", "f", "c"), "m", "self", name)
+        provenance = Provenance(Recipe("extract", "{}", "f", "c"), "m", "self", name)
         extract(tmp_path / f"{name}.pt", {"source": source}, stack.layers, digests[name], "stored", provenance)
         read += sum(taken) - headers
         found = torch.load(tmp_path / f"{name}.pt")

@@ -10,7 +10,7 @@ from headgram.atlas.verify import verify
 from headgram.errors import HeadgramError
 from headgram.results.claims import NAME, Writing, claim, settle
 from headgram.results.files import part_of, write_text
-from headgram.results.record import Identity, Provenance, _sealed_text, seal
+from headgram.results.record import Provenance, Recipe, _sealed_text, seal
 
 
 def artifact(results, *names, text="ours"):
@@ -18,7 +18,7 @@ def artifact(results, *names, text="ours"):
     record = results / "provenance" / "m.json"
     for name in names:
         write_text(results / name, text)
-    seal(record, Provenance(Identity("merge", "{}", "f", "c"), "m", None), [results / name for name in names])
+    seal(record, Provenance(Recipe("merge", "{}", "f", "c"), "m", None), [results / name for name in names])
     return Writing(record, [record, *(results / name for name in names)])
 
 

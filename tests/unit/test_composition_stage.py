@@ -11,7 +11,7 @@ from headgram.forms.reading import Frame, Frames, Norm, Rotary
 from headgram.geometry.composition import KINDS
 from headgram.geometry.costs import BLOCK_BYTES
 from headgram.results.factors import write_factors
-from headgram.results.record import Identity, Provenance, read_record, record_of, seal
+from headgram.results.record import Provenance, Recipe, read_record, record_of, seal
 from headgram.results.tables import read_table
 from headgram.stages.composition import Composed, compose
 from headgram.stages.sources import Sources
@@ -29,7 +29,7 @@ def extracted(tmp_path):
     weights, files, keys = {}, {}, {}
     for stack in ("decoder", "encoder", "cross"):
         for circuit, (own, shared), rank in (("qk", ("query", "key"), 5), ("ov", ("output", "value"), 3)):
-            extract = Identity("extract", "{}", f"of {circuit}", "c")
+            extract = Recipe("extract", "{}", f"of {circuit}", "c")
             keys[circuit] = extract.key
             found = {
                 role: torch.randn(len(LAYERS), n, rank, WIDTH, generator=generator) for role, n in ((own, HEADS), (shared, 2))
@@ -40,14 +40,14 @@ def extracted(tmp_path):
                 write_factors(path, [LAYERS[i] for i in rows], {role: each[rows] for role, each in found.items()})
                 seal(record_of(path), Provenance(extract, "m", stack, circuit), [path])
                 files.setdefault(stack, {}).setdefault(circuit, []).append(path)
-    return files, weights, Provenance(Identity("composition", "{}", "f", "c", (keys["qk"], keys["ov"])), "m", None)
+    return files, weights, Provenance(Recipe("composition", "{}", "f", "c", (keys["qk"], keys["ov"])), "m", None)
 
 
 def measured(folder: Path, extracted, frames=None):
     files, _, provenance = extracted
     tables = ("composition.parquet", "channels.parquet", "kernels.parquet")
     composed = Composed(*(folder / name for name in (*tables, "directions.pt", "record.json")))
-    keys = dict(zip(("qk", "ov"), provenance.identity.upstream, strict=True))
+    keys = dict(zip(("qk", "ov"), provenance.recipe.upstream, strict=True))
     compose(Sources(files, keys, frames or {}), composed, CONFIG, provenance)
     return composed
 
@@ -146,14 +146,14 @@ def test_heads_may_have_more_rows_than_the_stream_has_channels(tmp_path):
     """Also where positions turn them: the mean over offsets then has a form of another rank."""
     generator, files, keys, weights = torch.Generator().manual_seed(2), {}, {}, {}
     for circuit, roles in (("qk", ("query", "key")), ("ov", ("output", "value"))):
-        path, extract = tmp_path / f"{circuit}.pt", Identity("extract", "{}", circuit, "c")
+        path, extract = tmp_path / f"{circuit}.pt", Recipe("extract", "{}", circuit, "c")
         weights |= {role: torch.randn(2, 2, 10, 6, generator=generator) for role in roles}
         write_factors(path, [0, 1], {role: weights[role] for role in roles})
         seal(record_of(path), Provenance(extract, "m", "self", circuit), [path])
         files[circuit], keys[circuit] = [path], extract.key
     waves = Rotary(torch.tensor([1.0, 2.0], dtype=torch.float64) * 2 * torch.pi / 8, interleaved=False)
     known = {"self": Frames({layer: Frame(rotary=waves) for layer in range(2)})}
-    provenance = Provenance(Identity("composition", "{}", "f", "c", tuple(keys.values())), "m", None)
+    provenance = Provenance(Recipe("composition", "{}", "f", "c", tuple(keys.values())), "m", None)
     composed = measured(tmp_path, ({"self": files}, weights, provenance), known)
     table = read_table(composed.composition).to_pandas().query("kind == 'k'")
     for row in table.itertuples():

@@ -18,7 +18,7 @@ from headgram.geometry import costs as prices
 from headgram.geometry import inner, routes
 from headgram.results.around import write_around
 from headgram.results.factors import FactorFiles, write_factors
-from headgram.results.record import Identity, Provenance, record_of, seal
+from headgram.results.record import Provenance, Recipe, record_of, seal
 from headgram.results.tables import SIDES
 from headgram.stages.composition import Composed, compose
 from headgram.stages.eigen import measure_shard
@@ -59,14 +59,14 @@ def test_a_gpu_is_given_as_many_bytes_and_multiplies_as_much_as_the_plan_says(tm
     config = {"gram": {"pairs": pairs, "layers_per_tile": per_tile}}
     plan = planned(SMALL, **config)
     heads, work = plan.models["m"].heads["qk", "self"], costs(plan)
-    extract = Identity("extract", "{}", "f", "c")
+    extract = Recipe("extract", "{}", "f", "c")
     path = tmp_path / "layers.pt"
     q, k = (torch.randn(4, n, 8, 512, generator=torch.Generator().manual_seed(n)).bfloat16() for n in (6, 3))
     write_factors(path, range(4), {"query": q, "key": k})
     seal(record_of(path), Provenance(extract, "m", "self", "qk"), [path])
 
     def provenance(stage):
-        return Provenance(Identity(stage, "{}", "f", "c", (extract.key,)), "m", "self", "qk", "cuda")
+        return Provenance(Recipe(stage, "{}", "f", "c", (extract.key,)), "m", "self", "qk", "cuda")
 
     with StandIn() as device:
         for row in heads.rows:
@@ -88,7 +88,7 @@ def test_compositions_and_turns_are_what_the_plan_says(tmp_path, monkeypatch, bl
     work, chance = costs(plan), torch.Generator().manual_seed(0)
     files, keys = {}, {}
     for circuit, roles in (("qk", ("query", "key")), ("ov", ("output", "value"))):
-        path, extract = tmp_path / f"{circuit}.pt", Identity("extract", "{}", circuit, "c")
+        path, extract = tmp_path / f"{circuit}.pt", Recipe("extract", "{}", circuit, "c")
         weights = {role: torch.randn(4, n, 8, 512, generator=chance).bfloat16() for role, n in zip(roles, (6, 3), strict=True)}
         write_factors(path, range(4), weights)
         seal(record_of(path), Provenance(extract, "m", "self", circuit), [path])
@@ -97,12 +97,12 @@ def test_compositions_and_turns_are_what_the_plan_says(tmp_path, monkeypatch, bl
     norm = Norm(centred=False, gain=torch.rand(512, generator=chance, dtype=torch.float64) + 0.5)
     frames = {"self": Frames({layer: Frame(norm=norm, source_norm=norm, rotary=waves) for layer in range(4)}, context=2**10)}
     around = tmp_path / "around.pt"
-    identity = Identity("around", "{}", "f", "c")
+    recipe = Recipe("around", "{}", "f", "c")
     write_around(around, frames)
-    seal(record_of(around), Provenance(identity, "m", None), [around])
+    seal(record_of(around), Provenance(recipe, "m", None), [around])
 
     def provenance(stage, upstream):
-        return Provenance(Identity(stage, "{}", "f", "c", upstream), "m", None, None, "cuda")
+        return Provenance(Recipe(stage, "{}", "f", "c", upstream), "m", None, None, "cuda")
 
     with StandIn() as device:
         composed = Composed(*(tmp_path / name for name in ("a", "b", "c", "d", "e.json")))
@@ -119,7 +119,7 @@ def test_compositions_and_turns_are_what_the_plan_says(tmp_path, monkeypatch, bl
             {"self": files["qk"]},
             turned,
             plan.config,
-            provenance("rotary", (keys["qk"], identity.key)),
+            provenance("rotary", (keys["qk"], recipe.key)),
         )
         assert device.bytes_in == pytest.approx(work["rotary"].copied, rel=0.1)
         assert device.flops[torch.float64, torch.float64] == pytest.approx(work["rotary"].flops["float64"])
@@ -133,7 +133,7 @@ def test_comparisons_of_two_models_are_what_the_plan_says(tmp_path, monkeypatch,
     for module in (routes, inner):
         monkeypatch.setattr(module, "longest_sum", lambda _: 2**14)  # not measured
     work = costs(lineage_of(SMALL, {"circuits": ["qk"], "gram": {"pairs": pairs}}))["lineage"]
-    extract, sides = Identity("extract", "{}", "f", "c"), []
+    extract, sides = Recipe("extract", "{}", "f", "c"), []
     for step in range(2):
         path = tmp_path / f"{step}.pt"
         chance = torch.Generator().manual_seed(step)

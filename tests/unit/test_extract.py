@@ -12,7 +12,7 @@ import headgram.stages.extract as stage
 from headgram.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from headgram.cli import app
 from headgram.errors import MANIFEST, HeadgramError
-from headgram.results.record import Identity, Provenance
+from headgram.results.record import Provenance, Recipe
 from headgram.study.lock import lock_path, read_lock
 from tiny import write_llama, write_manifest
 
@@ -31,7 +31,7 @@ def test_a_file_that_is_replaced_between_check_and_read_is_refused(tmp_path, mon
         return read(*arguments)
 
     monkeypatch.setattr(Checkpoint, "factors", replaced_meanwhile)
-    provenance = Provenance(Identity("extract", json.dumps({}), "f", "c"), "m", "self", "qk")
+    provenance = Provenance(Recipe("extract", json.dumps({}), "f", "c"), "m", "self", "qk")
     with pytest.raises(HeadgramError, match="self: model.safetensors changed while it was read; ") as refused:
         stage.extract(tmp_path / "out.pt", {"source": folder}, range(4), digests, "stored", provenance, manifest)
     assert not (tmp_path / "out.pt").exists()

@@ -135,10 +135,10 @@ def numbers(table: pa.Table, integer: int, real: float) -> pa.Table:
 @pytest.mark.parametrize(("what", "kind"), FORGERIES)
 def test_whatever_a_table_holds_verify_goes_on_to_the_end_and_names_it(results, whole, what, kind, name):
     """The record is sealed again by somebody who knows how."""
-    identity, tables = (MERGE, MERGED) if name in MERGED else (DERIVE, DERIVED)
-    provenance, paths = Provenance(identity, "m", None), Results(str(results))
+    recipe, tables = (MERGE, MERGED) if name in MERGED else (DERIVE, DERIVED)
+    provenance, paths = Provenance(recipe, "m", None), Results(str(results))
     forge(Path(paths.table(name, "m")), what, kind, dict(provenance.metadata()))
-    seal_again(Path(paths.record(identity.stage, "m")), [Path(paths.table(each, "m")) for each in tables], provenance)
+    seal_again(Path(paths.record(recipe.stage, "m")), [Path(paths.table(each, "m")) for each in tables], provenance)
     (results / "provenance" / "z.json").write_text("{")
     found = sentences(results)
     assert any("z.json" in sentence for sentence in found)

@@ -227,8 +227,8 @@ def test_a_record_counts_what_its_own_job_used(keeping, tmp_path):
     """Not what an earlier job of the same process did, which took longer and more memory."""
     body = """
 import json, time
-from headgram.results.record import Identity, Provenance, seal
-provenance = Provenance(Identity("merge", "{}", "", ""), "model", None)
+from headgram.results.record import Recipe, Provenance, seal
+provenance = Provenance(Recipe("merge", "{}", "", ""), "model", None)
 held, end = bytearray(SIZE << 20), time.process_time() + SECONDS
 while time.process_time() < end:
     pass

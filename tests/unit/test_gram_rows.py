@@ -12,7 +12,7 @@ import torch
 import headgram.stages.gram as stage
 from headgram.geometry.costs import BLOCK_BYTES
 from headgram.results.factors import write_factors
-from headgram.results.record import Identity, Provenance, record_of, seal
+from headgram.results.record import Provenance, Recipe, record_of, seal
 from headgram.results.tables import read_table
 from headgram.study.options import Gram
 
@@ -34,7 +34,7 @@ def _compute(every):
 @pytest.fixture
 def weights(tmp_path):
     generator = torch.Generator().manual_seed(0)
-    extract = Identity("extract", "{}", "f", "c")
+    extract = Recipe("extract", "{}", "f", "c")
     path = tmp_path / "weights" / "layers-000-005.pt"
     write_factors(
         path,
@@ -42,7 +42,7 @@ def weights(tmp_path):
         {"query": torch.randn(6, 4, 3, 8, generator=generator), "key": torch.randn(6, 2, 3, 8, generator=generator)},
     )
     seal(record_of(path), Provenance(extract, "m", "self", "qk"), [path])
-    return path, Provenance(Identity("gram", "{}", "f", "c", (extract.key,)), "m", "self", "qk")
+    return path, Provenance(Recipe("gram", "{}", "f", "c", (extract.key,)), "m", "self", "qk")
 
 
 def test_finished_tiles_are_kept(every, tmp_path, weights, monkeypatch):
@@ -163,7 +163,7 @@ def test_blocks_of_any_size_give_the_same(every, tmp_path, weights, monkeypatch)
 
 def test_tiles_of_another_configuration_are_not_taken(every, tmp_path, weights, monkeypatch):
     path, provenance = weights
-    other = Provenance(Identity("gram", "{}", "f", "another", provenance.identity.upstream), "m", "self", "qk")
+    other = Provenance(Recipe("gram", "{}", "f", "another", provenance.recipe.upstream), "m", "self", "qk")
     row = tmp_path / "row-000.parquet"
     monkeypatch.setattr(stage, "seal", lambda *arguments: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):

@@ -20,8 +20,8 @@ from headgram.errors import HeadgramError
 from headgram.results.factors import FactorFiles
 from headgram.results.files import remove_temporaries, write_text
 from headgram.results.record import (
-    Identity,
     Provenance,
+    Recipe,
     _sealed_text,
     check,
     is_fresh,
@@ -32,7 +32,7 @@ from headgram.results.tables import read_table
 from headgram.study.manifest import read_manifest
 from headgram.study.options import load_config, read_options
 
-IDENTITY = Identity("extract", "{}", "fingerprint", "code")
+IDENTITY = Recipe("extract", "{}", "fingerprint", "code")
 
 
 class Bomb:

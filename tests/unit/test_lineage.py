@@ -9,7 +9,7 @@ from headgram.forms.circuits import CIRCUITS
 from headgram.geometry.costs import BLOCK_BYTES
 from headgram.geometry.spectra import spectra
 from headgram.results.factors import FactorFiles, write_factors
-from headgram.results.record import Identity, Provenance, record_of, seal
+from headgram.results.record import Provenance, Recipe, record_of, seal
 from headgram.stages.lineage import Measured, measure
 
 pytestmark = pytest.mark.usefixtures("both_ways")
@@ -19,7 +19,7 @@ LAYERS, HEADS, KV_HEADS, RANK, WIDTH = (2, 3, 7), 4, 2, 3, 20
 
 def side(folder, name, circuit, own, shared) -> Measured:
     """What extraction and measurement leave of a model."""
-    extract = Identity("extract", "{}", name, "c")
+    extract = Recipe("extract", "{}", name, "c")
     path = folder / name / f"{circuit}.pt"
     write_factors(path, LAYERS, dict(zip(CIRCUITS[circuit].roles, (own, shared), strict=True)))
     seal(record_of(path), Provenance(extract, name, "self", circuit), [path])

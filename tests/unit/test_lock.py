@@ -86,7 +86,7 @@ def test_the_fingerprint_is_the_content_not_the_place(manifest, tmp_path):
 
 def test_a_changed_byte_of_a_large_file_is_found_by_extraction(tmp_path, monkeypatch):
     """A sample of the file may miss a byte, the digest of a layer does not."""
-    from headgram.results.record import Identity, Provenance
+    from headgram.results.record import Provenance, Recipe
     from headgram.stages.extract import extract
 
     monkeypatch.chdir(tmp_path)
@@ -99,7 +99,7 @@ def test_a_changed_byte_of_a_large_file_is_found_by_extraction(tmp_path, monkeyp
     start = data.index(query)
     next(i for i in range(start, start + len(query)) if flip(data, i, path) and not changes("m", entry))
     source = {"source": "m", "revision": None, "overrides": {}}
-    provenance = Provenance(Identity("extract", "{}", entry.fingerprint, "c"), "m", "self", "qk")
+    provenance = Provenance(Recipe("extract", "{}", entry.fingerprint, "c"), "m", "self", "qk")
     stack = entry.stacks[0]
     with pytest.raises(HeadgramError, match=r"model m, stack self: layer 1 changed since it was locked"):
         extract(tmp_path / "out.pt", source, stack.layers, stack.circuits["qk"].digests, "stored", provenance)

@@ -1,4 +1,4 @@
-"""The plan: what is cut into which jobs, and what each job's identity holds."""
+"""The plan: what is cut into which jobs, and what each job's recipe holds."""
 
 import itertools
 import json
@@ -83,7 +83,7 @@ def test_given_sizes_are_kept():
     ],
 )
 def test_keys_follow_the_contract(change, stages):
-    before, after = (make_plan({"m": locked_llama()}, load_config(raw), SCRIPTS).models["m"].identities for raw in ({}, change))
+    before, after = (make_plan({"m": locked_llama()}, load_config(raw), SCRIPTS).models["m"].recipes for raw in ({}, change))
     changed = {stage for stage in before if before[stage].key != after[stage].key}
     assert {stage for stage, circuit in changed if circuit != "ov"} == stages
     without = {"eigen"} if "original" in change else set()  # the original script knows no other circuit
@@ -96,9 +96,9 @@ def test_a_circuit_makes_nothing_of_another_stale(circuits):
     assert some.circuits == circuits
     assert {place[0] for place in some.heads} == set(circuits)
     measured = {(stage, circuit) for stage in ("extract", "eigen", "gram") for circuit in circuits}
-    assert {place for place in some.identities if place[1]} == measured
-    assert all(some.identities[place] == both.identities[place] for place in measured)
-    assert some.identities["merge", ""] != both.identities["merge", ""]
+    assert {place for place in some.recipes if place[1]} == measured
+    assert all(some.recipes[place] == both.recipes[place] for place in measured)
+    assert some.recipes["merge", ""] != both.recipes["merge", ""]
 
 
 def test_compositions_need_both_circuits_and_are_left_out_where_they_cost_too_much(monkeypatch):
@@ -130,13 +130,13 @@ def test_folded_forms_and_offsets_are_further_forms_and_make_no_other_stale():
     assert before.models["m"].extracted.keys() == after.models["m"].extracted.keys() == {("qk", "self"), ("ov", "self")}
     kept = {record: key for record, key in before.records().items() if "provenance" not in record and "report" not in record}
     assert kept.items() <= after.records().items()
-    keys = [after.models["m"].identities["eigen", name].key for name in names]
+    keys = [after.models["m"].recipes["eigen", name].key for name in names]
     assert len(set(keys)) == len(names)
     assert study_plan.left_out(after) == []
     assert [Variant.of(name).name for name in names] == names
-    for (stage, name), identity in after.models["m"].identities.items():  # as `headgram verify` holds records against the lock
+    for (stage, name), recipe in after.models["m"].recipes.items():  # as `headgram verify` holds records against the lock
         locked = locked_llama().fingerprint_of(Variant.of(name).circuit) if name else locked_llama().fingerprint
-        assert identity.fingerprint == locked, (stage, name)
+        assert recipe.fingerprint == locked, (stage, name)
 
 
 @pytest.mark.parametrize(
@@ -179,7 +179,7 @@ def test_forms_that_cannot_be_made_are_one_sentence_and_the_rest_goes_on(around,
     found = study_plan.left_out(plan)
     assert len(found) == len(sentences)
     assert all(re.search(words, sentence) for words, sentence in zip(sentences, found, strict=True))
-    assert (("rotary", "") in plan.models["m"].identities) == (around is not None)
+    assert (("rotary", "") in plan.models["m"].recipes) == (around is not None)
 
 
 def test_the_original_files_are_of_raw_forms_at_offset_0():
@@ -250,7 +250,7 @@ def test_pairs_of_a_lineage_are_those_asked_for(wanted, pairs):
     ],
 )
 def test_keys_of_pairs_follow_the_contract(change, stale):
-    before, after = (training(raw).pair_identity(("m1000", "m9")).key for raw in ({}, change))
+    before, after = (training(raw).pair_recipe(("m1000", "m9")).key for raw in ({}, change))
     assert (before != after) == stale
 
 
@@ -258,9 +258,9 @@ def test_a_model_more_and_labels_leave_pairs_as_they_are():
     before, more = training(), training(labels={"m500": Labels("training", 500.0)})
     labelled = training(labels={"m9": Labels("training", 9.5, {"data": "pile"})})
     for plan in (more, labelled):
-        assert plan.pair_identity(("m10", "m9")) == before.pair_identity(("m10", "m9"))
-        assert plan.models["m10"].identities == before.models["m10"].identities
-    stages = {stage for stage, key in before.models["m9"].identities.items() if labelled.models["m9"].identities[stage] != key}
+        assert plan.pair_recipe(("m10", "m9")) == before.pair_recipe(("m10", "m9"))
+        assert plan.models["m10"].recipes == before.models["m10"].recipes
+    stages = {stage for stage, key in before.models["m9"].recipes.items() if labelled.models["m9"].recipes[stage] != key}
     assert stages == {("derive", ""), ("render", "")}
 
 
@@ -297,7 +297,7 @@ def test_pairs_in_token_space_follow_the_files_of_both():
         entries = {f"m{i}": locked_llama().model_copy(update={"files": each}) for i, each in enumerate(files)}
         labels = {name: Labels("training", float(i)) for i, name in enumerate(entries)}
         plan = make_plan(entries, load_config({"lineage": {"basis": "tokens"}}), SCRIPTS, labels)
-        return plan.pair_identity(("m1", "m0")).key
+        return plan.pair_recipe(("m1", "m0")).key
 
     ours, changed = ((LockedFile(name="model.safetensors", bytes=9, sample=sample),) for sample in ("a", "b"))
     assert len({key(ours, ours), key(changed, ours), key(ours, changed)}) == 3

@@ -18,7 +18,7 @@ from headgram.checkpoints import hub as hub_module
 from headgram.checkpoints import remote
 from headgram.checkpoints.checkpoint import open_checkpoint
 from headgram.errors import HeadgramError
-from headgram.results.record import Identity, Provenance
+from headgram.results.record import Provenance, Recipe
 from headgram.stages.extract import extract
 from headgram.study.lock import changes
 from headgram.study.manifest import Row
@@ -122,7 +122,7 @@ def test_locks_without_reading_weights_then_extracts(hub, tmp_path):
 
 def extract_entry(entry, output: Path) -> None:
     source = entry.how_to_open()
-    provenance = Provenance(Identity("extract", "{}", entry.fingerprint, ""), "tiny", "self", "qk")
+    provenance = Provenance(Recipe("extract", "{}", entry.fingerprint, ""), "tiny", "self", "qk")
     extract(output, source, entry.stacks[0].layers, entry.stacks[0].circuits["qk"].digests, "stored", provenance)
 
 

@@ -24,7 +24,7 @@ from headgram.report.names import PROFILE_FIGURES, STACK_FIGURES
 from headgram.report.pack import beside, layer_packs, model_pack, pack
 from headgram.report.page import index_pack, page, page_shell
 from headgram.report.tokens import read_tokens
-from headgram.results.record import Identity, Provenance
+from headgram.results.record import Provenance, Recipe
 from headgram.results.tables import TOKENS, labelled, write_table
 from packs import unpack
 
@@ -231,7 +231,7 @@ def test_the_tokens_of_the_chosen_head(chrome, tmp_path):
         )
         for circuit, left_out in (("qk", ""), ("ov", "left"))
     )
-    write_table(tmp_path / "tokens.parquet", [both], Provenance(Identity("tokens", "{}", "f", "c"), "m", None))
+    write_table(tmp_path / "tokens.parquet", [both], Provenance(Recipe("tokens", "{}", "f", "c"), "m", None))
     each = stack(len(layers), heads, 4)
     each = dataclasses.replace(each, summary=dataclasses.replace(each.summary, layers=layers))
     found = {name: read_tokens(tmp_path / "tokens.parquet", (name, "self"), layers, heads) for name in ("qk", "ov", "qk-folded")}

@@ -13,7 +13,7 @@ from torch.nn.functional import normalize
 from headgram.forms.transforms import constant
 from headgram.proofs.around import without_epsilon
 from headgram.proofs.prove import _calls, quiet
-from headgram.results.record import Identity, Provenance
+from headgram.results.record import Provenance, Recipe
 from headgram.results.tables import AT_TIMES, LINEAR, TURNS, read_table
 from headgram.stages.rotary import Turned, measure_rotary
 from headgram.study.options import Config
@@ -23,7 +23,7 @@ def measured(found: Extracted) -> dict[str, pd.DataFrame]:
     """The three tables of a model's stacks."""
     stacks = [stack.name for stack in found.entry.stacks]
     key = found.weights("qk", stacks[0])[1]
-    provenance = Provenance(Identity("rotary", "{}", "f", "c", (key, found.around_key)), "m", None)
+    provenance = Provenance(Recipe("rotary", "{}", "f", "c", (key, found.around_key)), "m", None)
     names = ("rotary.parquet", "frequencies.parquet", "turning.parquet", "rotary.json")
     written = Turned(*(found.folder / "out" / name for name in names))
     measure_rotary(found.around, {stack: [found.weights("qk", stack)[0]] for stack in stacks}, written, Config(), provenance)

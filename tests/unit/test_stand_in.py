@@ -21,7 +21,7 @@ from headgram.geometry.spans import kernels, spans
 from headgram.geometry.spectra import Spectrum
 from headgram.geometry.token_space import TokenProducts, between_tokens, centred_gram
 from headgram.results.factors import write_factors
-from headgram.results.record import Identity, Provenance, record_of, seal
+from headgram.results.record import Provenance, Recipe, record_of, seal
 from headgram.results.tables import read_table
 from headgram.stages.eigen import measure_shard
 from headgram.stages.gram import measure_row
@@ -307,7 +307,7 @@ def test_where_memory_does_not_suffice_for_one_head_it_is_said(device):
 @pytest.fixture
 def job(tmp_path):
     """Runs a stage on a device, and gives the files that it wrote."""
-    extract = Identity("extract", "{}", "f", "c")
+    extract = Recipe("extract", "{}", "f", "c")
     path = tmp_path / "layers-000-004.pt"
     write_factors(path, range(5), dict(zip(("query", "key"), weights(5, 6, 2, 8, 48, torch.bfloat16), strict=True)))
     seal(record_of(path), Provenance(extract, "m", "self", "qk"), [path])
@@ -315,7 +315,7 @@ def job(tmp_path):
     def run(stage, device):
         folder = tmp_path / stage / device
         folder.mkdir(parents=True)
-        provenance = Provenance(Identity(stage, "{}", "f", "c", (extract.key,)), "m", "self", "qk", device)
+        provenance = Provenance(Recipe(stage, "{}", "f", "c", (extract.key,)), "m", "self", "qk", device)
         if stage == "eigen":
             measure_shard(folder / "table.parquet", folder / "directions.pt", [path], range(5), Config(), provenance)
         else:

@@ -17,7 +17,7 @@ from headgram.geometry import token_space as module
 from headgram.geometry.costs import BLOCK_BYTES
 from headgram.geometry.token_space import TokenRows, row_products
 from headgram.results.factors import write_factors
-from headgram.results.record import Identity, Provenance, record_of, seal
+from headgram.results.record import Provenance, Recipe, record_of, seal
 from headgram.results.tables import read_table
 from headgram.stages.lineage import FactorsAndDirections
 from headgram.stages.token_space import Source, write_pair
@@ -82,7 +82,7 @@ class Model:
         return Source(self.name, {"source": source}), parts
 
     def key(self, circuit):
-        return Identity("extract", "{}", self.name + circuit, "c")
+        return Recipe("extract", "{}", self.name + circuit, "c")
 
     def in_tokens(self, circuit, numbers):
         """(N, n, n): every head as a matrix of tokens by tokens."""
@@ -98,7 +98,7 @@ def compared(folder, before, after):
     """The table `matches` of two models."""
     sources, sides = zip(*(model.write(folder) for model in (before, after)), strict=True)
     upstream = [key for model in (before, after) for key in (*(model.key(each).key for each in CIRCUITS), "eigen", "eigen")]
-    provenance = Provenance(Identity("lineage", "{}", "f", "c", tuple(upstream)), after.name, "", "")
+    provenance = Provenance(Recipe("lineage", "{}", "f", "c", tuple(upstream)), after.name, "", "")
     tables = {name: folder / f"{name}.parquet" for name in ("drift", "changes", "matches")}
     write_pair(sides, sources, tables, folder / "pair.json", Config(), provenance)
     assert [len(read_table(tables[name])) for name in ("drift", "changes")] == [0, 0]

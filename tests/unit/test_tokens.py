@@ -21,7 +21,7 @@ from headgram.geometry.projections import projections
 from headgram.geometry.token_space import TokenProducts, between_tokens, centred_gram
 from headgram.results.factors import write_factors
 from headgram.results.files import written_whole
-from headgram.results.record import Identity, Provenance, record_of, seal
+from headgram.results.record import Provenance, Recipe, record_of, seal
 from headgram.results.tables import read_table
 from headgram.stages.composition import Composed, compose
 from headgram.stages.sources import Sources
@@ -90,7 +90,7 @@ def written(tmp_path, folder, width=32):
 
 def tokens_of(tmp_path, folder, by_circuit):
     """The table `tokens` of some directions, with nothing known of what stands around heads."""
-    merge = Identity("merge", "{}", "f", "c")
+    merge = Recipe("merge", "{}", "f", "c")
     path, record = tmp_path / "directions.pt", tmp_path / "merge.json"
     with written_whole(path) as file:
         torch.save(by_circuit, file)
@@ -104,7 +104,7 @@ def tokens_of(tmp_path, folder, by_circuit):
         out,
         {"source": str(folder)},
         options,
-        Provenance(Identity("tokens", "{}", "f", "c", (merge.key,)), "m", None),
+        Provenance(Recipe("tokens", "{}", "f", "c", (merge.key,)), "m", None),
     )
     return read_table(out.tokens).to_pandas()
 
@@ -152,7 +152,7 @@ class Small:
         self.source = write_llama(folder / "llama", layers, heads, kv_heads, rank, width, tensors=tensors)
         files, keys = {}, {}
         for circuit in circuits:
-            path, extract = folder / f"{circuit}.pt", Identity("extract", "{}", f"of {circuit}", "c")
+            path, extract = folder / f"{circuit}.pt", Recipe("extract", "{}", f"of {circuit}", "c")
             roles = CIRCUITS[circuit].roles
             write_factors(path, range(layers), {role: self.weights[role] for role in roles})
             seal(record_of(path), Provenance(extract, "m", "self", circuit), [path])
@@ -164,19 +164,19 @@ class Small:
     def composed(self):
         names = ("composition.parquet", "channels.parquet", "kernels.parquet", "directions.pt", "composition.json")
         files = Composed(*(self.folder / name for name in names))
-        identity = Identity("composition", "{}", "f", "c", tuple(self.keys.values()))
-        compose(self.sources, files, Config.model_validate({"composition": {"strongest": 6}}), Provenance(identity, "m", None))
-        return Artifact(files.channels, files.record, identity.key)
+        recipe = Recipe("composition", "{}", "f", "c", tuple(self.keys.values()))
+        compose(self.sources, files, Config.model_validate({"composition": {"strongest": 6}}), Provenance(recipe, "m", None))
+        return Artifact(files.channels, files.record, recipe.key)
 
     def tokens(self, directions, channels=None):
         """Both tables, given directions by circuit and stack."""
-        path, record, merge = self.folder / "directions.pt", self.folder / "merge.json", Identity("merge", "{}", "f", "c")
+        path, record, merge = self.folder / "directions.pt", self.folder / "merge.json", Recipe("merge", "{}", "f", "c")
         with written_whole(path) as file:
             torch.save(directions, file)
         seal(record, Provenance(merge, "m", None), [path])
         out = Written(*(self.folder / name for name in ("tokens.parquet", "token_paths.parquet", "tokens.json")))
         upstream = (merge.key, *self.keys.values(), *([channels.key] if channels else []))
-        provenance = Provenance(Identity("tokens", "{}", "f", "c", upstream), "m", None)
+        provenance = Provenance(Recipe("tokens", "{}", "f", "c", upstream), "m", None)
         options = Config.model_validate({"tokens": {"enabled": True, "count": 4}})
         find_tokens(Artifact(path, record, merge.key), channels, self.sources, out, {"source": self.source}, options, provenance)
         return [read_table(table).to_pandas() for table in (out.tokens, out.paths)]

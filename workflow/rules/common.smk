@@ -112,13 +112,13 @@ def heads_of(wildcards):
     return heads[place]
 
 
-def identity(stage, wildcards):
-    """The identity of the artifact that a job of a stage makes."""
+def recipe(stage, wildcards):
+    """The recipe of the artifact that a job of a stage makes."""
     if stage in ("shell", "report"):
         return {"shell": PLAN.shell, "report": PLAN.report}[stage]
     if stage == "lineage":
-        return PLAN.pair_identity(pair_of(wildcards))
-    return model_of(wildcards).identities[stage, wildcards.get("circuit", "")]
+        return PLAN.pair_recipe(pair_of(wildcards))
+    return model_of(wildcards).recipes[stage, wildcards.get("circuit", "")]
 
 
 # What every job runs. Snakemake takes a tenth of a second to start a Python script, as long as most jobs of small models work.
@@ -129,13 +129,13 @@ def job(stage, script=None, **facts):
     """Params for `JOB`: the name of the script that does the work, and what it is told, in one JSON text.
 
     Facts are values, or functions of the wildcards. Snakemake does not compare what follows from inputs, and need not: the
-    identity decides what is stale.
+    key decides what is stale.
     """
 
     def told(wildcards, input, output, threads, resources):
         return canonical(
             {
-                "identity": identity(stage, wildcards).described(),
+                "recipe": recipe(stage, wildcards).described(),
                 "results": RESULTS,
                 "record": PATHS.relative(RECORDS[stage].format(**wildcards)),
                 "inputs": dict(input.items()),
@@ -154,12 +154,12 @@ def job(stage, script=None, **facts):
 
 
 def run_if_stale(stage, wildcards):
-    """Have Snakemake run a job whose artifact is there but belongs to another identity.
+    """Have Snakemake run a job whose artifact is there, but has another key than the plan asks for.
 
     Called by input functions, which see every job of the DAG before it is decided which must run. Returns whether the artifact
     is there and the one that the plan asks for.
     """
-    key, record = identity(stage, wildcards).key, RECORDS[stage].format(**wildcards)
+    key, record = recipe(stage, wildcards).key, RECORDS[stage].format(**wildcards)
     if workflow.remote_exec:
         # On a node: whoever sent the job decided. Snakemake removes outputs before a job begins: not those of a newer run.
         with headgram_errors():

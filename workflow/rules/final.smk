@@ -5,7 +5,7 @@ from headgram.results.paths import COMPOSED, DERIVED, MERGED
 def final_stages(model):
     """The stages whose files a user reads, of a model."""
     stages = ("merge", "derive", *RENDERED)
-    return [stage for stage in stages if (stage, "") in PLAN.models[model].identities]
+    return [stage for stage in stages if (stage, "") in PLAN.models[model].recipes]
 
 
 def final_records():

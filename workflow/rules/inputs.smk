@@ -86,7 +86,7 @@ def part_files(wildcards, stage, suffix):
 
 def is_turned(model):
     """Whether the stage `rotary` has something to measure of a model."""
-    return ("rotary", "") in PLAN.models[model].identities
+    return ("rotary", "") in PLAN.models[model].recipes
 
 
 def around_files(model, dated=str):
@@ -129,9 +129,9 @@ def merge_input(wildcards):
 
 
 def merged_stages(wildcards):
-    """The identities of the stages before a merge, for its record to spell out what their keys stand for: by stage, by circuit."""
+    """The recipes of the stages before a merge, for its record to spell out what their keys stand for: by stage, by circuit."""
     found = {}
-    for (stage, circuit), each in model_of(wildcards).identities.items():
+    for (stage, circuit), each in model_of(wildcards).recipes.items():
         if stage in ("extract", "around", "eigen", "gram", "rotary"):
             found.setdefault(stage, {})[circuit] = each.described()
     return found
@@ -143,7 +143,7 @@ def derive_shards(wildcards):
 
 
 def derive_facts(wildcards):
-    """What the lock and the manifest say of a model. Its identity covers all of it."""
+    """What the lock and the manifest say of a model. Its recipe covers all of it."""
     plan = model_of(wildcards)
     return {
         "architecture": plan.entry.architecture,

@@ -67,7 +67,7 @@ def render_input(wildcards):
     further = {
         stage: tables
         for stage, tables in RENDERED.items()
-        if (stage, "") in model_of(wildcards).identities
+        if (stage, "") in model_of(wildcards).recipes
     }
     stages = ["merge", "derive", *further]
     tables = [*REPORTED, *itertools.chain(*further.values())]

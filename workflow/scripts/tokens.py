@@ -5,7 +5,7 @@ from headgram.stages.sources import Sources
 from headgram.stages.tokens import Artifact, Written, find_tokens
 
 with running() as (job, provenance, options):
-    keys = iter(provenance.identity.upstream)
+    keys = iter(provenance.recipe.upstream)
     directions = Artifact(*job.read("directions", "record"), next(keys))
     sources = Sources.read(by_place(job.read("weights")), keys, job.around)
     channels = Artifact(*job.read("channels", "composed"), next(keys)) if "channels" in job.inputs else None

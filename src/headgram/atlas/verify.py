@@ -21,7 +21,7 @@ from headgram.results.asked import asked_for
 from headgram.results.claims import Claims, claimed, is_ours
 from headgram.results.files import MENDING, everything_in, is_folder, link_message
 from headgram.results.paths import FOLDERS, RECORDS
-from headgram.results.record import DescribedIdentity, Record, damages, read_record, record_of
+from headgram.results.record import DescribedRecipe, Record, damages, read_record, record_of
 from headgram.results.tables import QUARTILES, SIDES, SUMMARISED, TABLES, read_parts, read_table
 from headgram.study.lock import Lock
 
@@ -175,7 +175,7 @@ def _place(path: Path) -> Path:
 def _key_problems(record: Record) -> Iterator[str]:
     """Whether the record's key is that of what it says it comes from."""
     stages = [described for circuits in record.stages.values() for described in circuits.values()]
-    if any(described.identity.key != described.key for described in (record, *stages)):
+    if any(described.recipe.key != described.key for described in (record, *stages)):
         yield "its key is not that of its stage, configuration, fingerprint, code and inputs"
     if stages and not set(record.upstream) <= {described.key for described in stages}:
         yield "its inputs are not those of the stages that it names"
@@ -199,7 +199,7 @@ def _table_problems(path: Path, record: Record) -> Iterator[str]:
     schema = read_table(path).schema
     said = json.loads((schema.metadata or {}).get(b"headgram", b"null"))
     known = record.model_dump(mode="json", by_alias=True)
-    if not isinstance(said, dict) or not DescribedIdentity.model_fields.keys() <= said.keys():
+    if not isinstance(said, dict) or not DescribedRecipe.model_fields.keys() <= said.keys():
         yield "its metadata does not say where it comes from"
     elif differing := sorted(name for name in said if said[name] != known.get(name)):
         yield f"its metadata and its record name another {', '.join(differing)}"

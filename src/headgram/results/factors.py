@@ -138,7 +138,7 @@ def factors_of(weights: Sequence[Path], around: tuple[Path, Path] | None, proven
     """
     assert provenance.circuit is not None
     assert provenance.stack is not None
-    upstream = provenance.identity.upstream
+    upstream = provenance.recipe.upstream
     frames = read_around(*around, upstream[1])[provenance.stack] if around else None
     return FactorFiles(weights, upstream[0], provenance.circuit, frames)
 

@@ -59,8 +59,8 @@ def _is_relative(name: str) -> str:
 
 
 @dataclass(frozen=True)
-class Identity:
-    """All that an artifact's content follows from.
+class Recipe:
+    """All that an artifact's content follows from. Its digest is the key of the artifact.
 
     Attributes
     ----------
@@ -98,9 +98,9 @@ class Identity:
         }
 
     @classmethod
-    def read(cls, described: Mapping[str, Any]) -> Identity:
-        """The identity that `described` gave."""
-        return DescribedIdentity.model_validate(described).identity
+    def read(cls, described: Mapping[str, Any]) -> Recipe:
+        """The recipe that `described` gave."""
+        return DescribedRecipe.model_validate(described).recipe
 
 
 class _Foreign(BaseModel):
@@ -109,8 +109,8 @@ class _Foreign(BaseModel):
     model_config = ConfigDict(extra="allow", frozen=True, strict=True)
 
 
-class DescribedIdentity(_Foreign):
-    """An `Identity` as a record spells it out, and the key that it claims."""
+class DescribedRecipe(_Foreign):
+    """A `Recipe` as a record spells it out, and the key that it claims."""
 
     key: str
     stage: str
@@ -120,9 +120,9 @@ class DescribedIdentity(_Foreign):
     upstream: list[str]
 
     @property
-    def identity(self) -> Identity:
-        """The identity itself."""
-        return Identity(self.stage, canonical(self.config), self.fingerprint, self.code, tuple(self.upstream))
+    def recipe(self) -> Recipe:
+        """The recipe itself."""
+        return Recipe(self.stage, canonical(self.config), self.fingerprint, self.code, tuple(self.upstream))
 
 
 class FileSum(_Foreign):
@@ -132,7 +132,7 @@ class FileSum(_Foreign):
     blake2b: str
 
 
-class Record(DescribedIdentity):
+class Record(DescribedRecipe):
     """A provenance record. What only people read of it, such as versions and times, is kept as it is."""
 
     version: Literal[SCHEMA] = Field(alias="schema")  # type: ignore[valid-type]
@@ -144,21 +144,21 @@ class Record(DescribedIdentity):
     seconds: float
     residual: float | None
     files: dict[Annotated[str, AfterValidator(_is_relative)], FileSum]
-    stages: dict[str, dict[str, DescribedIdentity]] = {}  # by stage and circuit, what the keys of a merged model's parts mean
+    stages: dict[str, dict[str, DescribedRecipe]] = {}  # by stage and circuit, what the keys of a merged model's parts mean
 
 
 @dataclass(frozen=True)
 class Provenance:
     """Where an artifact comes from; the record beside its data files."""
 
-    identity: Identity
+    recipe: Recipe
     model: str  # empty for a report, which shows all
     stack: str | None
     circuit: str | None = None
     device: str = "cpu"
     precision: str = "float64"  # of the arithmetic
     residual: float | None = None  # the largest residual of the identities, where any are checked
-    origin: Mapping[str, Any] = field(default_factory=dict)  # what the identity's digests stand for, spelled out
+    origin: Mapping[str, Any] = field(default_factory=dict)  # what the recipe's digests stand for, spelled out
     started: float = field(default_factory=time.time, compare=False)
     spent: float = field(default_factory=time.process_time, compare=False)  # seconds of all cores, by this process before
 
@@ -167,7 +167,7 @@ class Provenance:
         return {
             "schema": SCHEMA,
             "headgram": __version__,
-            **self.identity.described(),
+            **self.recipe.described(),
             "model": self.model,
             "stack": self.stack,
             "circuit": self.circuit,

@@ -19,7 +19,7 @@ from headgram.errors import HeadgramError
 from headgram.foreign import plain
 from headgram.results.asked import Order, working_for
 from headgram.results.files import open_new, refuse_links
-from headgram.results.record import Identity, Provenance
+from headgram.results.record import Provenance, Recipe
 from headgram.run.devices import leased_device
 from headgram.study.lock import LockedModel
 from headgram.study.options import Config, load_config
@@ -41,8 +41,8 @@ class Job:
 
     Attributes
     ----------
-    identity
-        Of the artifact that the job makes, as `Identity.described` gives it.
+    recipe
+        Of the artifact that the job makes, as `Recipe.described` gives it.
     results, record
         The results folder, and the artifact's record relative to it.
     inputs, outputs
@@ -57,7 +57,7 @@ class Job:
         What this rule alone tells.
     """
 
-    identity: Mapping[str, Any]
+    recipe: Mapping[str, Any]
     results: str
     record: str
     inputs: Mapping[str, str | list[str]]
@@ -102,13 +102,13 @@ def running() -> Iterator[tuple[Job, Provenance, Config]]:
     signal.signal(signal.SIGINT, lambda *_: sys.exit(_INTERRUPTED))
     with open(_TOLD, encoding="utf-8", closefd=False) as told:
         job = Job(**json.load(told))
-    identity = Identity.read(job.identity)
+    recipe = Recipe.read(job.recipe)
     try:
         with _output_to(Path(sys.argv[1])), leased_device(job.gpu) as device:
             _limit_threads(job.threads)
             _date_no_later_than_now(job.read(*job.inputs))
-            with working_for(Order(Path(job.results), job.record, identity.key)):
-                yield job, _provenance(job, identity, usable(device)), load_config(json.loads(identity.config))
+            with working_for(Order(Path(job.results), job.record, recipe.key)):
+                yield job, _provenance(job, recipe, usable(device)), load_config(json.loads(recipe.config))
     except _Failed as failure:
         print(failure, file=sys.stderr)
         raise SystemExit(1) from None
@@ -160,11 +160,11 @@ def _output_to(log: Path) -> Iterator[None]:
             file.close()
 
 
-def _provenance(job: Job, identity: Identity, device: str) -> Provenance:
+def _provenance(job: Job, recipe: Recipe, device: str) -> Provenance:
     stages = job.facts.get("stages")
     origin = {"lock": job.facts["entry"], "stages": stages} if stages else {}
     places = job.wildcards.get("model", ""), job.wildcards.get("stack"), job.wildcards.get("circuit")
-    return Provenance(identity, *places, device, origin=origin)
+    return Provenance(recipe, *places, device, origin=origin)
 
 
 def _date_no_later_than_now(paths: Iterable[Path]) -> None:

@@ -101,7 +101,7 @@ def derive(merged: Merged, derived: Derived, facts: Mapping[str, Any], options: 
         If an artifact is damaged or belongs to another run.
     """
     circuits = list(dict.fromkeys(circuit for circuit, _ in merged.shards))
-    merge_key, *keys = provenance.identity.upstream
+    merge_key, *keys = provenance.recipe.upstream
     frames = read_around(*merged.around, keys.pop()) if merged.around else {}
     eigen_keys = dict(zip(circuits, keys, strict=True))
     check(merged.record, merge_key, [merged.heads, merged.gram, merged.pairs, merged.directions])

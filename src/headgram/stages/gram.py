@@ -135,7 +135,7 @@ def _finished(path: Path, provenance: Provenance) -> pa.Table | None:
     """A tile that an earlier run of this very job left whole."""
     try:
         table = read_table(path)
-        mine = json.loads(table.schema.metadata[b"headgram"])["key"] == provenance.identity.key
+        mine = json.loads(table.schema.metadata[b"headgram"])["key"] == provenance.recipe.key
     except (OSError, pa.ArrowException, ValueError, KeyError, TypeError):
         return None
     return table.replace_schema_metadata(None) if mine else None

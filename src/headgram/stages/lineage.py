@@ -86,7 +86,7 @@ def checked(sides: Sequence[Mapping[Place, FactorsAndDirections]], provenance: P
         If an artifact is damaged or belongs to another run.
     """
     circuits = list(dict.fromkeys(circuit for circuit, _ in sides[0]))
-    keys = iter(provenance.identity.upstream)
+    keys = iter(provenance.recipe.upstream)
     return [_checked(parts, *({circuit: next(keys) for circuit in circuits} for _ in range(2))) for parts in sides]
 
 

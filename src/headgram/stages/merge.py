@@ -85,7 +85,7 @@ def merge(
         If an artifact is damaged or belongs to another run.
     """
     circuits = list(dict.fromkeys(circuit for circuit, _ in parts))
-    keys = iter(provenance.identity.upstream)
+    keys = iter(provenance.recipe.upstream)
     eigen_keys, gram_keys = ({circuit: next(keys) for circuit in circuits} for _ in range(2))
     records = {
         "eigen": [check(record_of(path), eigen_keys[place[0]]) for place, part in parts.items() for path in part.shards],

@@ -38,7 +38,7 @@ def render(model: str, tables: Mapping[str, Path], records: Sequence[Path], rend
     HeadgramError
         If a table is damaged or belongs to another run.
     """
-    for record, key in zip(records, provenance.identity.upstream, strict=True):
+    for record, key in zip(records, provenance.recipe.upstream, strict=True):
         check(record, key, reads=tables.values())
     stacks = read_model(tables)
     texts = {rendered.data: beside(model, model_pack(stacks))}

@@ -77,7 +77,7 @@ def write_report(shell: Path, sources: Sequence[Source], lineages: Lineages, rep
     HeadgramError
         If a file that is read is damaged or belongs to another run.
     """
-    keys = iter(provenance.identity.upstream)
+    keys = iter(provenance.recipe.upstream)
     check(record_of(shell), next(keys), reads=[shell])
     origins, summaries, packs = {}, {}, {}
     held = 0

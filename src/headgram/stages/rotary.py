@@ -78,7 +78,7 @@ def measure_rotary(
     HeadgramError
         If an artifact is damaged or belongs to another run.
     """
-    extract_key, around_key = provenance.identity.upstream
+    extract_key, around_key = provenance.recipe.upstream
     stacks = read_around(*around, around_key)
     tables: dict[pa.Schema, list[pa.Table]] = {schema: [schema.empty_table()] for schema in (ROTARY, FREQUENCIES, TURNING)}
     for stack, paths in weights.items():

@@ -37,7 +37,7 @@ def costs(plan: Plan) -> dict[str, Work]:
     found = {stage: Work() for stage in STAGES}
     for model in plan.models.values():
         found["derive"].jobs += 1
-        if ("rotary", "") in model.identities:
+        if ("rotary", "") in model.recipes:
             found["rotary"].jobs += 1
             for stack in model.stacks_of("qk"):
                 found["rotary"].add(of_rotary(model.extracted["qk", stack], plan.config))

@@ -1,4 +1,4 @@
-"""The plan: models, their stacks in jobs, and the identity of every artifact.
+"""The plan: models, their stacks in jobs, and the recipe of every artifact.
 
 A pure function of manifest, lock and configuration. Nothing here imports torch: the Snakefile reads this module at parse time.
 """
@@ -16,7 +16,7 @@ from headgram.errors import HeadgramError, upgrade_command
 from headgram.families.registry import family_of, family_of_gguf, family_text
 from headgram.forms.variants import Variant
 from headgram.results.paths import RENDERED, Place, Results
-from headgram.results.record import Identity, canonical, digest
+from headgram.results.record import Recipe, canonical, digest
 from headgram.study.forms import asked_forms, forms
 from headgram.study.jobs import MOST_PAIR_FLOPS, HeadsPlan, composition_flops, plan_heads
 from headgram.study.keys import code_digest, page_digest
@@ -39,7 +39,7 @@ class ModelPlan:
     heads: dict[Place, HeadsPlan]  # form by form, the stacks in the model's order
     extracted: dict[Place, HeadsPlan]  # circuit by circuit, of which the forms are made
     composed: tuple[str, ...]  # the stacks whose compositions are measured
-    identities: dict[tuple[str, str], Identity]  # by stage and circuit, which is empty where a stage takes all
+    recipes: dict[tuple[str, str], Recipe]  # by stage and circuit, which is empty where a stage takes all
 
     @property
     def circuits(self) -> list[str]:
@@ -82,32 +82,32 @@ class Plan:
         return [pair for pair in self.pairs if pair in drawn]
 
     @property
-    def shell(self) -> Identity:
+    def shell(self) -> Recipe:
         """What the page without models follows from: code alone."""
-        return Identity("shell", canonical({}), digest(), self.shell_code)
+        return Recipe("shell", canonical({}), digest(), self.shell_code)
 
     @property
-    def report(self) -> Identity:
+    def report(self) -> Recipe:
         """What the page follows from: its shell, the models' names, in order, their tables, what was rendered of them, and their
         drift."""
         stages = ("merge", "derive", "render")
         upstream = [self.shell.key]
-        upstream += [model.identities[stage, ""].key for model in self.models.values() for stage in stages]
-        upstream += [self.pair_identity(pair).key for pair in self.drawn_pairs]
-        return Identity("report", canonical({}), digest(*self.models), self.report_code, tuple(upstream))
+        upstream += [model.recipes[stage, ""].key for model in self.models.values() for stage in stages]
+        upstream += [self.pair_recipe(pair).key for pair in self.drawn_pairs]
+        return Recipe("report", canonical({}), digest(*self.models), self.report_code, tuple(upstream))
 
     def pair_places(self, pair: Pair) -> list[Place]:
         """The circuits and stacks that both models of a pair have, in forms as they are stored."""
         ours, theirs = (self.models[name].heads for name in pair)
         return [place for place in ours if place in theirs and place in self.models[pair[0]].extracted]
 
-    def pair_identity(self, pair: Pair) -> Identity:
+    def pair_recipe(self, pair: Pair) -> Recipe:
         """What the tables about a model and an earlier one follow from."""
         models = [self.models[name] for name in reversed(pair)]
         places = self.pair_places(pair)
         circuits = list(dict.fromkeys(circuit for circuit, _ in places))
         upstream = [
-            model.identities[stage, circuit].key for model in models for stage in ("extract", "eigen") for circuit in circuits
+            model.recipes[stage, circuit].key for model in models for stage in ("extract", "eigen") for circuit in circuits
         ]
         options = {"export": self.config.export.model_dump(mode="json")}
         code = self.pair_code
@@ -118,14 +118,14 @@ class Plan:
         else:
             all_pairs = all(model.heads[place].all_pairs for model in models for place in places)
             options["gram"] = {"pairs": "all" if all_pairs else "same"}
-        return Identity("lineage", canonical(options), models[1].entry.fingerprint, code, tuple(upstream))
+        return Recipe("lineage", canonical(options), models[1].entry.fingerprint, code, tuple(upstream))
 
     def records(self) -> dict[str, str]:
         """The key of every artifact, by its record's path below the results folder."""
         paths = Results(".")
         keys = {paths.record("shell"): self.shell.key, paths.record("report"): self.report.key}
         for name, model in self.models.items():
-            key = {stage: identity.key for stage, identity in model.identities.items()}
+            key = {stage: recipe.key for stage, recipe in model.recipes.items()}
             keys |= {paths.record(stage, name): found for (stage, circuit), found in key.items() if not circuit}
             parts = [("extract", place, tuple(plan.groups)) for place, plan in model.extracted.items()]
             parts += [("eigen", place, tuple(plan.shards)) for place, plan in model.heads.items()]
@@ -133,7 +133,7 @@ class Plan:
             for stage, (circuit, stack), names in parts:
                 keys |= {paths.record(stage, name, stack, circuit, part): key[stage, circuit] for part in names}
         for pair in self.pairs:
-            keys[paths.record("lineage", pair[0], name=pair[1])] = self.pair_identity(pair).key
+            keys[paths.record("lineage", pair[0], name=pair[1])] = self.pair_recipe(pair).key
         return {paths.relative(path): key for path, key in keys.items()}
 
 
@@ -222,8 +222,8 @@ def _plan_model(name: str, entry: LockedModel, labels: Labels, config: Config, s
         or (enabled == "auto" and composition_flops(extracted["qk", stack], extracted["ov", stack]) <= MOST_PAIR_FLOPS)
     )
     circuits, names = (list(dict.fromkeys(name for name, _ in places)) for places in (extracted, heads))
-    identities = _identities(entry, labels, circuits, names, bool(composed), config, scripts)
-    return ModelPlan(name, entry, labels, heads, extracted, composed, identities)
+    recipes = _recipes(entry, labels, circuits, names, bool(composed), config, scripts)
+    return ModelPlan(name, entry, labels, heads, extracted, composed, recipes)
 
 
 def _in_both_circuits(heads: Mapping[Place, HeadsPlan]) -> list[str]:
@@ -250,7 +250,7 @@ def stage_config(stage: str, config: Config, circuit: str = "qk") -> str:
     return canonical({name: section.model_dump(mode="json", exclude={"norm"}) for name, section in sections[stage].items()})
 
 
-def _identities(
+def _recipes(
     entry: LockedModel,
     labels: Labels,
     circuits: Sequence[str],
@@ -258,13 +258,13 @@ def _identities(
     composed: bool,
     config: Config,
     scripts: Path,
-) -> dict[tuple[str, str], Identity]:
+) -> dict[tuple[str, str], Recipe]:
     """By stage and form: of `extract`, circuits; of `eigen` and `gram`, all forms by their names."""
     stages = ("extract", "around", "eigen", "gram", "rotary", "merge", "derive", "composition", "tokens", "render")
     code = {stage: code_digest(stage, scripts / f"{stage}.py") for stage in stages}
     find = family_of_gguf if entry.format == "gguf" and "model_type" not in entry.overrides else family_of
     family = entry.family.model_dump_json() if entry.family else family_text(find(entry.architecture).name)
-    found: dict[tuple[str, str], Identity] = {}
+    found: dict[tuple[str, str], Recipe] = {}
 
     def keys(stage: str, forms: Sequence[str] = ("",)) -> list[str]:
         """The keys of a stage, of those forms of which it is there."""
@@ -273,7 +273,7 @@ def _identities(
     def add(stage: str, upstream: Sequence[str], *told: str, form: str = "", fingerprint: str = entry.fingerprint) -> None:
         """Add a stage that reads artifacts of these keys, and whose jobs are told more than their options."""
         options, works = stage_config(stage, config, form or "qk"), digest(code[stage], *told) if told else code[stage]
-        found[stage, form] = Identity(stage, options, fingerprint, works, tuple(upstream))
+        found[stage, form] = Recipe(stage, options, fingerprint, works, tuple(upstream))
 
     if entry.pins_around:
         add("around", [], family, entry.around_fingerprint())
