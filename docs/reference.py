@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import typer.main
@@ -16,24 +16,30 @@ from headgram.cli import app
 _SECTIONS = ("Parameters", "Attributes", "Returns", "Raises", "Examples")
 
 
+def functions() -> dict[str, Callable[..., Any]]:
+    """Every public function and method, by what the page calls it."""
+    found = {f"headgram.{name}": getattr(headgram, name) for name in headgram.__all__}
+    charts = {f"headgram.plot.{name}": value for name, value in vars(headgram.plot).items() if _is_chart(name, value)}
+    methods = {
+        f"{kind.__name__}.{name}": value for kind in found.values() if inspect.isclass(kind) for name, value in _members(kind)
+    }
+    return {name: value for name, value in (found | charts | methods).items() if inspect.isfunction(value)}
+
+
 def reference() -> str:
     """The page, in Markdown."""
-    functions = [name for name in headgram.__all__ if inspect.isfunction(getattr(headgram, name))]
     classes = [name for name in headgram.__all__ if inspect.isclass(getattr(headgram, name))]
-    charts = [name for name, value in vars(headgram.plot).items() if _is_public(name, value, "headgram.plot")]
     lines = [
         "# All functions",
         "",
         "Made of the docstrings; [Python](python.md) shows them at work. `headgram.SNAKEFILE` is a path.",
         "",
     ]
-    for title, prefix, home, names in (
-        ("Functions", "headgram.", headgram, functions),
-        ("Charts", "headgram.plot.", headgram.plot, sorted(charts)),
-    ):
+    for title, home in (("Functions", "headgram"), ("Charts", "headgram.plot")):
         lines += [f"## {title}", ""]
-        for name in names:
-            lines += [f"### `{prefix}{name}`", "", *_callable(name, getattr(home, name))]
+        for name, function in sorted(functions().items()):
+            if name.rpartition(".")[0] == home:
+                lines += [f"### `{name}`", "", *_callable(name.rpartition(".")[2], function)]
     lines += ["## Classes", ""]
     for name in classes:
         lines += _class(name, getattr(headgram, name))
@@ -41,22 +47,25 @@ def reference() -> str:
     return "\n".join(lines)
 
 
-def _is_public(name: str, value: Any, module: str) -> bool:
-    return inspect.isfunction(value) and not name.startswith("_") and value.__module__ == module
+def _is_chart(name: str, value: Any) -> bool:
+    return inspect.isfunction(value) and not name.startswith("_") and value.__module__ == "headgram.plot"
+
+
+def _members(kind: type) -> Iterator[tuple[str, Any]]:
+    """What a class and its bases here have, but for the fields of a dataclass."""
+    fields = {field.name for field in dataclasses.fields(kind)} if dataclasses.is_dataclass(kind) else set()
+    found = {
+        name: value
+        for base in reversed(kind.__mro__)
+        if base.__module__.startswith("headgram")
+        for name, value in vars(base).items()
+    }
+    yield from ((name, value) for name, value in found.items() if not name.startswith("_") and name not in fields)
 
 
 def _class(name: str, kind: type) -> Iterator[str]:
     yield from (f"### `headgram.{name}`", "", *markdown(inspect.getdoc(kind) or ""), "")
-    fields = {field.name for field in dataclasses.fields(kind)} if dataclasses.is_dataclass(kind) else set()
-    members = {
-        each: value
-        for base in reversed(kind.__mro__)
-        if base.__module__.startswith("headgram")
-        for each, value in vars(base).items()
-    }
-    for each, value in members.items():
-        if each.startswith("_") or each in fields:
-            continue
+    for each, value in _members(kind):
         if isinstance(value, property):
             yield from (f"#### `{name}.{each}`", "", *markdown(inspect.getdoc(value) or ""), "")
         elif callable(value):
@@ -78,7 +87,7 @@ def markdown(docstring: str) -> list[str]:
     lines = [parts[0].strip()]
     for title, body in zip(parts[1::2], parts[2::2], strict=True):
         lines += ["", f"**{title}**", ""]
-        lines += ["```pycon", re.sub(r"  # doctest: \+SKIP", "", body.strip()), "```"] if title == "Examples" else _terms(body)
+        lines += ["```pycon", body.strip(), "```"] if title == "Examples" else _terms(body)
     return lines
 
 

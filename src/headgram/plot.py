@@ -52,7 +52,8 @@ def heads(atlas: Atlas, model: str, column: str = "symmetry", stack: str = "self
 
     Examples
     --------
-    >>> headgram.plot.heads(headgram.open_atlas("results"), "smollm2-135m-instruct").save("heads.svg")  # doctest: +SKIP
+    >>> atlas = headgram.open_atlas("results")
+    >>> headgram.plot.heads(atlas, "smollm2-135m-instruct").save("heads.svg")
     """
     table = _rows(atlas, "heads", model, stack, circuit)
     rows = _known(table[["layer", "head"]].assign(value=_column(table, column)), "value", column)
@@ -80,10 +81,20 @@ def layers(
     head
         Of this head alone.
 
+    Returns
+    -------
+    altair.LayerChart
+        Colours reach at least three times as far as the best pair of layers by chance.
+
     Raises
     ------
     HeadgramError
         If the model, the stack or the circuit was not measured, or there is no such value or head.
+
+    Examples
+    --------
+    >>> atlas = headgram.open_atlas("results")
+    >>> headgram.plot.layers(atlas, "smollm2-135m-instruct", "right").save("overlaps.svg")
     """
     if value not in _PAIRS:
         raise HeadgramError(f"pairs of layers have no '{value}'; there are: {', '.join(_PAIRS)}")
@@ -108,12 +119,20 @@ def matrix(
 ) -> alt.LayerChart:
     """All heads with all heads, layer by layer: the cosine of every two forms, or of one with the other's transpose.
 
-    Colours reach at least three times as far as the best pair by chance.
+    Returns
+    -------
+    altair.LayerChart
+        Colours reach at least three times as far as the best pair by chance.
 
     Raises
     ------
     HeadgramError
         If the model, the stack or the circuit was not measured, or there is no such value, or not all pairs were measured.
+
+    Examples
+    --------
+    >>> atlas = headgram.open_atlas("results")
+    >>> headgram.plot.matrix(atlas, "all-minilm-l6-v2").save("matrix.svg")
     """
     require(atlas, Atlas, _WHAT)
     square = _square(atlas.pairs(model, stack, value, circuit))
@@ -136,10 +155,19 @@ def composition(atlas: Atlas, model: str, kind: Kind = "k", stack: str = "self")
     kind
         What the later head does with it: `q`, `k` or `v`.
 
+    Returns
+    -------
+    altair.LayerChart
+
     Raises
     ------
     HeadgramError
         If the model's compositions were not measured, or there is no such kind.
+
+    Examples
+    --------
+    >>> atlas = headgram.open_atlas("results")
+    >>> headgram.plot.composition(atlas, "all-minilm-l6-v2", "v").save("composition.svg")
     """
     require(atlas, Atlas, _WHAT)
     square = _square(atlas.composition(model, kind, stack, "times_chance"))
@@ -159,17 +187,25 @@ def trajectory(
 ) -> alt.LayerChart:
     """A number over the steps of a lineage: of each layer the median and quartiles over heads, or of one layer every head.
 
-    A grey band says where heads lie by chance, if that is known.
-
     Parameters
     ----------
     column, to
         As of `Atlas.trajectory`.
 
+    Returns
+    -------
+    altair.LayerChart
+        A grey band says where heads lie by chance, if that is known.
+
     Raises
     ------
     HeadgramError
         If there is no such lineage, column or layer.
+
+    Examples
+    --------
+    >>> atlas = headgram.open_atlas("results")
+    >>> headgram.plot.trajectory(atlas, "symmetry", "training", layer=1).save("symmetry.svg")
     """
     require(atlas, Atlas, _WHAT)
     found = atlas.trajectory(column, lineage, stack, circuit, to)
@@ -197,10 +233,19 @@ def spectrum(
 ) -> alt.LayerChart:
     """The spectrum of a head before those of its layer's other heads: singular values, or the signed eigenvalues.
 
+    Returns
+    -------
+    altair.LayerChart
+
     Raises
     ------
     HeadgramError
         If the model, the stack, the circuit, the layer or the head was not measured.
+
+    Examples
+    --------
+    >>> atlas = headgram.open_atlas("results")
+    >>> headgram.plot.spectrum(atlas, "smollm2-135m-instruct", layer=18, head=6, signed=True).save("spectrum.svg")
     """
     table = _rows(atlas, "spectra", model, stack, circuit)
     own = table[table["layer"] == layer]
@@ -218,12 +263,20 @@ def spectrum(
 def depth(atlas: Atlas, models: str | Sequence[str], column: str = "symmetry", circuit: str = "qk") -> alt.LayerChart:
     """Median and quartiles over heads of a column along the relative depth of some models, each by its first stack.
 
-    A grey band says where the heads of the first model lie by chance, if that is known.
+    Returns
+    -------
+    altair.LayerChart
+        A grey band says where the heads of the first model lie by chance, if that is known.
 
     Raises
     ------
     HeadgramError
         If a model, the circuit or the column was not measured.
+
+    Examples
+    --------
+    >>> atlas = headgram.open_atlas("results")
+    >>> headgram.plot.depth(atlas, ["all-minilm-l6-v2", "smollm2-135m-instruct"]).save("depth.svg")
     """
     require(atlas, Atlas, _WHAT)
     names = [models] if isinstance(models, str) else list(models)

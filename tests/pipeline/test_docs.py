@@ -1,6 +1,7 @@
 """What README and docs say can be done, done, on the results of the default manifest."""
 
 import doctest
+import inspect
 import re
 import shutil
 import subprocess
@@ -8,6 +9,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+from reference import functions
 from typer.main import get_command
 
 import headgram
@@ -17,6 +19,9 @@ from pipeline.conftest import ROOT, Project
 
 #: Pages whose sessions need results of their own; docs/lineages.md is followed in test_lineage.py.
 APART = {"tokens", "lineages"}
+#: Public functions whose examples need these results, too.
+TRAINING = [name for name, function in functions().items() if re.search('"(training|step3)"', inspect.getdoc(function) or "")]
+TOKENS = ["Atlas.tokens"]
 PAGES = sorted(page for pattern in ("*.md", "config/*.md", "docs/**/*.md") for page in ROOT.glob(pattern))
 
 
@@ -52,13 +57,22 @@ def test_snippets_run(page, beside_results):
 
 def follow(page: Path) -> None:
     """Run the sessions of a page, one after the other; they must give what they show."""
-    text = "\n\n".join(blocks(page, "pycon"))
-    examples = doctest.DocTestParser().get_doctest(text, {}, page.name, str(page), 0)
-    assert len(examples.examples) > 3
+    assert run_examples("\n\n".join(blocks(page, "pycon")), page.name) > 3
+
+
+def follow_function(name: str) -> None:
+    """Run the examples of a public function."""
+    assert run_examples(inspect.getdoc(functions()[name]) or "", name, headgram=headgram) > 0
+
+
+def run_examples(text: str, name: str, **known: object) -> int:
+    """Run the sessions of a text, which must give what they show; returns of how many lines."""
+    examples = doctest.DocTestParser().get_doctest(text, known, name, name, 0)
     said: list[str] = []
     runner = doctest.DocTestRunner(optionflags=doctest.NORMALIZE_WHITESPACE | doctest.ELLIPSIS)
     runner.run(examples, out=said.append)
     assert runner.failures == 0, "".join(said)
+    return len(examples.examples)
 
 
 @pytest.mark.parametrize(
@@ -73,6 +87,20 @@ def test_tokens_are_those_that_the_page_shows(measured, tmp_path, monkeypatch):
     project.run("--config", "tokens={enabled: true}", "report={enabled: false}")
     monkeypatch.chdir(project.folder)
     follow(ROOT / "docs" / "tokens.md")
+    for name in TOKENS:
+        follow_function(name)
+
+
+@pytest.mark.parametrize("name", sorted(functions()))
+def test_every_public_function_says_what_it_returns(name):
+    sections = re.findall(r"^(\w+)\n-+$", inspect.getdoc(functions()[name]) or "", re.MULTILINE)
+    assert "Examples" in sections
+    assert ("Returns" in sections) == (inspect.signature(functions()[name]).return_annotation != "None")
+
+
+@pytest.mark.parametrize("name", sorted(functions().keys() - {*TRAINING, *TOKENS}))
+def test_examples_of_public_functions_give_what_they_show(name, beside_results):
+    follow_function(name)
 
 
 def test_every_public_name_is_on_the_page():

@@ -24,7 +24,7 @@ from headgram.report.steps import LAYER_COLUMNS
 from headgram.results.files import checksum
 from packs import unpack
 from pipeline.conftest import ROOT, Project, edit, new_project
-from pipeline.test_docs import follow
+from pipeline.test_docs import TRAINING, follow, follow_function
 from pipeline.test_verify import resealed
 from tiny import write_llama
 
@@ -135,6 +135,8 @@ def test_trajectories_tell_who_rotates_dies_and_grows(atlas):
 def test_the_training_is_what_the_page_shows(training, monkeypatch):
     monkeypatch.chdir(training.folder)
     follow(ROOT / "docs" / "lineages.md")
+    for name in TRAINING:
+        follow_function(name)
 
 
 def test_a_chart_of_a_trajectory_holds_its_numbers(atlas):

