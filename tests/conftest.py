@@ -24,7 +24,7 @@ def _one_thread() -> None:
 def both_ways(request):
     """Computes as on a CPU, and then as on a GPU: all heads at once, by the routines that are used there."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("headgram.geometry.batches.ONE_BY_ONE", request.param)
+        patch.setattr("headgram.geometry.blocks.ONE_BY_ONE", request.param)
         yield
 
 

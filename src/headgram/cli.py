@@ -161,7 +161,7 @@ def inspect(
     from rich.console import Console
     from rich.table import Table
 
-    from headgram.described import spans
+    from headgram.described import layer_ranges
     from headgram.proofs.adopt import open_or_derive
 
     checkpoint, derived, _ = open_or_derive(source, revision)
@@ -170,7 +170,7 @@ def inspect(
         table = Table("stack", "layers", "heads", "key heads", "rank", "width", "stored as", "q/k bytes")
         for stack in checkpoint.stacks:
             numbers = [str(value) for value in (stack.heads, stack.kv_heads, stack.rank, stack.hidden)]
-            table.add_row(stack.name, spans(stack.layers), *numbers, plain(stack.dtype), f"{stack.qk_bytes:,}")
+            table.add_row(stack.name, layer_ranges(stack.layers), *numbers, plain(stack.dtype), f"{stack.qk_bytes:,}")
         total = sum(location.size(name) for name in location.weights)
         share = sum(stack.qk_bytes for stack in checkpoint.stacks) / total
     console = Console(markup=False, emoji=False, highlight=False)
@@ -320,16 +320,16 @@ def verify(
     if not findings:
         print(f"{plain(results)}: {files} files, all as they were written")
     elif all(finding.mended_by == "you" for finding in findings):
-        raise HeadgramError(f"{wrong}: each line above says what helps")
+        raise HeadgramError(f"{wrong}: each line above says what to do")
     elif not repair:
         there = [] if results == Path("results") else [str(results)]
         listed = [] if manifest == MANIFEST else ["--manifest", str(manifest)]
         command = shlex.join(["headgram", "verify", *there, *listed, "--repair"])
-        raise HeadgramError(f"{wrong}: `{command}`, and the next run makes it anew")
+        raise HeadgramError(f"{wrong}: run `{command}`, then `headgram run`, which makes it anew")
     elif left := prepare(results, findings, keys):
         raise HeadgramError(f"{wrong}, and the next run does not mend all of it:", *(finding.sentence for finding in left))
     else:
-        print(f"{plain(wrong)}: the next run makes it anew")
+        print(f"{plain(wrong)}: `headgram run` makes it anew")
 
 
 @app.command()

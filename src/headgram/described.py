@@ -41,7 +41,7 @@ class Described:
         return [text.format(more)] if more > 0 else []
 
 
-def spans(layers: Iterable[int]) -> str:
+def layer_ranges(layers: Iterable[int]) -> str:
     """`(0, 1, 2, 5)` as `0–2, 5`."""
     runs: list[list[int]] = []
     for layer in layers:

@@ -12,7 +12,7 @@ from headgram.geometry.original import original_quantities
 from headgram.geometry.same_index import same_index_products
 from headgram.geometry.spectra import spectra
 from headgram.proofs.adopt import open_checkpoint
-from headgram.results.original import directions_path, write_seed_files
+from headgram.results.original import directions_path, write_original_files
 from headgram.run.devices import leased_device, require_device
 from headgram.run.job import usable
 from headgram.stages.extract import read_layers
@@ -36,7 +36,7 @@ def measure_model(model: str, out: Path, topk: int, revision: str | None, stack:
         original = [original_quantities(heads, topk) for heads in layers]
         eigenvalues = [spectra(heads, topk).symmetric_eigenvalues for heads in layers]
         whole = qk(w_q, w_k)
-        write_seed_files(
+        write_original_files(
             out,
             model,
             head_dim=chosen.rank,

@@ -18,8 +18,8 @@ from headgram.results.record import Provenance, Recipe, record_of, seal
 from headgram.results.tables import read_table
 from headgram.stages.composition import Composed, compose
 from headgram.stages.eigen import measure_shard
+from headgram.stages.extracted import ExtractedModel
 from headgram.stages.gram import measure_row
-from headgram.stages.sources import Sources
 from headgram.study.options import Config
 from same_index import pair_products
 
@@ -165,7 +165,7 @@ def test_compositions_and_projections_are_those_of_the_cpu(tmp_path):
         names = ("composition.parquet", "channels.parquet", "kernels.parquet", "directions.pt", "record.json")
         composed = Composed(*(tmp_path / device / name for name in names))
         provenance = Provenance(Recipe("composition", "{}", "f", "c", tuple(keys)), "m", None, device=device)
-        compose(Sources(files, dict(zip(("qk", "ov"), keys, strict=True)), {}), composed, Config(), provenance)
+        compose(ExtractedModel(files, dict(zip(("qk", "ov"), keys, strict=True)), {}), composed, Config(), provenance)
         tables[device] = [read_table(path).to_pandas() for path in (composed.composition, composed.channels, composed.kernels)]
     for found, known in zip(tables["cuda"], tables["cpu"], strict=True):
         place = ["stack", "kind", "writer", "role_a", "role_b", "layer_a", "head_a", "layer_b", "head_b"]
@@ -220,12 +220,12 @@ def test_solutions_that_do_not_hold_are_computed_by_the_cpu(monkeypatch, caplog)
 def test_the_device_is_waited_for_once_a_batch_not_once_a_head():
     def waits(count):
         q, k = (each[0].cuda() for each in weights(1, count, count, 16, 96, torch.float32))
-        spectra._measure_batch(q.double(), k.double(), 8)  # the first call of a routine waits more often
+        spectra._measure_block(q.double(), k.double(), 8)  # the first call of a routine waits more often
         torch.cuda.set_sync_debug_mode("warn")
         try:
             with warnings.catch_warnings(record=True) as caught:
                 warnings.simplefilter("always")
-                spectra._measure_batch(q.double(), k.double(), 8)
+                spectra._measure_block(q.double(), k.double(), 8)
         finally:
             torch.cuda.set_sync_debug_mode("default")
         return len(caught)

@@ -187,7 +187,7 @@ def test_options_of_compositions_and_tokens_make_nothing_else_stale(measured):
     assert planned(TOKENS, "composition={strongest: 3}") == composed | read | drawn
 
 
-def test_the_seed_files_describe_the_first_stack(measured, tmp_path):
+def test_the_original_files_describe_the_first_stack(measured, tmp_path):
     measure_model(str(measured.folder / "models" / "t5"), tmp_path / "t5.json", 8, None, None, "stored", "cpu")
     expected, written = (
         json.loads(path.read_text()) for path in (tmp_path / "t5.json", measured.folder / "out" / "seed" / "t5.json")

@@ -8,15 +8,15 @@ import pytest
 import torch
 
 from headgram.errors import HeadgramError
-from headgram.geometry import batches
+from headgram.geometry import blocks
 from headgram.geometry.costs import BLOCK_BYTES
 from headgram.results.factors import FactorFiles, write_factors
 from headgram.results.record import Provenance, Recipe, record_of, seal
 from headgram.results.tables import SIDES, read_table
 from headgram.stages.composition import Composed, compose
+from headgram.stages.extracted import ExtractedModel
 from headgram.stages.gram import measure_row
 from headgram.stages.lineage import Measured, measure
-from headgram.stages.sources import Sources
 from headgram.study.options import Config
 from stand_in import StandIn
 
@@ -56,7 +56,7 @@ def composition(weights: Weights, name: str) -> list[pd.DataFrame]:
     folder = weights.folder / name
     folder.mkdir()
     tables = [folder / f"{name}.parquet" for name in ("composition", "channels", "kernels")]
-    sources = Sources({"self": {circuit: [path] for circuit, path in weights.circuits.items()}}, weights.keys, {})
+    sources = ExtractedModel({"self": {circuit: [path] for circuit, path in weights.circuits.items()}}, weights.keys, {})
     composed = Composed(*tables, folder / "directions.pt", folder / "record.json")
     compose(sources, composed, OPTIONS, weights.provenance("composition", "qk", "ov"))
     kernels = read_table(tables[2]).to_pandas()
@@ -89,7 +89,7 @@ STAGES = {each.__name__: each for each in (composition, gram, lineage)}
 
 @pytest.fixture(autouse=True)
 def _blocks_of_layers(monkeypatch):
-    monkeypatch.setattr(batches, "LEAST_BLOCK", LAYER // HEADS)
+    monkeypatch.setattr(blocks, "LEAST_BLOCK", LAYER // HEADS)
     monkeypatch.setitem(BLOCK_BYTES, "cuda", 4 * LAYER)
 
 

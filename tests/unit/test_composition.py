@@ -115,7 +115,7 @@ def test_chance_is_that_of_a_reader_turned_at_random(kind):
     writers = writes(ov(w_v, w_o))
     readers = reads(kind, turned[kind == "v"])
     found = scores(readers, writers)
-    z = deviations(found.square(), readers.energies, writers.energies, width)
+    z = deviations(found.square(), readers.moments, writers.moments, width)
     assert abs(z.mean()) < 4 / math.sqrt(turns)
     assert abs(z.std() - 1) < 0.1
     assert abs(times_chance(found, width).square().mean() - 1) < 0.1
@@ -150,7 +150,7 @@ def test_what_cannot_deviate_from_chance_has_no_deviation():
     for of_read in (everything, torch.zeros_like(everything)):
         forms = qk(of_read, of_read), ov(one, one)
         readers, writers = reads("q", forms[0]), writes(forms[1])
-        assert deviations(scores(readers, writers).square(), readers.energies, writers.energies, 4).tolist() == [[0.0]]
+        assert deviations(scores(readers, writers).square(), readers.moments, writers.moments, 4).tolist() == [[0.0]]
 
 
 def test_acausal_is_a_percentile_among_writers_of_later_layers():

@@ -14,7 +14,7 @@ from headgram.results.factors import write_factors
 from headgram.results.record import Provenance, Recipe, read_record, record_of, seal
 from headgram.results.tables import read_table
 from headgram.stages.composition import Composed, compose
-from headgram.stages.sources import Sources
+from headgram.stages.extracted import ExtractedModel
 from headgram.study.options import Config
 from rotated import rotated
 
@@ -48,7 +48,7 @@ def measured(folder: Path, extracted, frames=None):
     tables = ("composition.parquet", "channels.parquet", "kernels.parquet")
     composed = Composed(*(folder / name for name in (*tables, "directions.pt", "record.json")))
     keys = dict(zip(("qk", "ov"), provenance.recipe.upstream, strict=True))
-    compose(Sources(files, keys, frames or {}), composed, CONFIG, provenance)
+    compose(ExtractedModel(files, keys, frames or {}), composed, CONFIG, provenance)
     return composed
 
 

@@ -22,10 +22,10 @@ from headgram.results.record import Provenance, Recipe, record_of, seal
 from headgram.results.tables import SIDES
 from headgram.stages.composition import Composed, compose
 from headgram.stages.eigen import measure_shard
+from headgram.stages.extracted import ExtractedModel
 from headgram.stages.gram import measure_row
 from headgram.stages.lineage import Measured, measure
 from headgram.stages.rotary import Turned, measure_rotary
-from headgram.stages.sources import Sources
 from headgram.study.cost import GPUS, costs, table
 from headgram.study.lock import lock_path, write_lock
 from headgram.study.manifest import Labels
@@ -106,7 +106,9 @@ def test_compositions_and_turns_are_what_the_plan_says(tmp_path, monkeypatch, bl
 
     with StandIn() as device:
         composed = Composed(*(tmp_path / name for name in ("a", "b", "c", "d", "e.json")))
-        compose(Sources({"self": files}, keys, frames), composed, plan.config, provenance("composition", tuple(keys.values())))
+        compose(
+            ExtractedModel({"self": files}, keys, frames), composed, plan.config, provenance("composition", tuple(keys.values()))
+        )
         counted = {str(of).removeprefix("torch."): flops for (of, _), flops in device.flops.items()}
         assert device.bytes_in == pytest.approx(work["composition"].copied, rel=0.1)
         assert counted["float32"] == pytest.approx(work["composition"].flops["float32"], rel=0.1)
@@ -247,9 +249,9 @@ def test_all_pairs_of_thousands_of_heads_are_cut_into_jobs_within_the_budget(nam
 @pytest.mark.parametrize("size", range(1, 5))
 def test_runs_and_their_pairs_are_counted_by_their_lengths(count, size):
     cut = [range(start, min(start + size, count)) for start in range(0, count, size)]
-    assert prices.runs(count, size) == Counter(map(len, cut))
+    assert prices.block_lengths(count, size) == Counter(map(len, cut))
     met = Counter((len(one), len(other), one == other) for one, other in combinations_with_replacement(cut, 2))
-    assert prices.pairs_of(prices.runs(count, size)) == met  # the last run alone is shorter, and never the first of two
+    assert prices.pairs_of(prices.block_lengths(count, size)) == met  # the last run alone is shorter, and never the first of two
 
 
 @pytest.mark.parametrize("most", range(1, 14))

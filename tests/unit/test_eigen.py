@@ -116,7 +116,7 @@ def test_solutions_of_a_batch_that_do_not_hold_are_computed_anew(monkeypatch, ca
             vectors[1, :, 3] = vectors[1, :, 4]
         return values, vectors
 
-    monkeypatch.setattr("headgram.geometry.batches.ONE_BY_ONE", ())
+    monkeypatch.setattr("headgram.geometry.blocks.ONE_BY_ONE", ())
     expected = *largest_magnitude(matrix, 40), *largest_singular(matrix, 8)
     monkeypatch.setattr(eigen, "_batched_eigh", faulty)
     for found, known in zip((*largest_magnitude(matrix, 40), *largest_singular(matrix, 8)), expected, strict=True):

@@ -12,7 +12,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from headgram.run import forkserver, start
+from headgram.run import forkserver, start_job
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the server is for Linux only")
 
@@ -47,7 +47,7 @@ def started(folder: Path, body: str, by: tuple[str, ...] = ("-I", "-S"), **optio
     """What starts a script for Snakemake."""
     script = folder / "script.py"
     script.write_text(_SCRIPT + body)
-    command = [sys.executable, *by, start.__file__, script, "a b"]
+    command = [sys.executable, *by, start_job.__file__, script, "a b"]
     return subprocess.Popen(command, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, **options)
 
 
@@ -145,7 +145,7 @@ import signal, subprocess, sys
 signal.signal(signal.SIGINT, signal.{"SIG_IGN" if ignored else "SIG_DFL"})
 from headgram.run import forkserver
 server = forkserver.start()
-code = subprocess.Popen([sys.executable, "-I", "-S", {start.__file__!r}, "script.py"])
+code = subprocess.Popen([sys.executable, "-I", "-S", {start_job.__file__!r}, "script.py"])
 signal.signal(signal.SIGINT, signal.SIG_IGN)
 code = code.wait()
 forkserver.stop(server)
@@ -248,9 +248,9 @@ print(os.getpid(), used["cpu_seconds"], used["peak_mib"])
 
 def test_an_impostor_gets_nothing(server, tmp_path, monkeypatch):
     """Whoever takes the name of a server that is gone; another user here, which the other side's credentials say."""
-    monkeypatch.setattr(start, "is_ours", lambda peer: False)
+    monkeypatch.setattr(start_job, "is_same_user", lambda peer: False)
     monkeypatch.setattr(socket, "send_fds", lambda *_: pytest.fail("something was sent"))
-    assert start.hand_over(["script.py"]) is None
+    assert start_job.hand_over(["script.py"]) is None
 
 
 def test_a_script_runs_by_itself_where_the_server_is_gone(server, tmp_path):
@@ -272,9 +272,9 @@ def test_the_server_ends_with_the_process_that_started_it(tmp_path):
 def test_another_user_is_not_served(monkeypatch):
     ours, theirs = socket.socketpair()
     with ours, theirs:
-        assert start.is_ours(ours)
+        assert start_job.is_same_user(ours)
         monkeypatch.setattr(os, "getuid", lambda: 12345)
-        assert not start.is_ours(ours)
+        assert not start_job.is_same_user(ours)
 
 
 def test_where_the_system_allows_no_server_there_is_none(monkeypatch, tmp_path):

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from headgram import HeadgramError
-from headgram.geometry import batches
+from headgram.geometry import blocks
 from headgram.measure import measure_model
 from script_loops import assert_same_as_script, original_script
 from tiny import write_llama
@@ -39,7 +39,7 @@ def test_both_files_agree_with_the_script(tmp_path, dtype):
         "topk": 5,
     }
     tensors = torch.load(tmp_path / "out.v1-eigdirs.pt")
-    assert_same_as_script(written, tensors, original_script(w_q, w_k, 5), signed=bool(batches.ONE_BY_ONE))
+    assert_same_as_script(written, tensors, original_script(w_q, w_k, 5), signed=bool(blocks.ONE_BY_ONE))
 
 
 def test_command_line_does_what_the_script_does(tmp_path):

@@ -145,7 +145,7 @@ def cutting_off(a, b, out=None):
 
 
 def test_where_tensor_cores_cut_partial_sums_off_long_sums_are_made_of_pieces(monkeypatch):
-    monkeypatch.setattr("headgram.geometry.batches.ONE_BY_ONE", ())
+    monkeypatch.setattr("headgram.geometry.blocks.ONE_BY_ONE", ())
     monkeypatch.setattr(inner, "cheapest", lambda *_: "products")
     assert routes.longest_sum.__wrapped__(torch.device("cpu")) == 2**14
     generator = torch.Generator().manual_seed(7)

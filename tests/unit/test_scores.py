@@ -124,5 +124,5 @@ def test_memory_is_bounded_for_many_small_blocks(monkeypatch):
     whole = layer_scores(qk(q, k))
     monkeypatch.setattr(scores, "BLOCK", {"cpu": 7})
     for columns in (1, 20):
-        monkeypatch.setattr(scores, "BATCH_BYTES", columns * 8 * 4 * 2 * 6)
+        monkeypatch.setattr(scores, "BLOCK_BYTES", columns * 8 * 4 * 2 * 6)
         assert layer_scores(qk(q, k)) == pytest.approx(whole, abs=1e-12)

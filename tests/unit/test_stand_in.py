@@ -31,7 +31,7 @@ from stand_in import StandIn
 #: The sizes of batches and blocks, by device: (module, name).
 SIZES = [
     *((spectra, "SPECTRA_BYTES"), (inner, "EXACT_BYTES"), (routes, "PRODUCT_BYTES"), (routes, "STRIP_BYTES")),
-    *((scores, "BLOCK"), (drift, "_BATCH_BYTES"), (routes, "_TERMS")),
+    *((scores, "BLOCK"), (drift, "_BLOCK_BYTES"), (routes, "_TERMS")),
 ]
 #: How a layer turns its queries and keys: not all of their rows, and scaled.
 TURNS = Rotary(torch.tensor([1.0, 0.3, 0.1], dtype=torch.float64), interleaved=True, start=1, factor=1.25)
@@ -50,7 +50,7 @@ def device(monkeypatch):
 @pytest.fixture
 def alike(monkeypatch):
     """A CPU that takes all heads at once, in batches and blocks as large as a GPU's, which are small here."""
-    monkeypatch.setattr("headgram.geometry.batches.ONE_BY_ONE", ())
+    monkeypatch.setattr("headgram.geometry.blocks.ONE_BY_ONE", ())
     for module, name in SIZES:
         size = {"BLOCK": 16, "_TERMS": 2**10}.get(name, 2**18)
         monkeypatch.setattr(module, name, {"cpu": size, "cuda": size})

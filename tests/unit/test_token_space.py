@@ -20,7 +20,7 @@ from headgram.results.factors import write_factors
 from headgram.results.record import Provenance, Recipe, record_of, seal
 from headgram.results.tables import read_table
 from headgram.stages.lineage import FactorsAndDirections
-from headgram.stages.token_space import Source, write_pair
+from headgram.stages.token_space import LockedSource, write_pair
 from headgram.study.options import Config
 from tiny import write_llama
 
@@ -79,7 +79,7 @@ class Model:
             write_factors(path, range(self.layers), {role: self.weights[role] for role in circuit.roles})
             seal(record_of(path), Provenance(self.key(circuit.name), self.name, "self", circuit.name), [path])
             parts[circuit.name, "self"] = FactorsAndDirections([path], [])
-        return Source(self.name, {"source": source}), parts
+        return LockedSource(self.name, {"source": source}), parts
 
     def key(self, circuit):
         return Recipe("extract", "{}", self.name + circuit, "c")

@@ -24,7 +24,7 @@ from headgram.results.files import written_whole
 from headgram.results.record import Provenance, Recipe, record_of, seal
 from headgram.results.tables import read_table
 from headgram.stages.composition import Composed, compose
-from headgram.stages.sources import Sources
+from headgram.stages.extracted import ExtractedModel
 from headgram.stages.tokens import Artifact, Written, find_tokens, unread
 from headgram.study.options import Config
 from tiny import write_llama, write_llama_gguf
@@ -100,7 +100,7 @@ def tokens_of(tmp_path, folder, by_circuit):
     find_tokens(
         Artifact(path, record, merge.key),
         None,
-        Sources({}, {}, {}),
+        ExtractedModel({}, {}, {}),
         out,
         {"source": str(folder)},
         options,
@@ -158,7 +158,7 @@ class Small:
             seal(record_of(path), Provenance(extract, "m", "self", circuit), [path])
             files[circuit], keys[circuit] = [path], extract.key
         with open_checkpoint(self.source) as checkpoint:
-            self.sources = Sources({"self": files}, keys, {"self": checkpoint.frames("self")})
+            self.sources = ExtractedModel({"self": files}, keys, {"self": checkpoint.frames("self")})
         self.folder, self.keys = folder, keys
 
     def composed(self):
@@ -273,7 +273,7 @@ def test_an_induction_circuit_looks_for_tokens_that_follow_one_like_its_own(tmp_
 def test_rows_are_projected_on_directions_before_the_norm_where_it_is_known(tmp_path, known):
     model = Small(tmp_path)
     if not known:
-        model.sources = Sources({}, {}, {})
+        model.sources = ExtractedModel({}, {}, {})
     directions = torch.nn.functional.normalize(torch.randn(3, 4, 2, 16, generator=torch.Generator().manual_seed(5)), dim=-1)
     directions[0, 0, 1] = 0
     found = {"layers": torch.arange(3), "right": directions, "left": directions}

@@ -7,7 +7,8 @@ from headgram.study.plan import unpinned
 def weights_of(wildcards, layers, fresh):
     """The weight files, with their records, that hold these layers; and what stands around them, if the form follows from it.
 
-    Where what is made of them is fresh, their dates mean nothing: weights that are extracted anew are the same then.
+    If the artifact that is made of them is fresh, its key says that they are the same, even if they are extracted anew. So their
+    dates do not count then.
     """
     groups = heads_of(wildcards).groups_of(layers)
     circuit = Variant.of(wildcards.circuit).circuit

@@ -8,7 +8,7 @@ rule merge:
         gram=PATHS.table("gram", "{model}"),
         pairs=PATHS.table("pairs", "{model}"),
         directions=PATHS.directions("{model}"),
-        seed=PATHS.original("{model}") if ORIGINAL else [],
+        original=PATHS.original("{model}") if ORIGINAL else [],
         record=RECORDS["merge"],
     log:
         PATHS.log("merge", "{model}"),

@@ -23,8 +23,8 @@ def stack_figures(models):
 
 
 def beside_outputs(job):
-    """What a job writes besides the outputs that Snakemake knows: a rendering, as much as the model has stacks and layers; the
-    page, a file for every lineage."""
+    """What a job writes besides the outputs that Snakemake knows: `render`, a figure for every stack and a file for many layers;
+    `report`, a file for every lineage."""
     if RECORDS["report"] in job.output and not STORAGE:
         return [PATHS.report(f"lineages/{i}.js") for i in range(len(PLAN.lineages))]
     model = job.wildcards_dict.get("model", "")
@@ -40,7 +40,7 @@ def beside_outputs(job):
 
 
 def reported_figures():
-    """For `snakemake --report`: the figures of stacks that are there. No rule's output, so that they are the last rule's input."""
+    """For `snakemake --report`: the figures of stacks that are there. No rule declares them as output, so the last rule reads them."""
     found = []
     for file, figure, model, circuit, stack in stack_figures(PLAN.models):
         if Path(file).is_file():

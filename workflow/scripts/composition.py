@@ -1,9 +1,9 @@
 """Composition job: see headgram.stages.composition."""
 
-from headgram.run.job import by_place, running
+from headgram.run.job import files_by_place, running
 from headgram.stages.composition import Composed, compose
-from headgram.stages.sources import Sources
+from headgram.stages.extracted import ExtractedModel
 
 with running() as (job, provenance, options):
-    sources = Sources.read(by_place(job.read("weights")), iter(provenance.recipe.upstream), job.around)
-    compose(sources, Composed(*job.write("composition", "channels", "kernels", "directions", "record")), options, provenance)
+    extracted = ExtractedModel.read(files_by_place(job.read("weights")), iter(provenance.recipe.upstream), job.around)
+    compose(extracted, Composed(*job.write("composition", "channels", "kernels", "directions", "record")), options, provenance)

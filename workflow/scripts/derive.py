@@ -1,10 +1,10 @@
 """Derivation job: see headgram.stages.derive."""
 
-from headgram.run.job import by_place, running
+from headgram.run.job import files_by_place, running
 from headgram.stages.derive import Derived, Merged, derive
 
 with running() as (job, provenance, options):
-    tables = by_place(job.read("shards"))
+    tables = files_by_place(job.read("shards"))
     shards = {
         (circuit, stack): [tables[stack, circuit, "eigen", name] for name in names]
         for circuit, stack, names in job.facts["shards"]

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from headgram.errors import HeadgramError
+from headgram.results.files import MENDING
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -83,4 +84,4 @@ def by_place(table: pd.DataFrame, keys: Sequence[str]) -> pd.DataFrame:
 def _require_filled(table: pd.DataFrame, keys: Sequence[str], places: int) -> None:
     if len(table) != places:
         found = f"a table by {', '.join(keys)} has {len(table)} rows for {places} places"
-        raise HeadgramError(f"{found}: `headgram verify` names it, and with --repair the run after it makes it anew")
+        raise HeadgramError(f"{found}: {MENDING}")

@@ -16,7 +16,7 @@ from numpy.lib.stride_tricks import as_strided
 from headgram.checkpoints.dtypes import BYTES, array_bytes, tensor_of, word_of
 from headgram.checkpoints.homes import Homes
 from headgram.checkpoints.local_file import LocalFile
-from headgram.checkpoints.pickle_table import StoredTensor, read_table, read_tensor
+from headgram.checkpoints.pickle_table import StoredTensor, read_tensor, read_tensors
 from headgram.checkpoints.stores import Kept, Piece, TensorStore
 from headgram.errors import HeadgramError
 from headgram.families.layouts import Cut
@@ -67,7 +67,7 @@ class Archive:
         HeadgramError
             If it holds more, or less.
         """
-        return self._checked(read_table)
+        return self._checked(read_tensors)
 
     def only(self) -> StoredTensor:
         """The tensor of a file that holds one and no table.

@@ -10,7 +10,7 @@ from typing import Any, Self
 
 from headgram.checkpoints.stores import TensorStore
 from headgram.errors import HeadgramError
-from headgram.families.around import left_out
+from headgram.families.around import unproven_rule
 from headgram.families.layouts import LAYOUTS, QK, Dimensions, Part
 from headgram.families.registry import Family, Names, StackRule
 
@@ -233,7 +233,7 @@ def gguf_rule(family: Family, architecture: str) -> tuple[StackRule, bool]:
         head_dim="attention.key_length",
         remarks=family.stacks[0].remarks,
         around=tuple(rule for rule in family.gguf.around if architecture in rule.types or not rule.types)
-        or (left_out(f"it is not read from GGUF files of '{architecture}'"),),
+        or (unproven_rule(f"it is not read from GGUF files of '{architecture}'"),),
     )
     return rule, family.gguf.permuted
 

@@ -29,7 +29,7 @@ _INERT = ("pathlib PosixPath", "pathlib PurePosixPath", "pathlib._local PosixPat
 
 
 @dataclass(frozen=True)
-class Piece:
+class Chunk:
     """A block of a tensor, and where it lies in a file, as a torch file inside of that file."""
 
     offsets: tuple[int, ...]
@@ -40,12 +40,12 @@ class Piece:
 
 
 @dataclass(frozen=True)
-class Whole:
+class ChunkedTensor:
     """A tensor in pieces; its type as torch calls it."""
 
     dtype: str
     shape: tuple[int, ...]
-    pieces: tuple[Piece, ...]
+    pieces: tuple[Chunk, ...]
 
 
 class DistcpStore(TensorStore):
@@ -101,7 +101,7 @@ class DistcpStore(TensorStore):
             raise HeadgramError(f"{self._where}: the pieces of tensor {name!r:.200} do not make up the whole: fetch all files")
         return result if cut is None else cut.of(result)
 
-    def _check_places(self, name: str, whole: Whole) -> None:
+    def _check_places(self, name: str, whole: ChunkedTensor) -> None:
         """Refuse pieces that their files do not hold, each in a place of its own, before any memory is taken for them."""
         file, end = "", 0
         for piece in sorted(whole.pieces, key=lambda piece: (piece.file, piece.start)):
@@ -113,7 +113,7 @@ class DistcpStore(TensorStore):
                 raise HeadgramError(f"{self._where}: two pieces of tensor {name!r:.200} are the same bytes of {file!r:.200}")
             file, end = piece.file, piece.start + piece.length
 
-    def _read_piece(self, name: str, whole: Whole, piece: Piece) -> Numbers:
+    def _read_piece(self, name: str, whole: ChunkedTensor, piece: Chunk) -> Numbers:
         where = f"the piece of tensor {name!r:.200} in {piece.file!r:.200}"
         archive = Archive(self._files[piece.file][piece.start : piece.start + piece.length], where)
         stored = archive.only()
@@ -122,7 +122,7 @@ class DistcpStore(TensorStore):
         return archive.numbers(stored)
 
 
-def read_metadata(pickled: bytes) -> dict[str, Whole]:
+def read_metadata(pickled: bytes) -> dict[str, ChunkedTensor]:
     """The tensors that a `.metadata` describes, by name.
 
     Raises
@@ -140,7 +140,7 @@ def read_metadata(pickled: bytes) -> dict[str, Whole]:
     return tensors
 
 
-def _whole(name: str, fields: Mapping[str, Any], places: Mapping[Any, Mapping[str, Any]]) -> Whole:
+def _whole(name: str, fields: Mapping[str, Any], places: Mapping[Any, Mapping[str, Any]]) -> ChunkedTensor:
     properties = fields["properties"].fields
     dtype, layout = (properties[key] for key in (("dtype", "layout") if isinstance(properties, Mapping) else (0, 1)))
     kind = dtype_of(dtype.name)
@@ -158,8 +158,8 @@ def _whole(name: str, fields: Mapping[str, Any], places: Mapping[Any, Mapping[st
         file, (start, length) = place["relative_path"], _sizes((place["offset"], place["length"]))
         if not isinstance(file, str):
             raise ValueError(f"a piece of {name!r:.200} is in no file")
-        pieces.append(Piece(offsets, sizes, file, start, length))
-    return Whole(kind, shape, tuple(pieces))
+        pieces.append(Chunk(offsets, sizes, file, start, length))
+    return ChunkedTensor(kind, shape, tuple(pieces))
 
 
 def _place_of(index: _Record) -> tuple[str, tuple[int, ...] | None]:

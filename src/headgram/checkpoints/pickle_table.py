@@ -98,7 +98,7 @@ class _Storage:
     numel: int
 
 
-def read_table(pickled: bytes) -> dict[str, StoredTensor]:
+def read_tensors(pickled: bytes) -> dict[str, StoredTensor]:
     """The tensors of a pickled table, by name, and of the tables in it: `state_dict.NAME` is `NAME` in `state_dict`.
 
     What else the tables hold is left out.

@@ -51,8 +51,8 @@ class _Parameters:
 
     stated: Mapping[str, Any]
     section: Section
-    rank: int  # rows that a share is of
-    width: int  # rows that turn
+    rank: int  # the rows of a head of which `partial_rotary_factor` is a share
+    width: int  # those that turn
     base: float
 
     def number(self, name: str, default: float | None = None) -> float:
@@ -111,7 +111,7 @@ def _kind(rule: RotaryRule, section: Section, layer: int) -> str | None:
 
 
 def _in_prefix(rule: RotaryRule, section: Section, layer: int) -> bool:
-    """Whether the layer is one of the first, dense ones that turn whatever their kind."""
+    """Whether the layer is one of the first, dense layers, which have rotary encoding whatever `layer_types` says."""
     if rule.prefix is None:
         return False
     kinds = section.get("mlp_layer_types")
@@ -121,7 +121,7 @@ def _in_prefix(rule: RotaryRule, section: Section, layer: int) -> bool:
 
 
 def _is_full(rule: RotaryRule, section: Section, layer: int) -> bool | None:
-    """Whether the layer is the one in every so many; None if the configuration does not say how many."""
+    """Whether the layer has full attention, where one layer of every `period` has it; None where there is no period."""
     layer -= (section.find(rule.prefix, 0) or 0) if rule.prefix else 0
     period = (section.find(rule.every) if rule.every else None) or rule.period
     return None if period is None else layer % period == rule.phase % period

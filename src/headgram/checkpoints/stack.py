@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from headgram.checkpoints.around import Surroundings
 from headgram.checkpoints.dimensions import Section
 from headgram.checkpoints.stores import TensorStore
-from headgram.described import Described, spans
+from headgram.described import Described, layer_ranges
 from headgram.errors import HeadgramError, doors
 from headgram.families.around import rule_of
 from headgram.families.layouts import LAYOUTS, QK, ROLES, Cut, Dimensions, Part, check_shapes, reads_of
@@ -88,7 +88,7 @@ class Stack(Described):
         return next((value for value in stated if type(value) is int and 0 < value < 2**31), None)
 
     def _described(self) -> tuple[str, list[dict[str, object]]]:
-        facts = {"stack": self.name, "layers": spans(self.layers), "heads": self.heads, "key heads": self.kv_heads}
+        facts = {"stack": self.name, "layers": layer_ranges(self.layers), "heads": self.heads, "key heads": self.kv_heads}
         facts |= {"rank": self.rank, "width": self.hidden, "stored as": self.dtype, "roles": ", ".join(self.roles)}
         return f"Stack '{self.name}': {len(self.layers)} layers of {self.heads} heads", [facts]
 

@@ -46,7 +46,7 @@ class TensorStore(Protocol):
         return
 
     def keep(self, pieces: Iterable[Piece]) -> None:
-        """Read these now, so that `raw` and then `read` take them from memory: until `read`, or until others are kept."""
+        """Read these into memory now, for `raw` and `read`. `read` lets go of its piece, the next `keep` of all."""
         return
 
     def pin(self, names: Iterable[str]) -> str | None:

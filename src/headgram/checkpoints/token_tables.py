@@ -29,7 +29,7 @@ class TokenTables:
     names: dict[str, str]  # `embedding`, `unembedding` -> the tensor
     missing: dict[str, str]  # why the others cannot be read
     _store: TensorStore = field(repr=False)
-    contradict: bool = False  # whether the checkpoint stores two, and its configuration says that they are one
+    contradict: bool = False  # whether two tables are stored, although the configuration says that they are one
     _final: tuple[NormRule, str] | None = None  # and what its tensors' names begin with
 
     def read(self, table: str) -> Float[Tensor, "tokens width"]:

@@ -142,7 +142,7 @@ class Joined(TensorStore):
             store.keep(some)
 
     def pin(self, names: Iterable[str]) -> str | None:
-        """A digest of both pins, or of the first's pin and the second's bytes; None if the first has no pin."""
+        """A digest of both stores' pins; of the second's bytes, if it has no pin. None if the first has none."""
         first, second = ([name for name, _ in some] for _, some in self._split((name, None) for name in names))
         pinned = self._first.pin(first)
         if pinned is None:

@@ -42,8 +42,8 @@ class NormRule(Rule):
     #: Below `block`, `{head}` for one of each head, a gain's own tensor; None: a norm without weights.
     module: _Place | None = None
     not_first: bool = False  # layer 0 reads the stream as it is
-    plus: int = 0  # its gain is so much more than what is stored: 1 + w
-    times: str | None = None  # what they call a factor of what it gives, where they state one
+    plus: int = 0  # the gain is `plus` + what is stored, such as 1 + w
+    times: str | None = None  # the configuration's name for a factor of the norm's output, if it states one
 
 
 class RotaryRule(Rule):
@@ -53,21 +53,21 @@ class RotaryRule(Rule):
     """
 
     kind: Literal["halves", "interleaved", "none"]
-    bases: tuple[str, ...] = ("rope_theta", "rotary_emb_base")  # what they call it
-    local_base: str | None = None  # what they call the base of sliding layers, where that is another
-    width: str | None = None  # what they call the number of rows that turn, where they state no share of them
-    sign: Literal[1, -1] = 1  # -1: they turn backwards
+    bases: tuple[str, ...] = ("rope_theta", "rotary_emb_base")  # the configuration's names for the base
+    local_base: str | None = None  # its name for the base of sliding layers, if they have their own
+    width: str | None = None  # its name for the number of rows that turn, if it states no share of them
+    sign: Literal[1, -1] = 1  # -1: positions turn backwards
     only: str | None = None  # the one kind of `layer_types` that turns
-    unless_null: str | None = None  # all layers turn where they state null under this name
-    flags: str | None = None  # what they call a list with a 0 for every layer that does not turn
-    every: str | None = None  # what they call the number of layers of which one is full and the others slide
-    period: int | None = None  # that number where they leave it unsaid
+    unless_null: str | None = None  # all layers turn if the configuration states null under this name
+    flags: str | None = None  # its name for a list with a 0 for every layer that does not turn
+    every: str | None = None  # its name for the number of layers of which one is full and the others slide
+    period: int | None = None  # the value of `every` if the configuration does not state it
     phase: int = -1  # which of so many layers is the full one: the last, or number 0
-    when: dict[str, str | bool] = Field(default={})  # what they must state for anything to turn
-    by_layer: str | None = None  # what they call a list of bases, one for each layer; layers of base 0 do not turn
-    prefix: str | None = None  # what they call a number of first layers, dense ones, that turn whatever their kind
-    share: bool | None = None  # whether they may state that a share of the rows turns; None: where it is scaled
-    renamed: dict[str, str] = Field(default={})  # scalings that they call by another one's name
+    when: dict[str, str | bool] = Field(default={})  # what the configuration must state for anything to turn
+    by_layer: str | None = None  # its name for a list of bases, one for each layer; layers of base 0 do not turn
+    prefix: str | None = None  # its name for the number of first, dense layers, which turn whatever their kind
+    share: bool | None = None  # whether it may state that a share of the rows turns; None: only with a scaling
+    renamed: dict[str, str] = Field(default={})  # scalings that it calls by another one's name
     factors: bool = False  # `short_mscale` and `long_mscale` scale the rows that turn, where these are scaled at all
 
 
@@ -86,8 +86,8 @@ class ScaleRule(Rule):
 class AroundRule(Rule):
     """What stands around the projections, for some types, in configurations that state `when` and anything under `given`.
 
-    Of several, a later one says anew what it names and leaves the rest. Without any, nothing is proven. What a rule does not name
-    is what most models have: no norms of queries, keys and outputs, biases where the checkpoint holds them, scores over the
+    If several rules apply, a later rule overrides the fields that it names. Without any, nothing is proven. A field that no rule
+    names is what most models have: no norms of queries, keys and outputs, biases where the checkpoint holds them, scores over the
     rank's root.
     """
 
@@ -114,7 +114,7 @@ class AroundRule(Rule):
         return self
 
     def said(self, role: str) -> Any:
-        """What it says of a role; None if nothing. Keys and values read what queries read, where no other source is said."""
+        """What the rule says of a role, or None. Without a `source`, keys and values read the same normed stream as queries."""
         if role == "source_norm" and role not in self.unproven:
             return self.source or self.norm
         return getattr(self, _FIELDS.get(role, role))
@@ -134,7 +134,7 @@ _USUAL: dict[str, Any] = {
 _GATHERED = ("unproven", "scores", "writes")
 
 
-def left_out(why: str) -> AroundRule:
+def unproven_rule(why: str) -> AroundRule:
     """A rule that knows nothing, for one reason."""
     return AroundRule(unproven=dict.fromkeys(AROUND, why))
 
@@ -150,5 +150,5 @@ def rule_of(rules: Iterable[AroundRule], architecture: str, config: _Stated) -> 
         named = {name: getattr(rule, name) for name in rule.model_fields_set - {"types", "when", "given", *_GATHERED}}
         said = {**_USUAL, **said, **named, "unproven": {**said.get("unproven", {}), **rule.unproven}}
         said |= {name: said.get(name, ()) + getattr(rule, name) for name in ("scores", "writes")}
-    left_out = {_FIELDS.get(role, role): None for role in said.get("unproven", {})}
-    return AroundRule(**{**said, **left_out})
+    unproven_rule = {_FIELDS.get(role, role): None for role in said.get("unproven", {})}
+    return AroundRule(**{**said, **unproven_rule})

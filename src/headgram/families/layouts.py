@@ -318,7 +318,7 @@ LAYOUTS: dict[str, tuple[Part, ...]] = {
 }
 
 
-def sizes_of(layout: str) -> set[str]:
+def extra_sizes_of(layout: str) -> set[str]:
     """The entries of `Dimensions.sizes` that a layout reads."""
     return {size for part in LAYOUTS[layout] for size in part.sizes}
 

@@ -13,8 +13,8 @@ from typing import Annotated, Any, Self
 from pydantic import Field, model_validator
 
 from headgram.errors import HeadgramError, UnknownTypeError
-from headgram.families.around import AroundRule, NormRule, Rule, left_out
-from headgram.families.layouts import LAYOUTS, QK, ROLES, reads_of, sizes_of
+from headgram.families.around import AroundRule, NormRule, Rule, unproven_rule
+from headgram.families.layouts import LAYOUTS, QK, ROLES, extra_sizes_of, reads_of
 
 _FOLDER = files("headgram.families")
 
@@ -57,7 +57,7 @@ class StackRule(Rule):
     when: dict[str, bool | int | str] = Field(default={})  # what the config must state for this rule to apply
     layers: Names = "num_hidden_layers"  # no name at all: they are counted, or the block has no `{layer}` and is the only one
     heads: Names = "num_attention_heads"
-    heads_over: Names | None = None  # only one of so many heads is one of attention; at least one head is
+    heads_over: Names | None = None  # the name for n, where only heads / n heads, but at least one, are attention heads
     kv_heads: Names | int | None = None  # None, or absent from the config: as many key heads as query heads
     hidden: Names = "hidden_size"  # absent from the config: the width of the tensor of queries
     head_dim: Names | None = None  # None, or absent from the config: hidden / heads
@@ -79,8 +79,8 @@ class StackRule(Rule):
     def _known_layout(self) -> Self:
         if self.layout not in LAYOUTS:
             raise ValueError(f"unknown layout {self.layout!r}")
-        if set(self.sizes) != sizes_of(self.layout):
-            raise ValueError(f"the layout {self.layout!r} reads the sizes {sorted(sizes_of(self.layout))}")
+        if set(self.sizes) != extra_sizes_of(self.layout):
+            raise ValueError(f"the layout {self.layout!r} reads the sizes {sorted(extra_sizes_of(self.layout))}")
         known, needed = reads_of(self.layout, ROLES), reads_of(self.layout, QK)
         if not needed <= set(self.modules) <= known:
             raise ValueError(f"the layout {self.layout!r} reads {sorted(known)}, and cannot do without {sorted(needed)}")
@@ -117,7 +117,7 @@ class Tower(Rule):
     name: str
     config: str
     places: tuple[str, ...]  # what its tensors' names begin with, before the prefixes of its own family
-    type: str | None = None  # its type, where no section is about it, and the counts are those of another one's section
+    type: str | None = None  # its type, if no section describes this tower; its counts are then those of another tower's section
 
 
 class Family(Rule):
@@ -142,7 +142,7 @@ class Family(Rule):
 
     def without_surroundings(self, why: str) -> Family:
         """The family's layouts alone, for a type that is not its own."""
-        stacks = tuple(rule.model_copy(update={"around": (left_out(why),)}) for rule in self.stacks)
+        stacks = tuple(rule.model_copy(update={"around": (unproven_rule(why),)}) for rule in self.stacks)
         return self.model_copy(update={"stacks": stacks, "embedding": (), "final": ()})
 
 

@@ -4,8 +4,9 @@
     k   ‖o_a^T g_b‖_F   head a writes what the keys of head b read
     v   ‖o_b o_a‖_F     head a writes what head b moves on
 
-over the norms of both forms is the score, `CS`, in `[0, 1]`. Each is an inner product of two symmetric forms: of what `b` reads,
-`g^T g`, `g g^T` or `o^T o`, and of what `a` writes, `o o^T`. Divided by their traces these have trace 1, so that
+The score `CS` is one of these norms, divided by the norms of both forms. It lies in `[0, 1]`. Each of the norms, squared, is an
+inner product of two symmetric forms: of what `b` reads, `g^T g`, `g g^T` or `o^T o`, and of what `a` writes, `o o^T`. Divided by
+their traces these have trace 1, so that
 
     CS² = <read_b, write_a>
 
@@ -22,8 +23,8 @@ If the reader is turned by a Haar-random rotation of the residual stream, `CS²`
     variance    2 (p_a - 1/d) (p_b - 1/d) / ((d-1) (d+2))      p = Σσ⁴ / (Σσ²)²
 
 exactly, whatever the spectra (Collins & Śniady, Comm. Math. Phys. 264, 2006). Trained heads share a few directions of the stream,
-so nearly all pairs lie far from this. A second comparison has that in it: heads of later layers write what `b` cannot read, and
-`acausal` says which share of their scores a score exceeds.
+so nearly all pairs lie far from this. So a score is also compared with scores that mean nothing: those of `b` with heads of
+later layers, whose output `b` cannot read. `acausal` is the share of these that the score exceeds.
 """
 
 from __future__ import annotations
@@ -40,11 +41,11 @@ from torch import Tensor
 from headgram.forms.heads import Heads, below, read
 from headgram.forms.reading import Rotary
 from headgram.forms.transforms import product, transposed, with_orthonormal_left
-from headgram.geometry.batches import PIECE_BYTES, in_batches
+from headgram.geometry.blocks import FACTOR_BYTES, by_blocks
 from headgram.geometry.eigenvalues import Eigenvalues, eigenvalues
 from headgram.geometry.float32 import whole_float32
 from headgram.geometry.inner import inner_products
-from headgram.geometry.nulls import Energies
+from headgram.geometry.nulls import Moments
 from headgram.geometry.ratios import ZERO, effective_rank, ratio
 from headgram.geometry.spectra import signs
 from headgram.geometry.triangles import own_products, triangles
@@ -85,10 +86,10 @@ class Ends:
         return self.roots[heads] @ self.weights[self.reads[heads.cpu()].to(self.weights.device)].double()
 
     @property
-    def energies(self) -> Energies:
+    def moments(self) -> Moments:
         """What the null of a score's square follows from; on the CPU."""
         purity = self.purity.cpu()
-        return Energies((purity > 0).to(purity), purity)
+        return Moments((purity > 0).to(purity), purity)
 
 
 @torch.no_grad()
@@ -128,8 +129,8 @@ def joined(parts: Sequence[Ends]) -> Ends:
 def _ends(heads: Heads, rotary: Rotary | None = None) -> Ends:
     """`X^T X` of every form `X = A^T B`, or its mean over offsets: from factors `L B`, where `L^T L` is `A A^T`, or its mean."""
 
-    def measure(run: slice) -> Ends:
-        some = heads.take(run)
+    def measure(block: slice) -> Ends:
+        some = heads.take(block)
         roots = triangles(some.a) if rotary is None else _mean_roots(rotary.scaled(some.a), rotary)
         b = some.b.double()
         roots = roots[some.reads_a.to(heads.device)]
@@ -138,10 +139,10 @@ def _ends(heads: Heads, rotary: Rotary | None = None) -> Ends:
         unit = ratio(torch.ones_like(trace), trace.sqrt())
         roots = unit[:, None, None] * roots
         forms = Heads.symmetric(roots.float() @ read(some.b.float(), some.reads_b))
-        return Ends(forms, small.square().sum((-1, -2)) * unit**4, roots, heads.b, heads.reads_b[run])
+        return Ends(forms, small.square().sum((-1, -2)) * unit**4, roots, heads.b, heads.reads_b[block])
 
-    step = max(1, PIECE_BYTES[heads.device.type] // (8 * heads.rank * max(heads.widths)))
-    return joined(list(in_batches(range(len(heads)), step, measure)))
+    step = max(1, FACTOR_BYTES[heads.device.type] // (8 * heads.rank * max(heads.widths)))
+    return joined(list(by_blocks(range(len(heads)), step, measure)))
 
 
 def _mean_roots(factors: Float[Tensor, "n rank width"], rotary: Rotary) -> Float[Tensor, "n rank rank"]:
@@ -187,7 +188,7 @@ def scores(readers: Ends, writers: Ends) -> Float[Tensor, "readers writers"]:
     """
     squares = inner_products(readers.forms, writers.forms, norms_sq=(readers.purity, writers.purity)).gram
     weak = squares < _WEAK * (readers.purity[:, None] * writers.purity).sqrt()
-    step = max(1, PIECE_BYTES[squares.device.type] // (8 * (readers.forms.a[0].numel() + writers.forms.a[0].numel())))
+    step = max(1, FACTOR_BYTES[squares.device.type] // (8 * (readers.forms.a[0].numel() + writers.forms.a[0].numel())))
     for i, j in (some.T for some in weak.nonzero().split(step)):
         squares[i, j] = (readers.exact(i) @ writers.exact(j).mT).square().sum((-1, -2))
     return squares.sqrt().clamp(max=1)

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-#: Of a set with itself, only blocks on and above the diagonal are multiplied, of so many in a row.
+#: A set that is multiplied with itself is cut into so many rows of blocks. Only blocks on and above the diagonal are multiplied.
 TRIANGLE = 8
 
 #: Bytes of the own factors of one block of heads in float32; all heads of two blocks are multiplied at once. A GPU is given
@@ -25,7 +25,7 @@ TRIANGLE_ROWS = {"cpu": 64, "cuda": 128}
 
 #: Bytes of the weights, as stored, of the layers whose spectra a GPU is asked for at once.
 LAYERS_BYTES = 512 * 2**20
-#: Bytes of float64 working memory that the spectra of one batch of heads may take; bounds the peak, never the result.
+#: Bytes of float64 working memory that the spectra of one block of heads may take; bounds the peak, never the result.
 SPECTRA_BYTES = {"cpu": 128 * 2**20, "cuda": 4 * 2**30}
 
 #: As many blocks of spans are kept as fit into about one GiB; on a GPU those two that are multiplied.
@@ -195,18 +195,18 @@ def block_sizes(layers: int, heads: int, rank: int, width: int, size: int) -> Co
     """How many of `blocks` have each number of heads."""
     most = max(1, size // (4 * rank * width))
     if most >= heads:
-        return Counter({count * heads: times for count, times in runs(layers, most // heads).items()})
-    return Counter({count: layers * times for count, times in runs(heads, most).items()})
+        return Counter({count * heads: times for count, times in block_lengths(layers, most // heads).items()})
+    return Counter({count: layers * times for count, times in block_lengths(heads, most).items()})
 
 
-def runs(count: int, size: int) -> Counter[int]:
-    """How many runs of each length a count is cut into: all of one size, but for what is left at the end."""
+def block_lengths(count: int, size: int) -> Counter[int]:
+    """By length, how many blocks a count is cut into: all of one size, but for what is left at the end."""
     whole, rest = divmod(count, size)
     return Counter({length: times for length, times in ((size, whole), (rest, 1)) if length * times})
 
 
 def pairs_of(lengths: Counter[int]) -> Counter[tuple[int, int, bool]]:
-    """How often two runs of each two lengths meet, where every run meets itself and each other once; and whether it is itself."""
+    """How many products of two blocks there are, by both lengths and by whether both are the same: every pair counts once."""
     kinds, met = list(lengths.items()), Counter[tuple[int, int, bool]]()
     for i, (one, times) in enumerate(kinds):
         met[one, one, True] = times

@@ -18,12 +18,12 @@ from torch import Tensor
 
 from headgram.errors import HeadgramError
 from headgram.forms.heads import Heads
-from headgram.geometry.batches import in_batches
+from headgram.geometry.blocks import by_blocks
 from headgram.geometry.checks import check_weights
 from headgram.geometry.ratios import ZERO, effective_rank, ratio
 
 #: Bytes of float64 working memory that one batch of factors may take; bounds the peak, never the result.
-_BATCH_BYTES = {"cpu": 128 * 2**20, "cuda": 4 * 2**30}
+_BLOCK_BYTES = {"cpu": 128 * 2**20, "cuda": 4 * 2**30}
 
 
 @dataclass(frozen=True)
@@ -149,11 +149,11 @@ def _check(before: Heads, after: Heads) -> None:
 
 
 class _Side(NamedTuple):
-    """One side of some heads in small matrices. `W_old^T = Q R`, `m = min(r, width)`; all float64."""
+    """One side of some heads in small float64 matrices; `W_old^T = Q_old R_old`, `W_new^T = Q_new R_new`, `m = min(r, width)`."""
 
-    old: Float[Tensor, "n m r"]  # R
-    new: Float[Tensor, "n m r"]  # the same of W_new
-    stacked: Float[Tensor, "n l two_r"]  # the same of the stacked factor, whose rows are those of W_old or W_new and their change
+    old: Float[Tensor, "n m r"]  # R_old
+    new: Float[Tensor, "n m r"]  # R_new
+    stacked: Float[Tensor, "n l two_r"]  # R of the stacked factor, see `_side`
     old_new: Float[Tensor, "n m m"]  # Q_old^T Q_new
     old_stacked: Float[Tensor, "n m two_r"]  # Q_old^T times the transposed stacked factor
     row_sq: Float[Tensor, "n r"]  # squared norms of the rows of W_old
@@ -167,10 +167,10 @@ class _Side(NamedTuple):
 def _side(old: Float[Tensor, "n r width"], new: Float[Tensor, "n r width"], new_first: bool) -> _Side:
     """The stacked factor holds `[W_new; W_new - W_old]` or `[W_new - W_old; W_old]`."""
     rank, width = old.shape[1:]
-    size = max(1, _BATCH_BYTES[old.device.type] // (8 * 16 * rank * width))
+    size = max(1, _BLOCK_BYTES[old.device.type] // (8 * 16 * rank * width))
 
-    def measure(run: slice) -> _Side:
-        stored, before, after = old[run], old[run].double(), new[run].double()
+    def measure(block: slice) -> _Side:
+        stored, before, after = old[block], old[block].double(), new[block].double()
         change = after - before
         stack = torch.cat([after, change] if new_first else [change, before], 1)
         q_old, r_old = torch.linalg.qr(before.mT)
@@ -187,7 +187,7 @@ def _side(old: Float[Tensor, "n r width"], new: Float[Tensor, "n r width"], new_
             equal=((change == 0) & (before.signbit() == after.signbit())).double().mean((-1, -2)),
         )
 
-    parts = zip(*in_batches(range(len(old)), size, measure), strict=True)
+    parts = zip(*by_blocks(range(len(old)), size, measure), strict=True)
     return _Side(*(torch.cat(values) for values in parts))
 
 

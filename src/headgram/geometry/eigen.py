@@ -23,7 +23,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from headgram.geometry.batches import at_once
+from headgram.geometry.blocks import at_once
 from headgram.geometry.ratios import ZERO
 from headgram.geometry.residuals import off_identity
 

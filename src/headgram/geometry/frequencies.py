@@ -159,7 +159,11 @@ class RotaryHeads:
         return torch.cat([first, rest]), torch.cat([second, torch.full_like(rest, rank)])
 
     def _of_planes(self, matrix: Float[Tensor, "n rank rank"]) -> tuple[Complex[Tensor, "n planes planes"], ...]:
-        """Matrices of rows as twice `α` and `β` in `z -> α z + β conj(z)`: first rows are real parts, second ones imaginary."""
+        """Twice `α` and `β` of every two planes.
+
+        The two rows of a plane are the real and the imaginary part of one number. So two rows of the matrix by two columns are a
+        map `z -> α z + β conj(z)`.
+        """
         padded, rows = torch.nn.functional.pad(matrix, (0, 1, 0, 1)), self._rows
         one, cross, back, two = (padded[:, i][:, :, j] for i in rows for j in rows)
         return torch.complex(one + two, back - cross), torch.complex(one - two, back + cross)

@@ -20,7 +20,7 @@ from torch import Tensor
 from headgram.errors import HeadgramError
 from headgram.forms.heads import Heads, read
 from headgram.forms.transforms import with_orthonormal_left
-from headgram.geometry.batches import at_once, in_batches
+from headgram.geometry.blocks import at_once, by_blocks
 from headgram.geometry.checks import check_weights, is_finite
 from headgram.geometry.costs import CPU, CPU_FLOAT64, GPU, TENSOR_CORES, Route, Sizes, cheapest
 from headgram.geometry.float32 import whole_float32
@@ -110,14 +110,14 @@ def inner_products(x: Heads, y: Heads, precision: Precision = "auto", norms_sq: 
     dtype = torch.float64 if exact else torch.bfloat16 if tensor_cores else torch.float32
     route = _route(x, y, dtype)
 
-    def measure(run: slice) -> _Part:
-        some = x if run == slice(0, len(x)) else x.take(run)
+    def measure(block: slice) -> _Part:
+        some = x if block == slice(0, len(x)) else x.take(block)
         if exact:
             return _Part(_in_float64(some, y, route), *(torch.ones(len(each), dtype=torch.bool) for each in (some, y)))
-        norms = norms_sq and (norms_sq[0][run], norms_sq[1])
+        norms = norms_sq and (norms_sq[0][block], norms_sq[1])
         return _in_float32(some, y, route, dtype, norms)
 
-    parts = list(in_batches(range(len(x)), len(x), measure))  # in pieces only where memory runs out
+    parts = list(by_blocks(range(len(x)), len(x), measure))  # in pieces only where memory runs out
     gram, transposed = (torch.cat(values) for values in zip(*(part.inner for part in parts), strict=True))
     if not is_finite(gram, transposed):
         for name, factors in (("left", x.a), ("right", x.b), ("left", y.a), ("right", y.b)):

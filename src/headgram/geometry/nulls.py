@@ -73,14 +73,14 @@ def overlap_null(kept: int, width: int) -> Null:
 
 
 @dataclass(frozen=True)
-class Energies:
+class Moments:
     """What a null follows from, of positive semidefinite forms `A`: `tr A` and `‖A‖²`, each `(n,)` float64."""
 
     trace: Float[Tensor, " n"]
     square: Float[Tensor, " n"]
 
 
-def deviations(products: Float[Tensor, "n_x n_y"], of_x: Energies, of_y: Energies, width: int) -> Float[Tensor, "n_x n_y"]:
+def deviations(products: Float[Tensor, "n_x n_y"], of_x: Moments, of_y: Moments, width: int) -> Float[Tensor, "n_x n_y"]:
     """How far inner products `<A, B>` are from their mean by chance, in standard deviations, if one form is turned at random.
 
     0 where they cannot deviate: where a form is zero, or spread evenly over all directions.
@@ -88,8 +88,8 @@ def deviations(products: Float[Tensor, "n_x n_y"], of_x: Energies, of_y: Energie
     Examples
     --------
     >>> import torch
-    >>> from headgram.geometry.nulls import Energies, deviations
-    >>> planes = Energies(torch.tensor([2.0]), torch.tensor([2.0]))  # projectors onto planes
+    >>> from headgram.geometry.nulls import Moments, deviations
+    >>> planes = Moments(torch.tensor([2.0]), torch.tensor([2.0]))  # projectors onto planes
     >>> deviations(torch.tensor([[2.0]]), planes, planes, width=8)  # of equal planes
     tensor([[5.9161]])
     """

@@ -1,7 +1,7 @@
 """What only the original script defines, number for number, in its float32 arithmetic.
 
 Its `fro_sq` is `‖W_K W_Q^T‖_F²` (not `‖g‖_F²`), its `eig_dirs` are the normalised rows of `V^T W_Q` with `V` from the SVD
-of `W_K W_Q^T` (not the singular vectors of `g`). Kept apart from the quantities that headgram stands for; the script's
+of `W_K W_Q^T` (not the singular vectors of `g`). Kept apart from the quantities that headgram stands for; the original's
 `sym_eigs` are twice the eigenvalues of the symmetric part and need no function of their own.
 """
 
@@ -12,7 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from headgram.forms.heads import Heads
-from headgram.geometry.batches import at_once, in_batches
+from headgram.geometry.blocks import at_once, by_blocks
 from headgram.geometry.costs import ORIGINAL_BYTES
 from headgram.geometry.eigen import largest_singular
 from headgram.geometry.float32 import whole_float32
@@ -20,13 +20,13 @@ from headgram.geometry.float32 import whole_float32
 
 @whole_float32()
 def original_quantities(heads: Heads, topk: int) -> tuple[Float[Tensor, " heads"], Float[Tensor, "heads k hidden"]]:
-    """The script's `fro_sq` (H,), float64, and `eig_dirs` (H, k, d), float32, of `qk` forms."""
+    """The original script's `fro_sq` (H,), float64, and `eig_dirs` (H, k, d), float32, of `qk` forms."""
     size = max(1, ORIGINAL_BYTES // (2 * 4 * heads.rank * heads.widths[0]))
 
-    def measure(batch: slice) -> tuple[Tensor, Tensor]:
-        return _measure(heads.right(batch).float(), heads.left(batch).float(), min(topk, heads.rank))
+    def measure(block: slice) -> tuple[Tensor, Tensor]:
+        return _measure(heads.right(block).float(), heads.left(block).float(), min(topk, heads.rank))
 
-    measured = in_batches(range(len(heads)), size, measure)
+    measured = by_blocks(range(len(heads)), size, measure)
     fro_sq, directions = (torch.cat(values) for values in zip(*measured, strict=True))
     return fro_sq, directions
 

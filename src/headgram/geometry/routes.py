@@ -27,7 +27,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from headgram.forms.heads import Heads, read
-from headgram.geometry.batches import at_once
+from headgram.geometry.blocks import at_once
 from headgram.geometry.costs import PRODUCT_BYTES, STRIP_BYTES, TRIANGLE_ROWS, product_block, strip_side
 
 #: Terms that one product sums in its own precision. Most of BLAS on a CPU cuts sums into a few hundred terms itself. Where it

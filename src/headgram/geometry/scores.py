@@ -30,7 +30,7 @@ from headgram.geometry.ratios import ZERO, ratio
 
 #: Bytes of float64 working memory of the weights that blocks of a layer's form are made of. A constant, so that the last bit of
 #: the result does not depend on the machine.
-BATCH_BYTES = 256 * 2**20
+BLOCK_BYTES = 256 * 2**20
 #: Rows and columns of a block of the layer's form: on a CPU, a few blocks should lie in a cache.
 BLOCK = {"cpu": 512, "cuda": 4096}
 
@@ -73,7 +73,7 @@ def layer_scores(heads: Heads) -> LayerScores:
     of_left = heads.reads_b[heads.reads_a.argsort(stable=True)].to(heads.device)  # in one copy, cut there
     readers = of_left.split(heads.reads_a.bincount(minlength=len(heads.a)).tolist())
     width = heads.widths[0]
-    size = max(1, BATCH_BYTES // (8 * 4 * len(heads.a) * heads.rank))
+    size = max(1, BLOCK_BYTES // (8 * 4 * len(heads.a) * heads.rank))
     slices = [slice(start, min(start + size, width)) for start in range(0, width, size)]
 
     def sides(columns: slice) -> tuple[Float[Tensor, "rows n"], Float[Tensor, "rows n"]]:

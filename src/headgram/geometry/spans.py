@@ -22,9 +22,9 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from headgram.forms.heads import Heads, below
-from headgram.geometry.batches import PIECE_BYTES, in_batches
+from headgram.geometry.blocks import FACTOR_BYTES, by_blocks
 from headgram.geometry.inner import inner_products
-from headgram.geometry.nulls import Energies, deviations
+from headgram.geometry.nulls import Moments, deviations
 from headgram.geometry.ratios import ratio
 from headgram.geometry.triangles import triangles
 
@@ -52,8 +52,8 @@ class Spans:
 def spans(factors: Float[Tensor, "n rank width"]) -> Spans:
     """The spans of the rows of factors, of numerical rank in float64."""
 
-    def measure(run: slice) -> Spans:
-        some = factors[run]
+    def measure(block: slice) -> Spans:
+        some = factors[block]
         _, rank, width = some.shape
         wide = some.double()
         wide = ratio(wide, wide.norm(dim=-1, keepdim=True))
@@ -68,8 +68,8 @@ def spans(factors: Float[Tensor, "n rank width"]) -> Spans:
             bases[~plain] = v * (s > max(rank, width) * torch.finfo(torch.float64).eps * s[:, :1])[:, :, None]
         return Spans(Heads.symmetric(bases.float()), (bases != 0).any(-1).sum(-1).cpu())
 
-    size = max(1, PIECE_BYTES[factors.device.type] // (8 * factors[0].numel()))
-    return joined(list(in_batches(range(len(factors)), size, measure)))
+    size = max(1, FACTOR_BYTES[factors.device.type] // (8 * factors[0].numel()))
+    return joined(list(by_blocks(range(len(factors)), size, measure)))
 
 
 def joined(parts: Sequence[Spans]) -> Spans:
@@ -95,4 +95,4 @@ def kernels(x: Spans, y: Spans) -> tuple[Float[Tensor, "n_x n_y"], Float[Tensor,
     k_a, k_b = x.ranks.double(), y.ranks.double()
     kernel = inner_products(x.forms, x.forms if x is y else y.forms).gram.cpu()
     kernel = kernel.clamp_min(0).minimum(torch.minimum(k_a[:, None], k_b))
-    return kernel, deviations(kernel, Energies(k_a, k_a), Energies(k_b, k_b), x.forms.widths[0])
+    return kernel, deviations(kernel, Moments(k_a, k_a), Moments(k_b, k_b), x.forms.widths[0])

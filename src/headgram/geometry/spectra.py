@@ -21,7 +21,7 @@ from headgram.described import Described
 from headgram.errors import HeadgramError
 from headgram.forms.heads import Heads
 from headgram.forms.transforms import transposed
-from headgram.geometry.batches import at_once, in_batches
+from headgram.geometry.blocks import at_once, by_blocks
 from headgram.geometry.checks import check_weights, is_finite
 from headgram.geometry.costs import SPECTRA_BYTES, spectrum_bytes
 from headgram.geometry.eigen import largest_magnitude, largest_singular
@@ -152,21 +152,21 @@ def _measured(heads: Heads, topk: int) -> Iterator[Spectrum]:
     """Batches of heads, in order: on a CPU of heads that share the products of their left factor, else of any."""
     size = max(1, SPECTRA_BYTES[heads.device.type] // spectrum_bytes(heads.rank, heads.widths[0], topk))
 
-    def measure(run: slice, left: slice) -> Spectrum:
-        return _measure_batch(heads.right(run).double(), heads.left(left).double(), topk)
+    def measure(block: slice, left: slice) -> Spectrum:
+        return _measure_block(heads.right(block).double(), heads.left(left).double(), topk)
 
     if at_once(heads.device):
-        yield from in_batches(range(len(heads)), size, lambda run: measure(run, run))
+        yield from by_blocks(range(len(heads)), size, lambda block: measure(block, block))
         return
     start = 0
     for count in heads.reads_a.unique_consecutive(return_counts=True)[1].tolist():
         one = slice(start, start + 1)  # which stands for all that share its left factor
-        yield from in_batches(range(start, start + count), size, partial(measure, left=one))
+        yield from by_blocks(range(start, start + count), size, partial(measure, left=one))
         start += count
 
 
-def _joined(batches: Sequence[Spectrum]) -> Spectrum:
-    return Spectrum(**{field.name: torch.cat([getattr(batch, field.name) for batch in batches]) for field in fields(Spectrum)})
+def _joined(blocks: Sequence[Spectrum]) -> Spectrum:
+    return Spectrum(**{field.name: torch.cat([getattr(block, field.name) for block in blocks]) for field in fields(Spectrum)})
 
 
 def _check(heads: Heads, topk: int) -> None:
@@ -179,8 +179,8 @@ def _check(heads: Heads, topk: int) -> None:
     check_weights("right", heads.b)
 
 
-def _measure_batch(b: Own, a: Shared, topk: int) -> Spectrum:
-    """Everything of a batch of heads, and of the left factor that they share or of one for each; float64."""
+def _measure_block(b: Own, a: Shared, topk: int) -> Spectrum:
+    """Everything of a block of heads, and of the left factor that they share or of one for each; float64."""
     if 2 * b.shape[1] > b.shape[2]:
         return _balanced_spectrum(b, a, topk)
     of = products(b, a)

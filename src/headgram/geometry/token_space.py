@@ -10,7 +10,7 @@ so the form of the other model is brought into the coordinates of the first, and
 of the products `E^T E'`, widths by widths, is made once.
 
 Turning a model's residual stream, or giving its tokens other numbers, changes none of these. Chance: if the rows of `E'` and `F'`
-are permuted, so that each token meets another, all that is left is what the tables have in common without meaning.
+are permuted, so that each token meets one of another text, what remains is what the tables share apart from meaning.
 """
 
 from __future__ import annotations

@@ -23,7 +23,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from headgram.geometry.batches import at_once
+from headgram.geometry.blocks import at_once
 
 #: Smallest pivot of unit rows that is trusted; and the range of squared row norms in which nothing over- or underflows.
 _PIVOT = 0.05

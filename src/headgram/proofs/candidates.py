@@ -8,7 +8,7 @@ from typing import Any
 
 from headgram.errors import HeadgramError
 from headgram.families.registry import Family, Remark, StackRule, adopting, families
-from headgram.proofs.derive import derive_family
+from headgram.proofs.derive_family import derive_family
 from headgram.proofs.listed import saved
 from headgram.proofs.prove import fits, prove
 from headgram.proofs.shrink import classes_to_build, quiet, switched, tiny_model

@@ -29,8 +29,7 @@ _SOFTMAXES = (torch.softmax, nn.functional.softmax, Tensor.softmax)
 _GATES = (torch.sigmoid, Tensor.sigmoid, nn.functional.softplus)
 _TIMES = (torch.mul, Tensor.mul, Tensor.__mul__)
 _SINES, _COSINES = (torch.sin, Tensor.sin), (torch.cos, Tensor.cos)
-#: What modules call the inputs of their queries, of their keys where it is not that of their queries, and of their values where
-#: it is not that of their keys.
+#: Names of the arguments from which modules make queries; keys, if from another argument; values, if from yet another.
 _QUERY_INPUTS = ("hidden_states", "hidden_state", "query", "query_states", "query_tensor", "from_tensor")
 _KEY_INPUTS = (
     "key_value_states",
@@ -216,7 +215,7 @@ class Watch(TorchFunctionMode):
         running.placed |= queries or keys
 
     def _adds(self, call: Call, summands: tuple[Any, ...]) -> None:
-        """The first sum of this size has what heads write, as it is or as the last module left it, and their stream."""
+        """The first sum of this size adds what the heads write, or what the last module made of it, to their stream."""
         before = call.outer.get(call.block)
         written, latest = call.written, self._latest
         assert written is not None

@@ -52,7 +52,8 @@ from headgram.proofs.shrink import quiet, walked_models
 COLUMNS = ("model type", "family", "layout", "stacks", "heads/key heads×rank", "roles", "around them", "residual", "ok")
 #: A right layout agrees to float32 rounding (some models compute scores in float32); a wrong one is off by about 1.
 TOLERANCE = 1e-5
-#: Where there are towers to run besides, each shape is tried with one class alone: of three pairs, these are left out.
+#: A type has six tiny models: three shapes, each with two classes. If further towers must run, each shape is tried with one class
+#: alone, and the models in these places are left out.
 _SKIPPED = (1, 2, 5)
 
 

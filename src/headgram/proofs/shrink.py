@@ -76,7 +76,7 @@ _LARGEST_MODEL = 20_000_000
 _SEED = 0
 _TOKENS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 _SPEECH = {"conv_dim": [16], "conv_stride": [25], "conv_kernel": [10]}
-#: What stands for a picture's tower that only the library timm could build; its stages are chosen as those of the tower were.
+#: A tiny ResNet in place of an image tower that only the library timm can build. It keeps the stages that the tower names.
 _WITHOUT_TIMM = {"model_type": "resnet", "embedding_size": 8, "hidden_sizes": [8, 8, 8, 8], "depths": [1, 1, 1, 1]}
 
 

@@ -42,8 +42,11 @@ def band(null: Null | None, count: int, name: str = "chance") -> list[dict[str, 
 
 
 def for_page(facts: Mapping[str, Any]) -> dict[str, dict[str, float]]:
-    """By what is drawn: mean and deviation by chance, and how far from the mean the best is of all heads, of all pairs of layers
-    and heads, of the means over heads of all pairs of layers, and of all heads with all heads."""
+    """Of each number that is drawn: its mean and deviation by chance, and how far from the mean the best of all values lies.
+
+    `best` is over all heads, or all pairs of layers and heads; `best_mean` over the means of pairs of layers; `best_pair` over
+    all pairs of heads.
+    """
     layers, heads = facts["layers"], facts["heads"]
     pairs, of_heads = (max(1, count * (count - 1) // 2) for count in (layers, layers * heads))
     return {

@@ -27,7 +27,7 @@ def read_around(path: Path, record: Path, key: str) -> dict[str, Frames]:
     Raises
     ------
     HeadgramError
-        If the file is damaged or belongs to another run.
+        If the file is damaged or has another key than the job was told.
     """
     check(record, key, [path])
     found: dict[str, dict[str, Any]] = torch.load(path, weights_only=True)

@@ -2,8 +2,8 @@
 
 A run that begins writes the key of every artifact of its plan into the results folder. A job compares before each rename and
 each removal: if another run asks for another key by then, it stops and leaves what is there. The file is locked while a job
-compares and renames, so that no rename of an older job can follow the beginning of a newer run. It is written in place: a lock
-also has a node of a cluster read what other machines wrote.
+compares and renames, so that no rename of an older job can follow the beginning of a newer run. It is overwritten, never
+replaced, so that all processes lock one file. On a network file system, a lock also makes a node read what others wrote.
 """
 
 from __future__ import annotations

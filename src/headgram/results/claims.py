@@ -116,7 +116,7 @@ def is_ours(path: Path, results: Path, claims: Claims) -> bool:
 
 
 def settle(results: Path) -> None:
-    """Remove what earlier records named and those of the same artifacts no longer do, unless somebody changed it since.
+    """Remove files that an earlier record of an artifact named and its present record does not, unless somebody changed them.
 
     A record that is removed, as of a model that the report no longer shows, takes the files with it that it names. What was left
     half-written goes too: a job that outlived an earlier run may have been killed during this one.

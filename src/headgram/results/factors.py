@@ -46,7 +46,7 @@ class FactorFiles:
     Raises
     ------
     HeadgramError
-        If a file is damaged or of another run, or what the form follows from is not known.
+        If a file is damaged or has another key, or what the form follows from is not known.
     """
 
     def __init__(self, paths: Sequence[Path], key: str, form: str, frames: Frames | None = None) -> None:

@@ -20,7 +20,7 @@ RESULTS = "HEADGRAM_RESULTS"
 #: Characters of a path and of a name in it; no file system holds longer names, and headgram's are far shorter.
 _LONGEST_PATH, _LONGEST_NAME = 1000, 255
 #: What helps where a file of the results cannot be read, whatever is wrong with it.
-MENDING = "`headgram verify --repair`, and the run after it, make it anew"
+MENDING = "run `headgram verify --repair`, then `headgram run`, which makes it anew"
 #: A file system that cannot flush a folder says one of these.
 _NOT_SUPPORTED = (errno.EINVAL, errno.ENOTSUP, errno.EBADF)
 

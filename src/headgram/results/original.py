@@ -1,7 +1,7 @@
 """The two files that the original script writes, for whoever reads those today.
 
 `NAME.json` holds `model, num_layers, num_heads, head_dim, hidden_size, topk, gram, fro_sq`; `NAME-eigdirs.pt` holds
-`eig_dirs` and `sym_eigs`. The numbers are the script's own, see `headgram.geometry.original`.
+`eig_dirs` and `sym_eigs`. The numbers are the original's own, see `headgram.geometry.original`.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def directions_path(json_path: Path) -> Path:
     return json_path.with_name(json_path.name.removesuffix(".json") + "-eigdirs.pt")
 
 
-def write_seed_files(
+def write_original_files(
     path: Path,
     model: str,
     head_dim: int,
@@ -39,7 +39,7 @@ def write_seed_files(
     eig_dirs: Float[Tensor, "layers heads k hidden"],
     symmetric_eigenvalues: Float[Tensor, "layers heads 2*head_dim"],
 ) -> None:
-    """Write both files. The script's `sym_eigs` are those of `g + g^T`: twice the symmetric part's."""
+    """Write both files. The original's `sym_eigs` are those of `g + g^T`: twice the symmetric part's."""
     layers, heads, topk, hidden = eig_dirs.shape
     content = {
         "model": model,

@@ -72,7 +72,8 @@ AROUND_MODELS = {"norm_kind": pa.string(), "score_scale": pa.float64(), "score_c
 #: What `layers` says of each number of its heads.
 QUARTILES = {"q25": 0.25, "median": 0.5, "q75": 0.75}
 
-#: A table of measured numbers has no more values than this for every byte on disk; equal values, as of a model of zeros, have.
+#: A table of measured numbers has no more values than this for every byte on disk. Only tables of equal values have, as of a
+#: model of zeros.
 _VALUES_PER_BYTE = 64
 _FEW_VALUES = 2**26
 

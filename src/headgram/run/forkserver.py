@@ -1,7 +1,7 @@
 """A process that has imported what jobs need, and forks copies of itself for them: torch is imported once a run, not once a job.
 
 Importing torch takes longer than most jobs' work. So a run that works on this machine starts this server, and what Snakemake
-starts for a job (`headgram.run.start`) asks the server to run the job's script in its stead: with the same files, environment
+starts for a job (`headgram.run.start_job`) asks the server to run the job's script in its stead: with the same files, environment
 and terminal, and ends as that copy ended. A copy whose script was killed is killed; the server ends with its run, however that
 ends. Where there is no server, as on a cluster's node, a script runs by itself.
 
@@ -35,7 +35,7 @@ from collections.abc import Callable, Container
 from pathlib import Path
 from typing import Any, NoReturn
 
-from headgram.run.start import ADDRESS, STARTED, is_ours
+from headgram.run.start_job import ADDRESS, STARTED, is_same_user
 
 #: What every job imports, and extraction, which comes first.
 _FIRST = ("headgram.stages.extract", "headgram.run.job")
@@ -119,7 +119,7 @@ def serve(listener: socket.socket, parent: int, on_interrupt: Any, keeps: bool) 
         if listener.fileno() in ready:
             client, _ = listener.accept()
             with client, contextlib.suppress(OSError):  # no process can be forked: the client finds its connection closed
-                if is_ours(client) and not copies.give(client):
+                if is_same_user(client) and not copies.give(client):
                     control = copies.fork()
                     if control:
                         listener.close()
@@ -187,7 +187,7 @@ class Copies:
 
 
 def _share_memory() -> None:
-    """What all copies have is never looked at again, so that it stays shared."""
+    """Keep the garbage collector away from all objects that are there: what it writes to, copies no longer share."""
     gc.collect()
     gc.freeze()
 
@@ -259,7 +259,7 @@ def _peak() -> int:
 
 
 def _forget_job() -> None:
-    """Give kept memory back, and have the most memory that this process holds count from now on, for its next job's record."""
+    """Return freed memory to the system, and forget its peak, so that the next job's record shows that job's own."""
     with contextlib.suppress(AttributeError):  # another C library
         ctypes.CDLL(None).malloc_trim(0)
     with contextlib.suppress(OSError):

@@ -126,7 +126,7 @@ class _Failed(Exception):
     """Ends a job whose log says why, in the same words as its message."""
 
 
-def by_place(paths: Iterable[Path]) -> dict[tuple[str, ...], Path]:
+def files_by_place(paths: Iterable[Path]) -> dict[tuple[str, ...], Path]:
     """Input files by stack, circuit, stage and name. The folder above is Snakemake's matter."""
     return {(*path.parts[-4:-1], path.stem): path for path in paths}
 
@@ -198,7 +198,7 @@ def both_sides(job: Job) -> list[dict[Place, FactorsAndDirections]]:
 
     sides = []
     for side, places in zip(("before", "after"), job.facts["parts"], strict=True):
-        files = by_place(job.read(side))
+        files = files_by_place(job.read(side))
         sides.append(
             {
                 (circuit, stack): FactorsAndDirections(

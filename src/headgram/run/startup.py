@@ -26,7 +26,7 @@ from headgram.results.asked import ask_for, given_to
 from headgram.results.claims import NAME as CLAIMS
 from headgram.results.claims import Writing, check_own, claim, settle
 from headgram.results.files import RESULTS, everything_in, remove_temporaries, write_text
-from headgram.run import forkserver, start
+from headgram.run import forkserver, start_job
 from headgram.run.project import FOLDER
 from headgram.study.lineages import misfits
 from headgram.study.lock import (
@@ -116,7 +116,7 @@ class Run:
         self._progress: ProgressHandler | None = None
         os.environ[RESULTS] = os.path.normpath(self._results.absolute())  # for the jobs of this run
         # For workflow/scripts/job.sh. An environment that Snakemake made for a rule has a Python of its own.
-        os.environ |= {_START: start.__file__, _PYTHON: "python" if in_environments else python}
+        os.environ |= {_START: start_job.__file__, _PYTHON: "python" if in_environments else python}
         manifest = read_manifest(self._manifest)
         entries = _locked(manifest) if is_job else self._checked(manifest, config.lineage.basis)
         self.plan: Plan = make_plan(entries, config, scripts, manifest.labels)
@@ -147,8 +147,11 @@ class Run:
         return entries
 
     def _doubtful(self, known: Mapping[str, LockedModel]) -> list[str]:
-        """Models whose files are not those that an earlier run found to be what was locked; of others, those with files younger
-        than the lock. A file that is moved to its place may bring an old date along."""
+        """Models whose files must be compared with the lock again.
+
+        If an earlier run compared them: those whose files have another size or time since. If none did: those with a file younger
+        than the lock. A file that is moved to its place may bring an old date along.
+        """
         seen = _read_sightings(self._results / _SEEN)
         locked_at = lock_path(self._manifest).stat().st_mtime_ns if known else 0
         found = {name: file_times(entry) for name, entry in known.items() if entry.commit is None}

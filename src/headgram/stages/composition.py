@@ -13,7 +13,7 @@ import pyarrow as pa
 import torch
 
 from headgram.forms.reading import Rotary
-from headgram.geometry.batches import in_blocks
+from headgram.geometry.blocks import in_fitting_blocks
 from headgram.geometry.composition import (
     KINDS,
     Ends,
@@ -26,13 +26,13 @@ from headgram.geometry.composition import (
     writes,
 )
 from headgram.geometry.eigenvalues import Eigenvalues
-from headgram.geometry.nulls import Energies, deviations
+from headgram.geometry.nulls import Moments, deviations
 from headgram.results.factors import FactorFiles
 from headgram.results.files import written_whole
 from headgram.results.record import Provenance, seal
 from headgram.results.tables import CHANNELS, COMPOSITION, labelled, write_table
+from headgram.stages.extracted import ExtractedModel, single
 from headgram.stages.kernels import kernel_tables
-from headgram.stages.sources import Sources, single
 
 if TYPE_CHECKING:
     from headgram.study.options import Config
@@ -56,7 +56,7 @@ class Composed:
 
 @dataclass(frozen=True, eq=False)
 class _Stream:
-    """Who reads, in one kind of composition, what the heads of a stack write: both in the same coordinates."""
+    """The heads of a stack that write, and those that read them in one kind of composition, in the same coordinates."""
 
     stack: str
     kind: str
@@ -70,16 +70,16 @@ class _Stream:
         return {"stack": self.stack, "kind": self.kind, "writer": self.writer}
 
     def seen(self, layers: torch.Tensor) -> torch.Tensor:
-        """Layers of writers as the readers count them: all of an encoder come before the first."""
+        """The writers' layers in the readers' numbers. All of an encoder are -1, for they come before the readers' first."""
         return layers if self.writer == self.stack else torch.full_like(layers, -1)
 
 
-def compose(sources: Sources, composed: Composed, options: Config, provenance: Provenance) -> None:
+def compose(extracted: ExtractedModel, composed: Composed, options: Config, provenance: Provenance) -> None:
     """Measure all pairs of heads of every stack, the first in an earlier layer, and of an encoder with what reads it.
 
     Parameters
     ----------
-    sources
+    extracted
         The extracted weights of all layers, in both circuits, and what stands around them.
     options
         Sections `composition` and `export` are read.
@@ -87,15 +87,15 @@ def compose(sources: Sources, composed: Composed, options: Config, provenance: P
     Raises
     ------
     HeadgramError
-        If an artifact is damaged or belongs to another run.
+        If an artifact is damaged or has another key than the job was told.
     """
-    in_blocks(provenance.device, partial(_compose, sources, composed, options, provenance))
+    in_fitting_blocks(provenance.device, partial(_compose, extracted, composed, options, provenance))
 
 
-def _compose(sources: Sources, composed: Composed, options: Config, provenance: Provenance, size: int) -> None:
-    """The same in blocks of at most so many bytes."""
+def _compose(extracted: ExtractedModel, composed: Composed, options: Config, provenance: Provenance, size: int) -> None:
+    """The same, with blocks of heads of at most `size` bytes."""
     provenance = replace(provenance, precision="float32 where accurate")
-    device, streams = provenance.device, list(_streams(sources))
+    device, streams = provenance.device, list(_streams(extracted))
 
     @lru_cache(maxsize=1)  # all of them, where one block holds them: for every kind
     def written(writing: FactorFiles, block: int) -> Ends:
@@ -115,23 +115,23 @@ def _compose(sources: Sources, composed: Composed, options: Config, provenance: 
     flows = {stream: _flows(stream, pairs, device) for stream, pairs in strongest.items()}
     shown = pa.concat_tables([CHANNELS.empty_table(), *(table for table, _ in flows.values())])
     write_table(composed.channels, [shown], provenance, compression)
-    write_table(composed.kernels, kernel_tables(sources, device, size), provenance, compression)
+    write_table(composed.kernels, kernel_tables(extracted, device, size), provenance, compression)
     directions = {
-        stack: {stream.kind: flow for stream, (_, flow) in flows.items() if stream.stack == stack} for stack in sources.stacks
+        stack: {stream.kind: flow for stream, (_, flow) in flows.items() if stream.stack == stack} for stack in extracted.stacks
     }
     with written_whole(composed.directions) as file:
         torch.save(directions, file)
     seal(composed.record, provenance, [composed.composition, composed.channels, composed.kernels, composed.directions])
 
 
-def _streams(sources: Sources) -> Iterator[_Stream]:
-    for stack in sources.stacks:
+def _streams(extracted: ExtractedModel) -> Iterator[_Stream]:
+    for stack in extracted.stacks:
         for kind, circuit in KINDS.items():
-            if (writer := sources.writer(stack, kind)) is None:
+            if (writer := extracted.writer(stack, kind)) is None:
                 continue
-            fold = sources.folds(stack, circuit) and sources.folds(writer, "ov")
-            files = sources.files(stack, circuit, fold), sources.files(writer, "ov", fold)
-            yield _Stream(stack, kind, writer, *files, sources.rotaries(stack) if circuit == "qk" else {})
+            fold = extracted.folds(stack, circuit) and extracted.folds(writer, "ov")
+            files = extracted.files(stack, circuit, fold), extracted.files(writer, "ov", fold)
+            yield _Stream(stack, kind, writer, *files, extracted.rotaries(stack) if circuit == "qk" else {})
 
 
 def _parts(stream: _Stream, written: Callable[[FactorFiles, int], Ends], device: str, size: int) -> Iterator[pa.Table]:
@@ -150,9 +150,9 @@ def _parts(stream: _Stream, written: Callable[[FactorFiles, int], Ends], device:
         both, met = joined(readers), []  # what is written is formed once for both
         for i in range(len(blocks)):
             writers = written(writing, i)
-            met.append((scores(both, writers), writers.energies))
+            met.append((scores(both, writers), writers.moments))
         score, *turned = torch.cat([each for each, _ in met], 1).cpu().split(len(heads))
-        z = deviations(score.square(), readers[0].energies, _all_of([energies for _, energies in met]), reading.width)
+        z = deviations(score.square(), readers[0].moments, _all_of([moments for _, moments in met]), reading.width)
         share, later = acausal(score, layer, seen)
         print(f"{stream.stack}, {stream.kind}: layers {block[0][0]}-{block[0][-1]} read what all others write", flush=True)
         b, a = (seen < layer[:, None]).nonzero().T
@@ -169,8 +169,8 @@ def _parts(stream: _Stream, written: Callable[[FactorFiles, int], Ends], device:
         yield _table(stream, columns, COMPOSITION)
 
 
-def _all_of(parts: Sequence[Energies]) -> Energies:
-    return Energies(torch.cat([part.trace for part in parts]), torch.cat([part.square for part in parts]))
+def _all_of(parts: Sequence[Moments]) -> Moments:
+    return Moments(torch.cat([part.trace for part in parts]), torch.cat([part.square for part in parts]))
 
 
 def _places(block: tuple[Sequence[int], range]) -> tuple[torch.Tensor, torch.Tensor]:

@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import torch
 
-from headgram.geometry.batches import at_once
+from headgram.geometry.blocks import at_once
 from headgram.geometry.neighbours import BY_FORM, BY_SPAN, Neighbours, nearest_heads, span_overlaps
 from headgram.geometry.nulls import Null, cosine_null, overlap_null
 from headgram.geometry.overlaps import overlaps
@@ -98,7 +98,7 @@ def derive(merged: Merged, derived: Derived, facts: Mapping[str, Any], options: 
     Raises
     ------
     HeadgramError
-        If an artifact is damaged or belongs to another run.
+        If an artifact is damaged or has another key than the job was told.
     """
     circuits = list(dict.fromkeys(circuit for circuit, _ in merged.shards))
     merge_key, *keys = provenance.recipe.upstream

@@ -15,7 +15,7 @@ from headgram.errors import HeadgramError
 from headgram.forms.circuits import shared_head
 from headgram.forms.heads import Heads
 from headgram.forms.variants import Variant
-from headgram.geometry.batches import at_once
+from headgram.geometry.blocks import at_once
 from headgram.geometry.costs import LAYERS_BYTES
 from headgram.geometry.eigenvalues import Eigenvalues, eigenvalues
 from headgram.geometry.original import original_quantities
@@ -75,19 +75,19 @@ def measure_shard(
     worst = 0.0
     copies = Variant.of(str(provenance.circuit)).circuit == "ov" and not between_streams(str(provenance.stack))
     for start in range(0, len(layers), together):
-        run = layers[start : start + together]
-        heads = source.read(run, device=device)
-        result, scores = _measured(heads, run, topk, place)
+        block = layers[start : start + together]
+        heads = source.read(block, device=device)
+        result, scores = _measured(heads, block, topk, place)
         found = eigenvalues(heads) if copies else None
         residual = torch.maximum(result.residual.cpu(), found.residual) if found else result.residual
-        worst = max(worst, _largest_residual(residual, options.eigen.tolerance, run, place))
-        rows += _rows(result, found, scores, run, reads, rank=source.rank, hidden=source.width)
+        worst = max(worst, _largest_residual(residual, options.eigen.tolerance, block, place))
+        rows += _rows(result, found, scores, block, reads, rank=source.rank, hidden=source.width)
         tensors_of_run = _directions(result)
         if options.original.enabled:
             fro_sq, eig_dirs = original_quantities(heads, topk)
             tensors_of_run |= {"original_fro_sq": fro_sq, "original_eig_dirs": eig_dirs}
         for name, value in tensors_of_run.items():
-            kept.setdefault(name, []).append(value.cpu().unflatten(0, (len(run), -1)))
+            kept.setdefault(name, []).append(value.cpu().unflatten(0, (len(block), -1)))
     write_table(table, [pa.Table.from_pylist(rows, schema=_SHARD)], provenance)
     with written_whole(tensors) as file:
         torch.save({"layers": list(layers)} | {name: torch.cat(values) for name, values in kept.items()}, file)

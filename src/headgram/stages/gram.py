@@ -13,7 +13,7 @@ import numpy as np
 import pyarrow as pa
 import torch
 
-from headgram.geometry.batches import at_once, in_blocks
+from headgram.geometry.blocks import at_once, in_fitting_blocks
 from headgram.geometry.inner import Precision, inner_products
 from headgram.geometry.same_index import same_index_products
 from headgram.results.asked import still_asked_for
@@ -71,7 +71,7 @@ def measure_row(
         table = _finished(path, provenance)
         if table is None:
             if all_pairs:
-                table = in_blocks(device, partial(_all_pairs, source, own, other, precision, device))
+                table = in_fitting_blocks(device, partial(_all_pairs, source, own, other, precision, device))
             else:
                 table = _same_index(source, own, other, precision, device)
             write_table(path, [table], provenance)

@@ -13,44 +13,44 @@ from headgram.geometry.costs import KEPT_SPANS
 from headgram.geometry.spans import Spans, joined, kernels, spans
 from headgram.results.paths import between_streams
 from headgram.results.tables import KERNELS, labelled
-from headgram.stages.sources import Sources
+from headgram.stages.extracted import ExtractedModel
 
 #: Of every role its circuit, and the side of the form that it is.
 _ROLES = {"query": ("qk", "b"), "key": ("qk", "a"), "value": ("ov", "b"), "output": ("ov", "a")}
 
 
-def kernel_tables(sources: Sources, device: str, size: int) -> Iterator[pa.Table]:
+def kernel_tables(extracted: ExtractedModel, device: str, size: int) -> Iterator[pa.Table]:
     """Of every stack, in blocks of at most so many bytes; every two spans of one residual stream once."""
     yield KERNELS.empty_table()
-    for stack in sources.stacks:
+    for stack in extracted.stacks:
         crossing = between_streams(stack)  # keys and values are of another stream then
         for roles in [("query", "output"), ("key", "value")] if crossing else [tuple(_ROLES)]:
-            yield from _tables(stack, roles, sources, device, size)
+            yield from _tables(stack, roles, extracted, device, size)
 
 
-def _tables(stack: str, roles: tuple[str, ...], sources: Sources, device: str, size: int) -> Iterator[pa.Table]:
-    folded = all(sources.folds(stack, circuit) for circuit in ("qk", "ov"))
-    files = {role: sources.files(stack, _ROLES[role][0], folded) for role in roles}
+def _tables(stack: str, roles: tuple[str, ...], extracted: ExtractedModel, device: str, size: int) -> Iterator[pa.Table]:
+    folded = all(extracted.folds(stack, circuit) for circuit in ("qk", "ov"))
+    files = {role: extracted.files(stack, _ROLES[role][0], folded) for role in roles}
     first = next(iter(files.values()))
     of_layer = sum(file.kv_heads if role in ("key", "value") else file.heads for role, file in files.items())
     most = max(1, size // (4 * of_layer * max(file.rank for file in files.values()) * first.width))
-    runs = [first.layers[start : start + most] for start in range(0, len(first.layers), most)]
+    blocks = [first.layers[start : start + most] for start in range(0, len(first.layers), most)]
 
     @lru_cache(maxsize=KEPT_SPANS[torch.device(device).type])
-    def found(run: int) -> tuple[Spans, dict[str, np.ndarray]]:
+    def found(which: int) -> tuple[Spans, dict[str, np.ndarray]]:
         """The spans of all roles of some layers, and which each is."""
         factors = [
-            torch.cat([getattr(file.read([layer]), _ROLES[role][1]).to(device) for layer in runs[run]])
+            torch.cat([getattr(file.read([layer]), _ROLES[role][1]).to(device) for layer in blocks[which]])
             for role, file in files.items()
         ]
         counts = [len(each) for each in factors]
-        layers = np.concatenate([np.repeat(runs[run], count // len(runs[run])) for count in counts])
-        heads = np.concatenate([np.tile(np.arange(count // len(runs[run])), len(runs[run])) for count in counts])
+        layers = np.concatenate([np.repeat(blocks[which], count // len(blocks[which])) for count in counts])
+        heads = np.concatenate([np.tile(np.arange(count // len(blocks[which])), len(blocks[which])) for count in counts])
         places = {"role": np.repeat(np.arange(len(roles)), counts), "layer": layers, "head": heads}
         return joined([spans(each) for each in factors]), places
 
-    for i in range(len(runs)):
-        for j in range(i, len(runs)):
+    for i in range(len(blocks)):
+        for j in range(i, len(blocks)):
             (x, of_x), (y, of_y) = found(i), found(j)
             kernel, z = (each.numpy() for each in kernels(x, y))
             a, b = np.triu_indices(len(kernel), 1) if i == j else (each.ravel() for each in np.indices(kernel.shape))

@@ -13,7 +13,7 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
-from headgram.geometry.batches import in_blocks
+from headgram.geometry.blocks import in_fitting_blocks
 from headgram.geometry.drift import Drift, drift, joined
 from headgram.geometry.inner import inner_products
 from headgram.geometry.matches import matches
@@ -66,9 +66,9 @@ def write_pair(
     Raises
     ------
     HeadgramError
-        If an artifact is damaged or belongs to another run.
+        If an artifact is damaged or has another key than the job was told.
     """
-    before, after = checked(sides, provenance)
+    before, after = open_sides(sides, provenance)
     over_layers = options.gram.pairs == "all"
     found = [measure(place, before[place], after[place], over_layers, provenance.device) for place in after]
     provenance = replace(provenance, precision="float64; of matches, float32 where accurate")
@@ -77,13 +77,13 @@ def write_pair(
     seal(record, provenance, list(tables.values()))
 
 
-def checked(sides: Sequence[Mapping[Place, FactorsAndDirections]], provenance: Provenance) -> list[dict[Place, Measured]]:
+def open_sides(sides: Sequence[Mapping[Place, FactorsAndDirections]], provenance: Provenance) -> list[dict[Place, Measured]]:
     """What the files of both models hold; they are of the artifacts whose keys a pair's key follows from.
 
     Raises
     ------
     HeadgramError
-        If an artifact is damaged or belongs to another run.
+        If an artifact is damaged or has another key than the job was told.
     """
     circuits = list(dict.fromkeys(circuit for circuit, _ in sides[0]))
     keys = iter(provenance.recipe.upstream)
@@ -130,7 +130,7 @@ def measure(place: Place, before: Measured, after: Measured, over_layers: bool, 
         blocks = [block for layer in new.layers for block in new.blocks([layer], size)]
         return joined([drift(old.read(*block, device=device), new.read(*block, device=device)) for block in blocks])
 
-    found = in_blocks(device, drifts)
+    found = in_fitting_blocks(device, drifts)
     heads = {"layer": np.repeat(new.layers, new.heads), "head": np.tile(np.arange(new.heads), len(new.layers))}
     columns = {
         **heads,
@@ -169,7 +169,7 @@ def _matches(old: FactorFiles, new: FactorFiles, found: Drift, over_layers: bool
     norms = found.norm_after, found.norm_before
 
     def cosines(some: Sequence[int], rows: slice) -> Tensor:
-        return in_blocks(device, partial(_cosines, new, old, some, (norms[0][rows], norms[1][rows]), device))
+        return in_fitting_blocks(device, partial(_cosines, new, old, some, (norms[0][rows], norms[1][rows]), device))
 
     if over_layers:
         whole = cosines(layers, slice(None))

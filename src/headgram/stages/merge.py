@@ -16,7 +16,7 @@ import torch
 from headgram.errors import HeadgramError
 from headgram.geometry.ratios import cosines
 from headgram.results.files import scratch, written_whole
-from headgram.results.original import directions_path, write_seed_files
+from headgram.results.original import directions_path, write_original_files
 from headgram.results.paths import Place
 from headgram.results.record import Provenance, Record, check, record_of, seal
 from headgram.results.tables import (
@@ -55,7 +55,7 @@ class MergedFiles:
     gram: Path
     pairs: Path
     directions: Path
-    seed: Path  # the JSON; its directions lie beside it
+    original: Path  # the JSON; its directions lie beside it
     record: Path
 
 
@@ -82,7 +82,7 @@ def merge(
     Raises
     ------
     HeadgramError
-        If an artifact is damaged or belongs to another run.
+        If an artifact is damaged or has another key than the job was told.
     """
     circuits = list(dict.fromkeys(circuit for circuit, _ in parts))
     keys = iter(provenance.recipe.upstream)
@@ -116,9 +116,9 @@ def merge(
             torch.save(by_circuit, file)
         written = [atlas.heads, atlas.spectra, atlas.gram, atlas.pairs, atlas.directions]
         if options.original.enabled and "qk" in circuits:
-            main = next(place for place in parts if place[0] == "qk")  # the script knows one stack per model: the first
-            _write_seed(atlas.seed, provenance.model, shards[main], rows[main], directions[main])
-            written += [atlas.seed, directions_path(atlas.seed)]
+            main = next(place for place in parts if place[0] == "qk")  # the original knows one stack per model: the first
+            _write_original(atlas.original, provenance.model, shards[main], rows[main], directions[main])
+            written += [atlas.original, directions_path(atlas.original)]
     worst = max(record.residual or 0.0 for record in records["eigen"])
     jobs = {stage: _summary(found) for stage, found in records.items()}
     seal(atlas.record, replace(provenance, residual=worst), written, {"jobs": jobs})
@@ -261,11 +261,11 @@ def _public(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return {name: value for name, value in tensors.items() if not name.startswith("original_")}
 
 
-def _write_seed(path: Path, model: str, shards: pa.Table, rows: pa.Table, directions: Mapping[str, torch.Tensor]) -> None:
+def _write_original(path: Path, model: str, shards: pa.Table, rows: pa.Table, directions: Mapping[str, torch.Tensor]) -> None:
     eig_dirs = directions["original_eig_dirs"]
     layers, heads = eig_dirs.shape[:2]
     eigenvalues = torch.from_numpy(_matrix(shards, "symmetric_eigenvalues").copy())
-    write_seed_files(
+    write_original_files(
         path,
         model,
         head_dim=int(shards["rank"][0].as_py()),

@@ -36,7 +36,7 @@ def render(model: str, tables: Mapping[str, Path], records: Sequence[Path], rend
     Raises
     ------
     HeadgramError
-        If a table is damaged or belongs to another run.
+        If a table is damaged or has another key than the job was told.
     """
     for record, key in zip(records, provenance.recipe.upstream, strict=True):
         check(record, key, reads=tables.values())

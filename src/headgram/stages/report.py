@@ -16,7 +16,7 @@ from headgram.results.record import Provenance, Record, check, record_of, seal
 
 
 @dataclass(frozen=True)
-class Source:
+class ReportedModel:
     """What a report reads of one model.
 
     Attributes
@@ -29,7 +29,7 @@ class Source:
         Records.
     """
 
-    model: str
+    name: str
     tables: Mapping[str, Path]
     data: Path
     merged: Path
@@ -64,7 +64,9 @@ class ReportFiles:
     record: Path
 
 
-def write_report(shell: Path, sources: Sequence[Source], lineages: Lineages, report: ReportFiles, provenance: Provenance) -> None:
+def write_report(
+    shell: Path, models: Sequence[ReportedModel], lineages: Lineages, report: ReportFiles, provenance: Provenance
+) -> None:
     """Write the page and the figures of all models; the record names the rendered models' records, too.
 
     Parameters
@@ -75,41 +77,44 @@ def write_report(shell: Path, sources: Sequence[Source], lineages: Lineages, rep
     Raises
     ------
     HeadgramError
-        If a file that is read is damaged or belongs to another run.
+        If a file that is read is damaged or has another key than the job was told.
     """
     keys = iter(provenance.recipe.upstream)
     check(record_of(shell), next(keys), reads=[shell])
     origins, summaries, packs = {}, {}, {}
     held = 0
-    for source in sources:
-        derived = [source.tables[name] for name in ("models", "layers")]
-        drawn = any(source.model in models for models in lineages.models.values())
-        origins[source.model] = _origin(check(source.merged, next(keys), reads=[source.tables["heads"]] if drawn else ()))
-        check(source.derived, next(keys), reads=derived)
-        check(source.rendered, next(keys), reads=[source.data])
-        summaries[source.model] = read_summaries(source.tables)
-        text = from_beside(source.data.read_text(encoding="utf-8"))
+    for model in models:
+        derived = [model.tables[name] for name in ("models", "layers")]
+        drawn = any(model.name in names for names in lineages.models.values())
+        origins[model.name] = _origin(check(model.merged, next(keys), reads=[model.tables["heads"]] if drawn else ()))
+        check(model.derived, next(keys), reads=derived)
+        check(model.rendered, next(keys), reads=[model.data])
+        summaries[model.name] = read_summaries(model.tables)
+        text = from_beside(model.data.read_text(encoding="utf-8"))
         if held + len(text) <= EMBEDDED:
-            packs[source.model] = text
+            packs[model.name] = text
             held += len(text)
     for pair, table in lineages.drift.items():
         check(lineages.records[pair], next(keys), reads=[table])
     first = {model: next(iter(stacks.values())) for model, stacks in summaries.items()}
     texts = {report.figures / f"{name}.svg": drawn for name, drawn in profile_figures(first).items()}
     for i, names in enumerate(lineages.models.values()):
-        texts[report.lineages / f"{i}.js"] = beside(f"lineages/{i}", _steps(names, sources, summaries, lineages))
+        texts[report.lineages / f"{i}.js"] = beside(f"lineages/{i}", _steps(names, models, summaries, lineages))
     texts[report.page] = page(shell.read_text(encoding="utf-8"), index_pack(summaries, origins, lineages.models), packs)
     for path, text in texts.items():
         write_text(path, text)
-    seal(report.record, provenance, [*texts, *(source.rendered for source in sources)])
+    seal(report.record, provenance, [*texts, *(model.rendered for model in models)])
 
 
 def _steps(
-    names: Sequence[str], sources: Sequence[Source], summaries: Mapping[str, Mapping[str, StackSummary]], lineages: Lineages
+    names: Sequence[str],
+    models: Sequence[ReportedModel],
+    summaries: Mapping[str, Mapping[str, StackSummary]],
+    lineages: Lineages,
 ) -> str:
     """What the page draws of one lineage, of the stacks that all of its models have."""
     places = [place for place in summaries[names[0]] if all(place in summaries[name] for name in names)]
-    tables = {source.model: source.tables for source in sources if source.model in names}
+    tables = {model.name: model.tables for model in models if model.name in names}
     drift = {pair: path for pair, path in lineages.drift.items() if set(pair) <= set(names)}
     return steps_pack(names, places, tables, drift)
 

@@ -76,7 +76,7 @@ def measure_rotary(
     Raises
     ------
     HeadgramError
-        If an artifact is damaged or belongs to another run.
+        If an artifact is damaged or has another key than the job was told.
     """
     extract_key, around_key = provenance.recipe.upstream
     stacks = read_around(*around, around_key)

@@ -15,14 +15,14 @@ from headgram.geometry.costs import BLOCK_BYTES
 from headgram.geometry.eigenvalues import Eigenvalues
 from headgram.geometry.token_space import TokenProducts, between_tokens
 from headgram.results.tables import COPYING, TOKEN_PATHS, labelled, read_table
-from headgram.stages.sources import Sources, single
+from headgram.stages.extracted import ExtractedModel, single
 
-#: Of a stack, a circuit and the width of its stream, the products of the tables that its heads meet, and whether all norms
-#: between are in them; None where they meet none.
+#: Given a stack, a circuit and the width of its stream: the products of the token tables that its heads meet, and whether all
+#: norms between are folded in; None if they meet no tokens.
 Met = Callable[[str, str, int], tuple[TokenProducts, bool] | None]
 
 
-def token_paths(sources: Sources, channels: Path | None, met: Met, device: str) -> Iterator[pa.Table]:
+def token_paths(extracted: ExtractedModel, channels: Path | None, met: Met, device: str) -> Iterator[pa.Table]:
     """The rows of every head, circuit by circuit, and of the strongest K-compositions.
 
     Parameters
@@ -31,8 +31,8 @@ def token_paths(sources: Sources, channels: Path | None, met: Met, device: str) 
         The table `channels`, where compositions were measured.
     """
     yield TOKEN_PATHS.empty_table()
-    for stack, circuit in sources.places:
-        files = sources.files(stack, circuit, sources.folds(stack, circuit))
+    for stack, circuit in extracted.places:
+        files = extracted.files(stack, circuit, extracted.folds(stack, circuit))
         if (meeting := met(stack, circuit, files.width)) is not None:
             tables, whole = meeting
             for block in files.blocks(files.layers, BLOCK_BYTES["cpu"]):
@@ -44,14 +44,14 @@ def token_paths(sources: Sources, channels: Path | None, met: Met, device: str) 
         pairs = read_table(channels)
         pairs = pairs.filter((pc.field("kind") == "k") & (pc.field("writer") == pc.field("stack")))
         for stack in pairs["stack"].unique().to_pylist():
-            if (meeting := met(stack, "qk", sources.files(stack, "qk", False).width)) is not None:
-                yield _compositions(sources, stack, pairs.filter(pc.field("stack") == stack), meeting[0], device)
+            if (meeting := met(stack, "qk", extracted.files(stack, "qk", False).width)) is not None:
+                yield _compositions(extracted, stack, pairs.filter(pc.field("stack") == stack), meeting[0], device)
 
 
-def _compositions(sources: Sources, stack: str, pairs: pa.Table, tables: TokenProducts, device: str) -> pa.Table:
+def _compositions(extracted: ExtractedModel, stack: str, pairs: pa.Table, tables: TokenProducts, device: str) -> pa.Table:
     """The strongest K-compositions of a stack, in the coordinates in which they were measured."""
-    fold = sources.folds(stack, "qk") and sources.folds(stack, "ov")
-    ov, qk = (sources.files(stack, circuit, fold) for circuit in ("ov", "qk"))
+    fold = extracted.folds(stack, "qk") and extracted.folds(stack, "ov")
+    ov, qk = (extracted.files(stack, circuit, fold) for circuit in ("ov", "qk"))
     forms = composed("k", single(ov, pairs, "a", device), single(qk, pairs, "b", device))
     places = {name: pairs[f"{name}_b"].to_numpy() for name in ("layer", "head")}
     places |= {f"{name}_a": pairs[f"{name}_a"].to_numpy() for name in ("layer", "head")}

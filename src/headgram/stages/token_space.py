@@ -24,7 +24,7 @@ from headgram.results.factors import FactorFiles
 from headgram.results.paths import Place
 from headgram.results.record import Provenance, seal
 from headgram.results.tables import CHANGES, DRIFT, MATCHES, at_place, write_table
-from headgram.stages.lineage import FactorsAndDirections, checked, matched
+from headgram.stages.lineage import FactorsAndDirections, matched, open_sides
 from headgram.stages.tokens import TABLES, unread
 
 if TYPE_CHECKING:
@@ -35,7 +35,7 @@ _SLICE_BYTES = 64 * 2**20
 
 
 @dataclass(frozen=True)
-class Source:
+class LockedSource:
     """A model's name, and the arguments of `open_checkpoint`, as locked."""
 
     model: str
@@ -44,7 +44,7 @@ class Source:
 
 def write_pair(
     sides: Sequence[Mapping[Place, FactorsAndDirections]],
-    sources: Sequence[Source],
+    sources: Sequence[LockedSource],
     tables: Mapping[str, Path],
     record: Path,
     options: Config,
@@ -63,9 +63,9 @@ def write_pair(
     ------
     HeadgramError
         If a model has no embedding or no tokenizer that can be read, both have fewer than two tokens in common, or an artifact is
-        damaged or belongs to another run.
+        damaged or has another key than the job was told.
     """
-    old, new = checked(sides, provenance)
+    old, new = open_sides(sides, provenance)
     with ExitStack() as opened:
         checkpoints = [opened.enter_context(_opened(source)) for source in sources]
         rows = _common_rows(checkpoints, [source.model for source in sources])
@@ -90,7 +90,7 @@ def write_pair(
     seal(record, provenance, list(tables.values()))
 
 
-def _opened(source: Source) -> Checkpoint:
+def _opened(source: LockedSource) -> Checkpoint:
     try:
         return open_checkpoint(**source.opening)
     except HeadgramError as error:

@@ -29,7 +29,7 @@ from headgram.geometry.token_space import TokenProducts, centred_gram
 from headgram.results.paths import Place, between_streams
 from headgram.results.record import Provenance, check, seal
 from headgram.results.tables import TOKENS, labelled, write_table
-from headgram.stages.sources import Sources
+from headgram.stages.extracted import ExtractedModel
 from headgram.stages.token_paths import Met, token_paths
 
 if TYPE_CHECKING:
@@ -72,7 +72,7 @@ class Written:
 def find_tokens(
     directions: Artifact,
     channels: Artifact | None,
-    sources: Sources,
+    extracted: ExtractedModel,
     written: Written,
     source: Mapping[str, Any],
     options: Config,
@@ -86,7 +86,7 @@ def find_tokens(
         Of the merge.
     channels
         The table of that name, where compositions were measured.
-    sources
+    extracted
         The extracted weights of all circuits and stacks, and what stands around them.
     source
         The arguments of `open_checkpoint`, as locked.
@@ -96,7 +96,8 @@ def find_tokens(
     Raises
     ------
     HeadgramError
-        If the checkpoint cannot be opened, a tokenizer's file is damaged, or an artifact is damaged or belongs to another run.
+        If the checkpoint cannot be opened, a tokenizer's file is damaged, or an artifact is damaged or has another key than the
+        job was told.
     """
     provenance = replace(provenance, precision="float32")
     try:
@@ -109,7 +110,7 @@ def find_tokens(
             for circuit, stacks in torch.load(directions.checked(), mmap=True, weights_only=True).items():
                 form = Variant.of(circuit)
                 for stack, found in stacks.items():
-                    before = {} if form.norm == FOLDED else sources.norms(stack)
+                    before = {} if form.norm == FOLDED else extracted.norms(stack)
                     for side, table in zip(("left", "right"), TABLES[form.circuit], strict=True):
                         if why := unread(checkpoint.token_tables, table, stack, found[side].shape[-1]):
                             print(f"{circuit}, {stack}, {side}: without tokens: {why}", flush=True)
@@ -125,7 +126,7 @@ def find_tokens(
                             known = before if table == "embedding" else last
                             parts.append(_table((circuit, stack), side, columns, known is not None))
             meeting = _meeting(checkpoint.token_tables, last, provenance.device)
-            paths = list(token_paths(sources, channels.checked() if channels else None, meeting, provenance.device))
+            paths = list(token_paths(extracted, channels.checked() if channels else None, meeting, provenance.device))
     except HeadgramError as error:
         raise HeadgramError(f"model {provenance.model}: {error}") from None
     for path, tables in ((written.tokens, parts), (written.paths, paths)):

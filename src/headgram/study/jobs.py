@@ -139,11 +139,11 @@ def turns(heads: HeadsPlan) -> bool:
 
 
 def _cut(layers: Layers, size: float) -> list[Layers]:
-    """Cut into the fewest runs of at most `size` layers, of nearly equal length."""
+    """Cut into the fewest parts of at most `size` layers, of nearly equal length."""
     count = math.ceil(len(layers) / max(1, int(size)))
     borders = [round(i * len(layers) / count) for i in range(count + 1)]
     return [layers[start:stop] for start, stop in itertools.pairwise(borders)]
 
 
-def _named(runs: list[Layers]) -> dict[str, Layers]:
-    return {f"layers-{run[0]:03d}-{run[-1]:03d}": run for run in runs}
+def _named(parts: list[Layers]) -> dict[str, Layers]:
+    return {f"layers-{part[0]:03d}-{part[-1]:03d}": part for part in parts}

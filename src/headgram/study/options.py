@@ -269,7 +269,7 @@ class Config(_Section):
     results: PlainPath = Field("results", description="The folder that receives every artifact.")
     circuits: Circuits = Field(
         ("qk", "ov"),
-        description="Which forms of a head are measured: `qk`, what it looks for (`W_K^T W_Q`), and `ov`, what it moves "
+        description="Which circuits of heads are measured: `qk`, what it looks for (`W_K^T W_Q`), and `ov`, what it moves "
         "(`W_O W_V`). A model whose values or outputs cannot be read is measured without `ov`, and the run says so.",
     )
     device: Literal["auto", "cpu", "cuda"] = Field(

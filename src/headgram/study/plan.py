@@ -267,11 +267,11 @@ def _recipes(
     found: dict[tuple[str, str], Recipe] = {}
 
     def keys(stage: str, forms: Sequence[str] = ("",)) -> list[str]:
-        """The keys of a stage, of those forms of which it is there."""
+        """The keys of a stage's artifacts, for those of the forms that have one."""
         return [found[stage, form].key for form in forms if (stage, form) in found]
 
     def add(stage: str, upstream: Sequence[str], *told: str, form: str = "", fingerprint: str = entry.fingerprint) -> None:
-        """Add a stage that reads artifacts of these keys, and whose jobs are told more than their options."""
+        """Add a stage that reads artifacts of the keys `upstream`; `told` is what its jobs are told besides their options."""
         options, works = stage_config(stage, config, form or "qk"), digest(code[stage], *told) if told else code[stage]
         found[stage, form] = Recipe(stage, options, fingerprint, works, tuple(upstream))
 

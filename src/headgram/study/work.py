@@ -19,13 +19,13 @@ from headgram.geometry.costs import (
     TENSOR_CORES,
     Route,
     Sizes,
+    block_lengths,
     block_sizes,
     blocks,
     cheapest,
     flops,
     launches,
     pairs_of,
-    runs,
     spectra_flops,
     spectrum_bytes,
     traffic,
@@ -37,7 +37,7 @@ from headgram.study.lock import LockedStack
 from headgram.study.options import Config
 from headgram.study.plan import ModelPlan
 
-#: How often the weights of a batch go through memory while its spectra are measured: products, triangles, directions, checks.
+#: How often the weights of a block go through memory while its spectra are measured: products, triangles, directions, checks.
 _PASSES = 8
 #: The same while the forms of their products are made.
 _PASSES_OF_ENDS = 4
@@ -49,10 +49,11 @@ _PASSES_OF_TURNS = 50
 _QR, _SMALL = 8, 60
 #: The same of how a factor changed, three QR factorisations and two products, and of how a form did, of up to twice its rank.
 _CHANGED_FACTOR, _CHANGED_FORM = 22, 160
-#: Kernels that a GPU is told to run, about: for a batch of spectra, a layer's scores, eigenvalues, and a batch as the original
-#: script has it; for how a layer's forms turn; for ends of compositions, and those that turn; for spans; for pairs that are
-#: looked at closely; for how a layer's heads changed.
+#: About how many kernels a GPU is told to run: for the spectra of a block of heads, the scores of a layer, eigenvalues, the
+#: original script's numbers of a block, and the rotary measures of a layer;
 _SPECTRA, _SCORES, _EIGENVALUES, _ORIGINAL, _TURNING = 356, 78, 20, 87, 380
+#: for what a block of heads reads or writes, the same where positions turn it, spans, pairs that are looked at closely, and the
+#: changes of a layer's heads.
 _ENDS, _TURNED_ENDS, _SPANS, _CLOSELY, _CHANGED = 55, 70, 48, 110, 234
 #: Seconds that PyTorch takes to tell a GPU to run a kernel, at least, whichever GPU it is.
 LAUNCH = 5e-6
@@ -126,7 +127,7 @@ def of_eigen(plan: HeadsPlan, config: Config, circuit: str) -> Work:
     work.memory = _PASSES * 8.0 * layers * 2 * stack.heads * rank * stack.hidden
     at_once = Counter[int]()  # layers that are measured at once
     for shard in plan.shards.values():
-        at_once += runs(len(shard), max(1, LAYERS_BYTES // _layer_bytes(plan, config)))
+        at_once += block_lengths(len(shard), max(1, LAYERS_BYTES // _layer_bytes(plan, config)))
 
     def batches(heads: int) -> int:
         return sum(times * math.ceil(count * stack.heads / max(1, heads)) for count, times in at_once.items())
@@ -155,7 +156,7 @@ def of_gram(plan: HeadsPlan, config: Config) -> Work:
 
 
 def _inner(met: Counter[Sizes], plans: Sequence[HeadsPlan], config: Config) -> Work:
-    """Inner products of blocks of heads of some plans, so many of each sizes."""
+    """What inner products of blocks of heads take. `met` says how many pairs of blocks have each sizes."""
     work, stored = Work(), max(stored_bytes(plan.locked, config) for plan in plans)
     halves = all(plan.locked.dtype == "BF16" and stored_bytes(plan.locked, config) == 2 for plan in plans)
     weights = "float64" if stored == 8 else "bfloat16" if halves else "float32"
@@ -308,7 +309,7 @@ def _kernels(plans: dict[str, HeadsPlan], config: Config) -> Work:
     work = Work()
     for spans in roles:
         most = max(1, BLOCK_BYTES["cuda"] // (4 * spans * rank * stack.hidden))
-        cut = runs(len(stack.layers), most)
+        cut = block_lengths(len(stack.layers), most)
         met = pairs_of(cut)
         read = cut.total() if cut.total() <= KEPT_SPANS["cuda"] else met.total()  # a block that is not kept is read again
         factors = spans * len(stack.layers) * read / cut.total()

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 
-class Sources:
+class ExtractedModel:
     """The extracted factors of some stacks; files are opened when they are asked for.
 
     Parameters
@@ -43,7 +43,7 @@ class Sources:
         weights: Mapping[tuple[str, ...], Path],
         keys: Iterator[str],
         around: tuple[Path, Path] | None,
-    ) -> Sources:
+    ) -> ExtractedModel:
         """The sources of a job.
 
         Parameters

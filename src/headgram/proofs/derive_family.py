@@ -21,7 +21,7 @@ from headgram.proofs.walk import COUNTS, Found, Sighting, look_at, names_on_disk
 
 
 @dataclass(frozen=True)
-class _Run:
+class _LayerSeries:
     """Attention modules of one model whose tensors' names differ in one number: the layer's."""
 
     names: Mapping[str, str]  # with `{layer}`
@@ -30,8 +30,8 @@ class _Run:
     placed: bool
 
 
-def runs_of(found: Sequence[Found]) -> list[_Run]:
-    """The modules of one model, grouped into runs of layers."""
+def layer_series(found: Sequence[Found]) -> list[_LayerSeries]:
+    """The modules of one model, grouped into series of layers."""
     groups: dict[Any, list[Found]] = defaultdict(list)
     for one in found:
         starred = tuple(re.sub(r"(?<=\.)\d+(?=\.)", "*", name) for name in one.names.values())
@@ -48,7 +48,9 @@ def runs_of(found: Sequence[Found]) -> list[_Run]:
         for members in parts.values():
             first = members[0][1]
             names = {role: _template(name, place) for role, name in first.names.items()}
-            made.append(_Run(names, tuple(sorted(layer for layer, _ in members)), first, any(one.placed for _, one in members)))
+            made.append(
+                _LayerSeries(names, tuple(sorted(layer for layer, _ in members)), first, any(one.placed for _, one in members))
+            )
     return made
 
 
@@ -60,7 +62,7 @@ def _template(name: str, place: int | None) -> str:
 
 
 def stacks_of(sightings: Sequence[Sighting]) -> tuple[list[dict[str, Any]], list[str]]:
-    """The rules of every run of layers that all models of one class have, and what stands in the way of others."""
+    """The rules of every series of layers that all models of one class have, and what stands in the way of others."""
     tables = [_table(sighting) for sighting in sightings]
     problems = [problem for sighting in sightings for problem in sighting.problems]
     rules: list[dict[str, Any]] = []
@@ -68,25 +70,28 @@ def stacks_of(sightings: Sequence[Sighting]) -> tuple[list[dict[str, Any]], list
         if any(key not in table for table in tables):
             problems.append(f"{key[0]}: not in every model")
             continue
-        runs = [table[key] for table in tables]
-        configs = [_at(sighting.config, runs[0].one.section) for sighting in sightings]
-        sections = [stated(at_layer(config.to_dict(), run.layers[0])) for config, run in zip(configs, runs, strict=True)]
+        series = [table[key] for table in tables]
+        configs = [_at(sighting.config, series[0].one.section) for sighting in sightings]
+        sections = [stated(at_layer(config.to_dict(), each.layers[0])) for config, each in zip(configs, series, strict=True)]
         try:
-            rules.append(_rule(runs, sections, configs, key[-1]))
-            rules[-1]["inner_type"] = _inner_type(sightings[0].config, runs[0].one.section)
+            rules.append(_rule(series, sections, configs, key[-1]))
+            rules[-1]["inner_type"] = _inner_type(sightings[0].config, series[0].one.section)
         except HeadgramError as error:
-            problems.append(f"{runs[0].one.module}: {error}")
+            problems.append(f"{series[0].one.module}: {error}")
     _name(rules)
     return rules, list(dict.fromkeys(problems))
 
 
-def _table(sighting: Sighting) -> dict[tuple[Any, ...], _Run]:
-    """The runs of one model by what they are in all models; where layers have counts of their own, by their kinds too."""
+def _table(sighting: Sighting) -> dict[tuple[Any, ...], _LayerSeries]:
+    """The series of layers of one model, by what is the same in every model of the class.
+
+    That is: names, layout, section, kind of attention; where layers have counts of their own, also the kinds of the layers.
+    """
     table = {}
-    for run in runs_of(sighting.found):
-        config = _at(sighting.config, run.one.section)
-        kinds = _kinds(config, run.layers) if config.to_dict().get("per_layer_config") else ()
-        table[tuple(run.names.values()), run.one.layout, run.one.section, run.one.kind, kinds] = run
+    for each in layer_series(sighting.found):
+        config = _at(sighting.config, each.one.section)
+        kinds = _kinds(config, each.layers) if config.to_dict().get("per_layer_config") else ()
+        table[tuple(each.names.values()), each.one.layout, each.one.section, each.one.kind, kinds] = each
     return table
 
 
@@ -111,9 +116,9 @@ def _at(config: Any, path: str) -> Any:
 
 
 def _rule(
-    runs: Sequence[_Run], sections: Sequence[Mapping[str, Any]], configs: Sequence[Any], kinds: tuple[str, ...]
+    series: Sequence[_LayerSeries], sections: Sequence[Mapping[str, Any]], configs: Sequence[Any], kinds: tuple[str, ...]
 ) -> dict[str, Any]:
-    first = runs[0]
+    first = series[0]
     names = list(first.names.values())
     path = names[0]
     declared = {field.name for field in fields(type(configs[0]))}
@@ -121,7 +126,7 @@ def _rule(
     def named(what: str, values: Sequence[int]) -> str | None:
         return name_of_count(what, values, sections, path, declared)
 
-    counts = {what: [run.one.counts[what] for run in runs] for what in COUNTS}
+    counts = {what: [each.one.counts[what] for each in series] for what in COUNTS}
     block = _common(
         [name.split("{layer}.")[0] + "{layer}." if "{layer}" in name else name.rpartition(".")[0] + "." for name in names]
     )
@@ -134,8 +139,8 @@ def _rule(
         raise HeadgramError(f"a tensor is called {names[0]}")
     if first.one.section:
         rule["config"] = first.one.section
-    lengths = [len(config.layer_types) if kinds else len(run.layers) for config, run in zip(configs, runs, strict=True)]
-    whole = bool(kinds) or all(run.layers == tuple(range(len(run.layers))) for run in runs)
+    lengths = [len(config.layer_types) if kinds else len(each.layers) for config, each in zip(configs, series, strict=True)]
+    whole = bool(kinds) or all(each.layers == tuple(range(len(each.layers))) for each in series)
     layers = named("layers", lengths) if whole else None
     if kinds:
         rule["layer_types"] = kinds
@@ -183,7 +188,7 @@ def _rule(
     }
     rule["at"] = first.layers[:1]
     rule["kind"], rule["notes"], rule["path"] = first.one.kind, first.one.notes, first.one.module
-    rule["placed"] = any(run.placed for run in runs)
+    rule["placed"] = any(each.placed for each in series)
     return rule
 
 

@@ -13,7 +13,7 @@ WEIGHTS = torch.randn(3, 8, 4, 24, generator=torch.Generator().manual_seed(0)).b
 
 @pytest.fixture(autouse=True)
 def _at_once(monkeypatch):
-    monkeypatch.setattr("headgram.geometry.batches.ONE_BY_ONE", ())
+    monkeypatch.setattr("headgram.geometry.blocks.ONE_BY_ONE", ())
 
 
 def with_memory_for(monkeypatch, module, name: str, most: int, size, error=OUT_OF_MEMORY) -> list[int]:
@@ -32,7 +32,7 @@ def with_memory_for(monkeypatch, module, name: str, most: int, size, error=OUT_O
 
 def test_spectra(monkeypatch, caplog):
     whole = headgram.spectrum(WEIGHTS[0], WEIGHTS[1, :2])
-    asked = with_memory_for(monkeypatch, spectra, "_measure_batch", 3, lambda q, *_: len(q))
+    asked = with_memory_for(monkeypatch, spectra, "_measure_block", 3, lambda q, *_: len(q))
     halved = headgram.spectrum(WEIGHTS[0], WEIGHTS[1, :2])
     assert asked == [8, 8, 4, 4, 2, 2, 2, 2]  # each once more after memory was given back
     assert caplog.messages == [
@@ -63,7 +63,7 @@ def test_inner_products(monkeypatch, caplog, precision, kv_heads, same):
 
 
 def test_where_one_head_is_too_much_it_is_said(monkeypatch):
-    with_memory_for(monkeypatch, spectra, "_measure_batch", 0, lambda q, *_: len(q))
+    with_memory_for(monkeypatch, spectra, "_measure_block", 0, lambda q, *_: len(q))
     with pytest.raises(
         headgram.HeadgramError, match=r"There is too little memory for one head \(CUDA out of memory. Tried to all"
     ):
@@ -78,20 +78,20 @@ def test_where_one_head_is_too_much_it_is_said(monkeypatch):
     ],
 )
 def test_other_libraries_say_it_otherwise(monkeypatch, error):
-    asked = with_memory_for(monkeypatch, spectra, "_measure_batch", 4, lambda q, *_: len(q), error)
+    asked = with_memory_for(monkeypatch, spectra, "_measure_block", 4, lambda q, *_: len(q), error)
     headgram.spectrum(WEIGHTS[0], WEIGHTS[1])
     assert asked == [8, 8, 4, 4]
 
 
 def test_what_fits_once_memory_was_given_back_is_not_halved(monkeypatch, caplog):
     left = iter([0])
-    asked = with_memory_for(monkeypatch, spectra, "_measure_batch", 7, lambda q, *_: len(q) - next(left, 1))
+    asked = with_memory_for(monkeypatch, spectra, "_measure_block", 7, lambda q, *_: len(q) - next(left, 1))
     headgram.spectrum(WEIGHTS[0], WEIGHTS[1])
     assert asked == [8, 7]
     assert not caplog.messages
 
 
 def test_other_errors_are_not_taken_for_it(monkeypatch):
-    with_memory_for(monkeypatch, spectra, "_measure_batch", 0, lambda q, *_: len(q), RuntimeError("a bug"))
+    with_memory_for(monkeypatch, spectra, "_measure_block", 0, lambda q, *_: len(q), RuntimeError("a bug"))
     with pytest.raises(RuntimeError, match="a bug"):
         headgram.spectrum(WEIGHTS[0], WEIGHTS[1])

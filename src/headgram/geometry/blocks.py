@@ -1,4 +1,4 @@
-"""Work in batches that fit in memory: a CPU takes small pieces one by one, a GPU all at once."""
+"""Work in blocks that fit in memory: a CPU takes small ones one after the other, a GPU as much as fits."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from headgram.geometry.costs import BLOCK_BYTES
 ONE_BY_ONE = ("cpu",)
 
 #: Bytes of the float64 factors of so many heads as are worked on together: on a CPU they should stay in a cache.
-PIECE_BYTES = {"cpu": 16 * 2**20, "cuda": 2**30}
+FACTOR_BYTES = {"cpu": 16 * 2**20, "cuda": 2**30}
 
 #: Bytes of a block of heads that is not halved: few models have a head of more.
 LEAST_BLOCK = 2**20
@@ -40,7 +40,7 @@ def at_once(device: torch.device) -> bool:
     return device.type not in ONE_BY_ONE
 
 
-def in_batches(indices: range, size: int, measure: Callable[[slice], Result]) -> Iterator[Result]:
+def by_blocks(indices: range, size: int, measure: Callable[[slice], Result]) -> Iterator[Result]:
     """Results of at most `size` neighbouring indices at a time, in order; half as many where memory runs out.
 
     Raises
@@ -59,7 +59,7 @@ def in_batches(indices: range, size: int, measure: Callable[[slice], Result]) ->
         start += size
 
 
-def in_blocks(device: str, measure: Callable[[int], Result]) -> Result:
+def in_fitting_blocks(device: str, measure: Callable[[int], Result]) -> Result:
     """What is measured of blocks of heads, given how many bytes a block may have; of smaller ones where memory runs out.
 
     Raises

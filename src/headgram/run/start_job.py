@@ -1,6 +1,6 @@
 """Starts a job's script in a copy of the run's warm process (`headgram.run.forkserver`), or by itself where there is none.
 
-    python -I -S start.py SCRIPT ARGUMENT...
+    python -I -S start_job.py SCRIPT ARGUMENT...
 
 Every job begins here, so it imports little of the standard library and nothing else: it takes a hundredth of a second.
 """
@@ -33,7 +33,7 @@ def hand_over(arguments: list[str]) -> None:
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as server:
         try:
             server.connect(f"\0{address}")
-            if not is_ours(server):
+            if not is_same_user(server):
                 return  # the server is gone, and somebody took its name
             request = {"arguments": arguments, "folder": os.getcwd(), "environment": dict(os.environ)}  # noqa: PTH109
             socket.send_fds(server, [b"-"], [0, 1, 2])
@@ -50,7 +50,7 @@ def hand_over(arguments: list[str]) -> None:
     sys.exit(status[0])
 
 
-def is_ours(peer: socket.socket) -> bool:
+def is_same_user(peer: socket.socket) -> bool:
     """Whether the other side is the same user: the name of an abstract socket is known to all, and has no permissions."""
     credentials = peer.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
     return bool(_CREDENTIALS.unpack(credentials)[1] == os.getuid())
