@@ -182,8 +182,8 @@ class _Descriptions(Walk):
 def _strided(storage: Any, offset: Any, shape: Any, stride: Any, dtype: str | None = None) -> StoredTensor:
     if not isinstance(storage, _Storage) or not _sizes((offset,)) or not _sizes(shape) or not _sizes(stride):
         raise ValueError("a tensor with a storage, an offset, a shape or strides that no tensor has")
-    if len(shape) != len(stride):
-        raise ValueError("a tensor with other strides than axes")
+    if len(shape) != len(stride) or math.prod(filter(None, shape)) >= 2**48:
+        raise ValueError("a tensor with other strides than axes, or with a shape that no memory holds")
     stored_bytes = storage.numel * BYTES[storage.dtype]
     tensor = StoredTensor(storage.record, stored_bytes, dtype or storage.dtype, offset, shape, stride)
     if max(math.prod(shape), tensor.elements.stop) * BYTES[tensor.dtype] > stored_bytes:
