@@ -26,6 +26,7 @@ from headgram.study.resolve import resolve
 
 PLAIN = llama_tensors()
 QUERY = "model.layers.0.self_attn.q_proj.weight"
+NORM = "model.layers.0.input_layernorm.weight"
 
 
 def saved(folder, state: dict):
@@ -105,6 +106,12 @@ def sized(table: Metadata, *sizes: int) -> None:
     query(table).size = torch.Size(sizes)
 
 
+def sized_norm(table: Metadata, *sizes: int) -> None:
+    """Of a norm, whose bytes are locked before its shape matters."""
+    norm = table.state_dict_metadata[NORM]
+    norm.size, norm.chunks = torch.Size(sizes), []
+
+
 def same_place(table: Metadata) -> None:
     """A few bytes that would make up a tensor of any size."""
     first, *others = (entry for index, entry in table.storage_data.items() if index.fqn == QUERY)
@@ -130,7 +137,10 @@ DAMAGE = {
     "a piece is no file": (lambda t: place(t, "offset", 1), "not a whole torch file|are the same bytes of"),
     "a piece is compressed": (lambda t: place(t, "transform_descriptors", ["zstd"]), "stored compressed"),
     "a piece leaves the tensor": (lambda t: sized(t, 32, 31), "not inside of it"),
-    "a huge tensor": (lambda t: sized(t, 2**30, 2**30), "disagree|too small"),
+    "a large tensor": (lambda t: sized(t, 2**20, 2**20), "disagree|too small"),
+    "a huge tensor": (lambda t: sized(t, 2**30, 2**30), "has a shape that no memory holds"),
+    "a huge tensor of no numbers": (lambda t: sized_norm(t, 0, 2**40, 2**40), "has a shape that no memory holds"),
+    "a tensor with too many axes": (lambda t: sized_norm(t, *[0] * 70), "no whole numbers"),
     "another type": (lambda t: setattr(query(t).properties, "dtype", torch.float32), "another type or shape|too small"),
     "a piece claims more bytes than its file has": (lambda t: place(t, "length", 2**44), "is missing: fetch all files"),
     "all pieces are one place": (same_place, "are the same bytes of"),

@@ -178,6 +178,13 @@ def test_configurations_that_disagree_with_the_tensors(tmp_path, changes):
     assert_refused(write(tmp_path, single(llama_tensors(), **changes)))
 
 
+@pytest.mark.parametrize("model_type", ["kimi_linear", "embedding_gemma2_text"])
+def test_a_configuration_of_which_no_layer_has_attention(tmp_path, model_type):
+    kinds = {"layer_types": ["linear_attention"] * 2}
+    write(tmp_path, {**single(llama_tensors()), "config.json": config_bytes(model_type=model_type, **kinds)})
+    assert_refused(tmp_path, "should hold attention weights, but this one has none")
+
+
 def test_code_that_a_config_names_is_ignored(tmp_path):
     """`auto_map` makes transformers import a file of the checkpoint."""
     bomb = f"import pathlib; pathlib.Path({str(tmp_path / 'executed')!r}).touch()\n".encode()

@@ -252,6 +252,9 @@ def test_factors_of_short_and_long_contexts_are_those_of_the_model(tmp_path: Pat
             "give no frequencies",
         ),
         ({"rope_parameters": {"rope_type": "linear", "factor": 1e-320}}, "give no frequencies"),
+        ({"rope_parameters": {"rope_theta": 10**400}}, "has the rotary base = 1000000"),
+        ({"rope_parameters": {"rope_theta": math.nan}}, "has the rotary base = nan"),
+        ({"rope_parameters": {"rope_type": "longrope", "short_factor": [10**400] * 6}}, "has short_factor = 1000000"),
     ],
 )
 def test_rotary_parameters_that_cannot_be(tmp_path: Path, changes: dict[str, Any], sentence: str) -> None:
@@ -261,6 +264,18 @@ def test_rotary_parameters_that_cannot_be(tmp_path: Path, changes: dict[str, Any
     with open_checkpoint(tmp_path) as checkpoint, pytest.raises(HeadgramError, match=sentence) as error:
         checkpoint.around("self", 0).rotary()
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("share", [1e308, 10**400, math.inf])
+def test_a_scale_that_no_number_is(tmp_path: Path, share: float) -> None:
+    """The scale of YaRN's attention is a square of what a configuration states."""
+    model, _ = tiny("deepseek_v3")
+    path = saved(model, tmp_path) / "config.json"
+    config = json.loads(path.read_text())
+    config["rope_parameters"] |= {"rope_type": "yarn", "factor": 4.0, "mscale_all_dim": share}
+    path.write_text(json.dumps(config))
+    with open_checkpoint(tmp_path) as checkpoint, pytest.raises(HeadgramError, match="mscale_all_dim|give no scale"):
+        _ = checkpoint.around("self", 0).scale
 
 
 def test_an_odd_number_of_rows_is_no_number_of_pairs() -> None:

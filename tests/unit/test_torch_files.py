@@ -5,6 +5,7 @@ from __future__ import annotations
 import collections
 import io
 import time
+import tracemalloc
 import zipfile
 
 import pytest
@@ -14,6 +15,7 @@ from hostile_files import QUERY, archive, assert_refused, pickled, tensor_pickle
 
 from headgram.checkpoints.bin_store import BinStore
 from headgram.checkpoints.checkpoint import open_checkpoint
+from headgram.families.layouts import Cut
 
 
 def text(value: str) -> bytes:
@@ -42,6 +44,8 @@ def table(value: bytes, name: str = QUERY) -> bytes:
     return archive(b"\x80\x02}" + text(name) + value + b"s.", {"0": bytes(16)})
 
 
+#: Its last two axes have 2**60 numbers together, its first has none.
+NOTHING = b"(" + number(0) + 2 * number(2**30) + b"t"
 NEGATED = b"}" + text("neg") + b"\x88s"
 KINDS = {
     "memory that was never written": call(b"torch\nTensor", number(2), number(2)),
@@ -71,6 +75,9 @@ KINDS = {
     ),
     "a record under another type": call(
         b"torch._utils\n_rebuild_tensor_v2", storage(b"DoubleStorage"), number(0), PAIR, STEPS, b"\x89", HOOKS
+    ),
+    "no numbers in a shape that no memory holds": call(
+        b"torch._utils\n_rebuild_tensor_v2", storage(), number(0), NOTHING, NOTHING, b"\x89", HOOKS
     ),
     "one name twice": PLAIN + b"s" + text(QUERY) + PLAIN,
     "a key that takes for ever to hash": b")" + b"\x86".join(b"q\x01h\x01" for _ in range(100)) + b"\x86" + PLAIN + b"s",
@@ -106,6 +113,32 @@ def test_views_parameters_and_shared_storages_are_read_as_torch_reads_them(tmp_p
             "parameter": torch.nn.Parameter(base + 1), "nothing": torch.zeros(0, 3), "number": torch.tensor([7]),
         },
     )  # fmt: skip
+
+
+def test_strided_tensors_take_no_more_memory_than_their_numbers(tmp_path):
+    """Each of `strided` spreads over all of a storage, of which it is a part or the transpose."""
+    wide = torch.zeros(512, 2048)
+    strided = {"transposed": torch.zeros(512, 512).T, **{f"columns {i}": wide[:, i::4] for i in range(4)}}
+    cut = Cut(0, tuple((row, row + 8) for row in range(0, 512, 16)))
+    torch.save(strided, tmp_path / "m.bin")
+    store = BinStore({"m": tmp_path / "m.bin"})
+    tracemalloc.start()
+    store.keep((name, None) for name in strided)
+    kept = tracemalloc.get_traced_memory()[0]
+    store.keep([])
+    tracemalloc.reset_peak()
+    store.raw("transposed", cut)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    each = store.nbytes("transposed")
+    assert kept < 5.1 * each
+    assert peak < 1.6 * each
+
+
+def test_a_cut_beyond_a_tensor_reads_no_other_memory(tmp_path):
+    torch.save({"a": torch.zeros(4, 4)}, tmp_path / "m.bin")
+    with pytest.raises(ValueError, match="incompatible"):
+        BinStore({"m": tmp_path / "m.bin"}).raw("a", Cut(0, ((2, 2**20),)))
 
 
 def test_a_training_checkpoints_other_values_say_nothing(tmp_path):

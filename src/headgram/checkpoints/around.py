@@ -103,15 +103,12 @@ class Around:
         section = self._known.section
         if rule.refused is not None and section.get(rule.refused) is not None:
             self._lacks("scale", f"{section.whose} states {rule.refused}, which changes it in a way that is not known")
-        base = self._known.dims.rank if rule.config is None else self._number(rule.config)
-        scale: float = rule.value * base**rule.power * self._factor(rule.times)
-        if rule.by_layer is not None and section.get(rule.by_layer):
-            scale /= self.layer + 1
-        stated = section.get("rope_parameters") or section.get("rope_scaling")
-        scaled = isinstance(stated, Mapping) and (stated.get("rope_type") or stated.get("type") or "default") != "default"
-        if rule.mscale and scaled and stated.get("mscale_all_dim"):
-            factor, share = (positive(section, name, stated.get(name)) for name in ("factor", "mscale_all_dim"))
-            scale *= mscale(factor, share) ** 2
+        try:
+            scale = self._scale(rule)
+        except ArithmeticError:
+            scale = math.inf
+        if not 0 < scale < math.inf:
+            self._lacks("scale", f"{section.whose} states numbers that give no scale")
         return scale
 
     @property
@@ -160,6 +157,19 @@ class Around:
     def _planes(self, length: int | None = None) -> Planes | None:
         rule, dims = self._said("rotary"), self._known.dims
         return planes_of(rule, self._known.section, self.layer, dims.rank, dims.sizes.get("nope", 0), length)
+
+    def _scale(self, rule: ScaleRule) -> float:
+        section = self._known.section
+        base = self._known.dims.rank if rule.config is None else self._number(rule.config)
+        scale: float = rule.value * base**rule.power * self._factor(rule.times)
+        if rule.by_layer is not None and section.get(rule.by_layer):
+            scale /= self.layer + 1
+        stated = section.get("rope_parameters") or section.get("rope_scaling")
+        scaled = isinstance(stated, Mapping) and (stated.get("rope_type") or stated.get("type") or "default") != "default"
+        if rule.mscale and scaled and stated.get("mscale_all_dim"):
+            factor, share = (positive(section, name, stated.get(name)) for name in ("factor", "mscale_all_dim"))
+            scale *= mscale(factor, share) ** 2
+        return scale
 
     def _heads(self, role: str) -> int:
         return self._known.dims.heads if role.startswith("query") else self._known.dims.kv_heads

@@ -420,6 +420,11 @@ def open_checkpoint(
         config = Section(stated, architecture)
         store, remarks = unwrapped(store, family, config, given)
         rules = find_rules(store, family, config)
+        if not rules:
+            raise HeadgramError(
+                f"a checkpoint of the family '{family.name}' should hold attention weights, but this one has none: by its "
+                "configuration no layer is of a kind that has them"
+            )
         found = [find_layers(store, rule, prefix, config, {} if rule.tower else given) for rule, prefix in rules]
         stacks = tuple(
             stack_of(store, rule, *each, prefix, config.of(rule)) for (rule, prefix), each in zip(rules, found, strict=True)
@@ -429,8 +434,6 @@ def open_checkpoint(
         tables = _token_tables(store, family, *rules[0], config)
         if tables.contradict:
             remarks = (*remarks, _TWO_TABLES)
-    if not stacks:
-        raise HeadgramError(f"a checkpoint of the family '{family.name}' should hold attention weights, but this one has none")
     if location.base:
         remarks = (f"a LoRA adapter, merged into {location.base}", *remarks)
     if (twin := given.get("twin")) is not None:

@@ -14,7 +14,7 @@ import numpy as np
 from headgram.checkpoints.bin_store import Archive, Numbers
 from headgram.checkpoints.dtypes import BYTES, array_bytes, tensor_of, word_of
 from headgram.checkpoints.local_file import LocalFile
-from headgram.checkpoints.pickle_walk import OTHER, Global, Walk, dtype_of
+from headgram.checkpoints.pickle_walk import OTHER, Global, Walk, are_sizes, dtype_of, is_shape
 from headgram.checkpoints.stores import TensorStore
 from headgram.checkpoints.weight_files import DISTRIBUTED_TABLE
 from headgram.errors import HeadgramError
@@ -147,6 +147,8 @@ def _whole(name: str, fields: Mapping[str, Any], places: Mapping[Any, Mapping[st
     shape = _sizes(fields["size"])
     if kind is None or layout != "torch.strided":
         raise ValueError(f"{name!r:.200} is no plain tensor")
+    if not is_shape(shape):
+        raise ValueError(f"{name!r:.200} has a shape that no memory holds")
     pieces = []
     for chunk in fields["chunks"]:
         offsets, sizes = _sizes(chunk.fields["offsets"]), _sizes(chunk.fields["sizes"])
@@ -171,9 +173,10 @@ def _place_of(index: _Record) -> tuple[str, tuple[int, ...] | None]:
 
 
 def _sizes(values: Any) -> tuple[int, ...]:
-    if not isinstance(values, tuple) or not all(type(value) is int and 0 <= value < 2**48 for value in values):
+    if not are_sizes(values):
         raise ValueError("sizes that are no whole numbers")
-    return values
+    found: tuple[int, ...] = values
+    return found
 
 
 @dataclass

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from headgram.checkpoints.dtypes import BYTES
-from headgram.checkpoints.pickle_walk import OTHER, Global, Walk, dtype_of
+from headgram.checkpoints.pickle_walk import OTHER, Global, Walk, are_sizes, dtype_of, is_shape
 
 #: What torch calls the numbers of a storage, by its name in a pickle.
 _STORAGES = {
@@ -49,7 +49,6 @@ _INERT = (
     "argparse Namespace", "pathlib PosixPath", "pathlib PurePosixPath",
     "numpy dtype", "numpy.core.multiarray scalar", "numpy._core.multiarray scalar", "_codecs encode",
 )  # fmt: skip
-_MOST_AXES = 16
 #: Far more than any checkpoint has; tables may hold each other many times over.
 _MOST_ENTRIES = 1_000_000
 _MOST_TABLES = 10_000
@@ -180,7 +179,7 @@ class _Descriptions(Walk):
 
 
 def _strided(storage: Any, offset: Any, shape: Any, stride: Any, dtype: str | None = None) -> StoredTensor:
-    if not isinstance(storage, _Storage) or not _sizes((offset,)) or not _sizes(shape) or not _sizes(stride):
+    if not isinstance(storage, _Storage) or not are_sizes((offset,)) or not is_shape(shape) or not are_sizes(stride):
         raise ValueError("a tensor with a storage, an offset, a shape or strides that no tensor has")
     if len(shape) != len(stride):
         raise ValueError("a tensor with other strides than axes")
@@ -189,11 +188,6 @@ def _strided(storage: Any, offset: Any, shape: Any, stride: Any, dtype: str | No
     if max(math.prod(shape), tensor.elements.stop) * BYTES[tensor.dtype] > stored_bytes:
         raise ValueError(f"a tensor of shape {shape} that is larger than what is stored of it")
     return tensor
-
-
-def _sizes(values: Any) -> bool:
-    plain = isinstance(values, tuple) and len(values) <= _MOST_AXES
-    return plain and all(type(value) is int and 0 <= value < 2**48 for value in values)
 
 
 def _rebuild(storage: Any = None, offset: Any = None, shape: Any = None, stride: Any = None, *more: Any) -> StoredTensor:

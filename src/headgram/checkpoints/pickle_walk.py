@@ -6,6 +6,7 @@ what may be described. Opcodes that plain data do not need are refused.
 
 from __future__ import annotations
 
+import math
 import pickletools
 from dataclasses import dataclass
 from typing import Any
@@ -18,6 +19,9 @@ _VALUES = (
     "BINUNICODE", "SHORT_BINUNICODE", "SHORT_BINSTRING", "BINSTRING",
 )  # fmt: skip
 _TUPLES = {"TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
+_MOST_AXES = 16
+#: More than any memory holds.
+_MOST_NUMBERS = 2**48
 _MARK = object()
 #: A value that says nothing of tensors.
 OTHER = object()
@@ -34,6 +38,17 @@ def dtype_of(name: str) -> str | None:
     """What torch calls the type of numbers that a name in a pickle means; None if it is the name of anything else."""
     module, _, what = name.partition(" ")
     return what if module == "torch" and what in BYTES else None
+
+
+def are_sizes(values: Any) -> bool:
+    """Whether a tensor may have such offsets, strides or pieces: a whole number for each of a few axes."""
+    plain = isinstance(values, tuple) and len(values) <= _MOST_AXES
+    return plain and all(type(value) is int and 0 <= value < _MOST_NUMBERS for value in values)
+
+
+def is_shape(values: Any) -> bool:
+    """Whether a tensor may have such a shape; NumPy and torch multiply what lies beside an axis of none, too."""
+    return are_sizes(values) and math.prod(filter(None, values)) < _MOST_NUMBERS
 
 
 class Walk:

@@ -7,6 +7,7 @@ proportional (Gemma 4). Multimodal encodings (`mrope`) are plain for text.
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -97,7 +98,7 @@ def positive(section: Section, name: str, value: Any) -> float:
     HeadgramError
         If it is not a positive finite number.
     """
-    if isinstance(value, bool) or not isinstance(value, int | float) or not (math.isfinite(value) and value > 0):
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= sys.float_info.max:
         raise HeadgramError(f"{section.whose} has {name} = {value!r:.60}, which should be a positive number")
     return float(value)
 
