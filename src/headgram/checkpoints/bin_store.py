@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 Numbers = np.ndarray[Any, np.dtype[np.void]]
 #: As which zipfile reports a file that it cannot read.
 _DAMAGE = (zipfile.BadZipFile, struct.error, OSError, EOFError, ValueError, LookupError, NotImplementedError, RuntimeError)
+#: Rows, and columns, of what is copied at once.
 _TILE = 256
 #: A table of 50,000 tensors takes less.
 _LARGEST_PICKLE = 16 * 2**20
