@@ -1,6 +1,6 @@
 """From rows of the manifest to entries of the lock: checkpoints are opened, and what they hold is pinned. Nothing is written.
 
-For known types of models, and weights that are not quantised, that takes no torch.
+That takes no torch for known types of models, if their weights are neither quantised nor in slices of parallel training.
 """
 
 from __future__ import annotations
