@@ -25,7 +25,7 @@ import numpy as np
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "src"))
 
-from headgram.checkpoints.checkpoint import open_checkpoint  # noqa: E402
+from headgram.checkpoints.known import open_checkpoint  # noqa: E402
 from headgram.study.jobs import HeadsPlan  # noqa: E402
 from headgram.study.lock import LockedModel, LockedStack, locked_file, write_lock  # noqa: E402
 from headgram.study.options import load_config, read_options  # noqa: E402

@@ -81,7 +81,7 @@ def main() -> None:
 
 def row(title: str, source: str, count: Callable[[], int] | None = None) -> tuple[str, ...]:
     """What both jobs read of a checkpoint, beside what its queries, keys, values and outputs take there."""
-    from headgram.checkpoints.checkpoint import open_checkpoint
+    from headgram.checkpoints.known import open_checkpoint
     from headgram.forms.circuits import CIRCUITS
 
     with open_checkpoint(source) as checkpoint:  # imports what it takes
@@ -101,7 +101,7 @@ def row(title: str, source: str, count: Callable[[], int] | None = None) -> tupl
 
 def taken(source: str, roles: Sequence[str], digests: Sequence[str], paths: Sequence[Path], count: Callable[[], int]) -> int:
     """The bytes that a job reads that extracts some roles; without roles, that opens the checkpoint and reads no weight."""
-    from headgram.checkpoints.checkpoint import open_checkpoint
+    from headgram.checkpoints.known import open_checkpoint
 
     gc.collect()
     for path in paths:

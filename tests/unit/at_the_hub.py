@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from headgram.checkpoints.checkpoint import open_checkpoint
+from headgram.checkpoints.known import open_checkpoint
 
 REPO = "someone/tiny"
 

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, GPT2LMHeadModel
 from typer.testing import CliRunner
 
 from headgram.checkpoints.adapted_store import merge
-from headgram.checkpoints.checkpoint import open_checkpoint
+from headgram.checkpoints.known import open_checkpoint
 from headgram.cli import app
 from headgram.errors import HeadgramError
 from headgram.study.lock import changes

@@ -10,7 +10,7 @@ import torch
 from adapter_files import KINDS, adapter, base, change, edited
 from safetensors.torch import load_file, save_file
 
-from headgram.checkpoints.checkpoint import open_checkpoint
+from headgram.checkpoints.known import open_checkpoint
 from headgram.errors import HeadgramError
 
 REFUSED = {

@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from headgram.checkpoints.checkpoint import open_checkpoint
+from headgram.checkpoints.known import open_checkpoint
 from headgram.checkpoints.local_file import LocalFile, Span
 from headgram.families import layouts
 from headgram.forms.circuits import CIRCUITS

@@ -8,7 +8,7 @@ import torch
 
 import headgram.families.registry as registry
 from headgram import HeadgramError, open_checkpoint
-from headgram.checkpoints.checkpoint import open_checkpoint as open_by_lock
+from headgram.checkpoints.known import open_checkpoint as open_by_lock
 from headgram.proofs.listed import listed_models
 from headgram.proofs.shrink import walked_models
 from headgram.study.lock import read_lock, write_lock

@@ -9,7 +9,8 @@ import pytest
 from typer.testing import CliRunner
 
 import headgram.stages.extract as stage
-from headgram.checkpoints.checkpoint import Checkpoint, open_checkpoint
+from headgram.checkpoints.checkpoint import Checkpoint
+from headgram.checkpoints.known import open_checkpoint
 from headgram.cli import app
 from headgram.errors import MANIFEST, HeadgramError
 from headgram.results.record import Provenance, Recipe

@@ -15,8 +15,8 @@ import pytest
 from family_models import reconfigured, saved
 from safetensors.torch import load_file, save_file
 
-from headgram.checkpoints.checkpoint import open_checkpoint
 from headgram.checkpoints.dimensions import find_rules
+from headgram.checkpoints.known import open_checkpoint
 from headgram.errors import HeadgramError
 from headgram.families import layouts
 from headgram.families.registry import Family, StackRule, families, family_of, others
@@ -62,7 +62,7 @@ def followed() -> Iterator[set[tuple[str, int, str]]]:
         return found
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("headgram.checkpoints.checkpoint.find_rules", recording)
+        patch.setattr("headgram.checkpoints.known.find_rules", recording)
         yield seen
 
 

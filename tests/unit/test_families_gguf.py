@@ -11,7 +11,7 @@ import torch
 from gguf import GGUFWriter, RopeScalingType
 
 from headgram import HeadgramError
-from headgram.checkpoints.checkpoint import open_checkpoint
+from headgram.checkpoints.known import open_checkpoint
 from headgram.families.around import AROUND
 from headgram.proofs.prove import quiet
 

@@ -262,7 +262,7 @@ def test_further_columns_are_labels(tmp_path):
 
 
 def test_layers_of_several_precisions_keep_them(tmp_path):
-    from headgram.checkpoints.checkpoint import open_checkpoint
+    from headgram.checkpoints.known import open_checkpoint
     from headgram.stages.extract import read_layers
 
     tensors = llama_tensors(3, 4, 2, 8, 32, seed=0)

@@ -14,7 +14,7 @@ from hostile_files import QUERY, assert_refused, write
 from safetensors.torch import save
 from typer.testing import CliRunner
 
-from headgram.checkpoints.checkpoint import open_checkpoint
+from headgram.checkpoints.known import open_checkpoint
 from headgram.checkpoints.safetensors_header import parse_header
 from headgram.checkpoints.vocabulary import token_texts
 from headgram.cli import app

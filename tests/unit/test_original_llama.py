@@ -9,7 +9,7 @@ import torch
 from hostile_files import assert_refused, pickled, write
 from safetensors.torch import save
 
-from headgram.checkpoints.checkpoint import open_checkpoint
+from headgram.checkpoints.known import open_checkpoint
 from headgram.study.manifest import Row
 from headgram.study.resolve import resolve
 

@@ -10,7 +10,7 @@ from hostile_files import assert_refused, pickled, write
 from safetensors.torch import save
 from torch import Tensor
 
-from headgram.checkpoints.checkpoint import open_checkpoint
+from headgram.checkpoints.known import open_checkpoint
 from headgram.families.registry import families, others
 from headgram.study.manifest import Row
 from headgram.study.resolve import resolve

@@ -14,7 +14,7 @@ from compressed_tensors.entrypoints.convert.converters import FP8BlockDequantize
 from quantised_files import HQQ, SIZES, K, Q, assert_means, awq, hqq, pack, quantised, write
 from torch import Tensor
 
-from headgram.checkpoints.checkpoint import open_checkpoint
+from headgram.checkpoints.known import open_checkpoint
 
 
 def fp8_blocks(weight: Tensor, block: int = 128) -> tuple[dict[str, Tensor], Tensor]:

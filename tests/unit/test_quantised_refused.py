@@ -15,7 +15,7 @@ from quantised_files import SIZES, Q, awq, hqq, is_attention, quantised, write
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from headgram.checkpoints.checkpoint import open_checkpoint
+from headgram.checkpoints.known import open_checkpoint
 from headgram.errors import HeadgramError
 
 

@@ -16,7 +16,7 @@ from safetensors.torch import save
 
 from headgram.checkpoints import hub as hub_module
 from headgram.checkpoints import remote
-from headgram.checkpoints.checkpoint import open_checkpoint
+from headgram.checkpoints.known import open_checkpoint
 from headgram.errors import HeadgramError
 from headgram.results.record import Provenance, Recipe
 from headgram.stages.extract import extract
@@ -240,7 +240,7 @@ def test_many_revisions_leave_nothing_on_the_disk(hub, tmp_path):
 
 def test_opening_a_checkpoint_imports_no_transformers(hub, tmp_path):
     hub.add(REPO, single(llama_tensors(), quantization_config={"quant_method": "compressed-tensors"}))
-    code = f"import sys, headgram.checkpoints.checkpoint as c; c.open_checkpoint({REPO!r}); print('transformers' in sys.modules)"
+    code = f"import sys, headgram.checkpoints.known as c; c.open_checkpoint({REPO!r}); print('transformers' in sys.modules)"
     environment = {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path), "PYTHONPATH": ":".join(sys.path), "PATH": ""}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=60, check=True)
     assert done.stdout.strip() == "False"

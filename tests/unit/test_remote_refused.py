@@ -14,7 +14,7 @@ from huggingface_hub import constants
 
 from headgram.checkpoints import answers
 from headgram.checkpoints import hub as hub_module
-from headgram.checkpoints.checkpoint import open_checkpoint
+from headgram.checkpoints.known import open_checkpoint
 from headgram.errors import HeadgramError
 
 

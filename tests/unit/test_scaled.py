@@ -13,7 +13,7 @@ from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
 from quantised_files import K, Q, assert_means, is_attention, quantised, write
 from torch import Tensor
 
-from headgram.checkpoints.checkpoint import open_checkpoint
+from headgram.checkpoints.known import open_checkpoint
 from headgram.errors import HeadgramError
 from headgram.study.manifest import Row
 from headgram.study.resolve import resolve

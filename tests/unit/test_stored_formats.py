@@ -12,7 +12,7 @@ from checkpoint_files import config_bytes, llama_tensors
 from quantised_files import K, Q
 from safetensors.torch import save_file
 
-from headgram.checkpoints.checkpoint import open_checkpoint
+from headgram.checkpoints.known import open_checkpoint
 
 
 def random_gguf(shape: tuple[int, int], kind: gguf.GGMLQuantizationType) -> np.ndarray:

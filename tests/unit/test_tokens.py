@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from test_vocabulary import FILES, READ
 
-from headgram.checkpoints.checkpoint import open_checkpoint
+from headgram.checkpoints.known import open_checkpoint
 from headgram.checkpoints.token_tables import TokenTables
 from headgram.errors import HeadgramError
 from headgram.forms.circuits import CIRCUITS, ov

@@ -14,7 +14,7 @@ from checkpoint_files import config_bytes, llama_tensors
 from hostile_files import QUERY, archive, assert_refused, pickled, tensor_pickle, write
 
 from headgram.checkpoints.bin_store import BinStore
-from headgram.checkpoints.checkpoint import open_checkpoint
+from headgram.checkpoints.known import open_checkpoint
 from headgram.families.layouts import Cut
 
 

@@ -5,7 +5,7 @@ import struct
 
 import pytest
 
-from headgram.checkpoints.checkpoint import open_checkpoint
+from headgram.checkpoints.known import open_checkpoint
 from headgram.checkpoints.vocabulary import token_texts
 from headgram.errors import HeadgramError
 from tiny import write_llama, write_llama_gguf

@@ -12,7 +12,7 @@ from hostile_files import QUERY, archive, assert_refused, pickled, write
 from safetensors.torch import save
 from test_one_answer import inspect
 
-from headgram.checkpoints.checkpoint import open_checkpoint
+from headgram.checkpoints.known import open_checkpoint
 from headgram.checkpoints.wrappers import plain_name
 from headgram.families.registry import families
 from headgram.study.manifest import read_manifest

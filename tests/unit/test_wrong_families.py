@@ -10,7 +10,7 @@ import pytest
 import torch
 from family_models import reconfigured, saved
 
-from headgram.checkpoints.checkpoint import open_checkpoint
+from headgram.checkpoints.known import open_checkpoint
 from headgram.errors import HeadgramError
 from headgram.families import layouts
 from headgram.families.registry import family_of

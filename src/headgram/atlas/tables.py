@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import contextlib
-from functools import lru_cache
 from numbers import Real
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
+from headgram.atlas.current import is_current
 from headgram.described import Described
 from headgram.errors import HeadgramError, doors, require
 from headgram.forms.variants import is_made
 from headgram.results.files import MENDING
 from headgram.results.paths import LINEAGE, OPTIONAL, Results
-from headgram.results.record import read_record
 from headgram.study.manifest import MODEL_NAME
 
 if TYPE_CHECKING:
@@ -57,7 +56,6 @@ class Tables(Described):
         Returns
         -------
         Atlas
-            Of the same folder.
 
         Raises
         ------
@@ -222,7 +220,7 @@ class Tables(Described):
                 raise HeadgramError(f"{path} has other columns than the table '{name}' has now: run `snakemake` again")
             tables.append(table.to_pandas().assign(**keys))
         if not files:
-            keys = dict.fromkeys(("model", "other") if name in LINEAGE else ("model",), "")
+            keys = {"model": "", **({"other": ""} if name in LINEAGE else {})}
             tables = [TABLES[name].empty_table().to_pandas().assign(**keys)]
         joined: pd.DataFrame = pd.concat(tables, ignore_index=True)
         return joined[[*keys, *(column for column in joined if column not in keys)]]
@@ -235,7 +233,6 @@ class Tables(Described):
         Returns
         -------
         list of str
-            Sorted.
 
         Raises
         ------
@@ -249,18 +246,7 @@ class Tables(Described):
         """
         self._require(model)
         paths = Path(self.paths.record("lineage", model, name="*")).parent.glob("*.json")
-        return sorted(path.stem for path in paths if self._is_current(path, model))
-
-    def _is_current(self, comparison: Path, model: str) -> bool:
-        """Whether two models were compared as they are now: the comparison read what their merged tables are made of."""
-        try:
-            upstream = read_record(comparison).upstream
-            merged = [Path(self.paths.record("merge", each)) for each in (comparison.stem, model)]
-            known = [_parts_of(path, path.stat().st_mtime_ns) for path in merged]
-        except (HeadgramError, OSError):
-            return False
-        half = len(upstream) // 2  # the earlier model's keys come first
-        return set(upstream[:half]) <= known[0] and set(upstream[half:]) <= known[1]
+        return sorted(path.stem for path in paths if is_current(path, self.paths, model))
 
     def lineage(self, name: str) -> dict[str, float]:
         """The steps of a lineage's models, in their order.
@@ -308,10 +294,8 @@ class Tables(Described):
         self._require(model)
         table = self.table("models", model)
         if circuit not in (circuits := list(dict.fromkeys(table["circuit"]))):
-            options = "; the options weights.norm and rotary.offsets ask for more" if is_made(circuit) else ""
-            raise HeadgramError(
-                f"the circuit '{circuit}' of '{model}' was not measured; there are: {', '.join(circuits)}{options}"
-            )
+            more = "; the options weights.norm and rotary.offsets ask for more" if is_made(circuit) else ""
+            raise HeadgramError(f"the circuit '{circuit}' of '{model}' was not measured; there are: {', '.join(circuits)}{more}")
         stacks = list(table[table["circuit"] == circuit]["stack"])
         if len(stacks) > len(set(stacks)):
             raise HeadgramError(f"the table `models` of '{model}' names a stack twice: {MENDING}")
@@ -408,12 +392,6 @@ class Tables(Described):
     def _require(self, model: str) -> None:
         if model not in self.models:
             raise HeadgramError(f"the model '{model}' is not in {self.results}; there are: {', '.join(self.models)}")
-
-
-@lru_cache(maxsize=4096)
-def _parts_of(merged: Path, modified: int) -> frozenset[str]:
-    """The keys of what a model's tables were merged of, given their record and when it was written."""
-    return frozenset(part.key for parts in read_record(merged).stages.values() for part in parts.values())
 
 
 def _either(values: list[Any]) -> str:

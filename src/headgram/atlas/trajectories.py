@@ -9,7 +9,7 @@ import pyarrow as pa
 import xarray as xr
 
 from headgram.atlas.labelled import by_place
-from headgram.atlas.reader import Atlas
+from headgram.atlas.tables import Tables
 from headgram.errors import HeadgramError
 from headgram.results.tables import DRIFT, HEADS, LAYERS
 
@@ -18,7 +18,7 @@ _OPTION = {"first": "first", "previous": "neighbours"}
 
 
 def trajectory(
-    atlas: Atlas, column: str, lineage: str, stack: str, circuit: str, to: Literal["first", "previous"] | None
+    atlas: Tables, column: str, lineage: str, stack: str, circuit: str, to: Literal["first", "previous"] | None
 ) -> xr.DataArray:
     """A column of the tables of every model of a lineage, or of every pair, joined along the steps."""
     if to not in (None, *_OPTION):

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from headgram.checkpoints.checkpoint import Checkpoint
-from headgram.checkpoints.checkpoint import open_checkpoint as open_known
+from headgram.checkpoints.known import open_checkpoint as open_known
 from headgram.checkpoints.opening import locate
 from headgram.errors import HeadgramError, UnknownTypeError
 from headgram.families.registry import Family, families

@@ -26,7 +26,8 @@ from typing import Any
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from headgram.checkpoints.checkpoint import Checkpoint, open_checkpoint
+from headgram.checkpoints.checkpoint import Checkpoint
+from headgram.checkpoints.known import open_checkpoint
 from headgram.checkpoints.stack import Stack
 from headgram.errors import HeadgramError
 from headgram.families.around import AROUND, TABLES

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from headgram.checkpoints.checkpoint import open_checkpoint
+from headgram.checkpoints.known import open_checkpoint
 from headgram.errors import MANIFEST, HeadgramError, upgrading
 from headgram.families.around import AROUND
 from headgram.results.around import write_around

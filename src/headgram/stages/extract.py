@@ -11,7 +11,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from headgram.checkpoints.checkpoint import Checkpoint, open_checkpoint
+from headgram.checkpoints.checkpoint import Checkpoint
+from headgram.checkpoints.known import open_checkpoint
 from headgram.errors import MANIFEST, HeadgramError, upgrading
 from headgram.forms.circuits import CIRCUITS
 from headgram.geometry.checks import is_finite

@@ -13,7 +13,8 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
-from headgram.checkpoints.checkpoint import Checkpoint, open_checkpoint
+from headgram.checkpoints.checkpoint import Checkpoint
+from headgram.checkpoints.known import open_checkpoint
 from headgram.checkpoints.vocabulary import common_tokens, token_texts
 from headgram.errors import HeadgramError
 from headgram.geometry.costs import BLOCK_BYTES

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import pyarrow as pa
 import torch
 
-from headgram.checkpoints.checkpoint import open_checkpoint
+from headgram.checkpoints.known import open_checkpoint
 from headgram.checkpoints.vocabulary import token_texts
 from headgram.errors import HeadgramError
 from headgram.forms.reading import Norm

@@ -11,7 +11,8 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from headgram.checkpoints.around import check_biases
-from headgram.checkpoints.checkpoint import Checkpoint, open_checkpoint
+from headgram.checkpoints.checkpoint import Checkpoint
+from headgram.checkpoints.known import open_checkpoint
 from headgram.checkpoints.stack import Stack
 from headgram.errors import MANIFEST, HeadgramError
 from headgram.families.around import AROUND
