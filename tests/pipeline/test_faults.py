@@ -3,6 +3,8 @@
 import json
 import re
 import resource
+import signal
+import socket
 import subprocess
 
 import pytest
@@ -36,6 +38,23 @@ def test_a_nan_stops_its_own_model_only(project, finished):
     assert not list((project.folder / "results").rglob("models/tiny-llama/self/**/*.pt"))
     assert_nothing_half_written(project)
     assert {name: data for name, data in finished.tables().items() if "bert" in name} == project.tables()
+
+
+def test_ctrl_c_while_a_row_is_resolved_leaves_no_traceback(project):
+    """At a hub that never answers."""
+    write_manifest(project.folder / "config" / "models.tsv", {"far": "someone/far-away"})
+    with socket.create_server(("127.0.0.1", 0)) as hub:
+        hub.settimeout(project.patience)
+        place = {"HF_HUB_OFFLINE": "0", "HF_ENDPOINT": f"http://127.0.0.1:{hub.getsockname()[1]}", "HF_HOME": str(project.folder)}
+        command, streams = project.command("-n"), {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+        with subprocess.Popen(command, cwd=project.folder, env=project.environment() | place, **streams) as run:
+            asked, _ = hub.accept()
+            with asked:
+                asked.recv(1)
+                run.send_signal(signal.SIGINT)
+                said, _ = run.communicate(timeout=60)
+    assert run.returncode == -signal.SIGINT
+    assert "Traceback" not in said
 
 
 def test_a_residual_above_tolerance_names_model_layer_and_head(finished, tmp_path):

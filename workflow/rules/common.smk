@@ -1,6 +1,7 @@
 # The plan, the folders, and what decides whether a job is stale.
 import contextlib
 import os
+import signal
 import sys
 import tempfile
 from pathlib import Path
@@ -21,11 +22,16 @@ from headgram.study.forms import asked_forms
 
 @contextlib.contextmanager
 def headgram_errors():
-    """Bad input ends the run with one sentence; an exception would have Snakemake print its traceback."""
+    """Bad input ends the run with one sentence, Ctrl-C without one; an exception would have Snakemake print its traceback."""
     try:
         yield
     except HeadgramError as error:
         sys.exit(f"headgram: {error}")
+    except KeyboardInterrupt:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        signal.raise_signal(
+            signal.SIGINT
+        )  # so that whoever started it, such as a loop in a shell, ends too
 
 
 RULES = Path(workflow.current_basedir.get_path_or_uri(secret_free=True))
