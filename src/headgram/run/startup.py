@@ -10,7 +10,6 @@ import shlex
 import stat
 import subprocess
 import sys
-import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -228,10 +227,6 @@ class Run:
                 settle(self._results)
             with contextlib.suppress(OSError):
                 (self._results / _LOCK).touch()
-        # Snakemake's scheduler leaves a timer behind, to look again for jobs in a second, for which the process would wait.
-        for thread in threading.enumerate():
-            if isinstance(thread, threading.Timer) and thread.function.__module__.startswith("snakemake.scheduling"):
-                thread.cancel()
 
     def _writings(self, workflow: Any, beside: Callable[[Any], Sequence[str]]) -> Iterator[Writing]:
         """What the jobs of a run will write in the results folder; what they keep in object storage is not on this disk.
