@@ -144,7 +144,7 @@ class Around:
             if name not in self._store:
                 raise HeadgramError(f"layer {self.layer}: the checkpoint lacks tensor {name}")
         if not names:
-            self._planes() if role == "rotary" else getattr(self, role)
+            getattr(self, "turns" if role == "rotary" else role)
 
     def names(self, role: str) -> list[str]:
         """The tensors of this layer that hold a norm or a bias; none for other roles."""

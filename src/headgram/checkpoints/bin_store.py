@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from headgram.checkpoints.dtypes import BYTES, array_bytes, tensor_of, word_of
+from headgram.checkpoints.dtypes import BYTES, bytes_of_array, tensor_of, word_of
 from headgram.checkpoints.homes import Homes
 from headgram.checkpoints.local_file import LocalFile
 from headgram.checkpoints.pickle_table import StoredTensor, read_tensor, read_tensors
@@ -144,10 +144,11 @@ class BinStore(TensorStore):
         self._kept.keep(pieces)
 
     def raw(self, name: str, cut: Cut | None = None) -> memoryview:
-        return array_bytes(self._kept.look(name, cut))
+        return bytes_of_array(self._kept.look(name, cut))
 
     def part(self, name: str, cut: Cut | None = None) -> Tensor:
-        return tensor_of(self._kept.take(name, cut), self._tensor(name).dtype)
+        numbers = self._kept.take(name, cut)
+        return tensor_of(bytes_of_array(numbers), self._tensor(name).dtype, numbers.shape)
 
     def _read(self, name: str, cut: Cut | None) -> Numbers:
         archive, stored = self._home[name]

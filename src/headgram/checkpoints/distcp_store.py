@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from headgram.checkpoints.bin_store import Archive, Numbers
-from headgram.checkpoints.dtypes import BYTES, array_bytes, tensor_of, word_of
+from headgram.checkpoints.dtypes import BYTES, bytes_of_array, tensor_of, word_of
 from headgram.checkpoints.local_file import LocalFile
 from headgram.checkpoints.pickle_walk import OTHER, Global, Walk, are_sizes, dtype_of, is_shape
 from headgram.checkpoints.stores import TensorStore
@@ -79,10 +79,11 @@ class DistcpStore(TensorStore):
         return math.prod(whole.shape) * BYTES[whole.dtype]
 
     def raw(self, name: str, cut: Cut | None = None) -> memoryview:
-        return array_bytes(self._numbers(name, cut))
+        return bytes_of_array(self._numbers(name, cut))
 
     def part(self, name: str, cut: Cut | None = None) -> Tensor:
-        return tensor_of(self._numbers(name, cut), self._tensors[name].dtype)
+        numbers = self._numbers(name, cut)
+        return tensor_of(bytes_of_array(numbers), self._tensors[name].dtype, numbers.shape)
 
     def _numbers(self, name: str, cut: Cut | None) -> Numbers:
         whole = self._tensors[name]

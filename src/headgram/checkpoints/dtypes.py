@@ -5,6 +5,7 @@ Torch is imported where a tensor is made or taken apart, for what else is asked 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -68,8 +69,8 @@ def float_dtype(name: str, stored: str) -> str:
     return stored
 
 
-def known_dtype(name: str, stored: str) -> torch.dtype:
-    """The type of any tensor.
+def known_dtype(name: str, stored: str) -> str:
+    """What torch calls the type of any tensor.
 
     Raises
     ------
@@ -78,10 +79,7 @@ def known_dtype(name: str, stored: str) -> torch.dtype:
     """
     if stored not in _NAMES:
         raise HeadgramError(f"tensor {name} is stored as {stored}, a type that headgram does not know")
-    import torch
-
-    dtype: torch.dtype = getattr(torch, _NAMES[stored])
-    return dtype
+    return _NAMES[stored]
 
 
 def bytes_of(tensor: Tensor) -> memoryview:
@@ -92,16 +90,15 @@ def bytes_of(tensor: Tensor) -> memoryview:
     return memoryview(array)
 
 
-def array_bytes(array: np.ndarray[Any, Any]) -> memoryview:
+def bytes_of_array(array: np.ndarray[Any, Any]) -> memoryview:
     """The bytes of numbers of any type."""
     content: Any = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
     return memoryview(content)
 
 
-def tensor_of(array: np.ndarray[Any, Any], dtype: str) -> Tensor:
+def tensor_of(content: bytearray | memoryview, dtype: str, shape: Sequence[int]) -> Tensor:
     """The tensor of numbers that are given by their bytes, of the type that torch calls so. It shares their memory."""
     import torch
 
     kind: torch.dtype = getattr(torch, dtype)
-    content = array_bytes(array)
-    return torch.frombuffer(content, dtype=kind).reshape(array.shape) if content else torch.empty(array.shape, dtype=kind)
+    return torch.frombuffer(content, dtype=kind).reshape(shape) if content else torch.empty(shape, dtype=kind)

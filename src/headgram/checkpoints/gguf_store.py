@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from headgram.checkpoints.dtypes import bytes_of_array
 from headgram.checkpoints.gguf_check import LONG, array_bytes, check_header
 from headgram.checkpoints.homes import Homes
 from headgram.checkpoints.local_file import LocalFile
@@ -78,7 +79,7 @@ class GgufStore(TensorStore):
         self._kept.keep(pieces)
 
     def raw(self, name: str, cut: Cut | None = None) -> memoryview:
-        return memoryview(self._kept.look(name, cut).view("uint8").reshape(-1))
+        return bytes_of_array(self._kept.look(name, cut))
 
     def read(self, name: str, cut: Cut | None = None) -> Tensor:
         return self._values(name, self._kept.take(name, cut)).reshape(-1, *self.shape(name)[1:])

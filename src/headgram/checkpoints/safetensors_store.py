@@ -7,7 +7,7 @@ from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Generic, TypeVar
 
-from headgram.checkpoints.dtypes import known_dtype
+from headgram.checkpoints.dtypes import known_dtype, tensor_of
 from headgram.checkpoints.homes import Homes
 from headgram.checkpoints.local_file import LocalFile, Span
 from headgram.checkpoints.safetensors_header import TensorPlace, read_header
@@ -79,12 +79,10 @@ class Safetensors(TensorStore, Generic[File]):
         return self._tensor(name, cut, stored)
 
     def _tensor(self, name: str, cut: Cut | None, stored: bytearray) -> Tensor:
-        import torch
-
-        shape, dtype = list(self.shape(name)), known_dtype(name, self.stored(name))
+        shape = list(self.shape(name))
         if cut is not None:
             shape[cut.axis] = cut.count
-        return torch.frombuffer(stored, dtype=dtype).reshape(shape) if stored else torch.empty(shape, dtype=dtype)
+        return tensor_of(stored, known_dtype(name, self.stored(name)), shape)
 
     def _spans(self, name: str, cut: Cut | None) -> tuple[File, list[Span]]:
         """The file that holds a tensor, and the ranges of its bytes."""
